@@ -1,0 +1,65 @@
+"""Request bodies: read with a bound, parsed as strict JSON (RFC 8259)."""
+
+import math
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from app.problems import Problem
+
+MAX_DEPTH = 32
+
+
+def check_declared(request: Request, limit: int) -> None:
+    """Refuse by the head alone: a declared size over `limit` bytes (413), a type that is not JSON (415)."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise Problem("body-too-large")
+    if not all(_is_json(content_type) for content_type in request.headers.getlist("content-type")):
+        raise Problem("unsupported-media-type")
+
+
+def _is_json(content_type: str) -> bool:
+    essence = content_type.partition(";")[0].strip().lower()
+    return essence == "application/json" or (essence.startswith("application/") and essence.endswith("+json"))
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body's JSON value, `{}` for an empty body; at most `limit` bytes are kept, chunked or not.
+
+    Raises 413; 400 for anything that is not strict JSON of at most 32 levels; 415 for a body without a type;
+    422 for NUL characters.
+    """
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > limit:
+            raise Problem("body-too-large")
+    if not raw:
+        return {}
+    if "content-type" not in request.headers:
+        raise Problem("unsupported-media-type")
+    try:
+        value = from_json(bytes(raw), allow_inf_nan=False)
+    except ValueError:
+        raise Problem("malformed-json") from None
+    _check(value, MAX_DEPTH)
+    return value
+
+
+def _check(value: Any, levels: int) -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise Problem("invalid-request", "The body holds a NUL character.")
+    elif isinstance(value, float):
+        if not math.isfinite(value):  # 1e999
+            raise Problem("malformed-json")
+    elif isinstance(value, (dict, list)):
+        if not levels:
+            raise Problem("malformed-json")
+        for each in value:
+            _check(each, levels - 1)
+        if isinstance(value, dict):
+            for each in value.values():
+                _check(each, levels - 1)

@@ -1,0 +1,1 @@
+"""Everything about a call after it exists."""

@@ -1,0 +1,46 @@
+"""Whose a call is: by the call key in anonymous mode, by the record's `broker_user` otherwise.
+
+Both hold without any memory: every replica, restarted, still knows.
+"""
+
+from app.identity import User
+from app.keyring import Keyring
+from app.oneinbox.models import CALL_ID, CallRecord
+
+BROKER_USER = "broker_user"
+BROKER_REQUEST_ID = "broker_request_id"
+
+
+class Ownership:
+    """Names calls for browsers, and knows whose they are."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+
+    def pseudonym(self, user: User) -> str:
+        """A user under a keyed name, for OneInbox's record and for logs."""
+        return self._keyring.sign("pseudonym", user.canonical)
+
+    def public_id(self, call_id: str, user: User) -> str:
+        """A call as its owner may name it: `{id}.{key}` in anonymous mode, else the id."""
+        if user.mode != "anonymous":
+            return call_id
+        return f"{call_id}.{self._keyring.sign('call-key', call_id.encode())}"
+
+    def call_id(self, public_id: str, user: User) -> str | None:
+        """OneInbox's id out of a public one; None when it is not one, or its key is wrong."""
+        call_id, key = public_id, None
+        if user.mode == "anonymous":
+            call_id, _, key = public_id.partition(".")
+        if not CALL_ID.fullmatch(call_id):
+            return None
+        if key is not None and not self._keyring.verify("call-key", call_id.encode(), key):
+            return None
+        return call_id
+
+    def owns(self, user: User, record: CallRecord) -> bool:
+        """Whether the call is the user's. In anonymous mode its key, checked before, has already said so."""
+        if user.mode == "anonymous":
+            return True
+        pseudonym = (record.metadata or {}).get(BROKER_USER)
+        return isinstance(pseudonym, str) and self._keyring.verify("pseudonym", user.canonical, pseudonym)

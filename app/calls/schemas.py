@@ -1,0 +1,105 @@
+"""What a browser may see of a call: an allow-list, whatever OneInbox adds to its records."""
+
+import re
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from app.oneinbox.models import CallRecord
+
+Role = Literal["agent", "user"]
+ROLES: dict[str, Role] = {"agent": "agent", "assistant": "agent", "bot": "agent", "user": "user", "customer": "user"}
+SPOKEN_LINE = re.compile(r"^\s*([A-Za-z]{2,12})\s*:\s?(.*)$")
+
+
+class Utterance(BaseModel):
+    """Something one side said."""
+
+    role: Role
+    content: str
+
+
+class Call(BaseModel):
+    """A call as its owner sees it."""
+
+    id: str = Field(description="The call, as Location names it.")
+    agent: str | None = Field(description="Configured name of the agent; null when it is not configured any more.")
+    status: str = Field(
+        description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; one that is new to you counts as running.",
+        examples=["in_progress"],
+    )
+    created_at: datetime | None = Field(description="RFC 3339, UTC.")
+    started_at: datetime | None = Field(description="RFC 3339, UTC; null until somebody joined.")
+    ended_at: datetime | None = Field(description="RFC 3339, UTC; null while it runs.")
+    duration_seconds: float | None = Field(description="Length of the conversation, once it ended.")
+    end_reason: str | None = Field(description="Why it ended, in OneInbox's words.")
+
+
+class ExposedCall(Call):
+    """A call with all that an operator may expose through BROKER_EXPOSE."""
+
+    transcript: list[Utterance] | None = Field(default=None, description="Who said what; 2 to 3 seconds after the end.")
+    messages: list[Utterance] | None = Field(default=None, description="Like the transcript, from the message list.")
+    recording_url: str | None = Field(default=None, description="Where the recording is.")
+    summary: str | None = Field(default=None, description="OneInbox's summary of the call.")
+    outcome: str | None = Field(default=None, description="OneInbox's verdict on the call.")
+
+
+def project(record: CallRecord, *, public_id: str, agent: str | None, expose: Collection[str]) -> Call:
+    """The visible part of a record. `expose`: names of BROKER_EXPOSE."""
+    basic: dict[str, Any] = {
+        "id": public_id,
+        "agent": agent,
+        "status": record.status or "unknown",
+        "created_at": record.created_at,
+        "started_at": record.started_at,
+        "ended_at": record.ended_at,
+        "duration_seconds": record.duration_seconds,
+        "end_reason": record.end_reason,
+    }
+    if not expose:
+        return Call(**basic)
+    more = {
+        "transcript": lambda: _transcript(record),
+        "messages": lambda: _utterances(record.messages),
+        "recording_url": lambda: record.recording_url,
+        "summary": lambda: record.ai_summary,
+        "outcome": lambda: record.outcome,
+    }
+    return ExposedCall(**basic, **{name: more[name]() for name in expose})
+
+
+def _utterances(items: Any) -> list[Utterance] | None:
+    """What was said, out of a list of messages: never tool calls or their results."""
+    if not isinstance(items, list):
+        return None
+    said = [item for item in items if isinstance(item, dict) and isinstance(item.get("content"), str)]
+    return [
+        Utterance(role=ROLES[item["role"]], content=item["content"])
+        for item in said
+        if isinstance(item.get("role"), str) and item["role"] in ROLES
+    ]
+
+
+def _transcript(record: CallRecord) -> list[Utterance] | None:
+    """The transcript whatever edition OneInbox answers: a list, or a text of `role: words` lines.
+
+    A text that names no speaker cannot be told apart; then the message list, which can, has the word.
+    """
+    if isinstance(record.transcript, list):
+        return _utterances(record.transcript)
+    if not isinstance(record.transcript, str) or not record.transcript.strip():
+        return None
+    said: list[Utterance] = []
+    for line in record.transcript.splitlines():
+        match = SPOKEN_LINE.match(line)
+        role = ROLES.get(match[1].lower()) if match else None
+        if match and role:
+            said.append(Utterance(role=role, content=match[2]))
+        elif said:
+            said[-1].content += f"\n{line}"
+        else:
+            return _utterances(record.messages)
+    return said

@@ -1,0 +1,48 @@
+"""Reading a call for its owner."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from app.calls.ownership import Ownership
+from app.calls.schemas import project
+from app.identity import User
+from app.oneinbox import CallRecord, OneInbox
+from app.problems import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A call as a browser sees it: JSON and its strong validator."""
+
+    body: bytes
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Looks calls up, and shows each to its owner only.
+
+    `agent_names`: configured name by agent id. `expose`: the names of BROKER_EXPOSE.
+    """
+
+    oneinbox: OneInbox
+    ownership: Ownership
+    agent_names: Mapping[str, str]
+    expose: Collection[str]
+
+    async def read(self, user: User, public_id: str) -> Snapshot:
+        """The user's call. Raises the same `not-found` for a stranger's call, no call, and an id that is none."""
+        call_id = self.ownership.call_id(public_id, user)
+        if call_id is None:
+            raise Problem("not-found")
+        record = await self.oneinbox.get_call(call_id)
+        if not self.ownership.owns(user, record):
+            raise Problem("not-found")
+        return self._snapshot(record, public_id)
+
+    def _snapshot(self, record: CallRecord, public_id: str) -> Snapshot:
+        agent = self.agent_names.get(record.agent_id or "")
+        call = project(record, public_id=public_id, agent=agent, expose=self.expose)
+        body = call.model_dump_json(exclude_unset=True).encode()
+        return Snapshot(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')

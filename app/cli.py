@@ -1,0 +1,151 @@
+"""The commands."""
+
+import asyncio
+import json
+import socket
+import sys
+from typing import Annotated, NoReturn
+
+import structlog
+import typer
+
+from app import __version__
+from app.config import Settings, SettingsError, load_settings
+from app.main import create_app
+from app.server import create_server, listen, url_of
+from app.telemetry.logging import configure_logging
+
+log = structlog.get_logger(__name__)
+
+SANDBOX_KEY = "oi_sk_sandbox"
+LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
+
+cli = typer.Typer(
+    name="oneinbox-broker",
+    help="Token broker between a browser and the OneInbox voice API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Token broker between a browser and the OneInbox voice API."""
+
+
+@cli.command()
+def serve(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    workers: Annotated[int, typer.Option(help="Processes; more than one needs a shared store.", min=1)] = 1,
+) -> None:
+    """Run the broker with the settings of the environment and .env."""
+    settings = _settings()
+    if workers > 1:
+        _refuse("BROKER_STORE_URL: each of several workers would count the limits for itself; takes one worker")
+    configure_logging(settings.log_level, settings.log_format)
+    listener = _listen(host, port)
+    log.info("listening", url=url_of(listener), auth=settings.auth, session_limits=settings.session_limits)
+    create_server(create_app(settings)).run(sockets=[listener])
+
+
+@cli.command()
+def sandbox(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+    """Run a broker in front of an offline OneInbox: no key, no network."""
+    configure_logging("info")
+    asyncio.run(_sandbox(host, port))
+
+
+async def _sandbox(host: str, port: int) -> None:
+    from app.sandbox.emulator import EmulatorOptions  # noqa: PLC0415 - the broker itself never loads its neighbour
+    from app.sandbox.server import running_emulator  # noqa: PLC0415
+
+    listener = _listen(host, port)
+    options = EmulatorOptions(api_key=SANDBOX_KEY)
+    async with running_emulator(options) as emulator:
+        settings = load_settings(
+            {
+                "ONEINBOX_API_KEY": SANDBOX_KEY,
+                "ONEINBOX_BASE_URL": emulator.url,
+                "ONEINBOX_AGENT_ID": options.agents[0],
+                "BROKER_ALLOWED_ORIGINS": LOOPBACK_ORIGINS,
+            },
+            env_file=None,
+        )
+        url = url_of(listener)
+        typer.echo(
+            f"The broker listens on {url}, in front of an emulated OneInbox on {emulator.url}.\n\n"
+            f"Explore it:       {url}/docs\n"
+            f"Start a call:     curl -i -X POST {url}/session\n"
+            f"Follow the call:  curl {url}<the Location of the answer>\n\n"
+            "Ctrl-C ends both."
+        )
+        sys.stdout.flush()
+        await create_server(create_app(settings)).serve(sockets=[listener])
+
+
+@cli.command()
+def emulator(
+    host: Host = "127.0.0.1",
+    port: Port = 9000,
+    api_key: Annotated[str, typer.Option(help="The key it takes.")] = SANDBOX_KEY,
+) -> None:
+    """Run the offline OneInbox alone, for anybody's tests."""
+    from app.sandbox.emulator import EmulatorOptions  # noqa: PLC0415 - the broker itself never loads its neighbour
+    from app.sandbox.server import emulator_server  # noqa: PLC0415
+
+    configure_logging("info")
+    options = EmulatorOptions(api_key=api_key)
+    listener = _listen(host, port)
+    url = url_of(listener)
+    typer.echo(
+        f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
+        f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} oneinbox-broker serve"
+    )
+    sys.stdout.flush()
+    emulator_server(options).run(sockets=[listener])
+
+
+@cli.command()
+def openapi() -> None:
+    """Print the OpenAPI document; needs no key."""
+    settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}, env_file=None)
+    typer.echo(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except SettingsError as error:
+        _refuse(*error.lines)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        _refuse(f"--port {port}: cannot listen on {host} ({error.strerror})", status=1)
+
+
+def _refuse(*lines: str, status: int = 2) -> NoReturn:
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    raise SystemExit(status)

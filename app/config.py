@@ -1,0 +1,344 @@
+"""Every setting, once: its variable, type, default and meaning. README's table and .env.example are written from here.
+
+Settings come from the environment and from `.env` in the working directory; the environment wins. Every secret may
+also come from a file named by the variable with `_FILE` appended, as container secrets do.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import SplitResult, urlsplit
+
+from dotenv import dotenv_values
+from limits import parse_many
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from app.oneinbox.overrides import OVERRIDE_LEAVES
+
+Network = IPv4Network | IPv6Network
+
+# Kubernetes puts these into every pod for a Service called `broker` or `oneinbox`; they are not settings.
+SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
+PREFIXES = ("BROKER_", "ONEINBOX_")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used. `lines`: one per wrong setting, naming the variable; never a secret."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+        super().__init__("; ".join(lines))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, bare or as it stands in a URL, is this machine."""
+    host = host.strip("[]").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def split_url(text: str) -> SplitResult:
+    """An absolute http(s) URL in parts; ValueError says what is wrong with it, without repeating it."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("is not an http(s) URL")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds a user name or password")
+    _ = parts.port  # raises ValueError when it is no port
+    return parts
+
+
+def _upstream_url(text: str) -> str:
+    parts = split_url(text)
+    if parts.query or parts.fragment:
+        raise ValueError("has a query or fragment")
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError("is http:// to another machine: the secret would cross the network in the clear")
+    return text.rstrip("/")
+
+
+def _origin(text: str) -> str:
+    if text == "*":
+        return text
+    # A port of `*` is for development servers, which pick theirs: loopback only.
+    any_port = text.endswith(":*")
+    parts = split_url(text.removesuffix(":*"))
+    if parts.path or parts.query or parts.fragment:
+        raise ValueError("has more than scheme, host and port")
+    if any_port and (parts.port is not None or not is_loopback(parts.hostname or "")):
+        raise ValueError("has a port of * on a host other than loopback")
+    origin = origin_of(parts)
+    return f"{origin}:*" if any_port else origin
+
+
+def origin_of(parts: SplitResult) -> str:
+    """The origin of a URL as browsers write it (RFC 6454, section 6.2): lower case, no default port."""
+    host = (parts.hostname or "").lower()
+    host = f"[{host}]" if ":" in host else host
+    default = 443 if parts.scheme == "https" else 80
+    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, default) else "")
+
+
+def _public_url(text: str) -> str:
+    parts = split_url(text)
+    if parts.query or parts.fragment:
+        raise ValueError("has a query or fragment")
+    return origin_of(parts) + parts.path.rstrip("/")
+
+
+def _root_path(text: str) -> str:
+    if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", text):
+        raise ValueError("is not a path prefix")
+    return text.rstrip("/")
+
+
+def _words(value: Any) -> Any:
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _network(text: Any) -> Network:
+    return ip_network(text)
+
+
+def _limits(text: str) -> str:
+    try:
+        items = parse_many(text)
+    except ValueError:
+        items = []
+    if not items or any(item.amount < 1 for item in items):
+        raise ValueError("is not a list of limits")
+    return text
+
+
+def _variable_names(names: list[str]) -> list[str]:
+    if any(name != "*" and not VARIABLE_NAME.fullmatch(name) for name in names):
+        raise ValueError("has a name other than letters, digits and _")
+    return names
+
+
+def _override_paths(paths: list[str]) -> list[str]:
+    for path in paths:
+        if path not in OVERRIDE_LEAVES:
+            raise ValueError("names something other than a single leaf")
+    return paths
+
+
+def _secret_key(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if text.startswith("oi_pk_"):
+        raise ValueError("is a publishable key (oi_pk_…), which belongs in a browser")
+    _token_text(value)
+    return value
+
+
+def _token_text(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+        raise ValueError("has spaces, line breaks or other characters that do not fit a header")
+    return value
+
+
+def _secret_lines(value: SecretStr) -> SecretStr:
+    if any(len(line) < 32 for line in value.get_secret_value().splitlines() if line.strip()):
+        raise ValueError("has a line shorter than 32 characters")
+    return value
+
+
+def _present(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().strip():
+        raise ValueError("is empty")
+    return value
+
+
+Words = Annotated[list[str], BeforeValidator(_words)]
+Limits = Annotated[str, AfterValidator(_limits)]
+Secret = Annotated[SecretStr, AfterValidator(_present)]
+
+
+def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
+    """A field: its default, what it means (for the README), and what it takes (for the error line)."""
+    return Field(default, description=meaning, json_schema_extra={"takes": takes}, **bounds)
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return field.upper() if field.startswith("oneinbox_") else f"BROKER_{field.upper()}"
+
+
+class Settings(BaseSettings):
+    """The broker's settings, checked. Secrets are secret types: their `repr` hides them."""
+
+    model_config = SettingsConfigDict(
+        alias_generator=variable, frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True
+    )
+
+    oneinbox_api_key: Annotated[Secret, AfterValidator(_secret_key)] = setting(
+        ..., "OneInbox's secret key. It stays on the server", "a secret key, oi_sk_…"
+    )
+    oneinbox_base_url: Annotated[str, AfterValidator(_upstream_url)] = setting(
+        "https://api.oneinbox.ai", "Where OneInbox is; `http://` only for loopback", "an https:// URL"
+    )
+    oneinbox_agent_id: str | None = setting(
+        None,
+        "The agent used when the browser names none. Required",
+        "an agent's id, agt_… or a UUID",
+        pattern=r"^[A-Za-z0-9_-]{1,128}$",
+    )
+    oneinbox_timeout: float = setting(
+        15, "Seconds for OneInbox's whole answer", "seconds, above 0 and at most 300", gt=0, le=300
+    )
+    oneinbox_connect_timeout: float = setting(
+        3, "Seconds for a connection to OneInbox", "seconds, above 0 and at most 60", gt=0, le=60
+    )
+    auth: Literal["anonymous"] = setting("anonymous", "How users are told apart: `anonymous`, by address", "anonymous")
+    trusted_proxies: Annotated[list[Annotated[Any, BeforeValidator(_network)]], BeforeValidator(_words)] = setting(
+        [],
+        "Networks of the proxies in front; their X-Forwarded-For is believed, nobody else's",
+        "networks, comma-separated: 10.0.0.0/8,fd00::/8",
+    )
+    allowed_origins: Annotated[list[Annotated[str, AfterValidator(_origin)]], BeforeValidator(_words)] = setting(
+        [],
+        "Browser origins that may use the broker. `*`: any. A loopback origin may have the port `*`",
+        "origins, comma-separated: https://a.example,https://b.example",
+    )
+    public_url: Annotated[str, AfterValidator(_public_url)] | None = setting(
+        None,
+        "The broker's own public URL, so that pages it serves may call it. Unset: only loopback is its own",
+        "an http(s) URL",
+    )
+    require_origin: bool = setting(False, "Refuse POST /session without an Origin", "true or false")
+    session_limits: Limits = setting("5/minute;50/day", "Sessions per user", "limits such as 5/minute;50/day")
+    max_waiting: int = setting(
+        1000,
+        "Sessions that may wait for OneInbox at once, per process; more are refused",
+        "a whole number, at least 1",
+        ge=1,
+    )
+    expose: Annotated[
+        list[Literal["transcript", "messages", "recording_url", "summary", "outcome"]], BeforeValidator(_words)
+    ] = setting(
+        [],
+        "Fields of a call, beyond the basic ones, that a browser may read",
+        "names out of transcript, messages, recording_url, summary, outcome",
+    )
+    allowed_variables: Annotated[Words, AfterValidator(_variable_names)] = setting(
+        ["*"], "Variables a browser may set; `*`: any, empty: none", "names, comma-separated, or *"
+    )
+    allowed_overrides: Annotated[Words, AfterValidator(_override_paths)] = setting(
+        [],
+        "Parts of the agent that a browser may override: dotted paths of single leaves",
+        "paths, comma-separated, out of " + ", ".join(OVERRIDE_LEAVES),
+    )
+    secret: Annotated[Secret, AfterValidator(_secret_lines)] | None = setting(
+        None,
+        "Key for pseudonyms and call keys, one per line: the first signs, all verify. Unset: derived from the API key",
+        "lines of at least 32 characters each",
+    )
+    docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
+    root_path: Annotated[str, AfterValidator(_root_path)] = setting(
+        "", "Path prefix, when a proxy in front strips one", "a path such as /voice"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Least level that is logged", "debug, info, warning or error"
+    )
+    log_format: Literal["json", "text"] | None = setting(
+        None, "`json` or `text`. Unset: text on a terminal, json elsewhere", "json or text"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given: `load_settings` reads the variables, as pydantic-settings knows no NAME_FILE."""
+        return (init_settings,)
+
+
+FIELDS: Mapping[str, FieldInfo] = {variable(name): field for name, field in Settings.model_fields.items()}
+SECRETS = frozenset(name for name, field in FIELDS.items() if "SecretStr" in str(field.annotation))
+EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
+KNOWN = frozenset(FIELDS) | {f"{name}_FILE" for name in SECRETS}
+
+
+def takes(name: str) -> str:
+    """What a variable takes, in words."""
+    extra = FIELDS[name.removesuffix("_FILE")].json_schema_extra
+    return str(extra["takes"]) if isinstance(extra, dict) else ""
+
+
+def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env")) -> Settings:
+    """Read and check all settings.
+
+    `environ`: os.environ unless told. `env_file`: read too where it exists. Raises SettingsError.
+    """
+    given = _read_variables(os.environ if environ is None else environ, env_file)
+    lines: dict[str, str] = {}
+    for name in sorted(given.keys() - KNOWN):
+        lines[name] = f"{name}: is not a setting of the broker" + _nearest(name)
+    values = {name: text for name, text in given.items() if name in FIELDS}
+    for name, path in ((name, given.get(f"{name}_FILE")) for name in sorted(SECRETS)):
+        if path is None:
+            continue
+        if name in given:
+            lines[name] = f"{name}: is set, and {name}_FILE too; set one of them"
+            continue
+        try:
+            values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            lines[name] = f"{name}_FILE: cannot be read ({reason}); takes the path of a file with {takes(name)}"
+    for name, line in _combinations(values, given):
+        lines.setdefault(name, line)
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for each in error.errors(include_url=False, include_context=False, include_input=False):
+            name = str(each["loc"][0])
+            why = "is required" if each["type"] == "missing" else each["msg"].removeprefix("Value error, ")
+            lines.setdefault(name, f"{name}: {why[0].lower()}{why[1:]}; takes {takes(name)}")
+    if lines:
+        raise SettingsError(list(lines.values()))
+    return settings
+
+
+def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[str, str]:
+    """Ours out of both sources. An empty value is an unset one, unless empty means something."""
+    both: dict[str, str] = {}
+    if env_file is not None and env_file.is_file():
+        both.update({name: text or "" for name, text in dotenv_values(env_file, encoding="utf-8").items()})
+    both.update(environ)
+    return {
+        name: text
+        for name, text in both.items()
+        if name.upper().startswith(PREFIXES)
+        and (name in KNOWN or not SERVICE_LINK.search(name))
+        and (text != "" or name in EMPTY_MEANS_NONE)
+    }
+
+
+def _combinations(values: Mapping[str, str], given: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Rules between settings, on their texts: they speak up even while another setting is wrong."""
+    if "ONEINBOX_AGENT_ID" not in values:
+        yield "ONEINBOX_AGENT_ID", f"ONEINBOX_AGENT_ID: is required; takes {takes('ONEINBOX_AGENT_ID')}"
+    if "ONEINBOX_API_KEY_FILE" in given and "BROKER_SECRET" not in values and "BROKER_SECRET_FILE" not in given:
+        # A key in a file may be swapped while the broker runs; what is derived from it would not survive that.
+        yield "BROKER_SECRET", f"BROKER_SECRET: is required with ONEINBOX_API_KEY_FILE; takes {takes('BROKER_SECRET')}"
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name.upper(), KNOWN, n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]}" if close else ""

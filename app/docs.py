@@ -1,0 +1,60 @@
+"""/docs: the OpenAPI explorer, Swagger UI out of an installed package: no internet, no inline script."""
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from starlette.responses import FileResponse, HTMLResponse, Response
+
+from app.problems import Problem
+
+router = APIRouter(include_in_schema=False)
+
+# Swagger UI styles its elements in place and draws its icons as data URLs; scripts come from files only.
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>OneInbox token broker: API</title><link rel="stylesheet" href="{prefix}/docs/swagger-ui.css"></head>
+<body><div id="explorer" data-document="{prefix}/openapi.json"></div>
+<script src="{prefix}/docs/swagger-ui-bundle.js"></script><script src="{prefix}/docs/explorer.js"></script></body></html>
+"""
+SCRIPT = """const explorer = document.getElementById("explorer");
+SwaggerUIBundle({
+  url: explorer.dataset.document,
+  domNode: explorer,
+  deepLinking: true,
+  tryItOutEnabled: true,
+  persistAuthorization: false,
+  validatorUrl: null,
+});
+"""
+
+
+@router.get("/docs")
+async def explorer(request: Request) -> Response:
+    """The page; the prefix is a checked setting."""
+    page = PAGE.format(prefix=request.scope.get("root_path", ""))
+    return HTMLResponse(page, headers={"Content-Security-Policy": CSP})
+
+
+@router.get("/docs/{asset}")
+async def explorer_asset(asset: str) -> Response:
+    """Swagger UI's script and style, and the few lines that start it."""
+    if asset == "explorer.js":
+        return Response(SCRIPT, media_type="text/javascript")
+    if asset not in ASSETS:
+        raise Problem("not-found")
+    return FileResponse(_assets() / asset, media_type=ASSETS[asset])
+
+
+@cache
+def _assets() -> Path:
+    """Where fastapi-offline keeps Swagger UI; found without importing it."""
+    spec = find_spec("fastapi_offline")
+    assert spec is not None and spec.submodule_search_locations  # noqa: S101 - a dependency
+    return Path(spec.submodule_search_locations[0]) / "static"

@@ -1,0 +1,231 @@
+"""jwt mode: a signed token of the application's own login (RFC 7519), checked as RFC 8725 advises.
+
+PyJWT verifies signature, issuer and audience. Which key and algorithm, and the times, are decided here. `jku`, `x5u`,
+`jwk` and `x5c` in a token's header are never looked at: they name keys by the word of whoever made the token.
+"""
+
+import hashlib
+import json
+import re
+import time
+from base64 import urlsafe_b64decode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jwt
+from starlette.requests import HTTPConnection
+
+from app.config import Network
+from app.identity.base import Identity, is_user_id
+from app.identity.keys import Keys
+from app.identity.user import User
+from app.problems import Problem
+
+MAX_TOKEN_BYTES = 8 * 1024
+# Clocks differ: a token made this moment must not be refused by a broker a few seconds behind its issuer. An expired
+# one gets no such grace, as PyJWT, jose and jsonwebtoken give none: clients fetch a new token in time anyway.
+NOT_YET_LEEWAY_SECONDS = 10
+LATEST_TIME = 1e12  # the year 33658; what is beyond is no time, and infinity and NaN are none either
+REMEMBERED_SECONDS = 60
+REMEMBERED_TOKENS = 1024
+
+BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE | re.ASCII)
+
+
+class InvalidLogin(Exception):  # noqa: N818 - it is what the answer says
+    """A token that does not log in. Says why, for a developer; holds nothing of the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A verified token: whose it is, and until when it need not be verified again."""
+
+    user: User
+    until: float
+
+
+class JwtIdentity(Identity):
+    """Users by token, from `Authorization: Bearer` or a cookie.
+
+    `issuer`, `audience`: what the token must say; empty: not checked. `user_claim`: the claim that is the user's id.
+    `cookie`: its name; empty: no cookie counts. `now`: Unix time.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        trusted: Sequence[Network],
+        *,
+        issuer: str = "",
+        audience: str = "",
+        user_claim: str = "sub",
+        cookie: str = "",
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(trusted)
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._user_claim = user_claim
+        self._cookie = cookie
+        self._now = now
+        # By hash, so that no token lies in memory longer than its request. A page asks several times a minute, and
+        # an answer out of here costs a tenth of a verification or less.
+        self._remembered: dict[bytes, Remembered] = {}
+        self._remembered_version = keys.version
+
+    async def start(self) -> None:
+        """Begin to fetch keys."""
+        await self._keys.start()
+
+    async def aclose(self) -> None:
+        """Stop that."""
+        await self._keys.aclose()
+
+    async def identify(self, request: HTTPConnection) -> User:
+        """The user of the request's token. Raises Problem: 401, or 503 while there are no keys to check it with."""
+        try:
+            token, by_cookie = self._token(request)
+            if token is None:
+                raise Problem("unauthenticated", "Send a token.", {"WWW-Authenticate": "Bearer"})
+            user = await self._verified(token)
+        except InvalidLogin as error:
+            # RFC 6750, section 3.1
+            headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+            raise Problem("unauthenticated", str(error), headers) from None
+        return replace(user, address=self.addresses.of(request), by_cookie=by_cookie)
+
+    def _token(self, request: HTTPConnection) -> tuple[str | None, bool]:
+        """The token, and whether the cookie alone brought it."""
+        in_header = self._header_token(request)
+        in_cookie = self._cookie_token(request) if self._cookie else None
+        if in_header is None:
+            return in_cookie, True
+        if in_cookie not in (None, in_header):
+            raise InvalidLogin("The Authorization header and the cookie hold different tokens.")
+        return in_header, False
+
+    def _header_token(self, request: HTTPConnection) -> str | None:
+        values = request.headers.getlist("authorization")
+        if len(values) > 1:
+            raise InvalidLogin("There is more than one Authorization header.")
+        if not values or not values[0].lower().startswith("bearer"):
+            return None  # such as the password of a staging site, which the browser sends with everything
+        match = BEARER.fullmatch(values[0].strip())
+        if match is None:
+            raise InvalidLogin("The Authorization header is not `Bearer` and one token.")
+        return match[1]
+
+    def _cookie_token(self, request: HTTPConnection) -> str | None:
+        found = set()
+        for pair in "; ".join(request.headers.getlist("cookie")).split(";"):
+            name, _, value = pair.partition("=")
+            if name.strip() == self._cookie:
+                found.add(value.strip().strip('"'))
+        found.discard("")  # how some servers sign out
+        if len(found) > 1:
+            # Of two cookies one may have been set by another host of the same site (RFC 6265, section 8.6).
+            raise InvalidLogin("The cookie is there twice, with different tokens.")
+        return found.pop() if found else None
+
+    async def _verified(self, token: str) -> User:
+        if len(token) > MAX_TOKEN_BYTES:
+            raise InvalidLogin("The token is longer than 8 KiB.")
+        if self._remembered_version != self._keys.version:
+            self._remembered.clear()
+            self._remembered_version = self._keys.version
+        digest = hashlib.sha256(token.encode("latin-1")).digest()
+        now = self._now()
+        remembered = self._remembered.get(digest)
+        if remembered is not None and now < remembered.until:
+            return remembered.user
+        user = await self._verify(token)
+        self._remembered.pop(digest, None)  # so that it goes to the end, away from the oldest
+        if len(self._remembered) >= REMEMBERED_TOKENS:
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[digest] = Remembered(user, min(user.expires_at or 0, now + REMEMBERED_SECONDS))
+        return user
+
+    async def _verify(self, token: str) -> User:
+        header = _unverified_header(token)
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if "crit" in header:  # RFC 7515, section 4.1.11: an extension that must be understood, and none is
+            raise InvalidLogin("The token's header has critical extensions.")
+        if not isinstance(algorithm, str) or not isinstance(kid, str | None):
+            raise InvalidLogin("The token's header is malformed.")
+        key = await self._keys.find(algorithm, kid)
+        if key is None:
+            raise InvalidLogin("The token is signed with a key or an algorithm that is not accepted.")
+        try:
+            claims: Mapping[str, Any] = jwt.decode(
+                token,
+                key.key,
+                algorithms=key.algorithms,
+                issuer=self._issuer or None,
+                audience=self._audience or None,
+                options={
+                    "require": ["exp"],
+                    "verify_iss": bool(self._issuer),
+                    "verify_aud": bool(self._audience),
+                    # Ours: by the clock given, and without taking text and truth values for numbers.
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                    # Ours: the id may be another claim.
+                    "verify_sub": False,
+                    "verify_jti": False,
+                },
+            )
+        except jwt.InvalidIssuerError:
+            raise InvalidLogin("The token is from another issuer.") from None
+        except jwt.InvalidAudienceError:
+            raise InvalidLogin("The token is for another audience.") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise InvalidLogin(f"The token has no {error.claim}.") from None
+        except jwt.PyJWTError:
+            raise InvalidLogin("The token is malformed, or its signature is wrong.") from None
+        return self._user(claims)
+
+    def _user(self, claims: Mapping[str, Any]) -> User:
+        now = self._now()
+        expires_at = _time(claims, "exp")
+        if now >= expires_at:
+            raise InvalidLogin("The token has expired.")
+        for name in ("nbf", "iat"):
+            if name in claims and now < _time(claims, name) - NOT_YET_LEEWAY_SECONDS:
+                raise InvalidLogin("The token is not valid yet.")
+        return User(
+            mode="jwt",
+            id=_name(claims, self._user_claim),
+            issuer=self._issuer or (_name(claims, "iss") if "iss" in claims else ""),
+            claims=claims,
+            expires_at=expires_at,
+        )
+
+
+def _unverified_header(token: str) -> Mapping[str, Any]:
+    """The header, for finding the key. PyJWT reads the same text again, more strictly."""
+    segment = token.partition(".")[0]
+    try:
+        header: Any = json.loads(urlsafe_b64decode(segment + "=" * (-len(segment) % 4)))
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InvalidLogin("The token is malformed.")
+    return header
+
+
+def _time(claims: Mapping[str, Any], name: str) -> float:
+    """A NumericDate (RFC 7519, section 2)."""
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LATEST_TIME < value < LATEST_TIME:
+        raise InvalidLogin(f"The token's {name} is not a time.")
+    return float(value)
+
+
+def _name(claims: Mapping[str, Any], claim: str) -> str:
+    value = claims.get(claim)
+    if not is_user_id(value):
+        raise InvalidLogin("The token's iss is malformed." if claim == "iss" else "The token names no user.")
+    return value

@@ -1,0 +1,88 @@
+"""The application: settings in, FastAPI app out. Middleware order and routers, nothing else."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypedDict
+from urllib.parse import urlsplit
+
+import httpx
+from fastapi import FastAPI
+from slowapi.errors import RateLimitExceeded
+from starlette.middleware import Middleware
+
+from app import __version__, docs, health, openapi, problems
+from app.broker import Broker, open_broker
+from app.calls import routes as calls
+from app.config import Settings, SettingsError, load_settings, origin_of
+from app.limits.service import on_refused
+from app.middleware.origins import Origins
+from app.middleware.response_headers import ResponseHeaders
+from app.sessions import routes as sessions
+from app.sessions.schemas import SessionRequest
+from app.telemetry.logging import configure_logging
+from app.telemetry.requests import RequestLog
+
+
+class State(TypedDict):
+    """What the lifespan hands to every request as `request.state`."""
+
+    broker: Broker
+
+
+def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+    """The broker as an ASGI application.
+
+    Connections are opened when the server starts its lifespan. `transport` replaces the connection to OneInbox.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with open_broker(settings, transport) as broker:
+            yield {"broker": broker}
+
+    app = FastAPI(
+        title="OneInbox token broker",
+        version=__version__,
+        summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and bounds the spending.",
+        root_path=settings.root_path,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.docs else None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(ResponseHeaders),
+            Middleware(
+                Origins,
+                allowed=settings.allowed_origins,
+                own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
+                require=settings.require_origin,
+            ),
+            Middleware(problems.UnhandledErrors),
+        ],
+    )
+    problems.install(app)
+    app.add_exception_handler(RateLimitExceeded, on_refused)
+    openapi.install(app, SessionRequest)
+    app.include_router(sessions.router)
+    app.include_router(calls.router)
+    app.include_router(health.router)
+    app.include_router(problems.router)
+    if settings.docs:
+        app.include_router(docs.router)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """`uvicorn app.main:app`: the application from the environment's settings, made when it is asked for."""
+    if name != "app":
+        raise AttributeError(name)
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        sys.stderr.write("".join(f"{line}\n" for line in error.lines))
+        raise SystemExit(2) from None
+    configure_logging(settings.log_level, settings.log_format)
+    return create_app(settings)

@@ -1,0 +1,39 @@
+"""Security headers on every answer."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# An API answer is neither a page nor a frame (OWASP REST Security Cheat Sheet); a page brings its own policy.
+API_CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+ALWAYS = [
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class ResponseHeaders:
+    """Adds what every answer carries, and the strictest content policy where the answer has none.
+
+    A route puts its rate-limit headers into `scope["state"]["limit_headers"]`, so that its errors carry them too.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        limit_headers: dict[str, str] = {}
+        scope["state"]["limit_headers"] = limit_headers
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message["headers"]
+                if not any(name == b"content-security-policy" for name, _ in headers):
+                    headers.append(API_CSP)
+                headers.extend(ALWAYS)
+                headers.extend((name.lower().encode(), value.encode()) for name, value in limit_headers.items())
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)

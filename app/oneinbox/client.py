@@ -1,0 +1,200 @@
+"""OneInbox's API, as far as the broker uses it."""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+import httpx
+from pydantic import SecretStr, ValidationError
+from pydantic_core import from_json
+
+from app.oneinbox.errors import (
+    Busy,
+    Failed,
+    Invalid,
+    Misconfigured,
+    NoSuchCall,
+    OneInboxError,
+    Rejected,
+    TimedOut,
+    Unreachable,
+)
+from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall
+from app.oneinbox.transport import surely_not_sent
+
+MAX_ANSWER = 8 * 1024 * 1024
+"""Bytes of an answer at most: a long call's record with all its messages has room, an endless answer has not."""
+MAX_TOKEN = 16 * 1024
+RETRY_AFTER_DEFAULT, RETRY_AFTER_MOST = 5, 60
+
+
+class OneInbox:
+    """Client of one OneInbox account; holds the key and one pooled transport for the whole process.
+
+    `timeout`: seconds for a whole answer, connecting included. `connect_timeout`: seconds for connecting.
+    Every method raises OneInboxError. A request is sent once: nothing here retries.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: SecretStr,
+        transport: httpx.AsyncBaseTransport,
+        *,
+        timeout: float,
+        connect_timeout: float,
+        insecure_media: bool = False,
+    ) -> None:
+        """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback)."""
+        self._base_url = base_url
+        self._web_calls = httpx.URL(f"{base_url}/v1/calls/web")
+        self._transport = transport
+        self._timeout = timeout
+        self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
+        self._media_schemes = ("wss://", "ws://") if insecure_media else ("wss://",)
+        self._headers = {
+            "host": self._web_calls.netloc.decode(),
+            "authorization": f"Bearer {api_key.get_secret_value()}",
+            "accept": "application/json",
+            # A compressed answer could unpack to anything; none is asked for and none is taken.
+            "accept-encoding": "identity",
+            "user-agent": "oneinbox-broker",
+        }
+
+    async def start_web_call(
+        self,
+        *,
+        agent_id: str,
+        variables: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+    ) -> WebCall:
+        """Start a billable call. After an error `may_have_acted` tells whether it may exist all the same."""
+        body: dict[str, Any] = {"agent_id": agent_id, "metadata": metadata}
+        if variables:
+            body["variables"] = variables
+        if overrides:
+            body["overrides"] = overrides
+        status, answer = await self._send("POST", self._web_calls, body)
+        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        call_id = answer.get("id") if isinstance(answer, dict) else None
+        if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
+            raise Invalid("started a call without a usable id", may_have_acted=True, status=status)
+        url, token = answer.get("server_url"), answer.get("participant_token")
+        if (
+            not isinstance(url, str)
+            or not url.startswith(self._media_schemes)
+            or not re.fullmatch(r"[!-~]{1,2048}", url)
+        ):
+            raise Invalid(
+                "started a call without a usable server_url", may_have_acted=True, status=status, call_id=call_id
+            )
+        if not isinstance(token, str) or len(token) > MAX_TOKEN or not re.fullmatch(r"[!-~]+", token):
+            raise Invalid(
+                "started a call without a usable participant_token", may_have_acted=True, status=status, call_id=call_id
+            )
+        return WebCall(call_id, url, token)
+
+    async def get_call(self, call_id: str) -> CallRecord:
+        """One call; raises NoSuchCall. `call_id` must be a valid one."""
+        return await self._call("GET", f"/v1/calls/{call_id}", call_id)
+
+    async def stop_call(self, call_id: str) -> CallRecord:
+        """Hang up; raises NoSuchCall. `call_id` must be a valid one."""
+        return await self._call("POST", f"/v1/calls/{call_id}/stop", call_id)
+
+    async def list_calls(
+        self, *, agent_id: str | None = None, status: str | None = None, limit: int = 20, offset: int = 0
+    ) -> CallPage:
+        """A page of the account's calls, newest first. `limit`: 1 to 100."""
+        filters = {"agent_id": agent_id, "status": status, "limit": limit, "offset": offset}
+        query = urlencode({name: value for name, value in filters.items() if value is not None})
+        code, answer = await self._send("GET", httpx.URL(f"{self._base_url}/v1/calls?{query}"))
+        _raise_for_status(code, answer, not_found=_misconfigured(404))
+        try:
+            return CallPage.model_validate(answer)
+        except ValidationError:
+            raise Invalid("listed no calls", may_have_acted=False, status=code) from None
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._transport.aclose()
+
+    async def _call(self, method: str, path: str, call_id: str) -> CallRecord:
+        status, answer = await self._send(method, httpx.URL(self._base_url + path))
+        _raise_for_status(status, answer, not_found=NoSuchCall())
+        try:
+            record = CallRecord.model_validate(answer)
+        except ValidationError:
+            raise Invalid("answered no call", may_have_acted=True, status=status) from None
+        if record.id != call_id:
+            raise Invalid("answered another call", may_have_acted=True, status=status)
+        return record
+
+    async def _send(self, method: str, url: httpx.URL, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of the answer (None where it is no JSON); bounded in time and size."""
+        content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
+        request = httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
+        try:
+            async with asyncio.timeout(self._timeout):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    raw = await _read(response)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            sent = not surely_not_sent(request, httpx.ReadTimeout(""))
+            raise TimedOut("did not answer in time", may_have_acted=sent) from None
+        except httpx.TransportError as error:
+            if surely_not_sent(request, error):
+                raise Unreachable(f"cannot be reached ({type(error).__name__})", may_have_acted=False) from error
+            if isinstance(error, httpx.TimeoutException):
+                raise TimedOut("did not answer in time", may_have_acted=True) from error
+            raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
+        if response.status_code == 429:
+            raise Busy(_retry_after(response.headers.get("retry-after")))
+        try:
+            return response.status_code, from_json(raw)
+        except ValueError:
+            return response.status_code, None
+
+
+async def _read(response: httpx.Response) -> bytes:
+    """The whole body; nothing when it is encoded or larger than MAX_ANSWER, which no later step can use."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        return b""
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_ANSWER:
+            return b""
+    return bytes(body)
+
+
+def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> None:
+    if status in (200, 201):
+        return
+    if status == 404:
+        raise not_found
+    if status in (401, 402, 403):
+        raise _misconfigured(status)
+    if status == 422:
+        errors = answer.get("detail") if isinstance(answer, dict) else None
+        raise Rejected([each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else [])
+    refused = 400 <= status < 500 and status != 408
+    raise Failed(f"answered {status}", may_have_acted=not refused, status=status)
+
+
+def _misconfigured(status: int) -> Misconfigured:
+    return Misconfigured(f"answered {status}", may_have_acted=False, status=status)
+
+
+def _retry_after(value: str | None) -> int:
+    """Seconds of a Retry-After header (RFC 9110, section 10.2.3); the date form, which is rare, counts as none."""
+    if value is None or not re.fullmatch(r"[0-9]{1,9}", value.strip()):
+        return RETRY_AFTER_DEFAULT
+    return max(1, min(int(value), RETRY_AFTER_MOST))

@@ -1,0 +1,83 @@
+"""What can go wrong with OneInbox. Each class names the problem a browser gets (`slug`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+
+class OneInboxError(Exception):
+    """Any failure of a request to OneInbox.
+
+    `may_have_acted`: whether OneInbox may have done what was asked; False only when the request surely was never sent,
+    or was refused (a 4xx other than 408). `status`: OneInbox's, when it answered. `call_id`: of a call that the answer
+    named although it was not usable.
+    """
+
+    slug: ClassVar[str] = "upstream-error"
+
+    def __init__(
+        self, reason: str, *, may_have_acted: bool, status: int | None = None, call_id: str | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.may_have_acted = may_have_acted
+        self.status = status
+        self.call_id = call_id
+
+
+class Unreachable(OneInboxError):
+    """No connection could be made; nothing was sent."""
+
+    slug = "upstream-unreachable"
+
+
+class TimedOut(OneInboxError):
+    """The whole answer did not arrive in time."""
+
+    slug = "upstream-timeout"
+
+
+class Failed(OneInboxError):
+    """A 5xx, a redirect, an unexpected 4xx, or a connection lost after sending."""
+
+    slug = "upstream-error"
+
+
+class Invalid(OneInboxError):
+    """An answer that is not what was asked for."""
+
+    slug = "upstream-invalid"
+
+
+class Busy(OneInboxError):
+    """A 429. `retry_after`: seconds, as OneInbox says or 5, at most 60."""
+
+    slug = "upstream-busy"
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("asks for a pause", may_have_acted=False, status=429)
+        self.retry_after = retry_after
+
+
+class Misconfigured(OneInboxError):
+    """OneInbox refused the key, the account or the agent: 401, 402, 403, 404."""
+
+    slug = "upstream-misconfigured"
+
+
+class Rejected(OneInboxError):
+    """A 422. `errors`: OneInbox's own list, as it came (not for browsers before it is looked through)."""
+
+    slug = "upstream-misconfigured"
+
+    def __init__(self, errors: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__("rejected the request", may_have_acted=False, status=422)
+        self.errors = errors
+
+
+class NoSuchCall(OneInboxError):
+    """A 404 for a call."""
+
+    slug = "not-found"
+
+    def __init__(self) -> None:
+        super().__init__("knows no such call", may_have_acted=False, status=404)

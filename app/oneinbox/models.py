@@ -1,0 +1,73 @@
+"""OneInbox's answers, in both editions of its documentation: what the broker does not need is not read."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+
+CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+TERMINAL_STATUSES = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
+"""Statuses after which a call never runs again. Any other, a new one included, counts as running."""
+
+
+class WebCall(NamedTuple):
+    """A started web call: its id and what the browser needs to join it."""
+
+    id: str
+    server_url: str
+    participant_token: str
+
+
+def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """A field of an unexpected type counts as missing: one odd field must not hide the whole call."""
+    try:
+        return handler(value)
+    except ValueError:
+        return None
+
+
+def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
+    moment = _or_none(value, handler)
+    if not isinstance(moment, datetime):
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Text = Annotated[str | None, WrapValidator(_or_none)]
+Number = Annotated[float | None, WrapValidator(_or_none)]
+Moment = Annotated[datetime | None, WrapValidator(_utc)]
+
+
+class CallRecord(BaseModel):
+    """One call, as OneInbox keeps it. Anything but the id may be missing."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")
+    agent_id: Text = None
+    status: Text = None
+    created_at: Moment = None
+    started_at: Moment = None
+    ended_at: Moment = None
+    duration_seconds: Number = None
+    end_reason: Text = None
+    transcript: Any = None
+    messages: Any = None
+    recording_url: Text = None
+    ai_summary: Text = None
+    outcome: Text = None
+    metadata: Annotated[Mapping[str, Any] | None, WrapValidator(_or_none)] = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the call is over for good."""
+        return self.status in TERMINAL_STATUSES
+
+
+class CallPage(BaseModel):
+    """One page of a list of calls. `total`: of all pages, when OneInbox says it."""
+
+    items: list[CallRecord]
+    total: int | None = None

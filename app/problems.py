@@ -1,0 +1,320 @@
+"""Every error the broker answers: RFC 9457 problem details, one exception class, one table.
+
+`/problems/{slug}` serves the table's texts, so that the `type` of an answer is a page a developer can read.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.oneinbox.errors import Busy, NoSuchCall, OneInboxError
+
+MEDIA_TYPE = "application/problem+json"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of the table: a slug's status and title, what it means and what to do about it."""
+
+    status: int
+    title: str
+    meaning: str
+    remedy: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "malformed-json": Kind(
+        400,
+        "The body is not JSON",
+        "The body could not be read as JSON: broken syntax, NaN or Infinity, a lone surrogate, not UTF-8, or more than "
+        "32 levels deep.",
+        "Send what JSON.stringify makes of an object, in UTF-8.",
+    ),
+    "body-too-large": Kind(
+        413,
+        "The body is too large",
+        "The body is larger than 16 KiB.",
+        "Send less: variables and metadata are for short facts.",
+    ),
+    "unsupported-media-type": Kind(
+        415,
+        "The body's type is not JSON",
+        "Content-Type names something other than JSON.",
+        "Send Content-Type: application/json, or leave it out when there is no body.",
+    ),
+    "invalid-request": Kind(
+        422,
+        "The request is not valid",
+        "The body is JSON, but not what this route takes. `errors` names each place.",
+        "Mend the places that `errors` names; the API documentation shows what is taken.",
+    ),
+    "unauthenticated": Kind(
+        401,
+        "Nobody is signed in",
+        "The request carries no identity, or one that is not valid (any more).",
+        "Sign in again and send the fresh token.",
+    ),
+    "forbidden-origin": Kind(
+        403,
+        "This site may not use the broker",
+        "The request comes from a browser origin that is not allowed here.",
+        "The operator adds the site's origin to BROKER_ALLOWED_ORIGINS.",
+    ),
+    "variable-not-allowed": Kind(
+        403,
+        "A variable may not be set",
+        "The request sets a variable that browsers may not set.",
+        "Leave it out, or have the operator allow it in BROKER_ALLOWED_VARIABLES.",
+    ),
+    "override-not-allowed": Kind(
+        403,
+        "An override may not be set",
+        "The request overrides a part of the agent that browsers may not override. `detail` names the paths.",
+        "Leave it out, or have the operator allow the path in BROKER_ALLOWED_OVERRIDES.",
+    ),
+    "agent-not-allowed": Kind(
+        403,
+        "This agent is not available",
+        "The request names an agent that is not configured here, or not for this user.",
+        "Name a configured agent, or none for the default.",
+    ),
+    "identity-mismatch": Kind(
+        403,
+        "The participant identity is not yours",
+        "`participant_identity` differs from the signed-in user.",
+        "Leave it out; the broker knows who is asking.",
+    ),
+    "not-found": Kind(
+        404,
+        "Not found",
+        "There is no such route or call, or the call is somebody else's, or its key is wrong. The answers do not differ.",
+        "Use the Location that POST /session gave.",
+    ),
+    "method-not-allowed": Kind(
+        405, "Method not allowed", "The route exists, but not for this method.", "Use one of the methods in `Allow`."
+    ),
+    "rate-limited": Kind(
+        429,
+        "Too many requests",
+        "You asked more often than your limit allows.",
+        "Wait as many seconds as Retry-After says, then try once.",
+    ),
+    "at-capacity": Kind(
+        503,
+        "The service is at capacity",
+        "The broker takes no further sessions right now: a limit of all users together, a pause, or a part it needs is "
+        "down. It is not about you.",
+        "Wait as many seconds as Retry-After says, then try once.",
+    ),
+    "upstream-busy": Kind(
+        503,
+        "The voice service is busy",
+        "OneInbox asks for a pause.",
+        "Wait as many seconds as Retry-After says, then try once.",
+    ),
+    "upstream-rejected": Kind(
+        422,
+        "The voice service rejected the request",
+        "OneInbox does not take something that the request itself set. `errors` names it.",
+        "Mend the places that `errors` names.",
+    ),
+    "upstream-misconfigured": Kind(
+        502,
+        "The service is not set up correctly",
+        "OneInbox refused the broker's key, agent or account. Trying again does not help.",
+        "The operator finds the cause in the broker's log under this request id.",
+    ),
+    "upstream-error": Kind(
+        502, "The voice service failed", "OneInbox answered with an error.", "Try again in a moment."
+    ),
+    "upstream-unreachable": Kind(
+        502, "The voice service is unreachable", "No connection to OneInbox could be made.", "Try again in a moment."
+    ),
+    "upstream-invalid": Kind(
+        502,
+        "The voice service answered nonsense",
+        "OneInbox's answer was not what its documentation says.",
+        "Try again in a moment; if it stays, tell the operator the request id.",
+    ),
+    "upstream-timeout": Kind(
+        504, "The voice service took too long", "OneInbox did not answer in time.", "Try again in a moment."
+    ),
+    "internal-error": Kind(
+        500, "Internal error", "A bug in the broker.", "Tell the operator the request id; the log has the rest."
+    ),
+}
+
+
+class FieldError(BaseModel):
+    """One place of a request that is not valid; the value itself is never repeated."""
+
+    loc: list[str | int] = Field(
+        description="Path of the value, from the outside in.", examples=[["body", "variables"]]
+    )
+    msg: str = Field(description="What is wrong with it.")
+    type: str = Field(description="A short machine-readable name of the error.")
+
+
+class ProblemDetails(BaseModel):
+    """An error, as RFC 9457 problem details."""
+
+    model_config = ConfigDict(title="Problem")
+
+    type: str = Field(
+        description="Which error: a path of this broker that explains it.", examples=["/problems/rate-limited"]
+    )
+    title: str = Field(description="The error in a few words; the same for every occurrence.")
+    status: int = Field(description="The HTTP status, again.")
+    detail: str = Field(description="What happened this time, and what to do.")
+    request_id: str = Field(description="Names this request in the broker's log.")
+    errors: list[FieldError] | None = Field(default=None, description="On 422: each invalid place.")
+
+
+@dataclass(slots=True)
+class Problem(Exception):  # noqa: N818 - it is the RFC's word
+    """Raised anywhere in a request, answered as problem details.
+
+    `slug`: a key of KINDS. `detail`: for the browser's developer; never holds an input value or a secret.
+    `headers`: extra headers of the answer. `errors`: the invalid places of a 422.
+    """
+
+    slug: str
+    detail: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    errors: Sequence[Mapping[str, Any]] = ()
+
+    def __str__(self) -> str:
+        return f"{self.slug}: {self.detail}"
+
+
+def problem_response(scope: Scope, problem: Problem) -> Response:
+    """The answer for a problem, in the scope of its request (for the prefix and the request id)."""
+    kind = KINDS[problem.slug]
+    body: dict[str, Any] = {
+        "type": f"{scope.get('root_path', '')}/problems/{problem.slug}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": problem.detail or kind.meaning,
+        "request_id": scope.get("state", {}).get("request_id", ""),
+    }
+    if problem.errors:
+        body["errors"] = list(problem.errors)
+    scope.setdefault("state", {})["problem"] = problem.slug
+    return Response(json.dumps(body), status_code=kind.status, headers=dict(problem.headers), media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of every route, the framework's own included, as problem details."""
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(OneInboxError, _on_upstream_error)
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)  # noqa: S101 - registered for this class
+    return problem_response(request.scope, error)
+
+
+async def _on_upstream_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OneInboxError)  # noqa: S101 - registered for this class
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    if not isinstance(error, NoSuchCall):
+        # What OneInbox refuses for the operator's sake is an error of ours; the rest passes by itself.
+        level = "error" if error.slug == "upstream-misconfigured" else "warning"
+        getattr(log, level)(
+            "upstream_failed", problem=error.slug, reason=error.reason, request_id=request.scope["state"]["request_id"]
+        )
+    return problem_response(request.scope, Problem(error.slug, headers=headers))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
+    return problem_response(request.scope, invalid_request(error.errors()))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
+    slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "internal-error")
+    return problem_response(request.scope, Problem(slug, headers=error.headers or {}))
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:
+    """A 422 out of pydantic's error list: places and reasons, never values; the first twenty."""
+    places = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in errors[:20]]
+    return Problem("invalid-request", detail, errors=places)
+
+
+class UnhandledErrors:
+    """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_start)
+        except Exception:
+            log.exception("unhandled_error", request_id=scope["state"]["request_id"])
+            if started:
+                raise  # half an answer cannot be mended: the server cuts the connection
+            await problem_response(scope, Problem("internal-error"))(scope, receive, send)
+
+
+router = APIRouter(tags=["service"])
+
+
+class ProblemPage(BaseModel):
+    """What an error means and what to do about it."""
+
+    slug: str
+    status: int
+    title: str
+    meaning: str
+    remedy: str
+
+
+@router.get("/problems/{slug}", operation_id="explainProblem", summary="Explain an error")
+async def explain_problem(
+    slug: Annotated[str, Path(description="Last part of a problem's `type`.")], request: Request
+) -> Response:
+    """Say what an error means and what to do: as a page for a browser that asks for HTML, as JSON for everybody else."""
+    kind = KINDS.get(slug)
+    if kind is None:
+        raise Problem("not-found")
+    if "text/html" in request.headers.get("accept", ""):
+        page = _PAGE.format(slug=slug, status=kind.status, title=kind.title, meaning=kind.meaning, remedy=kind.remedy)
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_CSP})
+    return JSONResponse(
+        {"slug": slug, "status": kind.status, "title": kind.title, "meaning": kind.meaning, "remedy": kind.remedy}
+    )
+
+
+_PAGE_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} ({slug})</title>
+<style>:root{{color-scheme:light dark}}body{{font:1.1rem/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem}}
+code{{font-size:.95em}}</style></head>
+<body><main><p><code>{status} {slug}</code></p><h1>{title}</h1><p>{meaning}</p><h2>What to do</h2><p>{remedy}</p></main></body></html>
+"""

@@ -1,0 +1,283 @@
+"""Calls: the book of them, their life by the clock, and their record as OneInbox shows it."""
+
+import math
+import secrets
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from app.sandbox.options import EmulatorOptions
+from app.sandbox.schemas import StartCall
+
+MAX_CALLS = 100_000
+TERMINAL = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
+
+_NOT_STARTED = frozenset({"queued", "initiated"})
+_EVICTION_SCAN = 1_000
+_OLDER_FIELDS = frozenset(
+    {
+        "id",
+        "agent_id",
+        "type",
+        "status",
+        "variables",
+        "started_at",
+        "ended_at",
+        "duration_seconds",
+        "end_reason",
+        "transcript",
+        "recording_url",
+        "metadata",
+        "created_at",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How and when a call ended: by the clock, a stop, or the control surface."""
+
+    status: str
+    reason: str
+    started_at: float | None
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A status the control surface keeps a call in."""
+
+    status: str
+    since: float
+
+
+@dataclass(slots=True)
+class Call:
+    """What is remembered of a call; its status follows from this and the time."""
+
+    number: int
+    """Counts up in the order of creation."""
+    id: str
+    agent_id: str
+    room_name: str
+    created_at: float
+    variables: dict[str, Any]
+    overrides: dict[str, Any]
+    metadata: dict[str, Any]
+    ending: Ending | None = None
+    """Set when it was not the clock that ended it."""
+    hold: Hold | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields the control surface laid over the record."""
+    removed: set[str] = field(default_factory=set)
+    """Fields the control surface took out of the record."""
+    announced: frozenset[str] = frozenset()
+    """Webhook events already sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A call at one point in time."""
+
+    status: str
+    changed_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    end_reason: str | None = None
+    ready: bool = False
+    """Transcript and the rest are there."""
+    next_change: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the call costs money; a status nobody knows does."""
+        return self.status not in TERMINAL
+
+    @property
+    def duration(self) -> int | None:
+        """Seconds talked, once ended."""
+        if self.ended_at is None:
+            return None
+        return 0 if self.started_at is None else round(self.ended_at - self.started_at)
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Webhook events due so far, in order."""
+        due: list[str] = []
+        if self.started_at is not None:
+            due.append("call.started")
+        if self.ended_at is not None:
+            due.append("call.failed" if self.status == "failed" else "call.ended")
+        if self.ready:
+            due += ["call.recording.available", "transcript.final", "call.analyzed"]
+        return tuple(due)
+
+
+def moment(call: Call, options: EmulatorOptions, now: float) -> Moment:
+    """`call` at time `now`."""
+    if call.ending is not None:
+        return _ended(call.ending, options, now)
+    initiated_at = call.created_at + options.queued
+    started_at = initiated_at + options.initiated
+    ended_at = started_at + options.in_progress
+    if call.hold is not None:
+        started = None if call.hold.status in _NOT_STARTED else min(started_at, call.hold.since)
+        return Moment(call.hold.status, call.hold.since, started)
+    if now < initiated_at:
+        return Moment("queued", call.created_at, next_change=initiated_at)
+    if now < started_at:
+        return Moment("initiated", initiated_at, next_change=started_at)
+    if now < ended_at:
+        return Moment("in_progress", started_at, started_at, next_change=ended_at)
+    return _ended(Ending("completed", "user_hangup", started_at, ended_at), options, now)
+
+
+def _ended(end: Ending, options: EmulatorOptions, now: float) -> Moment:
+    ready_at = end.ended_at + options.transcript_delay
+    if now < ready_at:
+        return Moment(end.status, end.ended_at, end.started_at, end.ended_at, end.reason, next_change=ready_at)
+    return Moment(end.status, ready_at, end.started_at, end.ended_at, end.reason, ready=True)
+
+
+class Calls:
+    """The account's calls, at most MAX_CALLS of them."""
+
+    def __init__(self, options: EmulatorOptions) -> None:
+        self._options = options
+        # Ordered by creation. A plain dict pays for every entry deleted at its front when it is next iterated.
+        self._calls: OrderedDict[str, Call] = OrderedDict()
+        self._created = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Call]:
+        """Newest first."""
+        return reversed(self._calls.values())
+
+    def get(self, call_id: str) -> Call | None:
+        """The call with this id, if it is (still) there."""
+        return self._calls.get(call_id)
+
+    def moment(self, call: Call) -> Moment:
+        """`call` now."""
+        return moment(call, self._options, self._options.now())
+
+    def running(self) -> list[Call]:
+        """The calls that have not ended, newest first."""
+        return [call for call in self if self.moment(call).running]
+
+    def start(self, body: StartCall) -> Call:
+        """Create a call."""
+        if len(self._calls) >= MAX_CALLS:
+            self._evict()
+        self._created += 1
+        call = Call(
+            number=self._created,
+            id=str(uuid.uuid4()) if self._options.edition == "reference" else f"call_{secrets.token_hex(8)}",
+            agent_id=body.agent_id,
+            room_name=f"web-{secrets.token_hex(4)}",
+            created_at=self._options.now(),
+            variables=body.variables or {},
+            overrides=body.overrides.model_dump(exclude_unset=True) if body.overrides else {},
+            metadata=body.metadata or {},
+        )
+        self._calls[call.id] = call
+        return call
+
+    def stop(self, call: Call) -> None:
+        """End a running call; one that has ended stays as it is."""
+        if self.moment(call).running:
+            self._end(call, "completed", "stopped")
+
+    def force(self, call: Call, status: str | None) -> None:
+        """Put a call into `status` until told otherwise or stopped; None gives it back to the clock."""
+        if status is None:
+            call.ending = call.hold = None
+        elif status in TERMINAL:
+            self._end(call, status, status)
+        else:
+            call.ending, call.hold = None, Hold(status, self._options.now())
+
+    def delete(self, call: Call) -> None:
+        """Forget a call."""
+        del self._calls[call.id]
+
+    def _end(self, call: Call, status: str, reason: str) -> None:
+        now = self.moment(call)
+        ended_at = self._options.now() if now.ended_at is None else now.ended_at
+        call.ending, call.hold = Ending(status, reason, now.started_at, ended_at), None
+
+    def _evict(self) -> None:
+        """Drop the oldest ended call; the oldest of all when a long row at the front is held running."""
+        oldest = list(islice(self._calls.values(), _EVICTION_SCAN))
+        self.delete(next((call for call in oldest if not self.moment(call).running), oldest[0]))
+
+
+def record(call: Call, at: Moment, options: EmulatorOptions) -> dict[str, Any]:
+    """The call as GET /v1/calls/{id} answers it."""
+    talked = at.ready and at.started_at is not None
+    messages = _messages(call) if talked else []
+    duration = at.duration or 0
+    fields: dict[str, Any] = {
+        "id": call.id,
+        "agent_id": call.agent_id,
+        "type": "web",
+        "status": at.status,
+        "from_number": None,
+        "to_number": None,
+        "room_name": call.room_name,
+        "direction": "inbound",
+        "scheduled_at": None,
+        "variables": call.variables,
+        "started_at": timestamp(at.started_at),
+        "ended_at": timestamp(at.ended_at),
+        "duration_seconds": at.duration,
+        "end_reason": at.end_reason,
+        "transcript": _transcript(messages, options) if talked else None,
+        "messages": messages,
+        "recording_url": f"https://recordings.oneinbox.example/{call.id}.wav" if talked else None,
+        "analysis": {"sentiment": "positive", "success": True} if talked else {},
+        "latency": {"stt_ms": 120, "llm_ms": 340, "tts_ms": 180} if talked else {},
+        "cost_cents": math.ceil(duration / 60 * 10) if at.ready else None,
+        "metadata": call.metadata,
+        "created_at": timestamp(call.created_at),
+        "updated_at": timestamp(at.changed_at),
+        "twilio_call_sid": None,
+        "outcome": "resolved" if talked else None,
+        "ai_summary": "The caller asked for the opening hours and was told." if talked else None,
+        "credits_used": round(duration / 60, 2) if at.ready else None,
+    }
+    if options.edition == "guide":
+        fields = {name: value for name, value in fields.items() if name in _OLDER_FIELDS}
+    fields |= call.extra
+    return {name: value for name, value in fields.items() if name not in call.removed}
+
+
+def timestamp(at: float | None) -> str | None:
+    """RFC 3339 in UTC."""
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _messages(call: Call) -> list[dict[str, Any]]:
+    greeting = call.overrides.get("first_message") or "Hello, this is the sandbox. How can I help you?"
+    tool = {"name": "opening_hours", "tool_call_id": "tool_1"}
+    return [
+        {"role": "agent", "content": greeting},
+        {"role": "user", "content": "When do you open tomorrow?"},
+        {"role": "tool_call", "content": "", **tool, "arguments": {"day": "tomorrow"}},
+        {"role": "tool_result", "content": '{"opens": "09:00"}', **tool, "is_error": False},
+        {"role": "agent", "content": "We open at nine."},
+        {"role": "user", "content": "Thank you, goodbye."},
+    ]
+
+
+def _transcript(messages: list[dict[str, Any]], options: EmulatorOptions) -> str | list[dict[str, Any]]:
+    spoken = [message for message in messages if message["role"] in ("agent", "user")]
+    if options.edition == "guide":
+        return spoken
+    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in spoken)

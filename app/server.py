@@ -1,0 +1,52 @@
+"""uvicorn, as the broker runs it."""
+
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+GRACE = 20
+"""Seconds that running requests get to finish after SIGTERM."""
+
+
+class Server(uvicorn.Server):
+    """Ends with exit status 0 on SIGTERM and Ctrl-C: both are ways to say that the work is done."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """As uvicorn does, without raising the signals again afterwards."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def create_server(app: ASGIApp) -> Server:
+    """A server for the app: `run(sockets=…)` it, or await `serve(sockets=…)` inside an event loop."""
+    return Server(
+        uvicorn.Config(
+            app,
+            # The app decides itself whose X-Forwarded-For it believes, logs requests itself, and names no server.
+            proxy_headers=False,
+            access_log=False,
+            server_header=False,
+            log_config=None,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def url_of(listener: socket.socket) -> str:
+    """The http URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,137 @@
+"""What POST /session takes and gives: the broker's own fields and LiveKit's standard token request, side by side."""
+
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError, to_json
+
+MAX_BODY = 16 * 1024
+MAX_VARIABLES = 32
+MAX_VARIABLE = 1000
+MAX_METADATA = 4 * 1024
+RESERVED_PREFIX = "broker_"
+
+# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure.
+UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def check_variable_value(value: str | float | bool) -> str | float | bool:
+    """A variable's value as it may enter a prompt; ValueError otherwise (contract of POST /session, `variables`)."""
+    if isinstance(value, str) and UNSAFE_TEXT.search(value):
+        raise PydanticCustomError(
+            "unsafe_text", "Text must not hold {{open}}, {{close}} or control characters", {"open": "{{", "close": "}}"}
+        )
+    if len(value if isinstance(value, str) else to_json(value)) > MAX_VARIABLE:
+        raise PydanticCustomError("too_long", "A value has at most 1,000 characters")
+    return value
+
+
+def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    if any(name.startswith(RESERVED_PREFIX) for name in value):
+        raise PydanticCustomError("reserved_key", "Keys that start with broker_ are the broker's own")
+    return value
+
+
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+VariableText = Annotated[str, AfterValidator(check_variable_value)]
+VariableValue = Annotated[bool | int | float | str, AfterValidator(check_variable_value)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class AgentDispatch(_Strict):
+    """LiveKit's agent dispatch, as far as it has a meaning here."""
+
+    agent_name: Name | None = Field(default=None, description="Name of a configured agent.")
+    metadata: str | None = Field(default=None, description="Goes to the call's metadata as `agent_metadata`.")
+
+
+class RoomConfig(_Strict):
+    """LiveKit's room configuration: only the agent can be chosen, OneInbox assigns the room."""
+
+    agents: list[AgentDispatch] | None = Field(default=None, max_length=1)
+
+
+class SessionRequest(_Strict):
+    """Everything is optional: no body at all starts a call with the default agent."""
+
+    agent: Name | None = Field(
+        default=None,
+        description="Name of a configured agent; `default` is the only one unless the operator named more.",
+    )
+    agent_id: Name | None = Field(default=None, description="Instead of a name: the id of a configured agent.")
+    variables: dict[VariableName, VariableValue] | None = Field(
+        default=None,
+        max_length=MAX_VARIABLES,
+        description="Values for the agent's prompt: strings, numbers or booleans, at most 1,000 characters each, without "
+        "`{{`, `}}` or control characters.",
+        examples=[{"customer_name": "Ada"}],
+    )
+    metadata: Annotated[dict[str, Any], AfterValidator(_check_metadata)] | None = Field(
+        default=None, description="Stored on the call record; at most 4 KiB as JSON, no key that starts with `broker_`."
+    )
+    overrides: dict[str, Any] | None = Field(
+        default=None,
+        description="Parts of the agent to replace; only what the operator allows.",
+        examples=[{"first_message": "Hi!"}],
+    )
+    participant_name: VariableText | None = Field(
+        default=None,
+        description="LiveKit: becomes the variable `participant_name` where that is allowed, else is dropped.",
+    )
+    participant_identity: str | None = Field(
+        default=None, description="LiveKit: must be the signed-in user's own id; ignored in anonymous mode."
+    )
+    participant_metadata: str | None = Field(
+        default=None, description="LiveKit: goes to the call's metadata as `participant_metadata`."
+    )
+    participant_attributes: dict[VariableName, VariableText] | None = Field(
+        default=None, max_length=MAX_VARIABLES, description="LiveKit: more `variables`, under the same rules."
+    )
+    room_config: RoomConfig | None = Field(
+        default=None, description="LiveKit: chooses the agent by `agents[0].agent_name`."
+    )
+
+    @property
+    def all_variables(self) -> dict[str, str | float | bool]:
+        """`variables` over `participant_attributes`; not `participant_name`, which policy may drop."""
+        return {**(self.participant_attributes or {}), **(self.variables or {})}
+
+    @property
+    def agent_name(self) -> str | None:
+        """The agent asked for by name, in either style."""
+        return self.agent or self._dispatch.agent_name
+
+    @property
+    def all_metadata(self) -> dict[str, Any]:
+        """`metadata`, with LiveKit's two texts under names of their own."""
+        livekit = {"participant_metadata": self.participant_metadata, "agent_metadata": self._dispatch.metadata}
+        return {**(self.metadata or {}), **{name: text for name, text in livekit.items() if text is not None}}
+
+    @property
+    def _dispatch(self) -> AgentDispatch:
+        agents = self.room_config and self.room_config.agents
+        return agents[0] if agents else AgentDispatch()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.agent and self._dispatch.agent_name not in (None, self.agent):
+            raise PydanticCustomError("contradiction", "agent and room_config.agents[0].agent_name differ")
+        if len(self.all_variables) + (self.participant_name is not None) > MAX_VARIABLES:
+            raise PydanticCustomError("too_long", "There are at most 32 variables, participant_attributes included")
+        if len(to_json(self.all_metadata)) > MAX_METADATA:
+            raise PydanticCustomError("too_long", "Metadata has at most 4 KiB as JSON")
+        return self
+
+
+class Session(BaseModel):
+    """What a browser needs to join the call: exactly what LiveKit's standard token endpoint answers."""
+
+    server_url: str = Field(description="Where to connect.", examples=["wss://voice.oneinbox.ai"])
+    participant_token: str = Field(
+        description="A short-lived token for this one call.", examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.e30.c2ln"]
+    )

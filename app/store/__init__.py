@@ -1,0 +1,19 @@
+"""The broker's memory: small, expiring, and shared by all replicas where BROKER_STORE_URL says so."""
+
+from app.store.failover import FailoverStore
+from app.store.memory import MemoryStore
+from app.store.protocol import Decision, Rate, RateState, Slot, Store, StoreUnavailable
+from app.store.valkey import ValkeyStore
+
+__all__ = ["Decision", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "open_store"]
+
+
+def open_store(url: str, *, fallback: bool = True) -> Store:
+    """The store behind a URL: `memory://`, or `redis://`, `rediss://`, `valkey://`, `valkeys://`.
+
+    Nothing connects before it is entered (`async with`). With `fallback`, decisions are taken locally while a shared
+    store is gone; without, they raise StoreUnavailable. Raises ValueError, without the URL in it, for any other URL.
+    """
+    if url == "memory://":
+        return MemoryStore()
+    return FailoverStore(ValkeyStore(url), MemoryStore(), fallback=fallback)

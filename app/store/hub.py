@@ -1,0 +1,44 @@
+"""Subscriptions inside one process."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+BACKLOG = 64
+"""Messages kept for a reader that is slow; they are hints, so the oldest go first."""
+
+
+class Hub:
+    """Hands a channel's messages to whoever listens in this process."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, set[asyncio.Queue[bytes]]] = {}
+
+    def listeners(self, channel: str) -> int:
+        """How many listen to the channel."""
+        return len(self._queues.get(channel, ()))
+
+    def deliver(self, channel: str, message: bytes) -> None:
+        """Hand a message to every listener of the channel."""
+        for queue in self._queues.get(channel, ()):
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(message)
+
+    @asynccontextmanager
+    async def listen(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """The channel's messages from entering on."""
+        queue: asyncio.Queue[bytes] = asyncio.Queue(BACKLOG)
+        self._queues.setdefault(channel, set()).add(queue)
+        try:
+            yield _messages(queue)
+        finally:
+            listeners = self._queues[channel]
+            listeners.discard(queue)
+            if not listeners:
+                del self._queues[channel]
+
+
+async def _messages(queue: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
+    while True:
+        yield await queue.get()

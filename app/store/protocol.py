@@ -1,0 +1,176 @@
+"""What every store backend offers. Names are bare here; a shared backend prefixes them with `oib:`.
+
+Everything in a store expires: a name without an end would grow a store for ever.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+
+class StoreUnavailable(Exception):  # noqa: N818 - an outage, and often no error to its caller
+    """The shared store did not answer in time, or not at all, or refused (out of memory, read-only, wrong password)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At most `amount` in any window of `seconds`, counted under `name`.
+
+    Rates of different windows need different names; one question asks a name once.
+    """
+
+    name: str
+    amount: int
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class RateState:
+    """One rate after a decision.
+
+    `remaining`: how many more the window takes (never below 0). `reset`: seconds until the window takes more than it
+    does now (the whole window when it is empty); after a refusal, seconds after which the same question would pass
+    this rate, if nothing else was counted (a cost above `amount` never passes). `mark`: the entry that this decision
+    counted in, for giving it back; opaque.
+    """
+
+    remaining: int
+    reset: float
+    mark: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for `capacity` members at once under `name`; None: members are kept, but never too many."""
+
+    name: str
+    capacity: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The one answer to a question about several rates and slots at once.
+
+    `refused`: indices into rates then slots (a slot's index is len(rates) + its own) that had no room; empty means yes.
+    `rates`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
+    `counted`: whether this question was counted (allowed, or asked with enforce=False; never when it only looked).
+    `cost`: what was asked for. `local`: answered by this process alone, the shared store being gone.
+    """
+
+    refused: tuple[int, ...]
+    rates: tuple[RateState, ...]
+    used: tuple[int, ...]
+    counted: bool
+    cost: int = 1
+    local: bool = False
+
+    @property
+    def allowed(self) -> bool:
+        """True when nothing refused."""
+        return not self.refused
+
+
+class Store(Protocol):
+    """Small protocol of both backends. All durations are seconds. Shared backends raise StoreUnavailable."""
+
+    shared: bool
+    """Whether other processes see the same data."""
+
+    @property
+    def state(self) -> Literal["ok", "down"]:
+        """Down: the shared store is gone, and this process answers what it can alone."""
+        ...
+
+    async def __aenter__(self) -> Self:
+        """Start background work, if any. A store that cannot be reached opens all the same."""
+        ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """As `aclose`."""
+        ...
+
+    async def decide(
+        self,
+        rates: Sequence[Rate],
+        slots: Sequence[Slot] = (),
+        *,
+        member: str = "",
+        lease: float = 0,
+        cost: int = 1,
+        enforce: bool = True,
+    ) -> Decision:
+        """Ask all rates and slots at once: all are counted, or none.
+
+        `member` enters every slot until `lease` seconds from now; one that is in already takes no further room. `cost`
+        0 only looks, and is refused by nothing that is merely full. With `enforce` False the question is counted
+        whatever the answer. Raises ValueError for slots without a member, unless it only looks.
+        """
+        ...
+
+    async def give_back(
+        self, rates: Sequence[Rate], decision: Decision, slots: Sequence[Slot] = (), *, member: str = ""
+    ) -> None:
+        """Undo what `decide` counted: each rate only in the entry it was counted in, and `member` leaves the slots.
+
+        At most once per decision: what stands in an entry is not told apart.
+        """
+        ...
+
+    async def get(self, name: str) -> bytes | None:
+        """The value, or None when there is none (any more)."""
+        ...
+
+    async def set(self, name: str, value: bytes, ttl: float) -> None:
+        """Set the value for `ttl` seconds."""
+        ...
+
+    async def add(self, name: str, value: bytes, ttl: float) -> bool:
+        """Set the value only where there is none; whether it was set."""
+        ...
+
+    async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
+        """Set the value only where `expected` stands; whether it was set."""
+        ...
+
+    async def delete(self, name: str, expected: bytes | None = None) -> bool:
+        """Delete the value (only where `expected` stands, when given); whether it was there."""
+        ...
+
+    async def enter(self, name: str, member: str, ttl: float) -> None:
+        """Put a member into a set until `ttl` seconds from now; again: moves its end."""
+        ...
+
+    async def leave(self, names: Sequence[str], member: str) -> bool:
+        """Take a member out of sets; whether it was in any."""
+        ...
+
+    async def members(self, name: str) -> dict[str, float]:
+        """The living members and the seconds each has left."""
+        ...
+
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+        """Put a value in front of a list that keeps the newest `keep`, and expires `ttl` after its last push."""
+        ...
+
+    async def items(self, name: str) -> list[bytes]:
+        """A list's values, newest first."""
+        ...
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        """Tell every subscriber of the channel, on every replica. A hint: nobody may rely on its arrival."""
+        ...
+
+    def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The channel's messages from entering on. Never raises: while the store is gone there is silence.
+
+        A reader that falls more than 64 messages behind loses the oldest.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections; nothing may be asked afterwards."""
+        ...

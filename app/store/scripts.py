@@ -1,0 +1,206 @@
+"""What the Valkey server runs: one script per question, so one round trip each, and atomic.
+
+Times are the server's, in microseconds since 1970 (doubles hold them exactly): replicas' clocks need not agree. The
+window is windows.py's, as a MessagePack list `time, count, time, count, …`, oldest first. Every write sets an end.
+"""
+
+from dataclasses import dataclass, field
+from hashlib import sha1
+
+from app.store.windows import GRID, MOST
+
+_NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+"""
+
+_ENTER = """
+local function enter(key, member, lease)
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+  redis.call('ZADD', key, now + lease, member)
+  local last = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]
+  redis.call('PEXPIREAT', key, math.ceil(last / 1000))
+end
+"""
+
+_CELL = f"""
+local function same_cell(one, other, amount, span)
+  if one == other then return true end
+  local cell = span / {GRID}
+  return amount > {GRID} and math.floor(one / cell) == math.floor(other / cell)
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script and the digest by which the server knows it."""
+
+    text: str
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha", sha1(self.text.encode(), usedforsecurity=False).hexdigest())
+
+
+DECIDE = Script(
+    _NOW
+    + _ENTER
+    + _CELL
+    + f"""
+-- KEYS: rates, then slots. ARGV: number of rates, cost, enforce (1 or 0), member, lease, then amount and span for each
+-- rate and capacity (-1: none) for each slot. Answers, joined by blanks: counted, then refused, remaining, reset, mark
+-- for each rate, then refused, used for each slot.
+local rates, cost, enforce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
+local member, lease = ARGV[4], tonumber(ARGV[5])
+
+local function load(key, span)
+  local packed = redis.call('GET', key)
+  if not packed then return {{}}, 0 end
+  local all = cmsgpack.unpack(packed)
+  local size, first, total = #all, 1, 0
+  while first < size and all[first] + span <= now do first = first + 2 end
+  for at = first + 1, size, 2 do total = total + all[at] end
+  if first == 1 then return all, total end
+  local kept = {{}}
+  for at = first, size do kept[at - first + 1] = all[at] end
+  return kept, total
+end
+
+local function count(window, amount, span)
+  local size, mark = #window, now
+  local newest = window[size - 1]
+  -- The server's clock may have been set back: entries stay in order, and leave late rather than early.
+  if newest and newest > mark then mark = newest end
+  if newest and same_cell(mark, newest, amount, span) then
+    window[size - 1], window[size] = mark, window[size] + cost
+  else
+    window[size + 1], window[size + 2] = mark, cost
+    if size + 2 > {2 * MOST} then
+      window[4] = window[4] + window[2]
+      table.remove(window, 1)
+      table.remove(window, 1)
+    end
+  end
+  return mark
+end
+
+local function wait(window, total, target, span)
+  if total == 0 then return span end
+  local at, left = 1, total - window[2]
+  while left > target and window[at + 2] do
+    at = at + 2
+    left = left - window[at + 1]
+  end
+  return window[at] + span - now
+end
+
+local windows, totals, used, refused, free = {{}}, {{}}, {{}}, {{}}, true
+for i = 1, rates do
+  windows[i], totals[i] = load(KEYS[i], tonumber(ARGV[4 + 2 * i + 1]))
+  refused[i] = totals[i] + cost > tonumber(ARGV[4 + 2 * i])
+  free = free and not refused[i]
+end
+for i = rates + 1, #KEYS do
+  local capacity = tonumber(ARGV[5 + rates + i])
+  used[i] = redis.call('ZCOUNT', KEYS[i], string.format('(%.0f', now), '+inf')
+  local ends = cost > 0 and redis.call('ZSCORE', KEYS[i], member)
+  local needed = used[i]
+  if cost > 0 and not (ends and tonumber(ends) > now) then needed = needed + 1 end
+  refused[i] = capacity >= 0 and needed > capacity
+  free = free and not refused[i]
+  if cost > 0 then used[i] = {{used[i], needed}} else used[i] = {{used[i], used[i]}} end
+end
+
+local counted = cost > 0 and (free or not enforce)
+local answer = {{counted and '1' or '0'}}
+for i = 1, rates do
+  local amount, span = tonumber(ARGV[4 + 2 * i]), tonumber(ARGV[4 + 2 * i + 1])
+  local window, total, mark = windows[i], totals[i], 0
+  if counted then
+    mark = count(window, amount, span)
+    total = total + cost
+    redis.call('SET', KEYS[i], cmsgpack.pack(window), 'PX', math.ceil((mark + span - now) / 1000))
+  end
+  local target = refused[i] and amount - cost or math.min(total, amount) - 1
+  answer[#answer + 1] = string.format('%d %d %.0f %.0f', refused[i] and 1 or 0, math.max(amount - total, 0),
+    wait(window, total, target, span), mark)
+end
+for i = rates + 1, #KEYS do
+  if counted then enter(KEYS[i], member, lease) end
+  answer[#answer + 1] = string.format('%d %d', refused[i] and 1 or 0, used[i][counted and 2 or 1])
+end
+return table.concat(answer, ' ')
+"""
+)
+
+GIVE_BACK = Script(
+    _CELL
+    + """
+-- KEYS: rates, then slots. ARGV: number of rates, cost, member, then amount, span, mark for each rate.
+local rates, cost = tonumber(ARGV[1]), tonumber(ARGV[2])
+for i = 1, rates do
+  local amount, span, mark = tonumber(ARGV[1 + 3 * i]), tonumber(ARGV[2 + 3 * i]), tonumber(ARGV[3 + 3 * i])
+  local packed = redis.call('GET', KEYS[i])
+  local window = packed and cmsgpack.unpack(packed) or {}
+  for at = #window - 1, 1, -2 do
+    if same_cell(window[at], mark, amount, span) then
+      window[at + 1] = math.max(window[at + 1] - cost, 0)
+      if window[at + 1] == 0 then
+        table.remove(window, at)
+        table.remove(window, at)
+      end
+      if #window == 0 then
+        redis.call('DEL', KEYS[i])
+      else
+        redis.call('SET', KEYS[i], cmsgpack.pack(window), 'KEEPTTL')
+      end
+      break
+    end
+  end
+end
+for i = rates + 1, #KEYS do redis.call('ZREM', KEYS[i], ARGV[3]) end
+"""
+)
+
+ENTER = Script(_NOW + _ENTER + "enter(KEYS[1], ARGV[1], tonumber(ARGV[2]))\n")
+
+LEAVE = Script(
+    _NOW
+    + """
+local left = 0
+for i = 1, #KEYS do
+  local ends = redis.call('ZSCORE', KEYS[i], ARGV[1])
+  if ends and tonumber(ends) > now then left = 1 end
+  redis.call('ZREM', KEYS[i], ARGV[1])
+end
+return left
+"""
+)
+
+MEMBERS = Script(
+    _NOW
+    + """
+local found = redis.call('ZRANGEBYSCORE', KEYS[1], string.format('(%.0f', now), '+inf', 'WITHSCORES')
+for at = 2, #found, 2 do found[at] = string.format('%.0f', found[at] - now) end
+return found
+"""
+)
+
+REPLACE = Script(
+    """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+)
+
+DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nreturn redis.call('DEL', KEYS[1])\n")
+
+PUSH = Script(
+    """
+redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+"""
+)

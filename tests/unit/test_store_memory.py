@@ -1,0 +1,133 @@
+"""The store in memory, with a clock of the test's own: ends, sweeping, size."""
+
+import gc
+import itertools
+import time
+
+import pytest
+
+from app.store import Rate, Slot, open_store
+from app.store.memory import SHARDS, SWEEP_SECONDS, MemoryStore
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryStore:
+    return MemoryStore(clock)
+
+
+async def test_values_end(store: MemoryStore, clock: Clock) -> None:
+    await store.set("a", b"1", 10)
+    clock.now += 9.5
+    assert await store.get("a") == b"1"
+    assert not await store.add("a", b"2", 10)
+    clock.now += 0.5
+    assert await store.get("a") is None
+    assert not await store.replace("a", b"1", b"2", 10)
+    assert not await store.delete("a")
+    assert await store.add("a", b"2", 10)
+    assert await store.get("a") == b"2"
+
+
+async def test_a_list_ends_after_its_last_push(store: MemoryStore, clock: Clock) -> None:
+    await store.push("l", b"1", keep=3, ttl=10)
+    clock.now += 9
+    await store.push("l", b"2", keep=3, ttl=10)
+    clock.now += 9
+    assert await store.items("l") == [b"2", b"1"]
+    clock.now += 1
+    assert await store.items("l") == []
+    await store.push("l", b"3", keep=3, ttl=10)
+    assert await store.items("l") == [b"3"]
+
+
+async def test_a_member_ends_and_its_end_can_move(store: MemoryStore, clock: Clock) -> None:
+    slot = Slot("s", 2)
+    await store.decide([], [slot], member="a", lease=10)
+    await store.decide([], [slot], member="b", lease=10)
+    assert (await store.decide([], [slot], member="c", lease=10)).refused == (0,)
+    clock.now += 5
+    await store.enter("s", "a", 10)
+    clock.now += 5
+    assert await store.members("s") == {"a": 5}
+    assert (await store.decide([], [slot], member="c", lease=10)).used == (2,)
+    await store.enter("s", "a", 1)
+    clock.now += 1
+    assert await store.members("s") == {"c": 9}
+
+
+async def test_members_that_come_and_go_leave_nothing(store: MemoryStore) -> None:
+    await store.enter("s", "stays", 1e6)
+    for number in range(10_000):
+        await store.enter("s", f"m{number}", 1e6)
+        await store.leave(["s"], f"m{number}")
+    assert len(store._sets.of("s")["s"]._queue) < 200
+    await store.leave(["s"], "stays")
+    assert len(store) == 0
+
+
+async def test_a_million_users_pass_and_nothing_remains(store: MemoryStore, clock: Clock) -> None:
+    slowest = most = 0.0
+    gc.collect()
+    gc.freeze()
+    try:
+        for number in range(1_000_000):
+            clock.now += 0.001  # a thousand new users a second, each with a window of a minute
+            before = time.thread_time()
+            await store.decide((Rate(f"user{number}", 5, 60),))
+            slowest = max(slowest, time.thread_time() - before)
+            if number % 10_000 == 0:
+                most = max(most, len(store))
+    finally:
+        gc.unfreeze()
+    assert most <= 60_000 + 64_000 + 1_000  # those that count, and a round of sweeping
+    assert slowest < 0.02
+    clock.now += 60
+    for _ in range(SHARDS):
+        clock.now += SWEEP_SECONDS
+        await store.get("any")
+    assert len(store) == 0
+
+
+async def test_every_kind_is_swept(store: MemoryStore, clock: Clock) -> None:
+    for number in range(100):
+        await store.set(f"v{number}", b"", 5)
+        await store.push(f"l{number}", b"", keep=1, ttl=5)
+        await store.enter(f"s{number}", "m", 5)
+        await store.decide([Rate(f"r{number}", 1, 5)])
+    assert len(store) == 400
+    clock.now += 5
+    for _ in range(SHARDS):
+        clock.now += SWEEP_SECONDS
+        await store.get("any")
+    assert len(store) == 0
+
+
+async def test_a_store_in_memory_is_always_ok() -> None:
+    async with open_store("memory://") as store:
+        assert store.state == "ok"
+        assert not store.shared
+
+
+@pytest.mark.parametrize(
+    "url", ["", "memory", "http://s3cret@host", "redis://user:s3cret@host:port", "redis://:s3cret@h:6379?nonsense=1"]
+)
+def test_a_wrong_url_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="URL") as caught:
+        open_store(url)
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in "".join(itertools.chain.from_iterable(map(str, caught.value.args)))

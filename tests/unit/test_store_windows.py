@@ -1,0 +1,135 @@
+"""The moving window against a model that remembers every hit. Times are multiples of 1/64 s: exact in doubles."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.store import Decision, Rate
+from app.store.memory import MemoryStore
+from app.store.windows import GRID, MOST
+
+TICK = 1 / 64
+
+
+def now_or_never(coroutine):
+    """The result of a coroutine that awaits nothing: nobody else can have run in between."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waited")
+
+
+@dataclass
+class Model:
+    """Every hit that stands, `[time, cost]`, and nothing clever."""
+
+    rate: Rate
+    hits: list[list[float]] = field(default_factory=list)
+
+    def held(self, now: float, seconds: float) -> int:
+        return int(sum(cost for time, cost in self.hits if time > now - seconds))
+
+
+questions = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "ask", "ask", "observe", "look", "give back"]),
+        st.integers(0, 40),  # ticks that pass before
+        st.integers(1, 4),  # cost
+    ),
+    max_size=150,
+)
+
+
+@given(amount=st.sampled_from([1, 2, 5, 63, 64, 65, 100, 200]), seconds=st.integers(1, 4), questions=questions)
+def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tuple[str, int, int]]) -> None:
+    now = 1000.0
+    store, rate = MemoryStore(lambda: now), Rate("r", amount, seconds)
+    model = Model(rate)
+    cell = seconds / GRID if amount > GRID else 0
+    given: list[tuple[Decision, list[float]]] = []
+    blurred = False  # counted past the amount: entries were merged, and nothing can be said of what is given back
+    for what, ticks, size in questions:
+        now += ticks * TICK
+        cost = 0 if what == "look" else size
+        if what == "give back":
+            if given and not blurred:
+                decision, hit = given.pop()
+                now_or_never(store.give_back([rate], decision))
+                if hit[0] > now - seconds:
+                    hit[1] -= decision.cost
+            continue
+        before = model.held(now, seconds)
+        decision = now_or_never(store.decide([rate], cost=cost, enforce=what != "observe"))
+        if decision.allowed:
+            assert before + cost <= amount
+        else:
+            assert model.held(now, seconds + cell) + cost > amount
+        if decision.counted:
+            model.hits.append([now, cost])
+            given.append((decision, model.hits[-1]))
+        assert decision.counted == (cost > 0 and (decision.allowed or what == "observe"))
+        held, late = model.held(now, seconds), model.held(now, seconds + cell)
+        if what == "observe":
+            blurred = blurred or held > amount
+        elif not blurred:
+            assert max(amount - late, 0) <= decision.rates[0].remaining <= max(amount - held, 0)
+        if not decision.allowed and cost <= amount:
+            # The promised time is honest, and not a tick too late.
+            then = now
+            now = then + decision.rates[0].reset
+            assert now_or_never(store.decide([rate], cost=0)).rates[0].remaining >= cost
+            now = then
+            assert decision.rates[0].reset > 0
+        assert len(store._windows.of("r").get("r", ())) <= 2 + 2 * MOST
+
+
+def test_a_hit_leaves_when_the_window_has_passed_and_not_before() -> None:
+    now = 100.0
+    store, rate = MemoryStore(lambda: now), Rate("r", 2, 10)
+    assert now_or_never(store.decide([rate])).rates[0].remaining == 1
+    now = 104.0
+    assert now_or_never(store.decide([rate])).rates[0].remaining == 0
+    now = 109.875
+    refused = now_or_never(store.decide([rate]))
+    assert refused.refused == (0,)
+    assert refused.rates[0].reset == 0.125
+    both = now_or_never(store.decide([rate], cost=2))
+    assert both.rates[0].reset == 4.125
+    now = 110.0
+    assert now_or_never(store.decide([rate])).allowed
+    assert not now_or_never(store.decide([rate])).allowed
+
+
+def test_reset_says_when_more_is_free() -> None:
+    now = 100.0
+    store, rate = MemoryStore(lambda: now), Rate("r", 5, 10)
+    assert now_or_never(store.decide([rate], cost=0)).rates[0].reset == 10  # empty: the whole window
+    now_or_never(store.decide([rate]))
+    now = 103.0
+    assert now_or_never(store.decide([rate])).rates[0].reset == 7  # the oldest hit leaves
+    now_or_never(store.decide([rate], cost=9, enforce=False))
+    assert now_or_never(store.decide([rate], cost=0)).rates[0].reset == 10  # far above: not before the nine leave
+
+
+def test_a_large_amount_costs_few_entries_and_little_accuracy() -> None:
+    now = 0.0
+    store, rate = MemoryStore(lambda: now), Rate("r", 1000, 64)
+    allowed = 0
+    for _ in range(64 * 50 * 4):
+        now += 1 / 50
+        allowed += now_or_never(store.decide([rate])).allowed
+    assert 3 * 1000 <= allowed <= 4 * 1000
+    assert len(store._windows.of("r")["r"]) <= 2 + 2 * MOST
+
+
+def test_give_back_takes_only_from_the_entry_it_was_counted_in() -> None:
+    now = 100.0
+    store, rate = MemoryStore(lambda: now), Rate("r", 2, 10)
+    first = now_or_never(store.decide([rate]))
+    now = 110.0  # the first has left by itself
+    now_or_never(store.decide([rate]))
+    now_or_never(store.decide([rate]))
+    now_or_never(store.give_back([rate], first))
+    assert not now_or_never(store.decide([rate])).allowed
