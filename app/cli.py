@@ -119,7 +119,8 @@ def emulator(
     url = url_of(listener)
     typer.echo(
         f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
-        f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} oneinbox-broker serve"
+        f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "
+        "oneinbox-broker serve"
     )
     sys.stdout.flush()
     emulator_server(options).run(sockets=[listener])

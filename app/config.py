@@ -304,7 +304,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     for name, line in _combinations(values, given):
         lines.setdefault(name, line)
     try:
-        settings = Settings(**values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         for each in error.errors(include_url=False, include_context=False, include_input=False):
             name = str(each["loc"][0])

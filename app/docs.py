@@ -13,15 +13,16 @@ router = APIRouter(include_in_schema=False)
 
 # Swagger UI styles its elements in place and draws its icons as data URLs; scripts come from files only.
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>OneInbox token broker: API</title><link rel="stylesheet" href="{prefix}/docs/swagger-ui.css"></head>
 <body><div id="explorer" data-document="{prefix}/openapi.json"></div>
-<script src="{prefix}/docs/swagger-ui-bundle.js"></script><script src="{prefix}/docs/explorer.js"></script></body></html>
+<script src="{prefix}/docs/swagger-ui-bundle.js"></script>
+<script src="{prefix}/docs/explorer.js"></script></body></html>
 """
 SCRIPT = """const explorer = document.getElementById("explorer");
 SwaggerUIBundle({
@@ -56,5 +57,6 @@ async def explorer_asset(asset: str) -> Response:
 def _assets() -> Path:
     """Where fastapi-offline keeps Swagger UI; found without importing it."""
     spec = find_spec("fastapi_offline")
-    assert spec is not None and spec.submodule_search_locations  # noqa: S101 - a dependency
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("fastapi-offline is not installed")
     return Path(spec.submodule_search_locations[0]) / "static"

@@ -31,7 +31,7 @@ class Keyring:
         """Whether any secret made this MAC; in constant time for each."""
         given = mac.encode("utf-8", "surrogatepass")
         # No early end: all are compared.
-        return any([hmac.compare_digest(_mac(key, message).encode(), given) for key in self._keys[purpose]])
+        return any(hmac.compare_digest(_mac(key, message).encode(), given) for key in self._keys[purpose])
 
 
 def _mac(key: bytes, message: bytes) -> str:

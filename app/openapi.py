@@ -57,7 +57,8 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
                 servers=app.servers,
             )
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ProblemDetails, *models):
+            every: tuple[type[BaseModel], ...] = (ProblemDetails, *models)
+            for model in every:
                 own = model.model_json_schema(ref_template=_REF)
                 schemas.update(own.pop("$defs", {}))
                 schemas[own.get("title", model.__name__)] = own

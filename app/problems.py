@@ -98,7 +98,7 @@ KINDS: Mapping[str, Kind] = {
     "not-found": Kind(
         404,
         "Not found",
-        "There is no such route or call, or the call is somebody else's, or its key is wrong. The answers do not differ.",
+        "No such route or call, or the call is somebody else's, or its key is wrong: the answers do not differ.",
         "Use the Location that POST /session gave.",
     ),
     "method-not-allowed": Kind(
@@ -182,7 +182,7 @@ class ProblemDetails(BaseModel):
 
 
 @dataclass(slots=True)
-class Problem(Exception):  # noqa: N818 - it is the RFC's word
+class Problem(Exception):
     """Raised anywhere in a request, answered as problem details.
 
     `slug`: a key of KINDS. `detail`: for the browser's developer; never holds an input value or a secret.
@@ -298,7 +298,7 @@ class ProblemPage(BaseModel):
 async def explain_problem(
     slug: Annotated[str, Path(description="Last part of a problem's `type`.")], request: Request
 ) -> Response:
-    """Say what an error means and what to do: as a page for a browser that asks for HTML, as JSON for everybody else."""
+    """Say what an error means and what to do: a page where HTML is asked for, JSON otherwise."""
     kind = KINDS.get(slug)
     if kind is None:
         raise Problem("not-found")
@@ -314,7 +314,8 @@ _PAGE_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; for
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} ({slug})</title>
-<style>:root{{color-scheme:light dark}}body{{font:1.1rem/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem}}
-code{{font-size:.95em}}</style></head>
-<body><main><p><code>{status} {slug}</code></p><h1>{title}</h1><p>{meaning}</p><h2>What to do</h2><p>{remedy}</p></main></body></html>
+<style>:root{{color-scheme:light dark}}
+body{{font:1.1rem/1.6 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem}}</style></head>
+<body><main><p><code>{status} {slug}</code></p><h1>{title}</h1><p>{meaning}</p>
+<h2>What to do</h2><p>{remedy}</p></main></body></html>
 """

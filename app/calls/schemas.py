@@ -27,7 +27,7 @@ class Call(BaseModel):
     id: str = Field(description="The call, as Location names it.")
     agent: str | None = Field(description="Configured name of the agent; null when it is not configured any more.")
     status: str = Field(
-        description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; one that is new to you counts as running.",
+        description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; a new one counts as running.",
         examples=["in_progress"],
     )
     created_at: datetime | None = Field(description="RFC 3339, UTC.")
@@ -62,13 +62,13 @@ def project(record: CallRecord, *, public_id: str, agent: str | None, expose: Co
     if not expose:
         return Call(**basic)
     more = {
-        "transcript": lambda: _transcript(record),
-        "messages": lambda: _utterances(record.messages),
-        "recording_url": lambda: record.recording_url,
-        "summary": lambda: record.ai_summary,
-        "outcome": lambda: record.outcome,
+        "transcript": _transcript(record),
+        "messages": _utterances(record.messages),
+        "recording_url": record.recording_url,
+        "summary": record.ai_summary,
+        "outcome": record.outcome,
     }
-    return ExposedCall(**basic, **{name: more[name]() for name in expose})
+    return ExposedCall(**basic, **{name: more[name] for name in expose})
 
 
 def _utterances(items: Any) -> list[Utterance] | None:

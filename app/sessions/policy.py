@@ -1,4 +1,4 @@
-"""What a browser may ask of an agent. Everything not allowed is refused; nothing is dropped silently but what LiveKit sends by itself."""
+"""What a browser may ask of an agent: everything not allowed is refused, but for what LiveKit sends by itself."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Policy:
         # LiveKit's clients send it by themselves: dropping it beats refusing every one of them.
         if request.participant_name is not None and _allows(agent, "participant_name"):
             variables.setdefault("participant_name", request.participant_name)
-        refused = sorted({path for path in _refused_leaves(request.overrides or {}, agent.overrides)})
+        refused = sorted(set(_refused_leaves(request.overrides or {}, agent.overrides)))
         if refused:
             shown = [path[:64] for path in refused[:10]]
             raise Problem("override-not-allowed", f"Not allowed, or not of the type it takes: {', '.join(shown)}.")

@@ -1,8 +1,8 @@
 """POST /session."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.responses import Response

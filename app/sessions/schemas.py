@@ -67,8 +67,8 @@ class SessionRequest(_Strict):
     variables: dict[VariableName, VariableValue] | None = Field(
         default=None,
         max_length=MAX_VARIABLES,
-        description="Values for the agent's prompt: strings, numbers or booleans, at most 1,000 characters each, without "
-        "`{{`, `}}` or control characters.",
+        description="Values for the agent's prompt: strings, numbers or booleans, at most 1,000 characters each, "
+        "without `{{`, `}}` or control characters.",
         examples=[{"customer_name": "Ada"}],
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_check_metadata)] | None = Field(

@@ -74,9 +74,8 @@ class MemoryStore:
         found: list[Window] = []
         for index, rate in enumerate(rates):
             window = self._windows.of(rate.name).get(rate.name)
-            if window is None:
-                window = windows.fresh(rate.seconds)
-            if windows.spent(window, now) + cost > rate.amount:
+            window = windows.current(window, now) if window else windows.fresh(rate.seconds)
+            if windows.total(window) + cost > rate.amount:
                 refused.append(index)
             found.append(window)
         used: list[int] = []
@@ -90,12 +89,11 @@ class MemoryStore:
 
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
-        for index, (rate, window) in enumerate(zip(rates, found, strict=True)):
-            mark = 0.0
+        for index, rate in enumerate(rates):
+            window = found[index]
             if counted:
-                self._windows.of(rate.name)[rate.name] = window
-                mark = windows.count(window, rate, now, cost)
-            states.append(windows.describe(window, rate, now, cost if index in refused else None, mark))
+                window = self._windows.of(rate.name)[rate.name] = windows.count(window, rate, now, cost)
+            states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             used = [self._enter(slot.name, member, now, lease) for slot in slots]
         return Decision(tuple(refused), tuple(states), tuple(used), counted, cost)
@@ -108,9 +106,8 @@ class MemoryStore:
             return
         for rate, state in zip(rates, decision.rates, strict=True):
             shard = self._windows.of(rate.name)
-            window = shard.get(rate.name)
-            if window is not None:
-                windows.uncount(window, rate, state.mark, decision.cost)
+            if rate.name in shard:
+                shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, decision.cost)
         await self.leave([slot.name for slot in slots], member)
 
     async def get(self, name: str) -> bytes | None:

@@ -1,20 +1,20 @@
 """The moving window in memory: never more than `amount` in any window of `seconds`, whatever the edge.
 
-A window is a flat array of doubles, `[seconds, total, time, count, time, count, …]`, oldest entry first. An array and
-not objects: a million users are a million windows, and the garbage collector does not look into arrays.
+A window is a flat tuple of numbers, `(seconds, total, time, count, time, count, …)`, oldest entry first, that is
+replaced and never changed. A tuple and no object, list or array: a million users are a million windows, and the garbage
+collector, which would stop the process for a second to walk through them, lets go of tuples of mere numbers.
 
 A hit at time t leaves at t + seconds. Up to an amount of 64 each hit is an entry of its own. Beyond, hits in one cell
 of a grid of seconds/64 share an entry that leaves with its newest hit: up to a cell late, never early. So an entry list
 stays short, and both kinds are the same code. scripts.py holds the same in Lua.
 """
 
-from array import array
 from math import floor
 from typing import TypeAlias
 
 from app.store.protocol import Rate, RateState
 
-Window: TypeAlias = "array[float]"
+Window: TypeAlias = tuple[float, ...]
 
 GRID = 64
 """Cells per window, and the largest amount that is counted hit by hit."""
@@ -26,7 +26,7 @@ _TOTAL, _FIRST = 1, 2
 
 def fresh(seconds: float) -> Window:
     """A window that holds nothing."""
-    return array("d", (seconds, 0))
+    return (seconds, 0)
 
 
 def ended(window: Window, now: float) -> bool:
@@ -34,63 +34,64 @@ def ended(window: Window, now: float) -> bool:
     return len(window) == _FIRST or window[-2] + window[0] <= now
 
 
-def spent(window: Window, now: float) -> int:
-    """What the window holds at `now`. Drops what has left."""
-    seconds = window[0]
+def current(window: Window, now: float) -> Window:
+    """The window without what has left."""
+    seconds, total = window[:_FIRST]
     size, keep = len(window), _FIRST
     while keep < size and window[keep] + seconds <= now:
-        window[_TOTAL] -= window[keep + 1]
+        total -= window[keep + 1]
         keep += 2
-    if keep > _FIRST:
-        del window[_FIRST:keep]
+    return window if keep == _FIRST else (seconds, total, *window[keep:])
+
+
+def total(window: Window) -> int:
+    """What a current window holds."""
     return int(window[_TOTAL])
 
 
-def count(window: Window, rate: Rate, now: float, cost: int) -> float:
-    """Count `cost` in; the mark says in which entry."""
-    if len(window) > _FIRST:
-        newest = window[-2]
-        now = max(now, newest)
-        cell = rate.seconds / GRID
-        if now == newest or (rate.amount > GRID and floor(now / cell) == floor(newest / cell)):
-            window[-2] = now
-            window[-1] += cost
-            window[_TOTAL] += cost
-            return now
-    window.append(now)
-    window.append(cost)
-    window[_TOTAL] += cost
-    if len(window) > _FIRST + 2 * MOST:
-        # Counted past the amount (enforce=False). Two oldest become one that leaves with the younger: no answer
-        # changes, since the 64 entries behind it fill the amount as long as it is there.
-        window[_FIRST + 3] += window[_FIRST + 1]
-        del window[_FIRST : _FIRST + 2]
-    return now
+def count(window: Window, rate: Rate, now: float, cost: int) -> Window:
+    """The window with `cost` more at `now`; its newest time is the mark of that."""
+    seconds, held = window[:_FIRST]
+    if len(window) > _FIRST and _same_entry(now, window[-2], rate):
+        return (seconds, held + cost, *window[_FIRST:-2], now, window[-1] + cost)
+    if len(window) < _FIRST + 2 * MOST:
+        return (seconds, held + cost, *window[_FIRST:], now, cost)
+    # Counted past the amount (enforce=False). Two oldest become one that leaves with the younger: no answer changes,
+    # since the 64 entries behind it fill the amount as long as it is there.
+    _, oldest, younger, count_ = window[_FIRST : _FIRST + 4]
+    return (seconds, held + cost, younger, oldest + count_, *window[_FIRST + 4 :], now, cost)
 
 
-def uncount(window: Window, rate: Rate, mark: float, cost: int) -> None:
-    """Take `cost` back out of the marked entry; nothing when that entry has left."""
-    cell = rate.seconds / GRID
+def uncount(window: Window, rate: Rate, mark: float, cost: int) -> Window:
+    """The window with `cost` less in the marked entry; unchanged when that entry has left."""
     for at in range(len(window) - 2, _FIRST - 1, -2):
-        time = window[at]
-        if time == mark or (rate.amount > GRID and floor(time / cell) == floor(mark / cell)):
+        if _same_entry(window[at], mark, rate):
             taken = min(cost, window[at + 1])
-            window[at + 1] -= taken
-            window[_TOTAL] -= taken
-            if not window[at + 1]:
-                del window[at : at + 2]
-            return
+            left = (window[at], window[at + 1] - taken) if window[at + 1] > taken else ()
+            return (window[0], window[_TOTAL] - taken, *window[_FIRST:at], *left, *window[at + 2 :])
+    return window
 
 
-def describe(window: Window, rate: Rate, now: float, refused_cost: int | None, mark: float) -> RateState:
-    """What a decision says of a window already cleared by `spent`; `refused_cost` is None when the rate had room."""
-    total = int(window[_TOTAL])
-    amount = rate.amount
-    if not total:
-        return RateState(amount, float(rate.seconds), mark)
-    target = min(total, amount) - 1 if refused_cost is None else amount - refused_cost
-    at, left = _FIRST, total - window[_FIRST + 1]
+def wait(window: Window, now: float, target: float) -> float:
+    """Seconds until a current window holds no more than `target`, or nothing; the whole window when it is empty."""
+    if len(window) == _FIRST:
+        return window[0]
+    at, left = _FIRST, window[_TOTAL] - window[_FIRST + 1]
     while left > target and at + 2 < len(window):
         at += 2
         left -= window[at + 1]
-    return RateState(max(amount - total, 0), window[at] + window[0] - now, mark)
+    return window[at] + window[0] - now
+
+
+def describe(window: Window, rate: Rate, now: float, refused_cost: int | None, mark: float) -> RateState:
+    """What a decision says of a current window; `refused_cost` is None when the rate had room."""
+    held = total(window)
+    target = min(held, rate.amount) - 1 if refused_cost is None else rate.amount - refused_cost
+    return RateState(max(rate.amount - held, 0), wait(window, now, target), mark)
+
+
+def _same_entry(one: float, other: float, rate: Rate) -> bool:
+    if one == other:
+        return True
+    cell = rate.seconds / GRID
+    return rate.amount > GRID and floor(one / cell) == floor(other / cell)

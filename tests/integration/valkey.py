@@ -35,6 +35,7 @@ class Valkey:
         """SIGKILL: connections end, the port is closed, the data is gone."""
         os.kill(self.pid, signal.SIGKILL)
         self._server.stop()
+        self.pid = 0
 
     def restart(self) -> None:
         """A new and empty server on the same port."""
@@ -54,7 +55,7 @@ class Valkey:
 
     def stop(self) -> None:
         """End the server, frozen or not."""
-        if self._server.is_running():
+        if self.pid:
             self.thaw()
             self._server.stop()
 
