@@ -59,12 +59,18 @@ def split_url(text: str) -> SplitResult:
     return parts
 
 
-def _upstream_url(text: str) -> str:
+def _protected_url(text: str) -> str:
     parts = split_url(text)
-    if parts.query or parts.fragment:
-        raise ValueError("has a query or fragment")
+    if parts.fragment:
+        raise ValueError("has a fragment")
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        raise ValueError("is http:// to another machine: the secret would cross the network in the clear")
+        raise ValueError("is http:// to another machine: anybody on the way could read or change what passes")
+    return text
+
+
+def _base_url(text: str) -> str:
+    if split_url(text).query:
+        raise ValueError("has a query")
     return text.rstrip("/")
 
 
@@ -101,6 +107,29 @@ def _root_path(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", text):
         raise ValueError("is not a path prefix")
     return text.rstrip("/")
+
+
+def _store_url(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if text != "memory://" and not re.match(r"(redis|rediss|valkey|valkeys)://[^/]", text):
+        raise ValueError("is not the URL of a store")
+    return value
+
+
+def _header_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
+        raise ValueError("is not the name of a header")
+    return text
+
+
+def _claim_pairs(value: Any) -> Any:
+    pairs: dict[str, str] = {}
+    for word in _words(value):
+        name, equals, claim = (part.strip() for part in word.partition("="))
+        if not equals or not claim or not VARIABLE_NAME.fullmatch(name) or name in pairs:
+            raise ValueError("is not a list of variable=claim")
+        pairs[name] = claim
+    return pairs
 
 
 def _words(value: Any) -> Any:
@@ -148,6 +177,12 @@ def _token_text(value: SecretStr) -> SecretStr:
     return value
 
 
+def _long_enough(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value()) < 32:
+        raise ValueError("is shorter than 32 characters")
+    return value
+
+
 def _secret_lines(value: SecretStr) -> SecretStr:
     if any(len(line) < 32 for line in value.get_secret_value().splitlines() if line.strip()):
         raise ValueError("has a line shorter than 32 characters")
@@ -185,12 +220,12 @@ class Settings(BaseSettings):
     oneinbox_api_key: Annotated[Secret, AfterValidator(_secret_key)] = setting(
         ..., "OneInbox's secret key. It stays on the server", "a secret key, oi_sk_…"
     )
-    oneinbox_base_url: Annotated[str, AfterValidator(_upstream_url)] = setting(
+    oneinbox_base_url: Annotated[str, AfterValidator(_base_url), AfterValidator(_protected_url)] = setting(
         "https://api.oneinbox.ai", "Where OneInbox is; `http://` only for loopback", "an https:// URL"
     )
     oneinbox_agent_id: str | None = setting(
         None,
-        "The agent used when the browser names none. Required",
+        "The agent used when the browser names none. Required unless BROKER_AGENTS_FILE is set",
         "an agent's id, agt_… or a UUID",
         pattern=r"^[A-Za-z0-9_-]{1,128}$",
     )
@@ -200,10 +235,47 @@ class Settings(BaseSettings):
     oneinbox_connect_timeout: float = setting(
         3, "Seconds for a connection to OneInbox", "seconds, above 0 and at most 60", gt=0, le=60
     )
-    auth: Literal["anonymous"] = setting("anonymous", "How users are told apart: `anonymous`, by address", "anonymous")
+    agents_file: Path | None = setting(
+        None, "TOML file: named agents, and what a browser may ask of each", "the path of a TOML file"
+    )
+    auth: Literal["anonymous", "jwt", "header"] = setting(
+        "anonymous",
+        "How users are told apart: `anonymous`, by address; `jwt`, by a signed token; `header`, by what a proxy says",
+        "anonymous, jwt or header",
+    )
+    jwt_jwks_url: Annotated[str, AfterValidator(_protected_url)] | None = setting(
+        None, "Where the identity provider publishes its keys; one of three in jwt mode", "an https:// URL"
+    )
+    jwt_secret: Annotated[Secret, AfterValidator(_long_enough)] | None = setting(
+        None, "Secret shared with the tokens' issuer (HS256 and kin); one of three", "at least 32 characters"
+    )
+    jwt_public_key: Secret | None = setting(
+        None, "Public key of the tokens' issuer; one of three", "a public key in PEM"
+    )
+    jwt_issuer: str | None = setting(
+        None, "Issuer (`iss`) that tokens must name. Required with BROKER_JWT_JWKS_URL", "an issuer's name"
+    )
+    jwt_audience: str | None = setting(
+        None, "Audience (`aud`) that tokens must name. Required with BROKER_JWT_JWKS_URL", "an audience's name"
+    )
+    jwt_algorithms: Words = setting(
+        [],
+        "Algorithms that tokens may be signed with. Unset: those of the key's kind",
+        "names, comma-separated: ES256,RS256",
+    )
+    jwt_user_claim: str = setting("sub", "Claim that holds the user's id", "a claim's name")
+    jwt_cookie: str | None = setting(
+        None,
+        "Also take the token from this cookie",
+        "a cookie's name",
+        pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$",
+    )
+    user_header: Annotated[str, AfterValidator(_header_name)] = setting(
+        "X-Forwarded-User", "header mode: the header in which the proxy names the user", "the name of a header"
+    )
     trusted_proxies: Annotated[list[Annotated[Any, BeforeValidator(_network)]], BeforeValidator(_words)] = setting(
         [],
-        "Networks of the proxies in front; their X-Forwarded-For is believed, nobody else's",
+        "Networks of the proxies in front; their X-Forwarded-For and user header are believed, nobody else's",
         "networks, comma-separated: 10.0.0.0/8,fd00::/8",
     )
     allowed_origins: Annotated[list[Annotated[str, AfterValidator(_origin)]], BeforeValidator(_words)] = setting(
@@ -217,12 +289,49 @@ class Settings(BaseSettings):
         "an http(s) URL",
     )
     require_origin: bool = setting(False, "Refuse POST /session without an Origin", "true or false")
+    challenge_secret: Annotated[Secret, AfterValidator(_token_text)] | None = setting(
+        None, "Ask for a bot challenge (Turnstile, hCaptcha) before a session, verified with this secret", "a secret"
+    )
+    challenge_verify_url: Annotated[str, AfterValidator(_protected_url)] = setting(
+        "https://challenges.cloudflare.com/turnstile/v0/siteverify", "Where challenges are verified", "an https:// URL"
+    )
     session_limits: Limits = setting("5/minute;50/day", "Sessions per user", "limits such as 5/minute;50/day")
+    global_session_limits: Limits = setting(
+        "60/minute;1000/day", "Sessions of all users together", "limits such as 60/minute;1000/day"
+    )
+    request_limits: Limits = setting(
+        "120/minute", "Requests per user, whatever comes of them", "limits such as 120/minute"
+    )
+    max_live_calls: int = setting(2, "Calls running at once, per user", "a whole number, at least 1", ge=1)
+    max_live_calls_total: int | None = setting(
+        None, "Calls running at once, in all. Unset: any", "a whole number, at least 1", ge=1
+    )
+    max_call_seconds: int = setting(
+        3600, "The broker hangs up a call that runs longer; 0: never", "seconds, 0 or more", ge=0, le=604800
+    )
+    join_timeout: int = setting(
+        0,
+        "Seconds a call may stay unjoined before the broker hangs it up; 0: any",
+        "seconds, 0 or more",
+        ge=0,
+        le=86400,
+    )
+    limits_mode: Literal["enforce", "observe"] = setting(
+        "enforce", "`observe`: log what the limits would refuse, and let it through", "enforce or observe"
+    )
     max_waiting: int = setting(
         1000,
         "Sessions that may wait for OneInbox at once, per process; more are refused",
         "a whole number, at least 1",
         ge=1,
+    )
+    store_url: Annotated[Secret, AfterValidator(_store_url)] = setting(
+        SecretStr("memory://"),
+        "Where counters live: `memory://`, or a Valkey or Redis shared by all replicas",
+        "memory://, or a redis://, rediss://, valkey:// or valkeys:// URL",
+    )
+    on_store_loss: Literal["local", "refuse"] = setting(
+        "local", "While the shared store is gone: count per process, or refuse sessions", "local or refuse"
     )
     expose: Annotated[
         list[Literal["transcript", "messages", "recording_url", "summary", "outcome"]], BeforeValidator(_words)
@@ -239,10 +348,19 @@ class Settings(BaseSettings):
         "Parts of the agent that a browser may override: dotted paths of single leaves",
         "paths, comma-separated, out of " + ", ".join(OVERRIDE_LEAVES),
     )
+    variables_from_claims: Annotated[dict[str, str], BeforeValidator(_claim_pairs)] = setting(
+        {},
+        "Trusted variables, out of the verified token's claims; a browser cannot set these",
+        "pairs, comma-separated: customer_name=name,plan=https://example.com/plan",
+    )
     secret: Annotated[Secret, AfterValidator(_secret_lines)] | None = setting(
         None,
-        "Key for pseudonyms and call keys, one per line: the first signs, all verify. Unset: derived from the API key",
+        "Key for pseudonyms, call keys and stored answers, one per line: the first signs, all verify. "
+        "Unset: derived from the API key",
         "lines of at least 32 characters each",
+    )
+    share_user_id: bool = setting(
+        False, "Also write the plain user id on OneInbox's call record, as `broker_user_id`", "true or false"
     )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(
@@ -270,6 +388,7 @@ class Settings(BaseSettings):
 
 FIELDS: Mapping[str, FieldInfo] = {variable(name): field for name, field in Settings.model_fields.items()}
 SECRETS = frozenset(name for name, field in FIELDS.items() if "SecretStr" in str(field.annotation))
+JWT_KEYS = ("BROKER_JWT_JWKS_URL", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY")
 EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
 KNOWN = frozenset(FIELDS) | {f"{name}_FILE" for name in SECRETS}
 
@@ -332,11 +451,47 @@ def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[s
 
 def _combinations(values: Mapping[str, str], given: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     """Rules between settings, on their texts: they speak up even while another setting is wrong."""
-    if "ONEINBOX_AGENT_ID" not in values:
-        yield "ONEINBOX_AGENT_ID", f"ONEINBOX_AGENT_ID: is required; takes {takes('ONEINBOX_AGENT_ID')}"
-    if "ONEINBOX_API_KEY_FILE" in given and "BROKER_SECRET" not in values and "BROKER_SECRET_FILE" not in given:
+    for name, why in (*_agent_rules(values), *_identity_rules(values), *_secret_rules(values, given)):
+        yield name, f"{name}: {why}; takes {takes(name)}"
+
+
+def _agent_rules(values: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    if "BROKER_AGENTS_FILE" not in values and "ONEINBOX_AGENT_ID" not in values:
+        yield "ONEINBOX_AGENT_ID", "is required, or BROKER_AGENTS_FILE instead"
+    if "BROKER_AGENTS_FILE" in values and "ONEINBOX_AGENT_ID" in values:
+        yield "ONEINBOX_AGENT_ID", "is set, and BROKER_AGENTS_FILE too; set one of them"
+
+
+def _identity_rules(values: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    auth = values.get("BROKER_AUTH", "anonymous")
+    keys = [name for name in JWT_KEYS if name in values]
+    if auth == "jwt" and not keys:
+        yield JWT_KEYS[0], f"is required in jwt mode, or {' or '.join(JWT_KEYS[1:])} instead"
+    if auth == "jwt" and len(keys) > 1:
+        yield keys[1], f"is set, and {keys[0]} too; set one of them"
+    if auth != "jwt":
+        for name in (*JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_VARIABLES_FROM_CLAIMS"):
+            if name in values:
+                yield name, "is set, but BROKER_AUTH is not jwt"
+    if auth == "jwt" and JWT_KEYS[0] in keys:
+        for name in ("BROKER_JWT_ISSUER", "BROKER_JWT_AUDIENCE"):
+            if name not in values:
+                yield name, f"is required with {JWT_KEYS[0]}"
+    if auth == "header" and "BROKER_TRUSTED_PROXIES" not in values:
+        yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
+    if "*" in _words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):
+        # The browser sends the login along by itself: any site could start calls in a user's name.
+        yield "BROKER_ALLOWED_ORIGINS", "is *, which is refused in header mode and with BROKER_JWT_COOKIE"
+
+
+def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    if "BROKER_SECRET" in values or "BROKER_SECRET_FILE" in given:
+        return
+    if "ONEINBOX_API_KEY_FILE" in given:
         # A key in a file may be swapped while the broker runs; what is derived from it would not survive that.
-        yield "BROKER_SECRET", f"BROKER_SECRET: is required with ONEINBOX_API_KEY_FILE; takes {takes('BROKER_SECRET')}"
+        yield "BROKER_SECRET", "is required with ONEINBOX_API_KEY_FILE"
+    elif values.get("BROKER_STORE_URL", "memory://") != "memory://":
+        yield "BROKER_SECRET", "is required with a shared BROKER_STORE_URL"
 
 
 def _nearest(name: str) -> str:

@@ -95,6 +95,30 @@ KINDS: Mapping[str, Kind] = {
         "`participant_identity` differs from the signed-in user.",
         "Leave it out; the broker knows who is asking.",
     ),
+    "challenge-failed": Kind(
+        403,
+        "The bot challenge was not passed",
+        "The challenge's answer is missing, wrong, used already, or from another site.",
+        "Solve the challenge and send its answer as X-Challenge-Token; each answer works once.",
+    ),
+    "blocked": Kind(
+        403,
+        "You are blocked",
+        "The operator has blocked this user.",
+        "Ask the operator; waiting may help, trying does not.",
+    ),
+    "in-progress": Kind(
+        409,
+        "The first request is still running",
+        "A request with this Idempotency-Key is still running.",
+        "Wait as many seconds as Retry-After says, then send the same request with the same key.",
+    ),
+    "idempotency-mismatch": Kind(
+        422,
+        "The key belongs to another request",
+        "This Idempotency-Key was used with a different body.",
+        "Use a new key for a new request.",
+    ),
     "not-found": Kind(
         404,
         "Not found",
@@ -109,6 +133,12 @@ KINDS: Mapping[str, Kind] = {
         "Too many requests",
         "You asked more often than your limit allows.",
         "Wait as many seconds as Retry-After says, then try once.",
+    ),
+    "too-many-live-calls": Kind(
+        429,
+        "Too many calls at once",
+        "As many of your calls are running as you may have at once.",
+        "Hang one up, or wait until it ends.",
     ),
     "at-capacity": Kind(
         503,

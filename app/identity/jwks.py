@@ -66,13 +66,12 @@ class KeySet:
         self._keys: list[VerifyingKey] = []
         self._fetched_at: float | None = None
         self._asked_for_unknown_at = float("-inf")
-        self._fetching: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[bool] | None = None
         self._refreshing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Fetch now, and again every REFRESH_SECONDS. Does not wait for it."""
-        self._begin_fetch()
-        self._refreshing = asyncio.create_task(self._refresh())
+        self._refreshing = asyncio.create_task(self._refresh(self._begin_fetch()))
 
     async def aclose(self) -> None:
         """Stop fetching."""
@@ -106,7 +105,7 @@ class KeySet:
         if self._fetched_at is None or self._clock() - self._fetched_at > BELIEVED_SECONDS:
             raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
 
-    def _begin_fetch(self) -> asyncio.Task[None]:
+    def _begin_fetch(self) -> asyncio.Task[bool]:
         """The fetch under way, or a new one: there are never two."""
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._fetch())
@@ -117,16 +116,16 @@ class KeySet:
         if self._fetching is not None and not self._fetching.done():
             await asyncio.wait({self._fetching}, timeout=WAIT_SECONDS)
 
-    async def _refresh(self) -> None:
+    async def _refresh(self, fetch: asyncio.Task[bool]) -> None:
         while True:
-            before = self.version
-            await asyncio.wait({self._begin_fetch()})
-            if self.version != before:
+            if await fetch:
                 await self._sleep(REFRESH_SECONDS)
             else:
                 await self._sleep(FIRST_RETRY_SECONDS if self._fetched_at is None else RETRY_SECONDS)
+            fetch = self._begin_fetch()
 
-    async def _fetch(self) -> None:
+    async def _fetch(self) -> bool:
+        """Whether it worked."""
         try:
             async with asyncio.timeout(FETCH_SECONDS):
                 body = await self._download()
@@ -135,10 +134,11 @@ class KeySet:
             # Neither the path and query of the URL, which may hold a secret, nor a message that may repeat them.
             reason = str(error) if isinstance(error, KeySetError) else type(error).__name__
             log.error("jwks_fetch_failed", host=urlsplit(self._url).hostname, reason=reason)
-            return
+            return False
         self._keys = keys
         self._fetched_at = self._clock()
         self.version += 1
+        return True
 
     async def _download(self) -> bytes:
         # Not compressed: the bound holds for what is read, not for what a small answer unpacks to.
@@ -149,7 +149,7 @@ class KeySet:
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise KeySetError("compressed though asked not to be")
             body = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 body += chunk
                 if len(body) > MAX_BYTES:
                     raise KeySetError(f"larger than {MAX_BYTES} bytes")

@@ -33,7 +33,7 @@ REMEMBERED_TOKENS = 1024
 BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE | re.ASCII)
 
 
-class InvalidLogin(Exception):  # noqa: N818 - it is what the answer says
+class InvalidLogin(Exception):
     """A token that does not log in. Says why, for a developer; holds nothing of the token."""
 
 

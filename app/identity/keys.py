@@ -89,7 +89,7 @@ def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(key)
     except PyJWTError:
-        raise ValueError("is a public key or certificate, not a secret: everybody may know it") from None
+        raise ValueError("is a public key, certificate or JWK, not a secret") from None
     fitting = [name for name, size in SECRET_BYTES.items() if len(key) >= size]
     return VerifyingKey(key, _all_fitting(algorithms, fitting))
 
@@ -113,15 +113,18 @@ def jwk_key(jwk: Any, algorithms: Collection[str] = ()) -> VerifyingKey:
     `algorithms`: at most these, which may be of several kinds, as a set's keys may be; empty: all that fit. Symmetric
     keys are refused: what is published is no secret.
     """
-    if not isinstance(jwk, Mapping) or jwk.get("kty") not in JWK_PARTS:
+    if not isinstance(jwk, Mapping) or not isinstance(jwk.get("kty"), str) or jwk["kty"] not in JWK_PARTS:
         raise ValueError("is of another kind")
     operations = jwk.get("key_ops", ["verify"])
     if jwk.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         raise ValueError("is for something else")
     kind = jwk["kty"]
+    parts = {name: jwk.get(name) for name in JWK_PARTS[kind]}
+    if not all(isinstance(part, str) for part in parts.values()):
+        raise ValueError("is malformed")
     try:
-        loaded = JWK_LOADERS[kind]({name: jwk[name] for name in JWK_PARTS[kind]})
-    except (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, KeyError, OverflowError) as error:
+        loaded = JWK_LOADERS[kind](parts)
+    except (PyJWTError, UnsupportedAlgorithm) as error:
         raise ValueError("is malformed") from error
     key = _checked(loaded)
     chosen = [name for name in _fitting(key) if jwk.get("alg", name) == name and name in (algorithms or (name,))]
@@ -143,7 +146,9 @@ def _fitting(key: PublicKey) -> list[str]:
     if isinstance(key, RSAPublicKey):
         return list(RSA_ALGORITHMS)
     if isinstance(key, EllipticCurvePublicKey):
-        return [CURVE_ALGORITHMS[key.curve.name]] if key.curve.name in CURVE_ALGORITHMS else []
+        if key.curve.name not in CURVE_ALGORITHMS:
+            raise ValueError("is on a curve that no algorithm uses")
+        return [CURVE_ALGORITHMS[key.curve.name]]
     return ["EdDSA"]  # RFC 8037: both curves
 
 
@@ -151,5 +156,5 @@ def _all_fitting(wanted: Collection[str], fitting: Sequence[str]) -> Sequence[st
     """The wanted algorithms, which must all be the key's; unless any is wanted, all of the key's."""
     unfit = sorted(set(wanted) - set(fitting))
     if unfit:
-        raise ValueError(f"does not go with {', '.join(unfit)}, only with {', '.join(fitting) or 'nothing'}")
+        raise ValueError(f"does not go with {', '.join(unfit)}, only with {', '.join(fitting)}")
     return tuple(wanted) or tuple(fitting)

@@ -168,7 +168,10 @@ async def _read(response: httpx.Response) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
         return b""
     body = bytearray()
-    async for chunk in response.aiter_raw():
+    # The stream itself: httpx's readers would keep a second copy, and decode.
+    stream = response.stream
+    assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - of an async transport
+    async for chunk in stream:
         body += chunk
         if len(body) > MAX_ANSWER:
             return b""

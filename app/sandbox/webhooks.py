@@ -21,6 +21,8 @@ from app.sandbox.schemas import RegisterWebhook
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 """Seconds before each repeat of a delivery that got no 2xx."""
 
+_AT_ONCE = 20
+
 _logger = logging.getLogger(__name__)
 
 
@@ -104,15 +106,16 @@ class Webhooks:
     async def run(self) -> None:
         """Deliver for ever; sleeps until the next change."""
         # Neither a proxy nor a redirect may carry a delivery off this machine.
-        timeout = httpx.Timeout(5, pool=None)
+        # httpx's pool looks through all who wait for it at every step: they wait at the semaphore instead.
+        turn = asyncio.Semaphore(_AT_ONCE)
         async with (
-            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout) as client,
+            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=5) as client,
             asyncio.TaskGroup() as deliveries,
         ):
             while True:
                 self._wake.clear()
                 for delivery in self._due():
-                    deliveries.create_task(_deliver(client, delivery))
+                    deliveries.create_task(_deliver(client, turn, delivery))
                 pause = max(0.0, self._agenda[0][0] - self._options.now()) if self._agenda else None
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -164,12 +167,13 @@ def _payload(event: str, call: Call, at: Moment, now: float) -> dict[str, Any]:
     }
 
 
-async def _deliver(client: httpx.AsyncClient, delivery: _Delivery) -> None:
+async def _deliver(client: httpx.AsyncClient, turn: asyncio.Semaphore, delivery: _Delivery) -> None:
     for event in delivery.events:
         for delay in (0.0, *RETRY_DELAYS):
             await asyncio.sleep(delay)
             with suppress(httpx.HTTPError):
-                answer = await client.post(delivery.url, json=event)
+                async with turn:
+                    answer = await client.post(delivery.url, json=event)
                 if answer.is_success:
                     break
         else:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 
-class StoreUnavailable(Exception):  # noqa: N818 - an outage, and often no error to its caller
+class StoreUnavailable(Exception):
     """The shared store did not answer in time, or not at all, or refused (out of memory, read-only, wrong password)."""
 
 

@@ -103,19 +103,6 @@ async def test_cost(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize("amount", [5, 500])
-async def test_a_window_moves_on(store: Store, name: str, amount: int) -> None:
-    rate = Rate(name, amount, 1)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await store.decide([rate], cost=amount)
-    refused = await store.decide([rate])
-    assert refused.refused == (0,)
-    await asyncio.sleep(refused.rates[0].reset + 0.002)
-    assert (await store.decide([rate], cost=amount)).allowed
-    assert loop.time() - began >= 1
-
-
-@pytest.mark.parametrize("amount", [5, 500])
 async def test_give_back(store: Store, name: str, amount: int) -> None:
     rate, slot = Rate(name, amount, 60), Slot(name, 1)
     first = await store.decide([rate], cost=2)

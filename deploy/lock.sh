@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Writes deploy/requirements.lock (what the broker runs on) and deploy/build.lock (what builds its wheel): every package
+# with one version and the hashes of all its files, for every Python from 3.11 on. No address of an index is recorded.
+#   bash deploy/lock.sh              refresh after a change of pyproject.toml; pins that still fit stay
+#   bash deploy/lock.sh --upgrade    move every pin to the newest version
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tools=$(mktemp -d)
+trap 'rm -rf "$tools"' EXIT
+python3 -m venv "$tools/venv"
+"$tools/venv/bin/pip" install --quiet --disable-pip-version-check uv
+
+compile() { # INPUT OUTPUT [OPTION…]
+  "$tools/venv/bin/uv" pip compile "$1" --output-file "$2" "${@:3}" \
+    --universal --python-version 3.11 --generate-hashes \
+    --no-emit-index-url --no-emit-find-links --quiet \
+    --custom-compile-command "bash deploy/lock.sh"
+}
+
+compile pyproject.toml deploy/requirements.lock "$@"
+sed -nE '/^\[build-system\]/,/^\[project\]/s/^requires = \["(.*)"\]$/\1/p' pyproject.toml |
+  sed 's/", "/\n/g' >"$tools/build.in"
+compile "$tools/build.in" deploy/build.lock --no-annotate "$@"
