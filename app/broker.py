@@ -1,7 +1,9 @@
 """The parts of one running broker, built and closed together, handed to routes as one typed value."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -9,29 +11,44 @@ from urllib.parse import urlsplit
 import httpx
 from fastapi import Depends, Request
 
+from app.admission import Admission
+from app.agents import Agents, AgentsError, read_agents, single_agent
 from app.calls.ownership import Ownership
 from app.calls.service import Calls
-from app.config import Settings, is_loopback
+from app.config import Settings, SettingsError, is_loopback
 from app.identity import Identity
 from app.identity.anonymous import Anonymous
+from app.identity.header import HeaderIdentity
+from app.identity.jwks import KeySet
+from app.identity.jwt import JwtIdentity
+from app.identity.keys import FixedKey, Keys, public_key, secret_key
 from app.keyring import Keyring
-from app.limits import Limits
+from app.limits import Brake, Limits, LiveCalls
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport
-from app.sessions.policy import Agent, Policy
+from app.sessions.challenge import Challenge
+from app.sessions.idempotency import Idempotency
+from app.sessions.policy import Policy
 from app.sessions.service import Sessions
 from app.store import Store, open_store
+
+LEASE_GRACE = 300
+"""Seconds that a live slot outlives the longest call: the time to hang it up in."""
+LONGEST_LEASE = 86400
+"""Seconds after which the slot of a call is free where calls may run for ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broker:
     """Everything a route may need.
 
-    `identity`: who is asking. `ownership`: names calls and knows whose they are. `sessions`: starts calls. `calls`:
-    reads them. `store`: the shared memory, for the readiness check. `root_path`: prefix of every path it hands out.
+    `admission`: who is asking, and how often. `brake`: what the operator stopped. `ownership`: names calls and knows
+    whose they are. `sessions`: starts calls. `calls`: reads them. `store`: the shared memory, for the readiness check.
+    `root_path`: prefix of every path that is handed out.
     """
 
-    identity: Identity
+    admission: Admission
+    brake: Brake
     ownership: Ownership
     sessions: Sessions
     calls: Calls
@@ -39,45 +56,114 @@ class Broker:
     root_path: str
 
 
+def check(settings: Settings) -> None:
+    """What only the parts themselves can check: the agents file, and keys against algorithms. Raises SettingsError."""
+    agents_of(settings)
+    _identity(settings)
+
+
 @asynccontextmanager
 async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[Broker]:
-    """Build a broker inside the running event loop; `transport` replaces the connection to OneInbox."""
+    """Build a broker inside the running event loop.
+
+    `transport` replaces the connections to OneInbox and to the challenge service.
+    """
+    agents, identity = agents_of(settings), _identity(settings)
     keyring = Keyring(secret_lines(settings))
     ownership = Ownership(keyring)
-    agents = _agents(settings)
-    if transport is None:
-        transport = open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting)
-    oneinbox = OneInbox(
+    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
+        oneinbox = open_oneinbox(settings, transport)
+        stack.push_async_callback(oneinbox.aclose)
+        stack.push_async_callback(identity.aclose)
+        await identity.start()
+        limits = open_limits(settings, agents, store, lease)
+        live = LiveCalls(
+            store,
+            oneinbox,
+            max_seconds=settings.max_call_seconds,
+            join_timeout=settings.join_timeout,
+            lease=lease,
+        )
+        brake = Brake(store)
+        sessions = Sessions(
+            policy=Policy(agents, settings.variables_from_claims),
+            limits=limits,
+            live=live,
+            oneinbox=oneinbox,
+            ownership=ownership,
+            idempotency=Idempotency(store, keyring, timeout=settings.oneinbox_timeout),
+            challenge=_challenge(settings, store, transport, stack),
+            max_waiting=settings.max_waiting,
+            share_user_id=settings.share_user_id,
+        )
+        calls = Calls(
+            oneinbox=oneinbox,
+            ownership=ownership,
+            agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
+            live=live,
+            expose=frozenset(settings.expose),
+        )
+        await brake.read()
+        for work in (live.run(), brake.run()):
+            stack.push_async_callback(_cancel, asyncio.create_task(work))
+        yield Broker(
+            admission=Admission(identity, ownership, limits),
+            brake=brake,
+            ownership=ownership,
+            sessions=sessions,
+            calls=calls,
+            store=store,
+            root_path=settings.root_path,
+        )
+
+
+def open_oneinbox(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> OneInbox:
+    """The client of the configured account; inside the event loop, to be closed by the caller."""
+    return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
-        transport,
+        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting),
         timeout=settings.oneinbox_timeout,
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
     )
-    store = open_store("memory://")
+
+
+def open_limits(settings: Settings, agents: Agents, store: Store, lease: float) -> Limits:
+    """The configured limits on a store."""
+    return Limits(
+        store,
+        list(agents.by_name.values()),
+        session_limits=settings.session_limits,
+        global_session_limits=settings.global_session_limits,
+        request_limits=settings.request_limits,
+        max_live_calls=settings.max_live_calls,
+        max_live_calls_total=settings.max_live_calls_total,
+        lease=lease,
+        enforce=settings.limits_mode == "enforce",
+        count_locally=settings.on_store_loss == "local",
+    )
+
+
+def agents_of(settings: Settings) -> Agents:
+    """The configured agents. Raises SettingsError, a line for each wrong place of the agents file."""
+    variables = None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables)
+    overrides = frozenset(settings.allowed_overrides)
+    if settings.agents_file is None:
+        assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires one of the two
+        return single_agent(settings.oneinbox_agent_id, variables, overrides)
     try:
-        yield Broker(
-            identity=Anonymous(settings.trusted_proxies),
-            ownership=ownership,
-            sessions=Sessions(
-                policy=Policy(agents, default="default"),
-                limits=Limits(store, session_limits=settings.session_limits),
-                oneinbox=oneinbox,
-                ownership=ownership,
-            ),
-            calls=Calls(
-                oneinbox=oneinbox,
-                ownership=ownership,
-                agent_names={agent.agent_id: agent.name for agent in agents.values()},
-                expose=frozenset(settings.expose),
-            ),
-            store=store,
-            root_path=settings.root_path,
-        )
-    finally:
-        await store.aclose()
-        await oneinbox.aclose()
+        text = settings.agents_file.read_text(encoding="utf-8")
+        return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
+    except OSError as error:
+        lines = [f"cannot be read ({error.strerror}); takes the path of a TOML file"]
+    except UnicodeDecodeError:
+        lines = ["is not UTF-8 text; takes the path of a TOML file"]
+    except AgentsError as error:
+        lines = error.lines
+    raise SettingsError([f"BROKER_AGENTS_FILE: {line}" for line in lines])
 
 
 def secret_lines(settings: Settings) -> list[str]:
@@ -87,15 +173,59 @@ def secret_lines(settings: Settings) -> list[str]:
     return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
 
 
-def _agents(settings: Settings) -> dict[str, Agent]:
-    assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires it
-    agent = Agent(
-        name="default",
-        agent_id=settings.oneinbox_agent_id,
-        variables=None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables),
-        overrides=frozenset(settings.allowed_overrides),
+def _identity(settings: Settings) -> Identity:
+    if settings.auth == "anonymous":
+        return Anonymous(settings.trusted_proxies)
+    if settings.auth == "header":
+        return HeaderIdentity(settings.user_header, settings.trusted_proxies)
+    return JwtIdentity(
+        _keys(settings),
+        settings.trusted_proxies,
+        issuer=settings.jwt_issuer or "",
+        audience=settings.jwt_audience or "",
+        user_claim=settings.jwt_user_claim,
+        cookie=settings.jwt_cookie or "",
     )
-    return {agent.name: agent}
+
+
+def _keys(settings: Settings) -> Keys:
+    name = ""
+    try:
+        if settings.jwt_secret is not None:
+            name = "BROKER_JWT_SECRET"
+            return FixedKey(secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms))
+        if settings.jwt_public_key is not None:
+            name = "BROKER_JWT_PUBLIC_KEY"
+            # One line in an environment variable, many in a file.
+            pem = settings.jwt_public_key.get_secret_value().replace("\\n", "\n")
+            return FixedKey(public_key(pem, settings.jwt_algorithms))
+        name = "BROKER_JWT_JWKS_URL"
+        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
+    except ValueError as error:
+        raise SettingsError([f"{name}: {error}"]) from None
+
+
+def _challenge(
+    settings: Settings, store: Store, transport: httpx.AsyncBaseTransport | None, stack: AsyncExitStack
+) -> Challenge | None:
+    if settings.challenge_secret is None:
+        return None
+    if transport is None:
+        transport = open_transport(settings.challenge_verify_url, pool_size=settings.max_waiting)
+        stack.push_async_callback(transport.aclose)
+    sites = [*settings.allowed_origins, *([settings.public_url] if settings.public_url else [])]
+    hosts = (
+        None
+        if "*" in sites or not sites
+        else frozenset(urlsplit(site.removesuffix(":*")).hostname or "" for site in sites)
+    )
+    return Challenge(settings.challenge_verify_url, settings.challenge_secret, hosts, transport, store)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def _broker(request: Request) -> Broker:

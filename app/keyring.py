@@ -6,32 +6,48 @@ import hmac
 from collections.abc import Sequence
 from typing import Literal
 
-Purpose = Literal["call-key", "pseudonym"]
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+Purpose = Literal["call-key", "pseudonym", "stored-answer"]
 
 
 class Keyring:
-    """Signs and verifies short texts. Keys are HMAC-SHA256 of the purpose under each secret (RFC 5869's idea)."""
+    """Signs short texts, and encrypts what is kept in the store.
+
+    Each purpose has its own key: HMAC-SHA256 of the purpose under a secret.
+    """
 
     def __init__(self, secrets: Sequence[str]) -> None:
         """`secrets`: newest first, at least one."""
-        self._secrets = [secret.encode() for secret in secrets]
-        self._keys: dict[Purpose, list[bytes]] = {
-            "call-key": self._derive("call-key"),
-            "pseudonym": self._derive("pseudonym"),
-        }
-
-    def _derive(self, purpose: str) -> list[bytes]:
-        return [hmac.digest(secret, b"oneinbox-broker " + purpose.encode(), hashlib.sha256) for secret in self._secrets]
+        signing: tuple[Purpose, ...] = ("call-key", "pseudonym")
+        self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
+        stored = _derive(secrets, "stored-answer")
+        self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
 
     def sign(self, purpose: Purpose, message: bytes) -> str:
         """A URL-safe MAC of 43 characters under the newest secret."""
         return _mac(self._keys[purpose][0], message)
 
     def verify(self, purpose: Purpose, message: bytes, mac: str) -> bool:
-        """Whether any secret made this MAC; in constant time for each."""
+        """Whether any secret made this MAC; each comparison takes constant time."""
         given = mac.encode("utf-8", "surrogatepass")
-        # No early end: all are compared.
         return any(hmac.compare_digest(_mac(key, message).encode(), given) for key in self._keys[purpose])
+
+    def encrypt(self, value: bytes) -> bytes:
+        """The value as only this keyring reads it (Fernet: AES-128-CBC with HMAC-SHA256)."""
+        return self._box.encrypt(value)
+
+    def decrypt(self, value: bytes) -> bytes | None:
+        """The value that `encrypt` took; None when no secret fits."""
+        try:
+            return self._box.decrypt(value)
+        except InvalidToken:
+            return None
+
+
+def _derive(secrets: Sequence[str], purpose: Purpose) -> list[bytes]:
+    message = b"oneinbox-broker " + purpose.encode()
+    return [hmac.digest(secret.encode(), message, hashlib.sha256) for secret in secrets]
 
 
 def _mac(key: bytes, message: bytes) -> str:

@@ -12,7 +12,7 @@ from slowapi.errors import RateLimitExceeded
 from starlette.middleware import Middleware
 
 from app import __version__, docs, health, openapi, problems
-from app.broker import Broker, open_broker
+from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
 from app.config import Settings, SettingsError, load_settings, origin_of
 from app.limits.service import on_refused
@@ -34,7 +34,10 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     """The broker as an ASGI application.
 
     Connections are opened when the server starts its lifespan. `transport` replaces the connection to OneInbox.
+    Raises SettingsError.
     """
+
+    check(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -58,7 +61,9 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
                 Origins,
                 allowed=settings.allowed_origins,
                 own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
+                credentials=settings.auth == "header" or settings.jwt_cookie is not None,
                 require=settings.require_origin,
+                same_site_posts=settings.auth == "header",
             ),
             Middleware(problems.UnhandledErrors),
         ],
@@ -81,8 +86,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     try:
         settings = load_settings()
+        made = create_app(settings)
     except SettingsError as error:
         sys.stderr.write("".join(f"{line}\n" for line in error.lines))
         raise SystemExit(2) from None
     configure_logging(settings.log_level, settings.log_format)
-    return create_app(settings)
+    return made

@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -304,6 +305,8 @@ class UnhandledErrors:
 
         try:
             await self.app(scope, receive, note_start)
+        except ClientDisconnect:
+            return  # hung up in the middle of its body: nobody is left to answer
         except Exception:
             log.exception("unhandled_error", request_id=scope["state"]["request_id"])
             if started:

@@ -13,7 +13,7 @@ python3 -m venv "$tools/venv"
 
 compile() { # INPUT OUTPUT [OPTION…]
   "$tools/venv/bin/uv" pip compile "$1" --output-file "$2" "${@:3}" \
-    --universal --python-version 3.11 --generate-hashes \
+    --system-certs --universal --python-version 3.11 --generate-hashes \
     --no-emit-index-url --no-emit-find-links --quiet \
     --custom-compile-command "bash deploy/lock.sh"
 }

@@ -9,6 +9,7 @@ from app.oneinbox.models import CALL_ID, CallRecord
 
 BROKER_USER = "broker_user"
 BROKER_REQUEST_ID = "broker_request_id"
+BROKER_USER_ID = "broker_user_id"
 
 
 class Ownership:

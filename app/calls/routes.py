@@ -24,8 +24,11 @@ CallPath = Annotated[
     responses={
         304: {"description": "Nothing changed since the ETag given."},
         **problems(
-            "not-found",
+            "unauthenticated",
             "forbidden-origin",
+            "not-found",
+            "rate-limited",
+            "at-capacity",
             "upstream-busy",
             "upstream-error",
             "upstream-unreachable",
@@ -42,8 +45,7 @@ async def get_call(
     if_none_match: Annotated[str | None, Header(description="An ETag of an earlier answer.")] = None,
 ) -> Response:
     """Read your own call: its state, its times, and what the operator exposes beyond them."""
-    user = await broker.identity.identify(request)
-    request.scope["state"]["user"] = broker.ownership.pseudonym(user)[:16]
+    user = await broker.admission.admit(request)
     snapshot = await broker.calls.read(user, call)
     request.scope["state"]["call"] = call.partition(".")[0]
     if if_none_match is not None and _matches(if_none_match, snapshot.etag):

@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from app.calls.ownership import Ownership
+from app.calls.ownership import BROKER_REQUEST_ID, Ownership
 from app.calls.schemas import project
 from app.identity import User
+from app.limits import LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
 
@@ -23,12 +24,13 @@ class Snapshot:
 class Calls:
     """Looks calls up, and shows each to its owner only.
 
-    `agent_names`: configured name by agent id. `expose`: the names of BROKER_EXPOSE.
+    `agent_names`: configured name by agent id. `live`: is told of ends that are seen. `expose`: as BROKER_EXPOSE.
     """
 
     oneinbox: OneInbox
     ownership: Ownership
     agent_names: Mapping[str, str]
+    live: LiveCalls
     expose: Collection[str]
 
     async def read(self, user: User, public_id: str) -> Snapshot:
@@ -39,6 +41,9 @@ class Calls:
         record = await self.oneinbox.get_call(call_id)
         if not self.ownership.owns(user, record):
             raise Problem("not-found")
+        member = (record.metadata or {}).get(BROKER_REQUEST_ID)
+        if isinstance(member, str):
+            await self.live.see(member, record)
         return self._snapshot(record, public_id)
 
     def _snapshot(self, record: CallRecord, public_id: str) -> Snapshot:

@@ -1,37 +1,67 @@
 """The one decision: may this user have what they ask for, now?"""
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
+import structlog
 from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit, LimitGroup
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.agents import Agent
 from app.identity import User
+from app.identity.addresses import limit_key
 from app.limits.headers import policy_name, rate_limit_headers
 from app.problems import Problem, problem_response
-from app.store import Decision, Rate, Store
+from app.store import Decision, Rate, RateState, Slot, Store
+
+FAILED_LOGINS = 60
+"""Failed logins a minute from one address, after which further ones are told to wait."""
+LIVE_RETRY_AFTER = 10
+"""Seconds to wait for a live call to end, where no end is known."""
+STORE_RETRY_AFTER = 5
+"""Seconds to wait for the shared store: it is taken up again within so many of its return."""
+ALL_CALLS = "live:all"
+"""The set of all live calls; its members are the broker's own request ids."""
+NEARLY = 0.8
+"""Share of a global limit that an operator should know about."""
+
+log = structlog.get_logger(__name__)
+
+Owner = Literal["user", "agent", "all"]
 
 
-def by_user(user: User) -> str:
+def for_user(user: User, agent: Agent) -> str:
     """Key function: a budget for each user."""
     return user.store_name
 
 
-def declare(limits: str, scope: str) -> list[Limit]:
+def for_user_and_agent(user: User, agent: Agent) -> str:
+    """Key function: a budget for each user of each agent."""
+    return f"{agent.name}:{user.store_name}"
+
+
+def for_all(user: User, agent: Agent) -> str:
+    """Key function: one budget for everybody."""
+    return "all"
+
+
+def declare(limits: str, key_function: Callable[[User, Agent], str], scope: Owner | Literal["request"]) -> list[Limit]:
     """Limits in slowapi's terms, read from a string such as `5/minute;50/day`.
 
-    slowapi only declares: it would decide one limit after the other, in fixed windows, and block the event loop on a
-    shared store. The store decides all at once.
+    slowapi only declares. It would decide one limit after the other, in fixed windows, and block the event loop on a
+    shared store; here the store decides about all at once.
     """
-    group = LimitGroup(limits, by_user, scope, False, None, None, None, 1, False)
-    return list(group)
+    return list(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
 
 
 class Refused(RateLimitExceeded):
-    """No room. `problem`: what the browser is told."""
+    """No room under a declared rate. `problem`: what the browser is told."""
 
     def __init__(self, limit: Limit, problem: Problem) -> None:
         super().__init__(limit)
@@ -45,39 +75,183 @@ async def on_refused(request: Request, error: Exception) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """What one session counted; `headers` tell the browser what is left."""
+class Question:
+    """All that one session asks for at once. `owners`: whose each rate is, then whose each slot is."""
 
+    limits: Sequence[Limit]
     rates: Sequence[Rate]
+    slots: Sequence[Slot]
+    owners: Sequence[Owner]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one session counted, so that it can be given back.
+
+    `member`: the call's name in its live slots. `headers`: what is left, for the browser.
+    """
+
+    question: Question
     decision: Decision
-    headers: Mapping[str, str] = field(default_factory=dict)
+    member: str
+    headers: Mapping[str, str]
 
 
 class Limits:
-    """Declares the limits from the settings, and asks the store about all of them in one question."""
+    """Declares the limits once, and asks the store about all of them in one question.
 
-    def __init__(self, store: Store, *, session_limits: str) -> None:
+    `enforce` False: what would be refused is logged and let through. `count_locally` False: while the shared store is
+    gone, sessions are refused. `lease`: seconds after which a live slot is free whatever became of its call.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        agents: Sequence[Agent],
+        *,
+        session_limits: str,
+        global_session_limits: str,
+        request_limits: str,
+        max_live_calls: int,
+        max_live_calls_total: int | None,
+        lease: float,
+        enforce: bool = True,
+        count_locally: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
-        self._per_user = declare(session_limits, "session")
+        user, everybody = declare(session_limits, for_user, "user"), declare(global_session_limits, for_all, "all")
+        self._sessions = {
+            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *everybody]
+            if agent.session_limits
+            else [*user, *everybody]
+            for agent in agents
+        }
+        self._requests = declare(request_limits, for_user, "request")
+        self._global = everybody
+        self._max_live_calls = max_live_calls
+        self._max_live_calls_total = max_live_calls_total
+        self._lease = lease
+        self._enforce = enforce
+        self._count_locally = count_locally
+        self._clock = clock
+        self._nearly_until: dict[str, float] = {}
 
-    async def reserve(self, user: User) -> Reservation:
-        """Count a session against every limit, or against none. Raises Refused."""
-        rates = [_rate(limit, user) for limit in self._per_user]
-        decision = await self._store.decide(rates)
-        named = [(policy_name("user", rate), rate, state) for rate, state in zip(rates, decision.rates, strict=True)]
-        headers = rate_limit_headers(named)
-        if decision.refused:
+    async def count_request(self, user: User) -> dict[str, str]:
+        """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
+        rates = [_rate(limit, user.store_name) for limit in self._requests]
+        decision = await self._store.decide(rates, enforce=self._enforce)
+        headers = rate_limit_headers(
+            [(policy_name("request", rate), rate, state) for rate, state in zip(rates, decision.rates, strict=True)]
+        )
+        if decision.refused and not self._observed(decision, [rate.name for rate in rates]):
             wait = max(decision.rates[index].reset for index in decision.refused)
-            headers["Retry-After"] = str(max(1, math.ceil(wait)))
-            raise Refused(self._per_user[decision.refused[0]], Problem("rate-limited", headers=headers))
-        return Reservation(rates, decision, headers)
+            raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
+        return headers
+
+    async def count_failed_login(self, address: str) -> None:
+        """Count a login that failed. Raises a 429 problem when the address has failed too often."""
+        await self.count_failure("login", address, FAILED_LOGINS)
+
+    async def count_failure(self, kind: str, address: str, most: int) -> None:
+        """Count a failure of an address, at most `most` a minute. Raises a 429 problem beyond."""
+        digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
+        decision = await self._store.decide([Rate(f"rate:{kind}:{digest}:60", most, 60)])
+        if decision.refused:
+            raise _wait("rate-limited", decision.rates[0].reset, {})
+
+    async def reserve(self, user: User, agent: Agent, member: str) -> Reservation:
+        """Count a session against every limit and take its live slots, or do nothing.
+
+        Raises Refused and Problem, the user's own limits first.
+        """
+        question = self._question(user, agent)
+        decision = await self._store.decide(
+            question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
+        )
+        if decision.local and not self._count_locally:
+            await self._store.give_back(question.rates, decision, question.slots, member=member)
+            raise _wait("at-capacity", STORE_RETRY_AFTER, {})
+        self._warn_when_nearly_used_up(question, decision)
+        headers = self._headers(question, decision.rates)
+        names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
+        if decision.refused and not self._observed(decision, names):
+            raise self._refusal(question, decision, headers)
+        return Reservation(question, decision, member, headers)
 
     async def release(self, reservation: Reservation) -> None:
         """Give a reservation back; only where no call can exist."""
-        await self._store.give_back(reservation.rates, reservation.decision)
+        question = reservation.question
+        await self._store.give_back(question.rates, reservation.decision, question.slots, member=reservation.member)
+
+    async def usage(self) -> list[tuple[str, int, int]]:
+        """The global limits: name, sessions counted, sessions allowed."""
+        rates = [_rate(limit, "all") for limit in self._global]
+        decision = await self._store.decide(rates, cost=0)
+        return [
+            (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
+            for rate, state in zip(rates, decision.rates, strict=True)
+        ]
+
+    def _question(self, user: User, agent: Agent) -> Question:
+        limits = self._sessions[agent.name]
+        rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
+        slots = [
+            Slot(user_calls(user), self._max_live_calls),
+            Slot(f"live:agent:{agent.name}", agent.max_live_calls),
+            Slot(ALL_CALLS, self._max_live_calls_total),
+        ]
+        owners = [cast("Owner", limit.scope) for limit in limits]
+        return Question(limits, rates, slots, [*owners, "user", "all", "all"])
+
+    def _headers(self, question: Question, states: Sequence[RateState]) -> dict[str, str]:
+        """What is left of the user's own limits; the global ones are nobody's business."""
+        return rate_limit_headers(
+            [
+                (policy_name(owner, rate), rate, state)
+                for owner, rate, state in zip(question.owners, question.rates, states, strict=False)
+                if owner != "all"
+            ]
+        )
+
+    def _refusal(self, question: Question, decision: Decision, headers: dict[str, str]) -> Exception:
+        count = len(question.rates)
+        own_rates = [i for i in decision.refused if i < count and question.owners[i] != "all"]
+        if own_rates:
+            wait = max(decision.rates[index].reset for index in own_rates)
+            return Refused(question.limits[own_rates[0]], _wait("rate-limited", wait, headers))
+        if any(question.owners[index] == "user" for index in decision.refused):
+            return _wait("too-many-live-calls", LIVE_RETRY_AFTER, headers)
+        waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
+        return _wait("at-capacity", max(waits), headers)
+
+    def _observed(self, decision: Decision, names: Sequence[str]) -> bool:
+        """Whether a refusal is only watched; says in the log which limit would have refused."""
+        if self._enforce:
+            return False
+        log.warning("would_refuse", limits=[names[index] for index in decision.refused])
+        return True
+
+    def _warn_when_nearly_used_up(self, question: Question, decision: Decision) -> None:
+        """Say once per window that a global limit is used to 80%."""
+        for owner, rate, state in zip(question.owners, question.rates, decision.rates, strict=False):
+            used = rate.amount - state.remaining
+            if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self._clock():
+                continue
+            self._nearly_until[rate.name] = self._clock() + rate.seconds
+            log.warning("global_limit_nearly_used_up", limit=policy_name("global", rate), used=used, of=rate.amount)
 
 
-def _rate(limit: Limit, user: User) -> Rate:
-    item = limit.limit
-    seconds = item.get_expiry()
-    return Rate(f"rate:{limit.scope}:{limit.key_func(user)}:{seconds}", item.amount, seconds)
+def user_calls(user: User) -> str:
+    """Name of the set of a user's live calls."""
+    return f"live:user:{user.store_name}"
+
+
+def _rate(limit: Limit, key: str) -> Rate:
+    seconds = limit.limit.get_expiry()
+    return Rate(f"rate:{limit.scope}:{key}:{seconds}", limit.limit.amount, seconds)
+
+
+def _wait(slug: str, seconds: float, headers: Mapping[str, str]) -> Problem:
+    """A refusal that says when to try again: in whole seconds, at least one, never too early."""
+    return Problem(slug, headers={**headers, "Retry-After": str(max(1, math.ceil(seconds)))})

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.config import is_loopback
@@ -20,7 +21,8 @@ class Origins:
 
     `allowed`: origins as settings give them (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
     public origin; None: an Origin that equals a loopback Host is its own. `credentials`: whether browsers may send
-    cookies along. `require`: refuse POST /session without an Origin.
+    cookies along. `require`: refuse POST /session without an Origin. `same_site_posts`: refuse a POST with neither an
+    Origin nor `Sec-Fetch-Site: same-origin`; for logins that a browser sends by itself.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Origins:
         own: str | None = None,
         credentials: bool = False,
         require: bool = False,
+        same_site_posts: bool = False,
     ) -> None:
         self.app = app
         self.any = "*" in allowed
@@ -39,12 +42,13 @@ class Origins:
         self.own = own
         self.credentials = credentials
         self.require = require
+        self.same_site_posts = same_site_posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         origins = [value for name, value in scope["headers"] if name == b"origin"]
-        if not origins and not (self.require and scope["method"] == "POST" and scope["path"].endswith("/session")):
+        if not origins and not self._needs_origin(scope):
 
             async def send_with_vary(message: Message) -> None:
                 if message["type"] == "http.response.start":
@@ -81,6 +85,13 @@ class Origins:
         if origin in self.any_port:
             return True
         return self.own is None and _is_loopback_host_of(origin, scope)
+
+    def _needs_origin(self, scope: Scope) -> bool:
+        if scope["method"] != "POST":
+            return False
+        if self.require and get_route_path(scope) == "/session":
+            return True
+        return self.same_site_posts and (b"sec-fetch-site", b"same-origin") not in scope["headers"]
 
     def _cors(self, origin: str) -> list[tuple[bytes, bytes]]:
         headers = [

@@ -30,10 +30,14 @@ class ResponseHeaders:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = message["headers"]
-                if not any(name == b"content-security-policy" for name, _ in headers):
+                own = {name for name, _ in headers}
+                if API_CSP[0] not in own:
                     headers.append(API_CSP)
                 headers.extend(ALWAYS)
-                headers.extend((name.lower().encode(), value.encode()) for name, value in limit_headers.items())
+                for name, value in limit_headers.items():
+                    # A refusal brings the headers of the limit that refused.
+                    if (key := name.lower().encode()) not in own:
+                        headers.append((key, value.encode()))
             await send(message)
 
         await self.app(scope, receive, send_with_headers)

@@ -1,90 +1,106 @@
 """What a browser may ask of an agent: everything not allowed is refused, but for what LiveKit sends by itself."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
+from app.agents import Agent, Agents
 from app.identity import User
 from app.oneinbox.overrides import OVERRIDE_LEAVES
 from app.problems import Problem, invalid_request
-from app.sessions.schemas import SessionRequest
+from app.sessions.schemas import SessionRequest, VariableValue, check_variable_value
 
-
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """One agent that browsers may ask for.
-
-    `name`: what browsers call it. `agent_id`: what OneInbox calls it. `variables`: names a browser may set; None: any.
-    `overrides`: dotted paths a browser may override.
-    """
-
-    name: str
-    agent_id: str
-    variables: frozenset[str] | None
-    overrides: frozenset[str]
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A session request that passed the policy: what OneInbox is asked for."""
+    """A session request that passed the policy: what OneInbox is asked for.
+
+    `own_variables`: those the browser set itself; `variables` holds the trusted and fixed ones too.
+    """
 
     agent: Agent
-    variables: Mapping[str, str | float | bool]
+    own_variables: Mapping[str, VariableValue]
+    variables: Mapping[str, VariableValue]
     overrides: Mapping[str, Any]
     metadata: Mapping[str, Any]
 
 
 class Policy:
-    """The configured agents and what may be asked of each."""
+    """The configured agents and what may be asked of each. `claims`: by trusted variable, the claim it comes from."""
 
-    def __init__(self, agents: Mapping[str, Agent], default: str | None) -> None:
-        """`default`: name of the agent used when none is named; None: a request must name one."""
+    def __init__(self, agents: Agents, claims: Mapping[str, str]) -> None:
         self._agents = agents
-        self._default = default
-        self._by_id = {agent.agent_id: agent for agent in agents.values()}
+        self._claims = claims
 
     def decide(self, user: User, request: SessionRequest) -> Order:
         """Raises 403 and 422 problems."""
-        agent = self._agent(request)
-        if (
-            request.participant_identity is not None
-            and user.mode != "anonymous"
-            and request.participant_identity != user.id
-        ):
+        agent = self._agent(user, request)
+        if user.mode != "anonymous" and request.participant_identity not in (None, user.id):
             raise Problem("identity-mismatch")
-        variables = request.all_variables
-        refused = [name for name in variables if not _allows(agent, name)]
+        own = self._own_variables(agent, request)
+        fixed = _leaves(agent.fixed_overrides)
+        allowed = agent.overrides - fixed.keys()
+        refused = sorted(set(_refused_leaves(request.overrides or {}, allowed)))
         if refused:
-            raise Problem("variable-not-allowed", f"Not allowed: {', '.join(sorted(refused))}.")
-        # LiveKit's clients send it by themselves: dropping it beats refusing every one of them.
-        if request.participant_name is not None and _allows(agent, "participant_name"):
-            variables.setdefault("participant_name", request.participant_name)
-        refused = sorted(set(_refused_leaves(request.overrides or {}, agent.overrides)))
-        if refused:
-            shown = [path[:64] for path in refused[:10]]
-            raise Problem("override-not-allowed", f"Not allowed, or not of the type it takes: {', '.join(shown)}.")
-        return Order(agent, variables, request.overrides or {}, request.all_metadata)
+            shown = ", ".join(path[:64] for path in refused[:10])
+            raise Problem("override-not-allowed", f"Not allowed, or not of the type it takes: {shown}.")
+        return Order(
+            agent=agent,
+            own_variables=own,
+            variables={**own, **self._trusted_variables(user), **agent.fixed_variables},
+            overrides=_merged(request.overrides or {}, agent.fixed_overrides),
+            metadata=request.all_metadata,
+        )
 
-    def _agent(self, request: SessionRequest) -> Agent:
-        name = request.agent_name or (None if request.agent_id else self._default)
-        if name is None and request.agent_id is None:
-            error = {"loc": ("body", "agent"), "msg": "There is no default agent: name one", "type": "missing"}
-            raise invalid_request([error])
-        named = self._agents.get(name) if name is not None else self._by_id.get(request.agent_id or "")
-        if named is None or (request.agent_id is not None and request.agent_id not in self._by_id):
+    def _agent(self, user: User, request: SessionRequest) -> Agent:
+        name, agent_id = request.agent_name, request.agent_id
+        by_name = self._agents.by_name.get(name) if name is not None else None
+        by_id = self._agents.by_id.get(agent_id) if agent_id is not None else None
+        if (name is not None and by_name is None) or (agent_id is not None and by_id is None):
             raise Problem("agent-not-allowed")
-        if request.agent_id not in (None, named.agent_id):
-            error = {
-                "loc": ("body", "agent_id"),
-                "msg": "Differs from the agent that is named",
-                "type": "contradiction",
-            }
-            raise invalid_request([error])
-        return named
+        if by_name is not None and by_id is not None and by_name is not by_id:
+            raise _invalid("agent_id", "Differs from the agent that is named", "contradiction")
+        agent = by_name or by_id or self._agents.default
+        if agent is None:
+            raise _invalid("agent", "There is no default agent: name one", "missing")
+        if not agent.admits(user.claims):
+            raise Problem("agent-not-allowed")
+        return agent
+
+    def _own_variables(self, agent: Agent, request: SessionRequest) -> dict[str, VariableValue]:
+        def allows(name: str) -> bool:
+            taken = name in self._claims or name in agent.fixed_variables
+            return not taken and (agent.variables is None or name in agent.variables)
+
+        variables = request.all_variables
+        refused = sorted(name for name in variables if not allows(name))
+        if refused:
+            raise Problem("variable-not-allowed", f"Not allowed: {', '.join(refused)}.")
+        # LiveKit's clients send it by themselves: dropping it beats refusing every one of them.
+        if request.participant_name is not None and allows("participant_name"):
+            variables.setdefault("participant_name", request.participant_name)
+        return variables
+
+    def _trusted_variables(self, user: User) -> dict[str, VariableValue]:
+        trusted: dict[str, VariableValue] = {}
+        for name, claim in self._claims.items():
+            value = user.claims.get(claim)
+            try:
+                if not isinstance(value, (str, int, float, bool)):
+                    raise TypeError
+                trusted[name] = check_variable_value(value)
+            except (ValueError, TypeError):
+                log.warning("claim_left_out", variable=name, claim=claim)
+        return trusted
 
 
-def _allows(agent: Agent, variable: str) -> bool:
-    return agent.variables is None or variable in agent.variables
+def _invalid(field: str, message: str, kind: str) -> Problem:
+    return invalid_request([{"loc": ("body", field), "msg": message, "type": kind}])
 
 
 def _refused_leaves(value: Mapping[str, Any], allowed: frozenset[str], prefix: str = "") -> Iterator[str]:
@@ -100,3 +116,23 @@ def _is_a(leaf: type, value: Any) -> bool:
     if leaf is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, leaf)
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted paths."""
+    leaves: dict[str, Any] = {}
+    for key, each in value.items():
+        if isinstance(each, Mapping):
+            leaves.update(_leaves(each, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = each
+    return leaves
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings in one; where both have a leaf, `above` wins."""
+    merged = deepcopy(dict(below))
+    for key, each in above.items():
+        under = merged.get(key)
+        merged[key] = _merged(under, each) if isinstance(each, Mapping) and isinstance(under, dict) else deepcopy(each)
+    return merged

@@ -11,7 +11,9 @@ from app.bodies import check_declared, read_json
 from app.broker import BrokerDep
 from app.openapi import json_body, problems
 from app.problems import invalid_request
+from app.sessions.idempotency import read_key
 from app.sessions.schemas import MAX_BODY, Session, SessionRequest
+from app.sessions.service import Asked
 
 router = APIRouter(tags=["sessions"])
 
@@ -25,16 +27,23 @@ router = APIRouter(tags=["sessions"])
     openapi_extra={"requestBody": json_body(SessionRequest)},
     responses=problems(
         "malformed-json",
+        "unauthenticated",
         "forbidden-origin",
         "variable-not-allowed",
         "override-not-allowed",
         "agent-not-allowed",
         "identity-mismatch",
+        "challenge-failed",
+        "blocked",
+        "in-progress",
+        "idempotency-mismatch",
         "body-too-large",
         "unsupported-media-type",
         "invalid-request",
         "upstream-rejected",
         "rate-limited",
+        "too-many-live-calls",
+        "at-capacity",
         "upstream-error",
         "upstream-unreachable",
         "upstream-invalid",
@@ -51,14 +60,23 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     """
     state = request.scope["state"]
     check_declared(request, MAX_BODY)
-    user = await broker.identity.identify(request)
-    state["user"] = broker.ownership.pseudonym(user)[:16]
-    asked = _parse(await read_json(request, MAX_BODY))
-    call = await broker.sessions.start(user, asked, state["limit_headers"])
+    user = await broker.admission.admit(request)
+    broker.brake.check(user)
+    body = await read_json(request, MAX_BODY)
+    asked = Asked(
+        request=_parse(body),
+        body=body,
+        key=read_key(request.headers.getlist("idempotency-key"), user),
+        proof=request.headers.get("x-challenge-token"),
+        answer_headers=state["limit_headers"],
+    )
+    call, replayed = await broker.sessions.start(user, asked)
     state["call"] = call.id
-    location = f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"
-    body = to_json({"server_url": call.server_url, "participant_token": call.participant_token})
-    return Response(body, 201, {"Location": location}, "application/json")
+    headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    answer = to_json({"server_url": call.server_url, "participant_token": call.participant_token})
+    return Response(answer, 201, headers, "application/json")
 
 
 def _parse(body: Any) -> SessionRequest:

@@ -1,8 +1,8 @@
 """The shared store, and this process alone while it is gone.
 
 The local store is fed with everything this replica counts, so that a loss does not start the counters at zero. A probe
-asks the shared store each second for what decisions need of it (a written script, not a mere ping: a server that is
-read-only or out of memory answers pings). The first question without an answer marks it down; from then on nobody waits
+asks the shared store each second for a decision (and no mere ping: a server that is read-only or out of memory answers
+pings). The first question without an answer marks it down; from then on nobody waits
 for it, until a probe succeeds.
 
 What is answered while it is down, and why:
@@ -41,7 +41,6 @@ MISSED = 10_000
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_PROBE = (Rate("probe", 1, 1),)
 
 log = structlog.stdlib.get_logger()
 
@@ -223,7 +222,7 @@ class FailoverStore:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:
-                await self._shared.decide(_PROBE, enforce=False)
+                await self._shared.decide([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
                 await self._tell_missed()
             except StoreUnavailable as error:
                 self._lost(error)

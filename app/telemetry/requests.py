@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = structlog.get_logger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+CLIENT_GONE = 499
+"""Logged where no answer was sent, as nginx does: the caller hung up."""
 QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems/{slug}"})
 
 
@@ -28,7 +30,7 @@ class RequestLog:
         started = time.perf_counter()
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(scope)
-        status = 0
+        status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

@@ -55,9 +55,9 @@ async def load(store: FailoverStore) -> AsyncIterator[list[float]]:
             began = time.monotonic()
             decision = await store.decide(rates, [Slot("load", None)], member=f"m{caller}", lease=60)
             await store.leave(["load"], f"m{caller}")
-            await store.members("load")
-            await store.publish("load", b"")
             await store.give_back(rates, decision)
+            assert f"m{caller}" not in await store.members("load")
+            await store.publish("load", b"")
             took.append(time.monotonic() - began)
             await asyncio.sleep(0.005)
 
@@ -136,6 +136,7 @@ async def test_what_entered_and_left_meanwhile_is_told(store: FailoverStore, val
         await store.enter("calls", "entered", 60)
         await store.enter("calls", "over", 0.01)
         assert (await store.members("calls")).keys() >= {"during", "entered"}
+        await asyncio.sleep(0.02)
     finally:
         valkey.thaw()
     await until(store, "ok")
@@ -167,6 +168,19 @@ async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valke
         valkey.thaw()
     await until(store, "ok")
     assert await store.members("full") == {}
+
+
+@pytest.mark.usefixtures("quick_probe")
+async def test_what_cannot_be_told_yet_is_told_later(store: FailoverStore, valkey: Valkey) -> None:
+    await store.enter("calls", "one", 60)
+    with valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-zrem")
+        assert await store.leave(["calls"], "one")
+        await asyncio.sleep(0.3)
+        assert store.state == "down"
+        client.execute_command("ACL", "SETUSER", "default", "+zrem")
+    await until(store, "ok")
+    assert await store.members("calls") == {}
 
 
 async def test_what_is_missed_is_bounded(store: FailoverStore, valkey: Valkey) -> None:

@@ -288,6 +288,19 @@ async def test_a_hundred_unknown_key_ids_at_once_ask_once(begin: MakeSetup) -> N
     assert setup.issuer.asked == 2
 
 
+async def test_unknown_key_id_joins_a_fetch_under_way(begin: MakeSetup) -> None:
+    setup = await begin(jwk_of(RSA, kid="k1"))
+    setup.issuer.keys.append(jwk_of(RSA_NEW, kid="k2"))
+    setup.issuer.gate.clear()
+    await setup.clock.wake()
+    login = asyncio.create_task(setup.slug(RSA_NEW, kid="k2"))
+    await settle()
+    assert (setup.issuer.asked, login.done()) == (2, False)
+    setup.issuer.gate.set()
+    assert await login == "in"
+    assert setup.issuer.asked == 2
+
+
 async def test_waiting_is_bounded(begin: MakeSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAIT_SECONDS", 0)
     issuer = Issuer(jwk_of(RSA, kid="k1"))

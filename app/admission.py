@@ -1,0 +1,43 @@
+"""What every route that needs an identity does first: who is asking, and are they asking too often?"""
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from app.calls.ownership import Ownership
+from app.identity import Identity, User
+from app.limits import Limits
+from app.problems import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Lets a request in, as a user."""
+
+    identity: Identity
+    ownership: Ownership
+    limits: Limits
+
+    async def admit(self, request: Request) -> User:
+        """The request's user, counted. Raises 401, 403 and 429 problems, and 503 while no login can be checked."""
+        state = request.scope["state"]
+        try:
+            user = await self.identity.identify(request)
+        except Problem as problem:
+            if problem.slug == "unauthenticated":
+                await self.limits.count_failed_login(self.identity.addresses.of(request))
+            raise
+        state["user"] = self.ownership.pseudonym(user)[:16]
+        if user.by_cookie and request.method == "POST":
+            require_same_site(request)
+        state["limit_headers"].update(await self.limits.count_request(user))
+        return user
+
+
+def require_same_site(request: Request) -> None:
+    """Refuse a POST that another site could have made the browser send, login included.
+
+    An Origin that came this far is allowed or own; browsers that send none say in Sec-Fetch-Site where it comes from.
+    """
+    if "origin" not in request.headers and request.headers.get("sec-fetch-site") != "same-origin":
+        raise Problem("forbidden-origin")

@@ -1,0 +1,76 @@
+"""The operator's hand brake: pause all sessions, block one user. In force on every replica within two seconds."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+
+import structlog
+
+from app.identity import User
+from app.problems import Problem
+from app.store import Store
+
+PAUSE = "pause"
+BLOCKS = "blocks"
+READ_SECONDS = 1
+
+log = structlog.get_logger(__name__)
+
+
+class Brake:
+    """What the operator stopped, read each second; the last that was seen stays in force while the store is gone.
+
+    `clock`: monotonic seconds.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._paused_until = 0.0
+        self._blocked_until: dict[str, float] = {}
+
+    def check(self, user: User) -> None:
+        """Raises `at-capacity` while everything is paused, `blocked` for a blocked user."""
+        left = self._paused_until - self._clock()
+        if left > 0:
+            # An end that lies hours ahead may be moved; nobody should wait for it unasked.
+            raise Problem("at-capacity", headers={"Retry-After": str(min(math.ceil(left), 60))})
+        if self._blocked_until.get(user.store_name, 0) > self._clock():
+            raise Problem("blocked")
+
+    async def pause(self, seconds: float) -> None:
+        """Give no session to anybody for so long."""
+        await self._store.enter(PAUSE, PAUSE, seconds)
+
+    async def resume(self) -> bool:
+        """End a pause; whether there was one."""
+        return await self._store.leave([PAUSE], PAUSE)
+
+    async def block(self, user: User, seconds: float) -> None:
+        """Give no session to a user for so long."""
+        await self._store.enter(BLOCKS, user.store_name, seconds)
+
+    async def unblock(self, user: User) -> bool:
+        """End a block; whether there was one."""
+        return await self._store.leave([BLOCKS], user.store_name)
+
+    async def read(self) -> None:
+        """See what is stopped. While the shared store is gone nothing changes."""
+        if not self._reachable():
+            return
+        paused, blocked = await self._store.members(PAUSE), await self._store.members(BLOCKS)
+        if not self._reachable():
+            return  # lost meanwhile: that was this process's own memory, which knows of nothing
+        now = self._clock()
+        self._paused_until = max((now + left for left in paused.values()), default=0.0)
+        self._blocked_until = {name: now + left for name, left in blocked.items()}
+
+    def _reachable(self) -> bool:
+        return self._store.state == "ok"
+
+    async def run(self) -> None:
+        """Read for ever."""
+        while True:
+            await self.read()
+            await asyncio.sleep(READ_SECONDS)

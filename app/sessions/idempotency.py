@@ -1,0 +1,199 @@
+"""Idempotency-Key: the same request again gets the same answer, and no second call.
+
+After draft-ietf-httpapi-idempotency-key-header-07. Only a 201 is kept, encrypted; everything else may be tried again.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+
+from app.identity import User
+from app.keyring import Keyring
+from app.oneinbox import WebCall
+from app.problems import Problem, invalid_request
+from app.store import Store, StoreUnavailable
+
+KEEP_SECONDS = 600
+BEFORE_EXPIRY = 60
+"""Seconds before its token's end from which a kept answer is of no use."""
+MARK_GRACE = 10
+"""Seconds that a running request's mark outlives the longest answer of OneInbox."""
+ANONYMOUS_LENGTH = 16
+"""Least length in anonymous mode, where users behind one address must not find each other's keys."""
+LOOK_SECONDS = 0.5
+"""A waiting request looks again after this long, even if nobody told it to."""
+
+PRINTABLE = re.compile(r"[\x20-\x7e]{1,255}")
+QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
+
+
+def read_key(values: list[str], user: User) -> str | None:
+    """The request's key, None without one. `"quoted"` (RFC 9651, section 3.3.3) equals bare. Raises 422."""
+    if not values:
+        return None
+    key = values[0].strip()
+    if quoted := QUOTED.fullmatch(key):
+        key = re.sub(r"\\(.)", r"\1", quoted[1])
+    least = ANONYMOUS_LENGTH if user.mode == "anonymous" else 1
+    if len(values) > 1 or not PRINTABLE.fullmatch(key) or len(key) < least:
+        error = {
+            "loc": ("header", "Idempotency-Key"),
+            "msg": f"Takes one key of {least} to 255 printable characters",
+            "type": "idempotency_key",
+        }
+        raise invalid_request([error])
+    return key
+
+
+class NotKept(Exception):
+    """A started call's answer could not be kept: given all the same, a repeat would start another."""
+
+    def __init__(self, call: WebCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What stands under a key: the request's fingerprint, and its answer once there is one.
+
+    `nonce` tells one running mark from the next.
+    """
+
+    fingerprint: str
+    nonce: str
+    call: WebCall | None = None
+
+
+class Idempotency:
+    """Runs a request once per key, and gives its answer to all who send it again.
+
+    `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
+    """
+
+    def __init__(self, store: Store, keyring: Keyring, *, timeout: float, now: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._timeout = timeout
+        self._now = now
+
+    async def run(
+        self, user: User, key: str, body: Any, start: Callable[[], Awaitable[WebCall]]
+    ) -> tuple[WebCall, bool]:
+        """The call of the request with this key, and whether it was replayed; `start` starts it, once.
+
+        Raises `idempotency-mismatch` for another body, `in-progress` when the first request outlasts the waiting,
+        `at-capacity` while the shared store is gone, NotKept, and what `start` raises.
+        """
+        name = "answer:" + hashlib.sha256(user.canonical + b"\x1f" + key.encode()).hexdigest()
+        fingerprint = hashlib.sha256(_canonical(body)).hexdigest()
+        try:
+            mark = await self._wait_or_mark(name, fingerprint)
+        except StoreUnavailable:
+            raise Problem(
+                "at-capacity",
+                "Nobody can tell now whether this request is a repeat.",
+                headers={"Retry-After": "5"},
+            ) from None
+        if isinstance(mark, WebCall):
+            return mark, True
+        try:
+            call = await start()
+        except BaseException:
+            await self._forget(name, mark)
+            raise
+        await self._keep(name, mark, fingerprint, call)
+        return call, False
+
+    async def _wait_or_mark(self, name: str, fingerprint: str) -> WebCall | bytes:
+        """The kept answer; or, where there is none, the mark with which this request runs."""
+        mark = self._seal(Entry(fingerprint, secrets.token_hex(8)))
+        lifetime = self._timeout + MARK_GRACE
+        if await self._store.add(name, mark, lifetime):
+            return mark
+        end = self._now() + self._timeout
+        async with self._store.subscribe(name) as told:
+            while True:
+                value = await self._store.get(name)
+                if value is None:
+                    if await self._store.add(name, mark, lifetime):
+                        return mark
+                    continue
+                entry = self._open(value)
+                if entry is not None and entry.fingerprint != fingerprint:
+                    raise Problem("idempotency-mismatch")
+                if entry is not None and entry.call is not None:
+                    return entry.call
+                if self._now() >= end:
+                    raise Problem("in-progress", headers={"Retry-After": "1"})
+                try:
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await anext(told)
+                except TimeoutError:
+                    pass
+
+    async def _keep(self, name: str, mark: bytes, fingerprint: str, call: WebCall) -> None:
+        expires = _expiry(call.participant_token)
+        ttl = KEEP_SECONDS if expires is None else min(KEEP_SECONDS, expires - BEFORE_EXPIRY - self._now())
+        if ttl <= 0:
+            await self._forget(name, mark)
+            return
+        try:
+            kept = await self._store.replace(name, mark, self._seal(Entry(fingerprint, "", call)), ttl)
+        except StoreUnavailable:
+            kept = False
+        if not kept:
+            raise NotKept(call)
+        await self._store.publish(name, b"")
+
+    async def _forget(self, name: str, mark: bytes) -> None:
+        try:
+            await self._store.delete(name, mark)
+        except StoreUnavailable:
+            return  # the mark dies by itself
+        await self._store.publish(name, b"")
+
+    def _seal(self, entry: Entry) -> bytes:
+        return self._keyring.encrypt(json.dumps([entry.fingerprint, entry.nonce, entry.call]).encode())
+
+    def _open(self, value: bytes) -> Entry | None:
+        """None: written under a secret that is not known (any more); its request is taken as running."""
+        plain = self._keyring.decrypt(value)
+        if plain is None:
+            return None
+        fingerprint, nonce, call = json.loads(plain)
+        return Entry(fingerprint, nonce, WebCall(*call) if call else None)
+
+
+def _canonical(value: Any) -> bytes:
+    """One text for all ways to write the same JSON, much as RFC 8785 has it: sorted keys, no spaces, 1.0 as 1."""
+    return json.dumps(_plain_numbers(value), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _plain_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _plain_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain_numbers(each) for each in value]
+    return value
+
+
+def _expiry(token: str) -> float | None:
+    """A participant token's `exp` (RFC 7519, section 4.1.4), unverified: it only says how long keeping makes sense."""
+    try:
+        payload = token.split(".")[1]
+        expires = from_json(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
+    except (ValueError, IndexError, KeyError, TypeError):
+        return None
+    return float(expires) if isinstance(expires, (int, float)) else None

@@ -1,0 +1,69 @@
+"""What all tests share."""
+
+import os
+from collections.abc import AsyncIterator, Iterator, MutableMapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
+
+Logs = list[MutableMapping[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of this machine and no `.env` reaches a test."""
+    for name in list(os.environ):
+        if name.upper().startswith(("BROKER_", "ONEINBOX_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[Logs]:
+    """What the broker logged during the test, instead of printing it."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    """A canned OneInbox."""
+    return Upstream()
+
+
+class OpenBroker:
+    """Starts brokers for a test: `await open_broker(BROKER_DOCS="false")` is a client of one with these settings."""
+
+    def __init__(self, stack: AsyncExitStack, upstream: Upstream) -> None:
+        self._stack, self._upstream = stack, upstream
+
+    async def __call__(
+        self,
+        *,
+        peer: str = CLIENT,
+        base_url: str = BROKER,
+        transport: httpx.AsyncBaseTransport | None = None,
+        **environ: str,
+    ) -> httpx.AsyncClient:
+        """A client at `peer` of a broker of its own, in front of `upstream`."""
+        broker = running_broker(settings(environ), transport or self._upstream, peer=peer, base_url=base_url)
+        return await self._stack.enter_async_context(broker)
+
+
+@pytest.fixture
+async def open_broker(upstream: Upstream) -> AsyncIterator[OpenBroker]:
+    """Starts brokers with settings of the test's choice."""
+    async with AsyncExitStack() as stack:
+        yield OpenBroker(stack, upstream)
+
+
+@pytest.fixture
+async def broker(open_broker: OpenBroker) -> httpx.AsyncClient:
+    """A broker with nothing but the required settings."""
+    return await open_broker()
