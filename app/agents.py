@@ -151,7 +151,7 @@ class _Findings:
         return bool(self._found)
 
     def add(self, path: KeyPath, wrong: str, takes: str) -> None:
-        """Note a mistake in the value at `path`. The words hold none of the file's values."""
+        """Note a mistake in the value at `path`. The words repeat names and paths, but no values."""
         line = self.line(path)
         self._found.append((line, f"line {line}: {_dotted(path)}: {wrong}; takes {takes}"))
 
@@ -416,20 +416,18 @@ def _key_lines(text: str) -> dict[KeyPath, int]:
 
 def _heads(text: str) -> Iterator[tuple[int, str]]:
     """Each `[table]` and each key before its `=`, as written, with its line."""
-    line, depth, head, in_value = 1, 0, "", False
+    line, began, depth, head, in_value = 1, 1, 0, "", False
     for piece in _PIECE.findall(f"{text}\n"):
+        line += piece.count("\n")
+        depth += (piece in ("[", "{")) - (piece in ("]", "}"))
         if piece == "\n" and depth == 0:
             if head.strip():
-                yield line, head.strip()
-            head, in_value = "", False
+                yield began, head.strip()
+            began, head, in_value = line, "", False
         elif piece == "=" and depth == 0:
             in_value = True
-        elif piece.startswith("#"):
-            continue
-        elif not in_value:
+        elif not in_value and not piece.startswith("#"):
             head += piece
-        depth += (piece in ("[", "{")) - (piece in ("]", "}"))
-        line += piece.count("\n")
 
 
 def _path(head: str) -> KeyPath:

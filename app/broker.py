@@ -16,12 +16,17 @@ from app.agents import Agents, AgentsError, read_agents, single_agent
 from app.calls.ownership import Ownership
 from app.calls.service import Calls
 from app.config import Settings, SettingsError, is_loopback
-from app.identity import Identity
-from app.identity.anonymous import Anonymous
-from app.identity.header import HeaderIdentity
-from app.identity.jwks import KeySet
-from app.identity.jwt import JwtIdentity
-from app.identity.keys import FixedKey, Keys, public_key, secret_key
+from app.identity import (
+    Anonymous,
+    FixedKey,
+    HeaderIdentity,
+    Identity,
+    JwtIdentity,
+    KeySet,
+    public_key,
+    secret_key,
+)
+from app.identity.keys import Keys
 from app.keyring import Keyring
 from app.limits import Brake, Limits, LiveCalls
 from app.oneinbox import OneInbox
@@ -196,9 +201,7 @@ def _keys(settings: Settings) -> Keys:
             return FixedKey(secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms))
         if settings.jwt_public_key is not None:
             name = "BROKER_JWT_PUBLIC_KEY"
-            # One line in an environment variable, many in a file.
-            pem = settings.jwt_public_key.get_secret_value().replace("\\n", "\n")
-            return FixedKey(public_key(pem, settings.jwt_algorithms))
+            return FixedKey(public_key(settings.jwt_public_key.get_secret_value(), settings.jwt_algorithms))
         name = "BROKER_JWT_JWKS_URL"
         return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
     except ValueError as error:

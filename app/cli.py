@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import re
 import socket
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import Annotated, NoReturn, TypeVar
 
 import structlog
 import typer
 
 from app import __version__
-from app.config import Settings, SettingsError, load_settings
+from app.config import Settings, SettingsError, load_settings, takes
 from app.main import create_app
-from app.server import create_server, listen, url_of
+from app.operator import Operator, operate
+from app.server import create_server, listen, serve_with_workers, url_of
+from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
 
 log = structlog.get_logger(__name__)
@@ -28,6 +32,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+T = TypeVar("T")
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)]
 
@@ -60,12 +65,24 @@ def serve(
 ) -> None:
     """Run the broker with the settings of the environment and .env."""
     settings = _settings()
-    if workers > 1:
-        _refuse("BROKER_STORE_URL: each of several workers would count the limits for itself; takes one worker")
+    app = _checked(lambda: create_app(settings))
+    shared = settings.store_url.get_secret_value() != "memory://"
+    if workers > 1 and not shared:
+        _refuse(
+            "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
+            f"takes {takes('BROKER_STORE_URL')}"
+        )
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(host, port)
-    log.info("listening", url=url_of(listener), auth=settings.auth, session_limits=settings.session_limits)
-    create_server(create_app(settings)).run(sockets=[listener])
+    log.info("listening", url=url_of(listener), workers=workers, auth=settings.auth, limits=settings.session_limits)
+    if not shared:
+        log.warning("limits_in_memory", meaning="a restart forgets what was counted")
+    if "*" in settings.allowed_variables:
+        log.warning("any_variable_allowed", meaning="browsers may put text of their own into the agent's prompt")
+    if workers > 1:
+        serve_with_workers(listener, workers)
+    else:
+        create_server(app).run(sockets=[listener])
 
 
 @cli.command()
@@ -133,9 +150,87 @@ def openapi() -> None:
     typer.echo(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
 
 
-def _settings() -> Settings:
+@cli.command()
+def pause(
+    duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1h",
+) -> None:
+    """Stop giving out sessions, on all replicas, until it ends or `resume`."""
+    seconds = _seconds(duration)
+
+    async def run(operator: Operator) -> str:
+        await operator.brake.pause(seconds)
+        return f"Paused for {duration}: no sessions on any replica until then, or until `oneinbox-broker resume`."
+
+    _operate(run)
+
+
+@cli.command()
+def resume() -> None:
+    """End a pause."""
+
+    async def run(operator: Operator) -> str:
+        return "Sessions are given again." if await operator.brake.resume() else "There was no pause."
+
+    _operate(run)
+
+
+@cli.command()
+def block(
+    user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")],
+    duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1d",
+) -> None:
+    """Give a user no more sessions, on all replicas."""
+    seconds = _seconds(duration)
+
+    async def run(operator: Operator) -> str:
+        await operator.brake.block(operator.user(user), seconds)
+        return f"Blocked for {duration}."
+
+    _operate(run)
+
+
+@cli.command()
+def unblock(user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")]) -> None:
+    """End a user's block."""
+
+    async def run(operator: Operator) -> str:
+        return "Unblocked." if await operator.brake.unblock(operator.user(user)) else "There was no block."
+
+    _operate(run)
+
+
+@cli.command()
+def status() -> None:
+    """Say how much of the global limits is used, and what is stopped."""
+    _operate(lambda operator: operator.status())
+
+
+def _operate(work: Callable[[Operator], Awaitable[str]]) -> None:
+    """Run an operator's command on the shared store, and print what it says."""
+    settings = _settings()
+    configure_logging("error", settings.log_format)
     try:
-        return load_settings()
+        typer.echo(asyncio.run(operate(settings, work)))
+    except SettingsError as error:
+        _refuse(*error.lines)
+    except StoreUnavailable:
+        _refuse("BROKER_STORE_URL: the store does not answer; nothing was changed", status=1)
+
+
+def _seconds(duration: str) -> int:
+    match = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", duration)
+    if match is None:
+        _refuse(f"--for {duration!r}: is no duration; takes a number and s, m, h or d: 90s, 30m, 1h, 1d")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _settings() -> Settings:
+    return _checked(load_settings)
+
+
+def _checked(make: Callable[[], T]) -> T:
+    try:
+        return make()
     except SettingsError as error:
         _refuse(*error.lines)
 

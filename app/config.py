@@ -119,6 +119,8 @@ def _store_url(value: SecretStr) -> SecretStr:
 def _header_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
         raise ValueError("is not the name of a header")
+    if text.lower() in ("authorization", "cookie", "host", "origin", "x-forwarded-for"):
+        raise ValueError("has a meaning of its own")
     return text
 
 

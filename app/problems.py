@@ -306,7 +306,7 @@ class UnhandledErrors:
         try:
             await self.app(scope, receive, note_start)
         except ClientDisconnect:
-            return  # hung up in the middle of its body: nobody is left to answer
+            pass  # hung up in the middle of its body: nobody is left to answer
         except Exception:
             log.exception("unhandled_error", request_id=scope["state"]["request_id"])
             if started:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.supervisors import Multiprocess
 
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
@@ -22,21 +23,30 @@ class Server(uvicorn.Server):
             self._captured_signals.clear()
 
 
+def serve_with_workers(listener: socket.socket, workers: int) -> None:
+    """Run several processes on one socket; each makes the app from the environment's settings."""
+    config = _config("app.main:app", workers=workers)
+    Multiprocess(config, sockets=[listener]).run()
+
+
 def create_server(app: ASGIApp) -> Server:
     """A server for the app: `run(sockets=…)` it, or await `serve(sockets=…)` inside an event loop."""
-    return Server(
-        uvicorn.Config(
-            app,
-            # The app decides itself whose X-Forwarded-For it believes, logs requests itself, and names no server.
-            proxy_headers=False,
-            access_log=False,
-            server_header=False,
-            log_config=None,
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            timeout_graceful_shutdown=GRACE,
-        )
+    return Server(_config(app))
+
+
+def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        workers=workers,
+        # The app decides itself whose X-Forwarded-For it believes, logs requests itself, and names no server.
+        proxy_headers=False,
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        timeout_graceful_shutdown=GRACE,
     )
 
 

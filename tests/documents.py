@@ -149,8 +149,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text as Markdown shows it word for word in a table, but for its `code`."""
-    outside = [re.sub(r"([*_<>\[\]])", r"\\\1", part) if at % 2 == 0 else part for at, part in enumerate(text.split("`"))]
-    return "`".join(outside).replace("|", r"\|").replace("\n", " ")
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<>\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", r"\|").replace("\n", " ")
 
 
 def main() -> None:

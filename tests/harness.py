@@ -53,6 +53,13 @@ class Upstream(httpx.AsyncBaseTransport):
         self.start = self.router.post("/v1/calls/web")
         self.start.mock(side_effect=self._start)
         self._calls = 0
+        self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$").mock(side_effect=self._stop)
+        self.router.get("/v1/calls").respond(json={"items": [], "total": 0, "limit": 20, "offset": 0})
+
+    @staticmethod
+    def _stop(request: httpx.Request) -> httpx.Response:
+        call_id = request.url.path.split("/")[-2]
+        return httpx.Response(200, json={"id": call_id, "agent_id": AGENT_ID, "status": "completed"})
 
     def _start(self, _: httpx.Request) -> httpx.Response:
         self._calls += 1
@@ -78,7 +85,7 @@ class Upstream(httpx.AsyncBaseTransport):
         return json.loads(self.start.calls.last.request.content)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer as a transport does: respx has read its answer already, a broker wants an unread one."""
+        """Answer as a real transport does: with a body still to be read, as it came over the wire."""
         await request.aread()
         canned = await self.router.async_handler(request)
         return httpx.Response(canned.status_code, headers=canned.headers, stream=canned.stream)

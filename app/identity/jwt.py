@@ -71,7 +71,7 @@ class JwtIdentity(Identity):
         self._cookie = cookie
         self._now = now
         # By hash, so that no token lies in memory longer than its request. A page asks several times a minute, and
-        # an answer out of here costs a tenth of a verification or less.
+        # an answer out of here costs some tenth of a verification.
         self._remembered: dict[bytes, Remembered] = {}
         self._remembered_version = keys.version
 
@@ -198,7 +198,9 @@ class JwtIdentity(Identity):
         return User(
             mode="jwt",
             id=_name(claims, self._user_claim),
-            issuer=self._issuer or (_name(claims, "iss") if "iss" in claims else ""),
+            # What a token says of its issuer is worth something only when it was checked; operators block users by
+            # the configured one.
+            issuer=self._issuer,
             claims=claims,
             expires_at=expires_at,
         )

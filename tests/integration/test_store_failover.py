@@ -160,6 +160,7 @@ async def test_a_give_back_reaches_both(store: FailoverStore, valkey: Valkey) ->
 async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valkey: Valkey) -> None:
     """A frozen server carries out what it was sent: a member that was then refused locally must not stay."""
     full = Slot("full", 1)
+    await store.decide([], [Slot("other", 1)], member="warm", lease=60)  # connected, and the script is known
     await store._local.enter("full", "mine", 60)
     valkey.freeze()
     try:

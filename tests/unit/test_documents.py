@@ -41,14 +41,14 @@ def test_env_example_shows_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "wanted"), [("requirements.lock", ("project", "dependencies")), ("build.lock", ("build-system", "requires"))]
+    ("lock", "wanted"),
+    [("requirements.lock", ("project", "dependencies")), ("build.lock", ("build-system", "requires"))],
 )
-def test_lock_pins_what_pyproject_asks_for(lock: str, wanted: tuple[str, str]) -> None:
+def test_lock_pins_what_pyproject_asks_for(lock: str, table: str, key: str) -> None:
     text = (ROOT / "deploy" / lock).read_text(encoding="utf-8")
     pins: dict[str, set[str]] = {}
     for name, version in PIN.findall(text):
         pins.setdefault(name, set()).add(version)
-    table, key = wanted
     asked = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[table][key])
     assert {
         str(each)

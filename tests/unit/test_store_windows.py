@@ -40,7 +40,7 @@ class Model:
 
 questions = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "observe", "look", "give back"]),
+        st.sampled_from(["ask", "ask", "ask", "wait", "observe", "look", "give back"]),
         st.sampled_from([0, 0, 1, 2, 5, 40]),  # ticks that pass before
         st.sampled_from([1, 1, 2, 4, 30]),  # cost
     ),
@@ -49,16 +49,21 @@ questions = st.lists(
 )
 
 
-@given(amount=st.sampled_from([1, 2, 5, 63, 64, 65, 100, 200]), seconds=st.integers(1, 4), questions=questions)
+@given(
+    amount=st.sampled_from([1, 2, 5, 63, 64, 65, 100, 200]), seconds=st.sampled_from([1, 4, 64]), questions=questions
+)
 def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tuple[str, int, int]]) -> None:
     now = 1000.0
     store, rate = MemoryStore(lambda: now), Rate("r", amount, seconds)
     model = Model(rate)
     cell = seconds / GRID if amount > GRID else 0
     given: list[tuple[Decision, list[float]]] = []
+    reset = 0.0
     blurred = False  # counted past the amount: entries were merged, and nothing can be said of what is given back
     for what, ticks, size in questions:
         now += ticks * TICK
+        if what == "wait":  # the adversary comes back as soon as told, with all it can get
+            now += reset
         cost = 0 if what == "look" else size
         if what == "give back":
             if given and not blurred:
@@ -73,6 +78,7 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
             assert before + cost <= amount
         else:
             assert model.held(now, seconds + cell) + cost > amount
+        reset = 0.0 if decision.allowed else decision.rates[0].reset
         if decision.counted:
             model.hits.append([now, cost])
             given.append((decision, model.hits[-1]))
@@ -107,6 +113,20 @@ def test_a_hit_leaves_when_the_window_has_passed_and_not_before() -> None:
     now = 110.0
     assert now_or_never(store.decide([rate])).allowed
     assert not now_or_never(store.decide([rate])).allowed
+
+
+def test_a_shared_entry_leaves_with_its_newest_hit() -> None:
+    now = 640.0
+    store, rate = MemoryStore(lambda: now), Rate("r", 100, 64)  # a cell is a second
+    now_or_never(store.decide([rate], cost=50))
+    now = 640.875
+    now_or_never(store.decide([rate], cost=50))
+    now = 704.75
+    refused = now_or_never(store.decide([rate]))
+    assert not refused.allowed
+    assert refused.rates[0].reset == 0.125
+    now = 704.875
+    assert now_or_never(store.decide([rate], cost=100)).allowed
 
 
 def test_reset_says_when_more_is_free() -> None:
