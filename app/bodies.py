@@ -25,23 +25,29 @@ def _is_json(content_type: str) -> bool:
     return essence == "application/json" or (essence.startswith("application/") and essence.endswith("+json"))
 
 
-async def read_json(request: Request, limit: int) -> Any:
-    """The body's JSON value, `{}` for an empty body; at most `limit` bytes are kept, chunked or not.
-
-    Raises 413; 400 for anything that is not strict JSON of at most 32 levels; 415 for a body without a type;
-    422 for NUL characters.
-    """
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, chunked or not; never more than `limit` bytes are kept. Raises 413."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
         if len(raw) > limit:
             raise Problem("body-too-large")
+    return bytes(raw)
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The JSON value of a body of at most `limit` bytes, `{}` for an empty one.
+
+    Raises 413; 400 for anything that is not strict JSON of at most 32 levels; 415 for a body without a type;
+    422 for NUL characters.
+    """
+    raw = await read_body(request, limit)
     if not raw:
         return {}
     if "content-type" not in request.headers:
         raise Problem("unsupported-media-type")
     try:
-        value = from_json(bytes(raw), allow_inf_nan=False)
+        value = from_json(raw, allow_inf_nan=False)
     except ValueError:
         raise Problem("malformed-json") from None
     _check(value, MAX_DEPTH)

@@ -10,11 +10,15 @@ from urllib.parse import urlsplit
 
 import httpx
 from fastapi import Depends, Request
+from pydantic import SecretStr
 
 from app.admission import Admission
 from app.agents import Agents, AgentsError, read_agents, single_agent
+from app.calls.hints import Hints
+from app.calls.lookup import Lookup
 from app.calls.ownership import Ownership
 from app.calls.service import Calls
+from app.calls.watching import Watchers
 from app.config import Settings, SettingsError, is_loopback
 from app.identity import (
     Anonymous,
@@ -35,6 +39,7 @@ from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
 from app.sessions.service import Sessions
+from app.shutdown import Shutdown
 from app.store import Store, open_store
 
 LEASE_GRACE = 300
@@ -49,7 +54,8 @@ class Broker:
 
     `admission`: who is asking, and how often. `brake`: what the operator stopped. `ownership`: names calls and knows
     whose they are. `sessions`: starts calls. `calls`: reads them. `store`: the shared memory, for the readiness check.
-    `root_path`: prefix of every path that is handed out.
+    `hints`: looks at calls that a webhook named; `webhook_secret`: what its path must hold. `shutdown`: whether the end
+    is near. `root_path`: prefix of every path that is handed out.
     """
 
     admission: Admission
@@ -58,6 +64,9 @@ class Broker:
     sessions: Sessions
     calls: Calls
     store: Store
+    hints: Hints
+    webhook_secret: SecretStr | None
+    shutdown: Shutdown
     root_path: str
 
 
@@ -103,15 +112,24 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
         )
-        calls = Calls(
+        lookup = Lookup(
             oneinbox=oneinbox,
-            ownership=ownership,
-            agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
+            store=store,
+            keyring=keyring,
             live=live,
+            agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
             expose=frozenset(settings.expose),
         )
+        watchers = Watchers(
+            lookup, store, max_streams=settings.max_streams, max_streams_total=settings.max_streams_total
+        )
+        calls = Calls(oneinbox, ownership, lookup, watchers, live)
+        hints = Hints(calls.hint)
+        stack.push_async_callback(hints.aclose)
+        shutdown = Shutdown(settings.drain_seconds, watchers.close)
+        stack.enter_context(shutdown.on_signals())
         await brake.read()
-        for work in (live.run(), brake.run()):
+        for work in (live.run(), brake.run(), watchers.run()):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
         yield Broker(
             admission=Admission(identity, ownership, limits),
@@ -120,6 +138,9 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             sessions=sessions,
             calls=calls,
             store=store,
+            hints=hints,
+            webhook_secret=settings.webhook_secret,
+            shutdown=shutdown,
             root_path=settings.root_path,
         )
 

@@ -14,7 +14,8 @@ import typer
 from app import __version__
 from app.config import Settings, SettingsError, load_settings, takes
 from app.main import create_app
-from app.operator import Operator, operate
+from app.oneinbox.errors import OneInboxError
+from app.operator import Operator, WebhookOperator, operate, operate_webhooks
 from app.server import create_server, listen, serve_with_workers, url_of
 from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
@@ -203,6 +204,41 @@ def unblock(user: Annotated[str, typer.Argument(help="The user's id; in anonymou
 def status() -> None:
     """Say how much of the global limits is used, and what is stopped."""
     _operate(lambda operator: operator.status())
+
+
+webhook = typer.Typer(help="OneInbox's webhook for this broker, from BROKER_PUBLIC_URL and BROKER_WEBHOOK_SECRET.")
+cli.add_typer(webhook, name="webhook", no_args_is_help=True)
+
+
+@webhook.command("register")
+def register_webhook() -> None:
+    """Have OneInbox deliver its events to this broker."""
+    _operate_webhooks(lambda operator: operator.register())
+
+
+@webhook.command("list")
+def list_webhooks() -> None:
+    """List the account's webhooks."""
+    _operate_webhooks(lambda operator: operator.list())
+
+
+@webhook.command("remove")
+def remove_webhook(
+    webhook_id: Annotated[str, typer.Argument(metavar="ID", help="As `webhook list` shows it.")],
+) -> None:
+    """Remove a webhook."""
+    _operate_webhooks(lambda operator: operator.remove(webhook_id))
+
+
+def _operate_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
+    settings = _settings()
+    configure_logging("error", settings.log_format)
+    try:
+        typer.echo(asyncio.run(operate_webhooks(settings, work)))
+    except SettingsError as error:
+        _refuse(*error.lines)
+    except OneInboxError as error:
+        _refuse(f"OneInbox {error.reason}", status=1)
 
 
 def _operate(work: Callable[[Operator], Awaitable[str]]) -> None:

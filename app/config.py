@@ -185,6 +185,12 @@ def _long_enough(value: SecretStr) -> SecretStr:
     return value
 
 
+def _url_safe(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{22,}", value.get_secret_value()):
+        raise ValueError("is shorter, or not URL-safe")
+    return value
+
+
 def _secret_lines(value: SecretStr) -> SecretStr:
     if any(len(line) < 32 for line in value.get_secret_value().splitlines() if line.strip()):
         raise ValueError("has a line shorter than 32 characters")
@@ -327,6 +333,8 @@ class Settings(BaseSettings):
         "a whole number, at least 1",
         ge=1,
     )
+    max_streams: int = setting(10, "Open event streams per user", "a whole number, at least 1", ge=1)
+    max_streams_total: int = setting(5000, "Open event streams per process", "a whole number, at least 1", ge=1)
     store_url: Annotated[Secret, AfterValidator(_store_url)] = setting(
         SecretStr("memory://"),
         "Where counters live: `memory://`, or a Valkey or Redis shared by all replicas",
@@ -363,6 +371,18 @@ class Settings(BaseSettings):
     )
     share_user_id: bool = setting(
         False, "Also write the plain user id on OneInbox's call record, as `broker_user_id`", "true or false"
+    )
+    webhook_secret: Annotated[Secret, AfterValidator(_url_safe)] | None = setting(
+        None,
+        "Last part of the path where OneInbox delivers webhooks; unset: there is no such path",
+        "at least 22 URL-safe characters",
+    )
+    drain_seconds: int = setting(
+        0,
+        "After SIGTERM, keep accepting this long while /readyz says draining",
+        "seconds, 0 to 3600",
+        ge=0,
+        le=3600,
     )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from app.broker import BrokerDep
@@ -19,7 +19,9 @@ class Health(BaseModel):
 class Readiness(BaseModel):
     """Whether the broker can serve, and what of it works."""
 
-    status: Literal["ok", "degraded"] = Field(description="`degraded`: it serves, but something it uses is gone.")
+    status: Literal["ok", "degraded", "draining"] = Field(
+        description="`degraded`: it serves, but something it uses is gone. `draining`: it is about to end."
+    )
     checks: dict[str, str] = Field(description="Each part: `ok` or `down`.", examples=[{"store": "ok"}])
 
 
@@ -29,8 +31,19 @@ async def healthz() -> Health:
     return Health()
 
 
-@router.get("/readyz", operation_id="getReadiness", summary="Can it serve?")
-async def readyz(broker: BrokerDep) -> Readiness:
-    """200 for `ok` and `degraded`: without its store the broker counts locally, and taking it out would help nobody."""
-    store = broker.store.state
-    return Readiness(status="ok" if store == "ok" else "degraded", checks={"store": store})
+@router.get(
+    "/readyz",
+    operation_id="getReadiness",
+    summary="Can it serve?",
+    responses={503: {"model": Readiness, "description": "It is about to end."}},
+)
+async def readyz(broker: BrokerDep, response: Response) -> Readiness:
+    """200 for `ok` and `degraded`: without its store the broker counts locally, and taking it out would help nobody.
+
+    503 for `draining`: new requests should go elsewhere.
+    """
+    checks: dict[str, str] = {"store": broker.store.state}
+    if broker.shutdown.draining:
+        response.status_code = 503
+        return Readiness(status="draining", checks=checks)
+    return Readiness(status="ok" if broker.store.state == "ok" else "degraded", checks=checks)

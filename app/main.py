@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from app import __version__, docs, health, openapi, problems
 from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
+from app.calls import webhooks
 from app.config import Settings, SettingsError, load_settings, origin_of
 from app.limits.service import on_refused
 from app.middleware.origins import Origins
@@ -73,6 +74,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     openapi.install(app, SessionRequest)
     app.include_router(sessions.router)
     app.include_router(calls.router)
+    app.include_router(webhooks.router)
     app.include_router(health.router)
     app.include_router(problems.router)
     if settings.docs:

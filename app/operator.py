@@ -1,16 +1,18 @@
-"""What an operator does from a terminal, through the shared store: the hand brake, and a look at the counters."""
+"""What an operator does from a terminal: the hand brake and the counters in the shared store, OneInbox's webhooks."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from app.broker import agents_of, open_limits
-from app.config import Settings, SettingsError
+from app.broker import agents_of, open_limits, open_oneinbox
+from app.config import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
 from app.limits import Brake, Limits
 from app.limits.brake import BLOCKS, PAUSE
 from app.limits.live import UNSTOPPED
 from app.limits.service import ALL_CALLS
+from app.oneinbox import OneInbox
+from app.oneinbox.models import Webhook
 from app.store import Store, StoreUnavailable, open_store
 
 
@@ -47,6 +49,60 @@ class Operator:
                 *(f"  {call}" for call in sorted(unstopped)),
             ]
         )
+
+
+EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")
+
+
+class WebhookOperator:
+    """OneInbox's webhook for this broker: its address follows from the settings."""
+
+    def __init__(self, oneinbox: OneInbox, settings: Settings) -> None:
+        """Raises SettingsError where the settings make no address."""
+        missing = [
+            f"{name}: is required for webhooks; takes {takes(name)}"
+            for name, value in (
+                ("BROKER_PUBLIC_URL", settings.public_url),
+                ("BROKER_WEBHOOK_SECRET", settings.webhook_secret),
+            )
+            if value is None
+        ]
+        if settings.public_url is None or settings.webhook_secret is None:
+            raise SettingsError(missing)
+        self._oneinbox = oneinbox
+        self._prefix = f"{settings.public_url}/webhooks/oneinbox/"
+        self._url = self._prefix + settings.webhook_secret.get_secret_value()
+
+    async def register(self) -> str:
+        """Register it, unless it is."""
+        for webhook in await self._oneinbox.list_webhooks():
+            if webhook.url == self._url:
+                return f"Registered already: {self._line(webhook)}"
+        webhook = await self._oneinbox.register_webhook(name="oneinbox-broker", url=self._url, events=EVENTS)
+        return f"Registered: {self._line(webhook)}"
+
+    async def list(self) -> str:
+        """All of the account's, a line each; the secret in our own is not shown."""
+        webhooks = await self._oneinbox.list_webhooks()
+        return "\n".join(self._line(webhook) for webhook in webhooks) or "There are no webhooks."
+
+    async def remove(self, webhook_id: str) -> str:
+        """Remove one."""
+        await self._oneinbox.remove_webhook(webhook_id)
+        return f"Removed: {webhook_id}"
+
+    def _line(self, webhook: Webhook) -> str:
+        shown = f"{self._prefix}…" if webhook.url.startswith(self._prefix) else webhook.url
+        return "  ".join(part for part in (webhook.id, shown, webhook.status) if part)
+
+
+async def operate_webhooks(settings: Settings, work: Callable[[WebhookOperator], Awaitable[str]]) -> str:
+    """Do an operator's work on OneInbox's webhooks. Raises SettingsError, OneInboxError."""
+    oneinbox = open_oneinbox(settings)
+    try:
+        return await work(WebhookOperator(oneinbox, settings))
+    finally:
+        await oneinbox.aclose()
 
 
 async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]) -> str:

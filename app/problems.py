@@ -141,6 +141,12 @@ KINDS: Mapping[str, Kind] = {
         "As many of your calls are running as you may have at once.",
         "Hang one up, or wait until it ends.",
     ),
+    "too-many-streams": Kind(
+        429,
+        "Too many event streams",
+        "As many of your event streams are open as you may have at once.",
+        "Close one, or share one among your pages.",
+    ),
     "at-capacity": Kind(
         503,
         "The service is at capacity",

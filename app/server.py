@@ -53,7 +53,13 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=2048)
+    # A client that vanished without a word frees its place within 20 s. Connections inherit these.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 20_000)):
+        if hasattr(socket, option):  # Linux has them all
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

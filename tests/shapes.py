@@ -102,7 +102,7 @@ def assert_session(response: httpx.Response, *, prefix: str = "") -> str:
     location: str = response.headers["location"]
     assert location.startswith(prefix)
     assert CALL_LOCATION.fullmatch(location.removeprefix(prefix)), location
-    assert remaining(response)
+    assert states(response)
     return location
 
 

@@ -5,7 +5,7 @@ Both hold without any memory: every replica, restarted, still knows.
 
 from app.identity import User
 from app.keyring import Keyring
-from app.oneinbox.models import CALL_ID, CallRecord
+from app.oneinbox.models import CALL_ID
 
 BROKER_USER = "broker_user"
 BROKER_REQUEST_ID = "broker_request_id"
@@ -39,9 +39,9 @@ class Ownership:
             return None
         return call_id
 
-    def owns(self, user: User, record: CallRecord) -> bool:
-        """Whether the call is the user's. In anonymous mode its key, checked before, has already said so."""
-        if user.mode == "anonymous":
-            return True
-        pseudonym = (record.metadata or {}).get(BROKER_USER)
-        return isinstance(pseudonym, str) and self._keyring.verify("pseudonym", user.canonical, pseudonym)
+    def owns(self, user: User, pseudonym: str) -> bool:
+        """Whether a call with this `broker_user` is the user's.
+
+        In anonymous mode the call's key, checked before, has already said so.
+        """
+        return user.mode == "anonymous" or self._keyring.verify("pseudonym", user.canonical, pseudonym)

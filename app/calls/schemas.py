@@ -21,10 +21,9 @@ class Utterance(BaseModel):
     content: str
 
 
-class Call(BaseModel):
-    """A call as its owner sees it."""
+class BasicCall(BaseModel):
+    """What every owner sees of a call."""
 
-    id: str = Field(description="The call, as Location names it.")
     agent: str | None = Field(description="Configured name of the agent; null when it is not configured any more.")
     status: str = Field(
         description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; a new one counts as running.",
@@ -37,8 +36,8 @@ class Call(BaseModel):
     end_reason: str | None = Field(description="Why it ended, in OneInbox's words.")
 
 
-class ExposedCall(Call):
-    """A call with all that an operator may expose through BROKER_EXPOSE."""
+class ExposedCall(BasicCall):
+    """With all that an operator may expose through BROKER_EXPOSE."""
 
     transcript: list[Utterance] | None = Field(default=None, description="Who said what; 2 to 3 seconds after the end.")
     messages: list[Utterance] | None = Field(default=None, description="Like the transcript, from the message list.")
@@ -47,10 +46,21 @@ class ExposedCall(Call):
     outcome: str | None = Field(default=None, description="OneInbox's verdict on the call.")
 
 
-def project(record: CallRecord, *, public_id: str, agent: str | None, expose: Collection[str]) -> Call:
-    """The visible part of a record. `expose`: names of BROKER_EXPOSE."""
+class Call(ExposedCall):
+    """A call as its owner sees it."""
+
+    id: str = Field(description="The call, as Location names it.")
+
+
+class CallList(BaseModel):
+    """Your calls of the last day, the newest first."""
+
+    items: list[Call] = Field(description="At most 50.")
+
+
+def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -> BasicCall:
+    """The visible part of a record, without its id, which is its holder's own. `expose`: names of BROKER_EXPOSE."""
     basic: dict[str, Any] = {
-        "id": public_id,
         "agent": agent,
         "status": record.status or "unknown",
         "created_at": record.created_at,
@@ -60,7 +70,7 @@ def project(record: CallRecord, *, public_id: str, agent: str | None, expose: Co
         "end_reason": record.end_reason,
     }
     if not expose:
-        return Call(**basic)
+        return BasicCall(**basic)
     more = {
         "transcript": _transcript(record),
         "messages": _utterances(record.messages),
@@ -68,7 +78,7 @@ def project(record: CallRecord, *, public_id: str, agent: str | None, expose: Co
         "summary": record.ai_summary,
         "outcome": record.outcome,
     }
-    return ExposedCall(**basic, **{name: more[name] for name in expose})
+    return ExposedCall(**basic, **{name: more[name] for name in more if name in expose})
 
 
 def _utterances(items: Any) -> list[Utterance] | None:

@@ -1,53 +1,104 @@
-"""Reading a call for its owner."""
+"""What an owner may do with a call: read it, list it, follow it, end it."""
 
-import hashlib
-from collections.abc import Collection, Mapping
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from app.calls.ownership import BROKER_REQUEST_ID, Ownership
-from app.calls.schemas import project
+from app.calls.events import LONGEST_SECONDS, EventStream, events
+from app.calls.lookup import Lookup
+from app.calls.ownership import Ownership
+from app.calls.snapshots import Snapshot
+from app.calls.watching import Watchers
 from app.identity import User
 from app.limits import LiveCalls
-from app.oneinbox import CallRecord, OneInbox
+from app.oneinbox import OneInbox
+from app.oneinbox.errors import OneInboxError
 from app.problems import Problem
+from app.store import StoreUnavailable
 
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A call as a browser sees it: JSON and its strong validator."""
-
-    body: bytes
-    etag: str
+AT_ONCE = 8
+"""Calls of one list that are looked up at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Looks calls up, and shows each to its owner only.
+    """Shows each call to its owner only.
 
-    `agent_names`: configured name by agent id. `live`: is told of ends that are seen. `expose`: as BROKER_EXPOSE.
+    To everybody else there is no such call: the same `not-found` for a stranger's call, no call, a wrong key and an id
+    that is none, the last two without asking OneInbox.
     """
 
     oneinbox: OneInbox
     ownership: Ownership
-    agent_names: Mapping[str, str]
+    lookup: Lookup
+    watchers: Watchers
     live: LiveCalls
-    expose: Collection[str]
+    now: Callable[[], float] = time.time
 
-    async def read(self, user: User, public_id: str) -> Snapshot:
-        """The user's call. Raises the same `not-found` for a stranger's call, no call, and an id that is none."""
+    async def read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
+        """OneInbox's id and the state of a user's call. Raises `not-found`."""
         call_id = self.ownership.call_id(public_id, user)
         if call_id is None:
             raise Problem("not-found")
-        record = await self.oneinbox.get_call(call_id)
-        if not self.ownership.owns(user, record):
-            raise Problem("not-found")
-        member = (record.metadata or {}).get(BROKER_REQUEST_ID)
-        if isinstance(member, str):
-            await self.live.see(member, record)
-        return self._snapshot(record, public_id)
+        # A stranger is turned away by what is remembered: their questions ask OneInbox nothing.
+        remembered = self.lookup.remembered(call_id)
+        if remembered is not None:
+            self._check_owner(user, remembered.snapshot)
+        # In anonymous mode the key was checked, and only this deployment makes keys.
+        snapshot = self._check_owner(user, await self.lookup.get(call_id, known=user.mode == "anonymous"))
+        return call_id, snapshot
 
-    def _snapshot(self, record: CallRecord, public_id: str) -> Snapshot:
-        agent = self.agent_names.get(record.agent_id or "")
-        call = project(record, public_id=public_id, agent=agent, expose=self.expose)
-        body = call.model_dump_json(exclude_unset=True).encode()
-        return Snapshot(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    async def list(self, user: User) -> list[bytes]:
+        """The user's own calls of the last day, as JSON. Raises `not-found` in anonymous mode."""
+        if user.mode == "anonymous":
+            raise Problem("not-found")  # an address is no identity
+        try:
+            started = await self.live.of_user(user)
+        except StoreUnavailable:
+            raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def body(call_id: str) -> bytes | None:
+            async with places:
+                snapshot = await self.lookup.get(call_id, known=True)
+            return snapshot.body(call_id) if snapshot is not None else None
+
+        bodies = await asyncio.gather(*(body(call.call_id) for call in started))
+        return [each for each in bodies if each is not None]
+
+    async def stop(self, user: User, public_id: str) -> Snapshot:
+        """Hang up; a call that has ended is fine too. Raises `not-found`, OneInboxError."""
+        call_id, snapshot = await self.read(user, public_id)
+        if snapshot.ended:
+            return snapshot
+        return await self.lookup.take(await self.oneinbox.stop_call(call_id))
+
+    async def follow(self, user: User, public_id: str, last_event_id: str | None) -> EventStream | None:
+        """A stream of the call's states; None when the reader has seen the last of them.
+
+        Raises `not-found`, `too-many-streams`, `at-capacity`.
+        """
+        call_id, snapshot = await self.read(user, public_id)
+        seen = (last_event_id or "").strip('"')
+        if seen == snapshot.etag.strip('"') and self.watchers.finished(snapshot):
+            return None
+        lifetime = LONGEST_SECONDS if user.expires_at is None else user.expires_at - self.now()
+        with ExitStack() as place:
+            watch = place.enter_context(self.watchers.watch(user, call_id, snapshot))
+            return EventStream(events(watch, public_id, lifetime), place.pop_all())
+
+    async def hint(self, call_id: str) -> None:
+        """Somebody says that something happened to a call; look, where that matters to us."""
+        if not self.watchers.watches(call_id) and not await self.live.is_live(call_id):
+            return
+        try:
+            await self.lookup.look(call_id)
+        except OneInboxError:
+            return  # the next look of a watcher or the sweep finds out
+
+    def _check_owner(self, user: User, snapshot: Snapshot | None) -> Snapshot:
+        if snapshot is None or not self.ownership.owns(user, snapshot.owner):
+            raise Problem("not-found")
+        return snapshot

@@ -22,6 +22,8 @@ LOOK_SECONDS = 10
 UNSTOPPED = "unstopped"
 """The set of calls that could not be hung up."""
 UNSTOPPED_SECONDS = 7 * 86400
+DAY = 86400
+LISTED_CALLS = 50
 AT_ONCE = 8
 """Look-ups of one sweep under way at once."""
 
@@ -83,9 +85,23 @@ class LiveCalls:
         """Remember which call took the slots of `member`."""
         call = LiveCall(member, call_id, agent, user.store_name, self._now())
         try:
-            await self._store.set(f"call:{member}", call.to_bytes(), self._lease)
+            await self._write(call, self._lease)
         except StoreUnavailable:
             self._untold[member] = call
+
+    async def handed_out(self, call_id: str) -> bool:
+        """Whether this deployment started the call, as far as its store remembers: a day and longer."""
+        return await self._member(call_id) is not None
+
+    async def is_live(self, call_id: str) -> bool:
+        """Whether the call counts as running."""
+        member = await self._member(call_id)
+        return member is not None and await self._find(member) is not None
+
+    async def of_user(self, user: User) -> list[LiveCall]:
+        """The calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
+        calls = [LiveCall.from_bytes(value) for value in await self._store.items(_calls_of(user.store_name))]
+        return [call for call in calls if call.since > self._now() - DAY]
 
     async def see(self, member: str, record: CallRecord | None) -> None:
         """Free the slots of a call that was seen ended, or gone (None)."""
@@ -188,12 +204,28 @@ class LiveCalls:
         with contextlib.suppress(StoreUnavailable):  # it expires
             await self._store.delete(f"call:{call.member}")
 
+    async def _member(self, call_id: str) -> str | None:
+        try:
+            value = await self._store.get(f"started:{call_id}")
+        except StoreUnavailable:
+            return next((call.member for call in self._untold.values() if call.call_id == call_id), None)
+        return value.decode() if value is not None else None
+
+    async def _write(self, call: LiveCall, ttl: float) -> None:
+        await self._store.set(f"call:{call.member}", call.to_bytes(), ttl)
+        await self._store.set(f"started:{call.call_id}", call.member.encode(), max(ttl, DAY))
+        await self._store.push(_calls_of(call.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
+
     async def _tell(self) -> None:
         for member, call in list(self._untold.items()):
             left = self._lease - (self._now() - call.since)
             try:
                 if left > 0:
-                    await self._store.set(f"call:{member}", call.to_bytes(), left)
+                    await self._write(call, left)
             except StoreUnavailable:
                 return
             self._untold.pop(member, None)
+
+
+def _calls_of(user: str) -> str:
+    return f"calls:{user}"

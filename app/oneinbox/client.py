@@ -3,12 +3,12 @@
 import asyncio
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlencode
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
 
 import httpx
-from pydantic import SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json
 
 from app.oneinbox.errors import (
@@ -22,8 +22,10 @@ from app.oneinbox.errors import (
     TimedOut,
     Unreachable,
 )
-from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall
+from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import surely_not_sent
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_ANSWER = 8 * 1024 * 1024
 """Bytes of an answer at most: a long call's record with all its messages has room, an endless answer has not."""
@@ -114,10 +116,27 @@ class OneInbox:
         query = urlencode({name: value for name, value in filters.items() if value is not None})
         code, answer = await self._send("GET", httpx.URL(f"{self._base_url}/v1/calls?{query}"))
         _raise_for_status(code, answer, not_found=_misconfigured(404))
-        try:
-            return CallPage.model_validate(answer)
-        except ValidationError:
-            raise Invalid("listed no calls", may_have_acted=False, status=code) from None
+        return _model(CallPage, answer, code)
+
+    async def register_webhook(self, *, name: str, url: str, events: Sequence[str]) -> Webhook:
+        """Have events delivered to a URL."""
+        body = {"name": name, "url": url, "events": list(events)}
+        status, answer = await self._send("POST", httpx.URL(f"{self._base_url}/v1/webhooks"), body)
+        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        return _model(Webhook, answer, status)
+
+    async def list_webhooks(self) -> list[Webhook]:
+        """All webhooks of the account. The route is not documented; its answer is taken as a list or a page."""
+        status, answer = await self._send("GET", httpx.URL(f"{self._base_url}/v1/webhooks"))
+        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
+
+    async def remove_webhook(self, webhook_id: str) -> None:
+        """Remove a webhook. The route is not documented; raises Misconfigured for a 404."""
+        status, answer = await self._send(
+            "DELETE", httpx.URL(f"{self._base_url}/v1/webhooks/{quote(webhook_id, safe='')}")
+        )
+        _raise_for_status(status, answer, not_found=_misconfigured(404))
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -126,10 +145,7 @@ class OneInbox:
     async def _call(self, method: str, path: str, call_id: str) -> CallRecord:
         status, answer = await self._send(method, httpx.URL(self._base_url + path))
         _raise_for_status(status, answer, not_found=NoSuchCall())
-        try:
-            record = CallRecord.model_validate(answer)
-        except ValidationError:
-            raise Invalid("answered no call", may_have_acted=True, status=status) from None
+        record = _model(CallRecord, answer, status)
         if record.id != call_id:
             raise Invalid("answered another call", may_have_acted=True, status=status)
         return record
@@ -178,9 +194,16 @@ async def _read(response: httpx.Response) -> bytes:
     return bytes(body)
 
 
+def _model(model: type[M], answer: Any, status: int) -> M:
+    try:
+        return model.model_validate(answer)
+    except ValidationError:
+        raise Invalid(f"answered no {model.__name__}", may_have_acted=True, status=status) from None
+
+
 def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> None:
-    if status in (200, 201):
-        return
+    if 200 <= status < 300:
+        return  # what it says counts, not which of these it is
     if status == 404:
         raise not_found
     if status in (401, 402, 403):

@@ -66,6 +66,23 @@ class CallRecord(BaseModel):
         return self.status in TERMINAL_STATUSES
 
 
+class Webhook(BaseModel):
+    """A registered webhook; its signing secret, answered at registration, is not read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    name: Text = None
+    url: str
+    status: Text = None
+
+
+class WebhookList(BaseModel):
+    """The account's webhooks."""
+
+    items: list[Webhook]
+
+
 class CallPage(BaseModel):
     """One page of a list of calls. `total`: of all pages, when OneInbox says it."""
 

@@ -71,10 +71,6 @@ class Challenge:
             await self._room(failures, cost=1)  # also of many at once, only so many are told
             raise Problem("challenge-failed", why)
 
-    async def aclose(self) -> None:
-        """Close all connections to the service."""
-        await self._transport.aclose()
-
     async def _room(self, failures: Rate, *, cost: int) -> None:
         """Count `cost` failures. Raises Problem `rate-limited` when there is no room for another one."""
         try:
@@ -149,7 +145,7 @@ async def _read(response: httpx.Response) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
         return b""
     body = bytearray()
-    async for chunk in response.aiter_raw():
+    async for chunk in response.aiter_bytes():
         body += chunk
         if len(body) > MAX_ANSWER:
             return b""

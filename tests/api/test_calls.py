@@ -86,7 +86,7 @@ async def test_shows_the_basic_fields_and_nothing_else(broker: httpx.AsyncClient
     assert call["end_reason"] == "hangup"
 
 
-async def test_asks_onneinbox_with_the_key(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_asks_oneinbox_with_the_key(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     await read(broker, upstream)
 
     request = upstream.requests[-1]
@@ -170,7 +170,16 @@ EXPOSED: dict[str, tuple[str, Any, Any]] = {
     ),
     "transcript-list-of-anything": (
         "transcript",
-        {"transcript": ["MARKER", 1, None, {"role": "user"}, {"content": "MARKER"}, {"role": "user", "content": "Hi."}]},
+        {
+            "transcript": [
+                "MARKER",
+                1,
+                None,
+                {"role": "user"},
+                {"content": "MARKER"},
+                {"role": "user", "content": "Hi."},
+            ]
+        },
         [{"role": "user", "content": "Hi."}],
     ),
     "transcript-list-with-tools": (
@@ -359,7 +368,10 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "402": ({"status_code": 402}, "upstream-misconfigured"),
     "403": ({"status_code": 403}, "upstream-misconfigured"),
     "408": ({"status_code": 408}, "upstream-error"),
-    "422": ({"status_code": 422, "json": {"detail": [{"loc": ["path", "call_id"], "msg": "x"}]}}, "upstream-misconfigured"),
+    "422": (
+        {"status_code": 422, "json": {"detail": [{"loc": ["path", "call_id"], "msg": "x"}]}},
+        "upstream-misconfigured",
+    ),
     "429": ({"status_code": 429}, "upstream-busy"),
     "429-retry-after": ({"status_code": 429, "headers": {"Retry-After": "7"}}, "upstream-busy"),
     "500": ({"status_code": 500}, "upstream-error"),
@@ -381,7 +393,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("answer", "slug"), FAILURES.values(), ids=FAILURES.keys())
-async def test_failures_of_onneinbox(
+async def test_failures_of_oneinbox(
     answer: dict[str, Any], slug: str, broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     path = await start_call(broker)

@@ -123,9 +123,7 @@ async def test_a_participant_name_that_is_no_allowed_variable_is_dropped(
     ],
     ids=str,
 )
-async def test_empty_parts_are_not_sent(
-    body: dict[str, Any], broker: httpx.AsyncClient, upstream: Upstream
-) -> None:
+async def test_empty_parts_are_not_sent(body: dict[str, Any], broker: httpx.AsyncClient, upstream: Upstream) -> None:
     assert_session(await post_session(broker, body))
 
     assert upstream.asked.keys() == {"agent_id", "metadata"}
@@ -241,7 +239,7 @@ async def test_an_answer_of_200_is_as_good_as_201(broker: httpx.AsyncClient, ups
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9000", "localhost:9000", "[::1]:9000"])
-async def test_an_insecure_server_url_is_taken_from_a_onneinbox_on_loopback(host: str, open_broker: OpenBroker) -> None:
+async def test_an_insecure_server_url_is_taken_from_a_oneinbox_on_loopback(host: str, open_broker: OpenBroker) -> None:
     upstream = Upstream(f"http://{host}")
     upstream.start.respond(201, json=started(server_url="ws://127.0.0.1:7880"))
     broker = await open_broker(transport=upstream, ONEINBOX_BASE_URL=f"http://{host}")

@@ -78,9 +78,7 @@ PEERS = {
 
 @pytest.mark.parametrize(("first", "second", "apart"), PEERS.values(), ids=PEERS.keys())
 async def test_limits_go_by_address(first: str, second: str, apart: bool, open_broker: OpenBroker) -> None:
-    broker = await open_broker(
-        peer="10.0.0.1", BROKER_TRUSTED_PROXIES="10.0.0.0/8", BROKER_SESSION_LIMITS="1/minute"
-    )
+    broker = await open_broker(peer="10.0.0.1", BROKER_TRUSTED_PROXIES="10.0.0.0/8", BROKER_SESSION_LIMITS="1/minute")
     assert_session(await post_session(broker, x_forwarded_for=first))
 
     response = await post_session(broker, x_forwarded_for=second)

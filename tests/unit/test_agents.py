@@ -171,7 +171,8 @@ def test_what_an_entry_says(lines: str, field: str, value: Any) -> None:
          f"takes values of {LEAVES}"),
         ("fixed_overrides.tts.sped = 1", 3, "fixed_overrides.tts.sped: is not a single leaf (the nearest is "
          f"tts.speed); takes values of {LEAVES}"),
-        ('fixed_overrides = { "tts.speed" = 1 }', 3, 'fixed_overrides."tts.speed": is not a single leaf (the nearest is '
+        ('fixed_overrides = { "tts.speed" = 1 }', 3,
+         'fixed_overrides."tts.speed": is not a single leaf (the nearest is '
          f"tts.speed); takes values of {LEAVES}"),
         ("fixed_overrides.tts.speed.x = 1", 3, "fixed_overrides.tts.speed: is not a number; takes a number"),
         ("[agents.support.fixed_overrides]\n[agents.support.fixed_overrides.tts]\nspeed = true", 5,
@@ -181,7 +182,7 @@ def test_what_an_entry_says(lines: str, field: str, value: Any) -> None:
          "fixed_overrides.tts.voice_id: is not a string; takes a string"),
         *[
             (f"session_limits = {value}", 3, f"session_limits: is not a list of limits; {TAKES_LIMITS}")
-            for value in ('"often"', '""', "3", '["3/minute"]', '"0/minute"', '"1/day;0/minute"', '"3/minute;5/60 second"')
+            for value in ('"often"', "3", '["3/minute"]', '"0/minute"', '"1/day;0/minute"', '"3/minute;5/60 second"')
         ],
         *[
             (f"max_live_calls = {value}", 3, "max_live_calls: is not a number of calls; "
@@ -236,7 +237,8 @@ def test_a_mistake_in_an_entry(lines: str, line: int, wrong: str) -> None:
         ('[agents.a]\nagent_id = "x"\n\n[agents.b]\n\nagent_id = "x"', [
             "line 6: agents.b.agent_id: is the id of agents.a (line 1) too; takes an id that no other agent has"
         ]),
-        ("[agents]\na = { agent_id = '1', default = true }\nb.agent_id = '2'\n[agents.c]\nagent_id = '3'\ndefault = true", [
+        ("[agents]\na = { agent_id = '1', default = true }\nb.agent_id = '2'\n"
+         "[agents.c]\nagent_id = '3'\ndefault = true", [
             "line 6: agents.c.default: is true, as for agents.a (line 2); takes true for one agent only"
         ]),
         ("a = 1\na = 2\n", [f"line 2: is not TOML: Cannot overwrite a value; {TAKES_TOML}"]),

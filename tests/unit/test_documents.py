@@ -41,8 +41,8 @@ def test_env_example_shows_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "wanted"),
-    [("requirements.lock", ("project", "dependencies")), ("build.lock", ("build-system", "requires"))],
+    ("lock", "table", "key"),
+    [("requirements.lock", "project", "dependencies"), ("build.lock", "build-system", "requires")],
 )
 def test_lock_pins_what_pyproject_asks_for(lock: str, table: str, key: str) -> None:
     text = (ROOT / "deploy" / lock).read_text(encoding="utf-8")

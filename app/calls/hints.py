@@ -1,0 +1,44 @@
+"""Webhooks as hints: whatever they say, the broker looks for itself."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+MOST_HINTS = 1000
+"""Looks under way at once; beyond, a hint is dropped: polling finds out a little later."""
+AT_ONCE = 8
+
+
+class Hints:
+    """Looks at hinted calls in the background, each once at a time. `look`: looks at one."""
+
+    def __init__(self, look: Callable[[str], Awaitable[None]]) -> None:
+        self._look = look
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._again: set[str] = set()
+
+    def add(self, call_id: str) -> None:
+        """Look at a call soon; one that is being looked at is looked at once more afterwards."""
+        if call_id in self._tasks:
+            self._again.add(call_id)
+        elif len(self._tasks) < MOST_HINTS:
+            self._tasks[call_id] = asyncio.create_task(self._run(call_id), name="hint")
+
+    async def aclose(self) -> None:
+        """Drop what is under way."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, call_id: str) -> None:
+        try:
+            while True:
+                self._again.discard(call_id)
+                async with self._places:
+                    await self._look(call_id)
+                if call_id not in self._again:
+                    return
+        finally:
+            self._again.discard(call_id)
+            del self._tasks[call_id]

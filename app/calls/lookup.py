@@ -1,0 +1,210 @@
+"""Looking calls up at OneInbox: never more often than it does good, and for all who ask at once."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from app.calls.ownership import BROKER_REQUEST_ID
+from app.calls.snapshots import Snapshot
+from app.keyring import Keyring
+from app.limits import LiveCalls
+from app.oneinbox import CallRecord, OneInbox
+from app.oneinbox.errors import NoSuchCall
+from app.problems import Problem
+from app.store import Rate, Store, StoreUnavailable
+from app.store.memory import MemoryStore
+
+FRESH_SECONDS = 1.0
+FRESH_ENDED_SECONDS = 2.0
+"""While what comes after the end (transcript, recording) may still come."""
+SETTLING_SECONDS = 60.0
+"""So long after its end was first seen, a call may still change."""
+FRESH_SETTLED_SECONDS = 3600.0
+REMEMBERED_SECONDS = 60.0
+"""So long the owner of a call, or that there is none, is known without asking."""
+CACHED_CALLS = 10_000
+CACHED_BYTES = 64 * 1024 * 1024
+SHARED_BYTES = 256 * 1024
+"""A larger snapshot is not shared: each replica looks for itself."""
+SHARED_SECONDS = 120
+LEASE_SECONDS = 3
+"""How long a replica may take over one look before another takes over."""
+BUDGET = Rate("all", 100, 1)
+UNKNOWN_BUDGET = Rate("unknown", 20, 1)
+CHANNEL = "calls"
+"""Where replicas tell each other which call they have just seen anew."""
+
+
+@dataclass(slots=True)
+class Cached:
+    """What this process knows of a call. `snapshot` None: it does not exist. Times are the clock's."""
+
+    snapshot: Snapshot | None
+    since: float
+    first_ended: float | None
+
+
+class Lookup:
+    """The status cache, shared by plain reads and watchers.
+
+    `clock`: monotonic seconds; `now`: Unix time.
+    """
+
+    def __init__(
+        self,
+        *,
+        oneinbox: OneInbox,
+        store: Store,
+        keyring: Keyring,
+        live: LiveCalls,
+        agent_names: Mapping[str, str],
+        expose: Collection[str],
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._oneinbox = oneinbox
+        self._store = store
+        self._keyring = keyring
+        self._live = live
+        self._agent_names = agent_names
+        self._expose = expose
+        self._clock = clock
+        self._now = now
+        self._budgets = MemoryStore(clock)
+        self._cache: OrderedDict[str, Cached] = OrderedDict()
+        self._cached_bytes = 0
+        self._looking: dict[str, asyncio.Task[Snapshot | None]] = {}
+
+    def remembered(self, call_id: str) -> Cached | None:
+        """What was learnt of a call in the last minute; enough to say whose it is."""
+        cached = self._cache.get(call_id)
+        if cached is None or self._clock() - cached.since > max(REMEMBERED_SECONDS, self._freshness(cached)):
+            return None
+        return cached
+
+    async def get(self, call_id: str, *, known: bool) -> Snapshot | None:
+        """The call's state, not older than it may be; None when there is no such call.
+
+        `known`: this deployment handed the call out, for sure. Raises OneInboxError, and `at-capacity` when OneInbox
+        has been asked too often and nothing is known of the call.
+        """
+        cached = self._cache.get(call_id)
+        if cached is not None and self._clock() - cached.since < self._freshness(cached):
+            self._cache.move_to_end(call_id)
+            return cached.snapshot
+        shared = await self.read_shared(call_id)
+        if shared is not None and self._now() - shared.seen < FRESH_SECONDS:
+            return shared
+        # Whatever was seen once is known: neither its look-ups nor its answers depend on strangers' questions.
+        known = known or (cached is not None and cached.snapshot is not None) or await self._live.handed_out(call_id)
+        rates = [BUDGET] if known else [BUDGET, UNKNOWN_BUDGET]
+        if not (await self._budgets.decide(rates)).allowed:
+            if cached is not None and cached.snapshot is not None:
+                return cached.snapshot
+            raise Problem("at-capacity", headers={"Retry-After": "1"})
+        return await self.look(call_id, known=known)
+
+    async def look(self, call_id: str, *, known: bool = True) -> Snapshot | None:
+        """Ask OneInbox now; all who ask meanwhile get the same answer. None: there is no such call."""
+        task = self._looking.get(call_id)
+        if task is None:
+            task = asyncio.create_task(self._look(call_id, known))
+            self._looking[call_id] = task
+            task.add_done_callback(lambda _: self._looking.pop(call_id, None))
+        # A caller who hangs up must not take the answer away from the others.
+        return await asyncio.shield(task)
+
+    async def take_lease(self, call_id: str) -> bool:
+        """Whether this replica is the one to look now. Alone, it always is."""
+        try:
+            return not self._store.shared or await self._store.add(f"look:{call_id}", b"", LEASE_SECONDS)
+        except StoreUnavailable:
+            return True
+
+    async def drop_lease(self, call_id: str) -> None:
+        """Let the next one look."""
+        if self._store.shared:
+            try:
+                await self._store.delete(f"look:{call_id}")
+            except StoreUnavailable:
+                return
+
+    async def read_shared(self, call_id: str) -> Snapshot | None:
+        """What any replica has seen last; it is taken into this process's cache."""
+        if not self._store.shared:
+            return None
+        try:
+            value = await self._store.get(f"seen:{call_id}")
+        except StoreUnavailable:
+            return None
+        plain = self._keyring.decrypt(value) if value is not None else None
+        if plain is None:
+            return None
+        snapshot = Snapshot.from_bytes(plain)
+        cached = self._cache.get(call_id)
+        if cached is not None and cached.snapshot is not None and cached.snapshot.seen >= snapshot.seen:
+            return cached.snapshot
+        self._keep(call_id, snapshot, age=max(0.0, self._now() - snapshot.seen))
+        return snapshot
+
+    async def take(self, record: CallRecord) -> Snapshot:
+        """A record that OneInbox has just answered: cache it, share it, wake its watchers, free its slot."""
+        snapshot = Snapshot.of(record, seen=self._now(), agent_names=self._agent_names, expose=self._expose)
+        cached = self._cache.get(record.id)
+        before = cached.snapshot if cached is not None else None
+        self._keep(record.id, snapshot)
+        member = (record.metadata or {}).get(BROKER_REQUEST_ID)
+        if isinstance(member, str) and not (before is not None and before.ended):
+            await self._live.see(member, record)
+        await self._share(record.id, snapshot)
+        if before is None or before.etag != snapshot.etag:
+            await self._store.publish(CHANNEL, record.id.encode())
+        return snapshot
+
+    async def _look(self, call_id: str, known: bool) -> Snapshot | None:
+        try:
+            record = await self._oneinbox.get_call(call_id)
+        except NoSuchCall:
+            if not known:
+                self._keep(call_id, None)
+            return None
+        return await self.take(record)
+
+    async def _share(self, call_id: str, snapshot: Snapshot) -> None:
+        if not self._store.shared:
+            return
+        value = snapshot.to_bytes()
+        try:
+            if len(value) <= SHARED_BYTES:
+                await self._store.set(f"seen:{call_id}", self._keyring.encrypt(value), SHARED_SECONDS)
+            else:
+                await self._store.delete(f"seen:{call_id}")
+        except StoreUnavailable:
+            return
+
+    def _keep(self, call_id: str, snapshot: Snapshot | None, age: float = 0.0) -> None:
+        old = self._cache.pop(call_id, None)
+        since = self._clock() - age
+        first_ended = old.first_ended if old is not None else None
+        if snapshot is not None and snapshot.ended and first_ended is None:
+            first_ended = since
+        self._cache[call_id] = Cached(snapshot, since, first_ended)
+        self._cached_bytes += _size(snapshot) - (_size(old.snapshot) if old is not None else 0)
+        while len(self._cache) > CACHED_CALLS or (self._cached_bytes > CACHED_BYTES and len(self._cache) > 1):
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= _size(dropped.snapshot)
+
+    def _freshness(self, cached: Cached) -> float:
+        """Seconds that an answer may be given without asking again."""
+        if cached.snapshot is None:
+            return REMEMBERED_SECONDS
+        if not cached.snapshot.ended or cached.first_ended is None:
+            return FRESH_SECONDS
+        settled = cached.since - cached.first_ended >= SETTLING_SECONDS
+        return FRESH_SETTLED_SECONDS if settled else FRESH_ENDED_SECONDS
+
+
+def _size(snapshot: Snapshot | None) -> int:
+    return len(snapshot.fields) if snapshot is not None else 0

@@ -1,0 +1,177 @@
+"""Watching calls: however many watch a call, on however many replicas, OneInbox is asked once at a time."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from app.calls.lookup import CHANNEL, Lookup
+from app.calls.snapshots import Snapshot
+from app.identity import User
+from app.oneinbox.errors import Busy, OneInboxError
+from app.problems import Problem
+from app.store import Store
+
+TICK_SECONDS = 1.0
+"""How often a replica looks at what the others have seen, and at a young call itself."""
+YOUNG_SECONDS = 60.0
+SLOWEST_SECONDS = 5.0
+LATE_SECONDS = 30.0
+"""So long after its end a call is watched for what is still to come."""
+LATE_PACE_SECONDS = 2.0
+LONGEST_BACKOFF_SECONDS = 30.0
+RETRY_AFTER = 10
+"""Seconds to wait for a stream to end, where no end is known."""
+
+log = structlog.get_logger(__name__)
+
+
+class Watch:
+    """One call that somebody in this process watches.
+
+    `latest`: its last state. `over`: nothing new will come. `closed`: the process is going down. `changed`: set, and
+    replaced by a fresh one, whenever any of them changes.
+    """
+
+    def __init__(self, latest: Snapshot) -> None:
+        self.latest = latest
+        self.over = False
+        self.closed = False
+        self.changed = asyncio.Event()
+        self.watchers = 0
+
+    def tell(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
+        """Wake the watchers, if there is anything new."""
+        news = latest is not None and latest.etag != self.latest.etag
+        self.latest = latest or self.latest
+        if not news and over == self.over and closed == self.closed:
+            return
+        self.over, self.closed = over, closed
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Watchers:
+    """All watches of this process, and who may have how many.
+
+    `clock`: monotonic seconds; `now`: Unix time.
+    """
+
+    def __init__(
+        self,
+        lookup: Lookup,
+        store: Store,
+        *,
+        max_streams: int,
+        max_streams_total: int,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._lookup = lookup
+        self._store = store
+        self._max_streams = max_streams
+        self._max_streams_total = max_streams_total
+        self._clock = clock
+        self._now = now
+        self._watches: dict[str, Watch] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._streams: Counter[str] = Counter()
+        self._closed = False
+
+    def watches(self, call_id: str) -> bool:
+        """Whether anybody in this process watches the call."""
+        return call_id in self._watches
+
+    def finished(self, snapshot: Snapshot) -> bool:
+        """Whether nothing new will come of a call."""
+        late = self._now() - (snapshot.ended_at or snapshot.seen) > LATE_SECONDS
+        return snapshot.ended and (snapshot.complete or late)
+
+    @contextmanager
+    def watch(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Watch]:
+        """Watch a call for as long as the context lasts. Raises `too-many-streams` and `at-capacity`."""
+        wait = {"Retry-After": str(RETRY_AFTER)}
+        if self._streams[user.store_name] >= self._max_streams:
+            raise Problem("too-many-streams", headers=wait)
+        if self._closed or self._streams.total() >= self._max_streams_total:
+            raise Problem("at-capacity", headers=wait)
+        watch = self._watches.get(call_id)
+        if watch is None:
+            watch = self._watches[call_id] = Watch(latest)
+            self._tasks[call_id] = asyncio.create_task(self._follow(call_id, watch), name="watch")
+        watch.watchers += 1
+        self._streams[user.store_name] += 1
+        try:
+            yield watch
+        finally:
+            self._streams[user.store_name] -= 1
+            if not self._streams[user.store_name]:
+                del self._streams[user.store_name]
+            watch.watchers -= 1
+            if not watch.watchers:
+                del self._watches[call_id]
+                self._tasks.pop(call_id).cancel()
+
+    def close(self) -> None:
+        """End all streams, without saying that their calls ended: browsers come back, to another replica."""
+        self._closed = True
+        for watch in self._watches.values():
+            watch.tell(over=watch.over, closed=True)
+
+    async def run(self) -> None:
+        """Pass on, for ever, what any replica sees anew."""
+        async with self._store.subscribe(CHANNEL) as seen:
+            async for message in seen:
+                call_id = message.decode()
+                watch = self._watches.get(call_id)
+                if watch is None:
+                    continue
+                await self._lookup.read_shared(call_id)
+                cached = self._lookup.remembered(call_id)
+                if cached is not None and cached.snapshot is not None:
+                    watch.tell(cached.snapshot, over=watch.over, closed=watch.closed)
+
+    async def _follow(self, call_id: str, watch: Watch) -> None:
+        """Look at a call again and again until it is over; one failed look slows it down, and ends nothing."""
+        failures = 0
+        wait = 0.0
+        while not self.finished(watch.latest):
+            pace = max(wait, self._pace(watch.latest))
+            # A little apart, so that replicas and calls do not all look at the same moment.
+            await asyncio.sleep((min(pace, TICK_SECONDS) if self._store.shared else pace) * random.uniform(1, 1.1))  # noqa: S311
+            try:
+                snapshot = await self._next(call_id, pace)
+            except OneInboxError as error:
+                failures += 1
+                wait = error.retry_after if isinstance(error, Busy) else 2.0**failures
+                wait = min(wait, LONGEST_BACKOFF_SECONDS)
+                log.warning("watch_slowed", call=call_id, reason=error.reason, seconds=wait)
+                continue
+            failures, wait = 0, 0.0
+            if snapshot is None:
+                break  # gone: there is no more to say than what was said last
+            watch.tell(snapshot, closed=watch.closed)
+        watch.tell(over=True, closed=watch.closed)
+
+    async def _next(self, call_id: str, pace: float) -> Snapshot | None:
+        """The newest state: another replica's while that is young enough, else our own look."""
+        shared = await self._lookup.read_shared(call_id)
+        if shared is not None and self._now() - shared.seen < pace:
+            return shared
+        if not await self._lookup.take_lease(call_id):
+            return shared or self._watches[call_id].latest
+        try:
+            return await self._lookup.look(call_id)
+        finally:
+            await self._lookup.drop_lease(call_id)
+
+    def _pace(self, snapshot: Snapshot) -> float:
+        """Seconds between looks: one while the call is young, then slower by and by."""
+        if snapshot.ended:
+            return LATE_PACE_SECONDS
+        age = self._now() - (snapshot.created or snapshot.seen)
+        return min(SLOWEST_SECONDS, max(1.0, 1.0 + (age - YOUNG_SECONDS) / YOUNG_SECONDS))

@@ -1,0 +1,52 @@
+"""The end of a process: said first, then done (SIGTERM)."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Shutdown:
+    """Knows when the process is about to end.
+
+    `drain_seconds`: how long new connections are still served after SIGTERM, while `/readyz` sends new ones elsewhere.
+    `close`: ends what would outlive every request, when that time is over.
+    """
+
+    def __init__(self, drain_seconds: float, close: Callable[[], None]) -> None:
+        self.draining = False
+        self._drain_seconds = drain_seconds
+        self._close = close
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Come before the server's own handlers of SIGTERM and SIGINT, for as long as the context lasts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's; whoever runs a server beside it ends it in another way
+            return
+        loop = asyncio.get_running_loop()
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def finish(number: int, frame: FrameType | None) -> None:
+            self._close()
+            servers_own = before[signal.Signals(number)]
+            if callable(servers_own):
+                servers_own(number, frame)
+
+        def begin(number: int, frame: FrameType | None) -> None:
+            if self.draining or not self._drain_seconds or number != signal.SIGTERM:
+                self.draining = True
+                loop.call_soon_threadsafe(finish, number, frame)
+                return
+            self.draining = True
+            loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, finish, number, frame)
+
+        for number in before:
+            signal.signal(number, begin)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

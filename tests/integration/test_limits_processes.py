@@ -1,0 +1,185 @@
+"""Limits hold over processes: however many ask at once, and wherever they ask."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+
+from app.operator import Operator, operate
+from app.sandbox.server import RunningEmulator, running_emulator
+from tests.integration.test_limits_support import (
+    LONG_CALLS,
+    BrokerProcess,
+    asked,
+    eventually,
+    from_address,
+    outcomes,
+    post_many,
+    running_broker_process,
+    running_broker_processes,
+    settings_of,
+)
+from tests.integration.valkey import Valkey, running_valkey
+from tests.shapes import policies, remaining, states
+
+GLOBAL_MINUTE = 5000
+PROXIED = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
+RATED = {**PROXIED, "BROKER_SESSION_LIMITS": "5/minute", "BROKER_GLOBAL_SESSION_LIMITS": f"{GLOBAL_MINUTE}/minute"}
+
+in_modules_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Two brokers on one store, in front of one OneInbox."""
+
+    brokers: list[BrokerProcess]
+    oneinbox: RunningEmulator
+    store_url: str
+
+    async def used_by_all(self) -> int:
+        """Sessions of all users that count towards the global limit."""
+
+        async def used(operator: Operator) -> str:
+            ((_, used, amount),) = await operator.limits.usage()
+            assert amount == GLOBAL_MINUTE
+            return str(used)
+
+        return int(await operate(settings_of(self.oneinbox.url, {**RATED, "BROKER_STORE_URL": self.store_url}), used))
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with running_valkey() as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def rated(valkey: Valkey) -> AsyncIterator[Replicas]:
+    """At most five sessions a minute for each user, behind a trusted proxy."""
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_processes(2, oneinbox.url, **RATED, BROKER_STORE_URL=valkey.url) as brokers,
+    ):
+        yield Replicas(brokers, oneinbox, valkey.url)
+
+
+@in_modules_loop
+async def test_two_hundred_at_once_get_five(rated: Replicas) -> None:
+    before = len(rated.oneinbox.emulator.calls)
+
+    responses = await post_many(rated.brokers, 200, from_address("198.51.100.1"))
+
+    assert outcomes(responses) == {"201": 5, "rate-limited": 195}
+    assert len(rated.oneinbox.emulator.calls) - before == 5
+    for refused in (response for response in responses if response.is_error):
+        assert states(refused)["user-minute"][0] == 0
+        assert int(refused.headers["retry-after"]) >= states(refused)["user-minute"][1] > 50
+
+
+@in_modules_loop
+async def test_fifty_users_at_once_get_five_each(rated: Replicas) -> None:
+    users = [from_address(f"198.51.100.{100 + number}") for number in range(50)]
+    before = len(rated.oneinbox.emulator.calls)
+
+    answers = await asyncio.gather(*(post_many(rated.brokers, 8, user) for user in users))
+
+    assert [outcomes(responses) for responses in answers] == [{"201": 5, "rate-limited": 3}] * 50
+    assert len(rated.oneinbox.emulator.calls) - before == 250
+
+
+@in_modules_loop
+async def test_a_refused_users_hammering_costs_nobody_anything(rated: Replicas) -> None:
+    noisy, quiet = from_address("198.51.100.2"), from_address("198.51.100.3")
+    await post_many(rated.brokers, 5, noisy)
+    assert remaining((await post_many(rated.brokers, 1, quiet))[0]) == 4
+    used, requests = await rated.used_by_all(), len(rated.oneinbox.emulator.requests)
+
+    for _ in range(10):
+        assert outcomes(await post_many(rated.brokers, 40, noisy)) == {"rate-limited": 40}
+
+    assert await rated.used_by_all() == used
+    assert len(rated.oneinbox.emulator.requests) == requests
+    assert remaining((await post_many(rated.brokers, 1, quiet))[0]) == 3
+    assert await rated.used_by_all() == used + 1
+
+
+@in_modules_loop
+async def test_nobody_learns_how_many_sessions_all_users_have(rated: Replicas) -> None:
+    (response,) = await post_many(rated.brokers, 1, from_address("198.51.100.4"))
+
+    assert policies(response).keys() == {"user-minute"}
+    assert str(GLOBAL_MINUTE) not in str(response.headers)
+
+
+async def test_two_hundred_at_once_get_two_live_calls(valkey: Valkey) -> None:
+    limits = {**PROXIED, "BROKER_MAX_LIVE_CALLS": "2", "BROKER_STORE_URL": valkey.url}
+    first, second = from_address("198.51.100.1"), from_address("198.51.100.2")
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_processes(2, oneinbox.url, **limits) as brokers,
+    ):
+        emulator = oneinbox.emulator
+        responses = await post_many(brokers, 200, first)
+        assert outcomes(responses) == {"201": 2, "too-many-live-calls": 198}
+        assert len(emulator.calls) == 2
+
+        # One call ends and is seen to: there is room for one more, and for no more than one.
+        ended = next(iter(emulator.calls))
+        emulator.calls.stop(ended)
+        locations = (response.headers.get("location", "") for response in responses)
+        location = next(each for each in locations if each.startswith(f"/calls/{ended.id}."))
+        assert (await brokers[1].client.get(location, headers=first)).json()["status"] == "completed"
+        assert outcomes(await post_many(brokers, 20, first)) == {"201": 1, "too-many-live-calls": 19}
+
+        # A refused user's hammering starts nothing, and makes us look at each of the calls once per 10 s.
+        assert outcomes(await post_many(brokers, 2, second)) == {"201": 2}
+        began = time.monotonic()
+        for _ in range(10):
+            assert outcomes(await post_many(brokers, 30, second)) == {"too-many-live-calls": 30}
+        assert len(asked(emulator, "start")) == 5
+        own = {f"/v1/calls/{call.id}" for call in list(emulator.calls)[:2]}
+        looks = Counter(request.path for request in asked(emulator, "get") if request.path in own)
+        assert looks.keys() == own
+        assert max(looks.values()) <= 1 + (time.monotonic() - began) // 10
+
+
+ONE_PROCESS = {
+    "rate": ({"BROKER_SESSION_LIMITS": "5/minute"}, {"201": 5, "rate-limited": 195}),
+    "live-calls": ({"BROKER_MAX_LIVE_CALLS": "2"}, {"201": 2, "too-many-live-calls": 198}),
+}
+
+
+@pytest.mark.parametrize(("limit", "expected"), ONE_PROCESS.values(), ids=ONE_PROCESS.keys())
+async def test_two_hundred_at_once_of_one_process_in_memory(limit: dict[str, str], expected: dict[str, int]) -> None:
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_process(oneinbox.url, **limit) as broker,
+    ):
+        assert outcomes(await post_many([broker], 200)) == expected
+        assert len(oneinbox.emulator.calls) == expected["201"]
+
+
+async def test_two_hundred_at_once_of_two_workers_get_five() -> None:
+    async with AsyncExitStack() as stack:
+        valkey = stack.enter_context(running_valkey())
+        oneinbox = await stack.enter_async_context(running_emulator(LONG_CALLS))
+        broker = await stack.enter_async_context(
+            running_broker_process(
+                oneinbox.url, "--workers", "2", BROKER_SESSION_LIMITS="5/minute", BROKER_STORE_URL=valkey.url
+            )
+        )
+        with valkey.client() as client:
+
+            async def both_are_up() -> bool:
+                return len(client.client_list()) > 2  # this one's connection aside, one of each worker at least
+
+            await eventually(both_are_up, within=30)
+
+        assert outcomes(await post_many([broker], 200)) == {"201": 5, "rate-limited": 195}
+        assert len(oneinbox.emulator.calls) == 5

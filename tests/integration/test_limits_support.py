@@ -1,0 +1,149 @@
+"""Brokers as processes of their own in front of an emulator in the test's event loop. Holds no test itself.
+
+    async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
+        response = await brokers[0].client.post("/session")
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from app.config import Settings, load_settings
+from app.sandbox.emulator import Emulator, EmulatorOptions
+from app.sandbox.wire import RecordedRequest
+
+PATIENCE = 30
+"""Seconds for a process to start, to answer or to end; ample on a busy machine."""
+LONG_CALLS = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+"""Calls that nobody ends are still running when the test ends."""
+SECRET = "a secret of the tests, of more than 32 characters"
+# Bounds that a test about something else must not run into.
+ROOMY = {
+    "BROKER_SESSION_LIMITS": "100000/minute",
+    "BROKER_GLOBAL_SESSION_LIMITS": "100000/minute",
+    "BROKER_REQUEST_LIMITS": "100000/minute",
+    "BROKER_MAX_LIVE_CALLS": "100000",
+}
+
+
+def environ_of(oneinbox: str, changes: Mapping[str, str]) -> dict[str, str]:
+    """Settings of a broker in front of an emulator at this URL: roomy, with changes."""
+    return {
+        "ONEINBOX_API_KEY": LONG_CALLS.api_key,
+        "ONEINBOX_BASE_URL": oneinbox,
+        "ONEINBOX_AGENT_ID": LONG_CALLS.agents[0],
+        "BROKER_SECRET": SECRET,
+        **ROOMY,
+        **changes,
+    }
+
+
+def settings_of(oneinbox: str, changes: Mapping[str, str]) -> Settings:
+    """The same as settings."""
+    return load_settings(environ_of(oneinbox, changes), env_file=None)
+
+
+@dataclass(frozen=True)
+class BrokerProcess:
+    """A broker that runs; `logs` grows."""
+
+    client: httpx.AsyncClient
+    process: asyncio.subprocess.Process
+    logs: list[dict[str, Any]] = field(default_factory=list)
+
+    async def readiness(self) -> str:
+        """`ok` or `degraded`, as /readyz says."""
+        response = await self.client.get("/readyz")
+        assert response.status_code == 200
+        status: str = response.json()["status"]
+        return status
+
+
+@asynccontextmanager
+async def running_broker_process(oneinbox: str, *arguments: str, **changes: str) -> AsyncIterator[BrokerProcess]:
+    """`python -m app serve` with these arguments and settings, until the block ends."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app", "serve", "--port", "0", *arguments),
+        env={**os.environ, **environ_of(oneinbox, changes)},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    logs: list[dict[str, Any]] = []
+    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def read() -> None:
+        assert process.stderr is not None
+        output = b""
+        async for line in process.stderr:
+            output += line
+            entry = json.loads(line) if line.startswith(b"{") else {"event": line.decode()}
+            logs.append(entry)
+            if entry["event"] == "listening":
+                listening.set_result(entry["url"])
+        if not listening.done():
+            listening.set_exception(AssertionError(f"the broker ended: {output.decode()}"))
+
+    reading = asyncio.create_task(read())
+    try:
+        url = await asyncio.wait_for(listening, PATIENCE)
+        many = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=many, trust_env=False) as client:
+            assert (await client.get("/readyz")).status_code == 200
+            yield BrokerProcess(client, process, logs)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await asyncio.wait_for(process.wait(), PATIENCE)
+        await reading
+
+
+@asynccontextmanager
+async def running_broker_processes(count: int, oneinbox: str, **changes: str) -> AsyncIterator[list[BrokerProcess]]:
+    """Several brokers with the same settings."""
+    async with AsyncExitStack() as stack:
+        yield await asyncio.gather(
+            *(stack.enter_async_context(running_broker_process(oneinbox, **changes)) for _ in range(count))
+        )
+
+
+async def post_many(
+    brokers: Sequence[BrokerProcess], count: int, headers: Mapping[str, str] | None = None
+) -> list[httpx.Response]:
+    """So many POST /session at once, taking turns between brokers."""
+    turns = (brokers[number % len(brokers)].client for number in range(count))
+    return await asyncio.gather(*(client.post("/session", headers=headers) for client in turns))
+
+
+def outcomes(responses: Sequence[httpx.Response]) -> Counter[str]:
+    """How often each status came, or each problem."""
+    return Counter(
+        response.json()["type"].rpartition("/")[2] if response.is_error else str(response.status_code)
+        for response in responses
+    )
+
+
+def asked(emulator: Emulator, operation: str) -> list[RecordedRequest]:
+    """The requests of one kind that reached OneInbox."""
+    return [request for request in emulator.requests if request.operation == operation]
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]], within: float) -> float:
+    """Ask until it holds; the seconds that took. Fails when it takes longer."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while not await holds():
+        assert loop.time() - began < within, f"not within {within} s"
+        await asyncio.sleep(0.02)
+    return loop.time() - began
+
+
+def from_address(address: str) -> dict[str, str]:
+    """The header with which a trusted proxy names its client."""
+    return {"X-Forwarded-For": address}

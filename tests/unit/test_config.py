@@ -1,0 +1,357 @@
+"""Settings: what is taken, and what is refused at start in words that help and tell no secret."""
+
+from pathlib import Path
+
+import pytest
+
+from app.config import Settings, SettingsError, load_settings
+from tests.harness import AGENT_ID, API_KEY
+
+NEEDED = {"ONEINBOX_API_KEY": API_KEY, "ONEINBOX_AGENT_ID": AGENT_ID}
+SECRET = "a-secret-of-more-than-thirty-two-characters"
+
+
+def load(**environ: str) -> Settings:
+    """The needed settings and these."""
+    return load_settings({**NEEDED, **environ}, env_file=None)
+
+
+def refusal(environ: dict[str, str], env_file: Path | None = None) -> list[str]:
+    """The lines that refuse an environment."""
+    with pytest.raises(SettingsError) as refused:
+        load_settings(environ, env_file=env_file)
+    lines = refused.value.lines
+    assert all("\n" not in line for line in lines)
+    return lines
+
+
+def test_the_key_and_an_agent_are_enough() -> None:
+    settings = load()
+
+    assert settings.oneinbox_api_key.get_secret_value() == API_KEY
+    assert settings.oneinbox_agent_id == AGENT_ID
+    assert settings.oneinbox_base_url == "https://api.oneinbox.ai"
+    assert (settings.oneinbox_timeout, settings.oneinbox_connect_timeout) == (15, 3)
+    assert settings.session_limits == "5/minute;50/day"
+    assert settings.allowed_origins == []
+    assert settings.allowed_variables == ["*"]
+    assert settings.allowed_overrides == []
+    assert settings.expose == []
+    assert settings.auth == "anonymous"
+    assert settings.docs is True
+    assert settings.require_origin is False
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "publishable-key": ("ONEINBOX_API_KEY", "oi_pk_0123456789abcdef"),
+    "key-with-a-blank": ("ONEINBOX_API_KEY", "oi_sk_0123 456789"),
+    "key-with-a-line-break": ("ONEINBOX_API_KEY", "oi_sk_0123456789\r\nX-Header: 1"),
+    "key-of-blanks": ("ONEINBOX_API_KEY", "   "),
+    "key-not-ascii": ("ONEINBOX_API_KEY", "oi_sk_schlüsselbund"),
+    "base-url-http": ("ONEINBOX_BASE_URL", "http://api.oneinbox.example"),
+    "base-url-http-looks-like-loopback": ("ONEINBOX_BASE_URL", "http://localhost.evil.example"),
+    "base-url-http-any-address": ("ONEINBOX_BASE_URL", "http://0.0.0.0:9000"),
+    "base-url-ftp": ("ONEINBOX_BASE_URL", "ftp://api.oneinbox.example"),
+    "base-url-bare": ("ONEINBOX_BASE_URL", "api.oneinbox.example"),
+    "base-url-user": ("ONEINBOX_BASE_URL", "https://somebody:passphrase@api.oneinbox.example"),
+    "base-url-port": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example:passphrase"),
+    "base-url-port-too-high": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example:99999"),
+    "base-url-query": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example/?a=passphrase"),
+    "base-url-fragment": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example/#passphrase"),
+    "base-url-odd-host": ("ONEINBOX_BASE_URL", "https://somebody:passphrase\u2100@api.example"),
+    "base-url-brackets": ("ONEINBOX_BASE_URL", "https://[passphrase]/"),
+    "agent-id": ("ONEINBOX_AGENT_ID", "../agents/passphrase"),
+    "agent-id-long": ("ONEINBOX_AGENT_ID", "a" * 129),
+    "timeout-zero": ("ONEINBOX_TIMEOUT", "0"),
+    "timeout-negative": ("ONEINBOX_TIMEOUT", "-15.125"),
+    "timeout-nan": ("ONEINBOX_TIMEOUT", "nan"),
+    "timeout-infinite": ("ONEINBOX_TIMEOUT", "inf"),
+    "timeout-words": ("ONEINBOX_TIMEOUT", "quickly"),
+    "connect-timeout-zero": ("ONEINBOX_CONNECT_TIMEOUT", "0"),
+    "auth": ("BROKER_AUTH", "everybody"),
+    "proxies": ("BROKER_TRUSTED_PROXIES", "proxy.internal.example"),
+    "proxies-one-of-two": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8,proxy.internal.example"),
+    "proxies-host-bits": ("BROKER_TRUSTED_PROXIES", "10.1.2.3/8"),
+    "origins-bare": ("BROKER_ALLOWED_ORIGINS", "app.internal.example"),
+    "origins-path": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example/path"),
+    "origins-slash": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example/"),
+    "origins-null": ("BROKER_ALLOWED_ORIGINS", "null"),
+    "origins-wildcard-host": ("BROKER_ALLOWED_ORIGINS", "https://*.internal.example"),
+    "origins-port-wildcard": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example:*"),
+    "origins-two-ports": ("BROKER_ALLOWED_ORIGINS", "http://localhost:3000:*"),
+    "origins-user": ("BROKER_ALLOWED_ORIGINS", "https://somebody:passphrase@app.internal.example"),
+    "public-url": ("BROKER_PUBLIC_URL", "voice.internal.example"),
+    "public-url-query": ("BROKER_PUBLIC_URL", "https://voice.internal.example/?x"),
+    "require-origin": ("BROKER_REQUIRE_ORIGIN", "perhaps"),
+    "session-limits": ("BROKER_SESSION_LIMITS", "plenty"),
+    "session-limits-zero": ("BROKER_SESSION_LIMITS", "5/minute;0/day"),
+    "session-limits-negative": ("BROKER_SESSION_LIMITS", "-5/minute"),
+    "session-limits-unit": ("BROKER_SESSION_LIMITS", "5/fortnight"),
+    "session-limits-half": ("BROKER_SESSION_LIMITS", "5/minute;plenty"),
+    "max-waiting": ("BROKER_MAX_WAITING", "0"),
+    "expose": ("BROKER_EXPOSE", "transcript,cost_cents"),
+    "variables": ("BROKER_ALLOWED_VARIABLES", "customer name"),
+    "overrides-branch": ("BROKER_ALLOWED_OVERRIDES", "first_message,llm"),
+    "overrides-unknown": ("BROKER_ALLOWED_OVERRIDES", "llm.seed_value"),
+    "overrides-star": ("BROKER_ALLOWED_OVERRIDES", "*"),
+    "secret-short": ("BROKER_SECRET", "too-short-for-a-secret"),
+    "secret-one-line-short": ("BROKER_SECRET", f"{SECRET}\ntoo-short-for-a-secret"),
+    "secret-blank": ("BROKER_SECRET", "  \n "),
+    "docs": ("BROKER_DOCS", "sometimes"),
+    "root-path-bare": ("BROKER_ROOT_PATH", "voice-prefix"),
+    "root-path-url": ("BROKER_ROOT_PATH", "https://voice.internal.example"),
+    "root-path-markup": ("BROKER_ROOT_PATH", '/"><script>'),
+    "root-path-double": ("BROKER_ROOT_PATH", "//voice.internal.example"),
+    "log-level": ("BROKER_LOG_LEVEL", "chatty"),
+    "log-format": ("BROKER_LOG_FORMAT", "coloured"),
+    "store-url": ("BROKER_STORE_URL", "postgres://somebody:passphrase@db.internal.example"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_setting_is_named_with_what_it_takes(name: str, value: str) -> None:
+    lines = refusal({**NEEDED, "BROKER_SECRET": SECRET, name: value})
+
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}: ")
+    assert "takes " in lines[0]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG.values(), ids=WRONG.keys())
+def test_no_value_is_repeated(name: str, value: str) -> None:
+    [line] = refusal({**NEEDED, "BROKER_SECRET": SECRET, name: value})
+
+    assert "passphrase" not in line
+    if len(value) > 8:
+        assert value not in line
+
+
+def test_every_wrong_setting_gets_its_line() -> None:
+    lines = refusal({"BROKER_DOCS": "perhaps", "BROKER_LOG_LEVEL": "loud", "BROKER_NONSENSE": "1"})
+
+    assert {line.partition(":")[0] for line in lines} == {
+        "ONEINBOX_API_KEY",
+        "ONEINBOX_AGENT_ID",
+        "BROKER_DOCS",
+        "BROKER_LOG_LEVEL",
+        "BROKER_NONSENSE",
+    }
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("value", [None, ""], ids=["unset", "empty"])
+def test_what_is_required(name: str, value: str | None) -> None:
+    environ = {key: text for key, text in NEEDED.items() if key != name}
+
+    [line] = refusal(environ if value is None else {**environ, name: value})
+
+    assert line.startswith(f"{name}: ")
+    assert "required" in line
+    assert "takes " in line
+
+
+UNKNOWN = {
+    "BROKER_SESSION_LIMIT": "BROKER_SESSION_LIMITS",
+    "BROKER_SESION_LIMITS": "BROKER_SESSION_LIMITS",
+    "broker_session_limits": "BROKER_SESSION_LIMITS",
+    "BROKER_ALLOWED_ORIGIN": "BROKER_ALLOWED_ORIGINS",
+    "ONEINBOX_KEY": "ONEINBOX_API_KEY",
+    "ONEINBOX_API_KEYFILE": "ONEINBOX_API_KEY_FILE",
+    "BROKER_DOCS_FILE": "BROKER_DOCS",
+    "BROKER_REQUIRE_ORIGINS": "BROKER_REQUIRE_ORIGIN",
+    "ONEINBOX_BASEURL": "ONEINBOX_BASE_URL",
+}
+
+
+@pytest.mark.parametrize(("name", "nearest"), UNKNOWN.items(), ids=UNKNOWN.keys())
+def test_an_unknown_variable_is_refused_with_the_nearest(name: str, nearest: str) -> None:
+    [line] = refusal({**NEEDED, name: "MARKER-VALUE"})
+
+    assert line.startswith(f"{name}: ")
+    assert line.endswith(nearest)
+    assert "MARKER" not in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BROKER_SERVICE_HOST",
+        "BROKER_SERVICE_PORT",
+        "BROKER_SERVICE_PORT_HTTP",
+        "BROKER_PORT",
+        "BROKER_PORT_8000_TCP",
+        "BROKER_PORT_8000_TCP_ADDR",
+        "BROKER_PORT_8000_TCP_PORT",
+        "BROKER_PORT_53_UDP_PROTO",
+        "ONEINBOX_BROKER_SERVICE_HOST",
+        "ONEINBOX_BROKER_PORT",
+    ],
+)
+def test_service_links_of_kubernetes_are_left_alone(name: str) -> None:
+    assert load(**{name: "tcp://10.0.0.1:8000"}) == load()
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    assert load(BROKERAGE="1", MY_BROKER_X="1", PATH="/bin", RATELIMIT_ENABLED="0") == load()
+
+
+def test_an_empty_variable_is_an_unset_one() -> None:
+    empty = ["ONEINBOX_BASE_URL", "ONEINBOX_TIMEOUT", "BROKER_DOCS", "BROKER_SESSION_LIMITS", "BROKER_SECRET_FILE"]
+
+    assert load(**dict.fromkeys(empty, "")) == load()
+
+
+def test_no_variables_allowed_is_not_the_same_as_unset() -> None:
+    assert load(BROKER_ALLOWED_VARIABLES="").allowed_variables == []
+    assert load(BROKER_ALLOWED_VARIABLES="a, b ,").allowed_variables == ["a", "b"]
+
+
+GOOD: dict[str, tuple[str, str]] = {
+    "http-loopback": ("ONEINBOX_BASE_URL", "http://127.0.0.1:9000"),
+    "http-loopback-name": ("ONEINBOX_BASE_URL", "http://localhost:9000/"),
+    "http-loopback-ipv6": ("ONEINBOX_BASE_URL", "http://[::1]:9000"),
+    "proxies": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8, fd00::/8,192.0.2.1"),
+    "limits": ("BROKER_SESSION_LIMITS", "10 per hour; 100/day"),
+    "lines": ("BROKER_SECRET", f"{SECRET}\n{SECRET[::-1]}\n"),
+    "variables": ("BROKER_ALLOWED_VARIABLES", "_a,B2"),
+    "root-path": ("BROKER_ROOT_PATH", "/a/b-c"),
+    "wildcard": ("BROKER_ALLOWED_ORIGINS", "http://localhost:*,*"),
+    "uuid": ("ONEINBOX_AGENT_ID", "7b1d9f7e-0d5c-4b2c-9a35-3f6f0f1a2b3c"),
+    "false": ("BROKER_DOCS", "false"),
+    "zero": ("BROKER_DOCS", "0"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD.values(), ids=GOOD.keys())
+def test_good_settings(name: str, value: str) -> None:
+    assert load(**{name: value}) != load() or name == "ONEINBOX_AGENT_ID"
+
+
+def test_secrets_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{API_KEY}\r\n")
+    (tmp_path / "secret").write_text(f"{SECRET}\n{SECRET[::-1]}\n")
+
+    settings = load_settings(
+        {
+            "ONEINBOX_API_KEY_FILE": str(tmp_path / "key"),
+            "BROKER_SECRET_FILE": str(tmp_path / "secret"),
+            "ONEINBOX_AGENT_ID": AGENT_ID,
+        },
+        env_file=None,
+    )
+
+    assert settings.oneinbox_api_key.get_secret_value() == API_KEY
+    assert settings.secret is not None
+    assert settings.secret.get_secret_value() == f"{SECRET}\n{SECRET[::-1]}"
+
+
+FILES: dict[str, bytes | None] = {
+    "missing": None,
+    "empty": b"",
+    "blank": b"\n",
+    "binary": b"oi_sk_\xff\xfe",
+    "publishable": b"oi_pk_0123456789abcdef",
+    "two-lines": b"oi_sk_0123456789\noi_sk_9876543210",
+}
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES.keys())
+def test_a_file_that_holds_no_key(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+
+    [line] = refusal({"ONEINBOX_API_KEY_FILE": str(file), "BROKER_SECRET": SECRET, "ONEINBOX_AGENT_ID": AGENT_ID})
+
+    assert line.startswith("ONEINBOX_API_KEY")
+    assert "takes " in line
+    assert "0123456789" not in line
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    [line] = refusal({"ONEINBOX_API_KEY_FILE": str(tmp_path), "BROKER_SECRET": SECRET, "ONEINBOX_AGENT_ID": AGENT_ID})
+
+    assert line.startswith("ONEINBOX_API_KEY_FILE: ")
+
+
+def test_a_secret_and_its_file_are_one_too_many(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(API_KEY)
+
+    [line] = refusal(
+        {**NEEDED, "ONEINBOX_API_KEY_FILE": str(tmp_path / "key"), "BROKER_SECRET": SECRET},
+    )
+
+    assert line.startswith("ONEINBOX_API_KEY: ")
+    assert "ONEINBOX_API_KEY_FILE" in line
+    assert API_KEY not in line
+
+
+def test_a_key_in_a_file_needs_a_secret_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(API_KEY)
+
+    [line] = refusal({"ONEINBOX_API_KEY_FILE": str(tmp_path / "key"), "ONEINBOX_AGENT_ID": AGENT_ID})
+
+    assert line.startswith("BROKER_SECRET: ")
+    assert "ONEINBOX_API_KEY_FILE" in line
+
+
+def test_the_environment_wins_over_the_env_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text(
+        f'# a comment\nONEINBOX_API_KEY="{API_KEY}"\nexport ONEINBOX_AGENT_ID=agt_file\n'
+        "BROKER_DOCS=false\nBROKER_LOG_LEVEL=\nOTHER=1\n"
+    )
+
+    settings = load_settings({"ONEINBOX_AGENT_ID": "agt_environment"}, env_file=file)
+
+    assert settings.oneinbox_api_key.get_secret_value() == API_KEY
+    assert settings.oneinbox_agent_id == "agt_environment"
+    assert settings.docs is False
+    assert settings.log_level == "info"
+
+
+def test_a_typo_in_the_env_file_is_one_too(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("BROKER_SESSION_LIMIT=1/day\n")
+
+    [line] = refusal(NEEDED, file)
+
+    assert line.startswith("BROKER_SESSION_LIMIT: ")
+
+
+def test_the_env_file_of_the_working_directory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text(f"ONEINBOX_API_KEY={API_KEY}\n")
+    monkeypatch.setenv("ONEINBOX_AGENT_ID", AGENT_ID)
+
+    assert load_settings().oneinbox_api_key.get_secret_value() == API_KEY
+
+
+def test_an_env_file_that_is_no_text_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes(b"ONEINBOX_API_KEY=oi_sk_\xff\xfe0123456789\n")
+
+    lines = refusal(NEEDED, file)
+
+    assert ".env" in lines[0]
+    assert "0123456789" not in lines[0]
+
+
+def test_a_missing_env_file_is_none(tmp_path: Path) -> None:
+    assert load_settings(NEEDED, env_file=tmp_path / "none") == load()
+    assert load_settings(NEEDED, env_file=tmp_path) == load()
+
+
+def test_settings_never_show_a_secret() -> None:
+    settings = load(BROKER_SECRET=SECRET)
+
+    for text in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
+        assert API_KEY not in text
+        assert SECRET not in text
+
+
+def test_settings_do_not_change() -> None:
+    settings = load()
+
+    with pytest.raises(ValueError, match="frozen"):
+        settings.docs = False
