@@ -32,7 +32,8 @@ from app.identity import (
 )
 from app.identity.keys import Keys
 from app.keyring import Keyring
-from app.limits import Brake, Limits, LiveCalls
+from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits.sweep import sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport
 from app.sessions.challenge import Challenge
@@ -93,21 +94,37 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         stack.push_async_callback(identity.aclose)
         await identity.start()
         limits = open_limits(settings, agents, store, lease)
+        talk = TalkTime(
+            store,
+            minutes=settings.talk_minutes,
+            minutes_total=settings.global_talk_minutes,
+            enforce=settings.limits_mode == "enforce",
+        )
         live = LiveCalls(
             store,
             oneinbox,
+            talk,
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
             lease=lease,
         )
+        reconciler = Reconciler(
+            oneinbox,
+            live,
+            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            timeout=settings.oneinbox_timeout,
+        )
+        idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
         brake = Brake(store)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
             limits=limits,
+            talk=talk,
             live=live,
+            reconciler=reconciler,
             oneinbox=oneinbox,
             ownership=ownership,
-            idempotency=Idempotency(store, keyring, timeout=settings.oneinbox_timeout),
+            idempotency=idempotency,
             challenge=_challenge(settings, store, transport, stack),
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
@@ -129,7 +146,13 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         shutdown = Shutdown(settings.drain_seconds, watchers.close)
         stack.enter_context(shutdown.on_signals())
         await brake.read()
-        for work in (live.run(), brake.run(), watchers.run()):
+        for work in (
+            sweep_forever(live, reconciler),
+            reconciler.run(),
+            idempotency.run(),
+            brake.run(),
+            watchers.run(),
+        ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
         yield Broker(
             admission=Admission(identity, ownership, limits),

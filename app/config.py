@@ -324,6 +324,15 @@ class Settings(BaseSettings):
         ge=0,
         le=86400,
     )
+    talk_minutes: int | None = setting(
+        None,
+        "Minutes of calls in any 24 h, per user, after which no new session is given. Unset: any",
+        "a whole number, at least 1",
+        ge=1,
+    )
+    global_talk_minutes: int | None = setting(
+        None, "Minutes of calls in any 24 h, of all users together. Unset: any", "a whole number, at least 1", ge=1
+    )
     limits_mode: Literal["enforce", "observe"] = setting(
         "enforce", "`observe`: log what the limits would refuse, and let it through", "enforce or observe"
     )

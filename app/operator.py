@@ -10,7 +10,7 @@ from app.identity.addresses import limit_key, parse_address
 from app.limits import Brake, Limits
 from app.limits.brake import BLOCKS, PAUSE
 from app.limits.live import UNSTOPPED
-from app.limits.service import ALL_CALLS
+from app.limits.starts import ALL_CALLS
 from app.oneinbox import OneInbox
 from app.oneinbox.models import Webhook
 from app.store import Store, StoreUnavailable, open_store

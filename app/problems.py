@@ -141,6 +141,12 @@ KINDS: Mapping[str, Kind] = {
         "As many of your calls are running as you may have at once.",
         "Hang one up, or wait until it ends.",
     ),
+    "talk-time-used-up": Kind(
+        429,
+        "Your talk time is used up",
+        "Your calls of the last 24 hours took as many minutes as you may have.",
+        "Wait as many seconds as Retry-After says, then try once.",
+    ),
     "too-many-streams": Kind(
         429,
         "Too many event streams",

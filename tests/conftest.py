@@ -1,7 +1,7 @@
 """What all tests share."""
 
 import os
-from collections.abc import AsyncIterator, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class OpenBroker:
 
     async def __call__(
         self,
+        given: Mapping[str, str] | None = None,
+        /,
         *,
         peer: str = CLIENT,
         base_url: str = BROKER,
@@ -52,7 +54,9 @@ class OpenBroker:
         **environ: str,
     ) -> httpx.AsyncClient:
         """A client at `peer` of a broker of its own, in front of `upstream`."""
-        broker = running_broker(settings(environ), transport or self._upstream, peer=peer, base_url=base_url)
+        broker = running_broker(
+            settings({**(given or {}), **environ}), transport or self._upstream, peer=peer, base_url=base_url
+        )
         return await self._stack.enter_async_context(broker)
 
 

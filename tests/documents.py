@@ -5,7 +5,7 @@ In README.md they stand between `<!-- name -->` and `<!-- /name -->`; `.env.exam
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ COMMAND = "python -m tests.documents"
 
 def commands_table() -> str:
     """Every command and what its help says first."""
-    group = get_group(cli)
-    rows = [[f"`{name}`", command.get_short_help_str(200)] for name, command in group.commands.items()]
-    return _table(["Command", "Does"], rows)
+    return _table(["Command", "Does"], _commands(get_group(cli)))
 
 
 def routes_table() -> str:
@@ -133,6 +131,15 @@ def documents() -> dict[Path, str]:
     """Every file with generated parts, and what it should hold."""
     path = ROOT / "README.md"
     return {path: readme(path.read_text(encoding="utf-8")), ROOT / ".env.example": env_example()}
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[list[str]]:
+    """A row for each command of a group of commands, and of the groups in it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield [f"`{prefix}{name}`", command.get_short_help_str(200)]
 
 
 def _default(name: str) -> str:

@@ -70,8 +70,9 @@ def assert_problem(response: httpx.Response, slug: str, *, prefix: str = "") -> 
     problem: dict[str, Any] = response.json()
     assert problem["type"] == f"{prefix}/problems/{slug}"
     assert problem["status"] == response.status_code
-    assert isinstance(problem["title"], str) and problem["title"]
-    assert isinstance(problem["detail"], str) and problem["detail"]
+    for name in ("title", "detail"):
+        assert isinstance(problem[name], str)
+        assert problem[name]
     assert problem["request_id"] == response.headers["x-request-id"]
     assert ("retry-after" in response.headers) == (slug in RETRY_LATER)
     if slug in RETRY_LATER:

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from app.calls.ownership import BROKER_REQUEST_ID
 from app.calls.snapshots import Snapshot
 from app.keyring import Keyring
 from app.limits import LiveCalls
@@ -155,9 +154,8 @@ class Lookup:
         cached = self._cache.get(record.id)
         before = cached.snapshot if cached is not None else None
         self._keep(record.id, snapshot)
-        member = (record.metadata or {}).get(BROKER_REQUEST_ID)
-        if isinstance(member, str) and not (before is not None and before.ended):
-            await self._live.see(member, record)
+        if record.request_id and not (before is not None and before.ended):
+            await self._live.see(record.request_id, record)
         await self._share(record.id, snapshot)
         if before is None or before.etag != snapshot.etag:
             await self._store.publish(CHANNEL, record.id.encode())

@@ -7,10 +7,6 @@ from app.identity import User
 from app.keyring import Keyring
 from app.oneinbox.models import CALL_ID
 
-BROKER_USER = "broker_user"
-BROKER_REQUEST_ID = "broker_request_id"
-BROKER_USER_ID = "broker_user_id"
-
 
 class Ownership:
     """Names calls for browsers, and knows whose they are."""

@@ -65,7 +65,7 @@ class Calls:
                 snapshot = await self.lookup.get(call_id, known=True)
             return snapshot.body(call_id) if snapshot is not None else None
 
-        bodies = await asyncio.gather(*(body(call.call_id) for call in started))
+        bodies = await asyncio.gather(*(body(call_id) for call_id in started))
         return [each for each in bodies if each is not None]
 
     async def stop(self, user: User, public_id: str) -> Snapshot:

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from app.calls.ownership import BROKER_USER
 from app.calls.schemas import project
 from app.oneinbox import CallRecord
 
@@ -37,7 +36,6 @@ class Snapshot:
         """The visible part of a record."""
         call = project(record, agent=agent_names.get(record.agent_id or ""), expose=expose)
         fields = call.model_dump_json(exclude_unset=True).encode()
-        owner = (record.metadata or {}).get(BROKER_USER)
         return cls(
             etag=f'"{hashlib.sha256(fields).hexdigest()[:32]}"',
             seen=seen,
@@ -45,7 +43,7 @@ class Snapshot:
             ended_at=record.ended_at.timestamp() if record.ended_at else None,
             ended=record.ended,
             complete=record.ended and all(getattr(call, name) for name in LATE_FIELDS.intersection(expose)),
-            owner=owner if isinstance(owner, str) else "",
+            owner=record.owner,
             fields=fields,
         )
 

@@ -1,4 +1,4 @@
-"""The calls that are running: their slots, their ends, and the hanging up of those that run too long."""
+"""The calls that are running: their slots, their ends, and the hanging up of those that nobody wants (any more)."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,8 @@ from typing import Self
 import structlog
 
 from app.identity import User
-from app.limits.service import ALL_CALLS, user_calls
+from app.limits.starts import ALL_CALLS, Start, calls_of_user
+from app.limits.talk import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
 from app.store import Rate, Store, StoreUnavailable
@@ -32,13 +33,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LiveCall:
-    """One running call, as the store keeps it. `user`: its owner's name there. `since`: Unix time of its POST."""
+    """One running call, as the store keeps it: its Start's name, OneInbox's id, and why it must end, if it must."""
 
     member: str
     call_id: str
-    agent: str
-    user: str
-    since: float
+    unwanted: str = ""
 
     def to_bytes(self) -> bytes:
         """For the store."""
@@ -46,17 +45,17 @@ class LiveCall:
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Self:
-        """Out of the store."""
+        """What `to_bytes` made."""
         return cls(**json.loads(value))
 
     @property
-    def slots(self) -> list[str]:
-        """The sets it is a member of."""
-        return [f"live:user:{self.user}", f"live:agent:{self.agent}", ALL_CALLS]
+    def start(self) -> Start:
+        """How it began."""
+        return Start.of_member(self.member)
 
 
 class LiveCalls:
-    """Knows which calls run, frees the slots of those that ended, and hangs up those that run too long.
+    """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
 
     `max_seconds`: longest life of a call; 0: any. `join_timeout`: seconds to stay unjoined; 0: any. `lease`: seconds
     after which a slot is free whatever became of its call. `now`: Unix time.
@@ -66,6 +65,7 @@ class LiveCalls:
         self,
         store: Store,
         oneinbox: OneInbox,
+        talk: TalkTime,
         *,
         max_seconds: float,
         join_timeout: float,
@@ -74,6 +74,7 @@ class LiveCalls:
     ) -> None:
         self._store = store
         self._oneinbox = oneinbox
+        self._talk = talk
         self._max_seconds = max_seconds
         self._join_timeout = join_timeout
         self._lease = lease
@@ -81,151 +82,165 @@ class LiveCalls:
         # Calls that a shared store could not be told of; the next sweep tells it.
         self._untold: dict[str, LiveCall] = {}
 
-    async def begin(self, user: User, *, member: str, call_id: str, agent: str) -> None:
-        """Remember which call took the slots of `member`."""
-        call = LiveCall(member, call_id, agent, user.store_name, self._now())
+    async def begin(self, start: Start, call_id: str, *, unwanted: str = "") -> None:
+        """Remember which call took the slots of a start. `unwanted`: why it must be hung up, until it is."""
+        call = LiveCall(start.member, call_id, unwanted)
         try:
-            await self._write(call, self._lease)
+            await self._write(call)
         except StoreUnavailable:
-            self._untold[member] = call
+            self._untold[start.request_id] = call
+
+    async def see(self, request_id: str, record: CallRecord) -> None:
+        """Free the slots of a call that was seen ended."""
+        if record.ended and (call := await self._find(request_id)) is not None:
+            await self._end(call, record)
+
+    async def stop(self, start: Start, call_id: str, why: str) -> None:
+        """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
+        await self.begin(start, call_id, unwanted=why)
+        with contextlib.suppress(OneInboxError):  # said and remembered by now
+            await self._hang_up(LiveCall(start.member, call_id, why), why)
+
+    async def abandon(self, start: Start) -> None:
+        """Free the slots of a start that became no call."""
+        await self._store.leave(start.sets, start.member)
+
+    async def is_pending(self, start: Start) -> bool:
+        """Whether it is not known what became of a start."""
+        return await self._find(start.request_id) is None
 
     async def handed_out(self, call_id: str) -> bool:
         """Whether this deployment started the call, as far as its store remembers: a day and longer."""
-        return await self._member(call_id) is not None
+        return await self._request_id(call_id) is not None
 
     async def is_live(self, call_id: str) -> bool:
         """Whether the call counts as running."""
-        member = await self._member(call_id)
-        return member is not None and await self._find(member) is not None
+        request_id = await self._request_id(call_id)
+        return request_id is not None and await self._find(request_id) is not None
 
-    async def of_user(self, user: User) -> list[LiveCall]:
-        """The calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
-        calls = [LiveCall.from_bytes(value) for value in await self._store.items(_calls_of(user.store_name))]
-        return [call for call in calls if call.since > self._now() - DAY]
-
-    async def see(self, member: str, record: CallRecord | None) -> None:
-        """Free the slots of a call that was seen ended, or gone (None)."""
-        if record is None or record.ended:
-            call = await self._find(member)
-            if call is not None:
-                await self._end(call)
-
-    async def stop(self, member: str, call_id: str, why: str) -> None:
-        """Hang up a call that nobody is given, and free its slots; one that cannot be stopped is remembered."""
-        try:
-            await self.see(member, await self._hang_up(call_id, why))
-        except NoSuchCall:
-            await self.see(member, None)
-        except OneInboxError:
-            pass  # said and remembered by now; the sweep goes on trying
+    async def of_user(self, user: User) -> list[str]:
+        """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
+        calls = [LiveCall.from_bytes(value) for value in await self._store.items(_list_of(user.store_name))]
+        return [call.call_id for call in calls if call.start.since > self._now() - DAY]
 
     async def look_again(self, user: User) -> bool:
         """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
         if not (await self._store.decide([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)])).allowed:
             return False
-        members = await self._store.members(user_calls(user))
-        freed = await asyncio.gather(*(self._look(member) for member in list(members)[:AT_ONCE]))
+        members = await self._store.members(calls_of_user(user.store_name))
+        freed = await asyncio.gather(*(self._look(Start.of_member(member)) for member in list(members)[:AT_ONCE]))
         return any(freed)
 
-    async def sweep(self) -> None:
-        """Look at every live call once, if no other replica has just done so."""
+    async def sweep(self) -> list[Start]:
+        """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
         await self._tell()
         if not (await self._store.decide([Rate("sweep", 1, SWEEP_SECONDS - 1)])).allowed:
-            return
+            return []
         places = asyncio.Semaphore(AT_ONCE)
+        pending: list[Start] = []
 
-        async def look(member: str) -> None:
+        async def look(start: Start) -> None:
             async with places:
-                await self._look(member)
+                if await self._look(start) is None:
+                    pending.append(start)
 
-        await asyncio.gather(*(look(member) for member in await self._store.members(ALL_CALLS)))
+        members = await self._store.members(ALL_CALLS)
+        await asyncio.gather(*(look(Start.of_member(member)) for member in members))
+        return pending
 
-    async def run(self) -> None:
-        """Sweep for ever."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await self.sweep()
-            except Exception:
-                log.exception("sweep_failed")
-
-    async def _look(self, member: str) -> bool:
-        """Look at one call; whether its slots became free. A call without a record is still being started."""
-        call = await self._find(member)
+    async def _look(self, start: Start) -> bool | None:
+        """Look at one call; whether its slots became free. None: it is not known what became of its start."""
+        call = await self._find(start.request_id)
         if call is None:
-            return False
+            return None
         try:
             record = await self._oneinbox.get_call(call.call_id)
             if not record.ended and (why := self._overdue(call, record)):
-                record = await self._hang_up(call.call_id, why)
+                record = await self._hang_up(call, why)
         except NoSuchCall:
-            await self._end(call)
+            await self._end(call, None)
             return True
         except OneInboxError as error:
             log.warning("look_failed", call=call.call_id, reason=error.reason)
             return False
         if record.ended:
-            await self._end(call)
+            await self._end(call, record)
         return record.ended
 
     def _overdue(self, call: LiveCall, record: CallRecord) -> str:
-        age = self._now() - call.since
+        age = self._now() - call.start.since
+        if call.unwanted:
+            return call.unwanted
         if self._max_seconds and age > self._max_seconds:
-            return "ran too long"
+            return "it ran too long"
         if self._join_timeout and age > self._join_timeout and record.status in ("queued", "initiated"):
-            return "was not joined"
+            return "nobody joined it"
         return ""
 
-    async def _hang_up(self, call_id: str, why: str) -> CallRecord:
-        log.warning("hanging_up", call=call_id, why=why)
+    async def _hang_up(self, call: LiveCall, why: str) -> CallRecord:
+        """Stop a call; its record afterwards. Raises OneInboxError, after having remembered that it runs on."""
+        log.warning("hanging_up", call=call.call_id, why=why)
         try:
-            record = await self._oneinbox.stop_call(call_id)
+            record = await self._oneinbox.stop_call(call.call_id)
         except NoSuchCall:
+            await self._store.leave([UNSTOPPED], call.call_id)
+            await self._end(call, None)
             raise
         except OneInboxError as error:
-            log.error("call_not_stopped", call=call_id, reason=error.reason)
-            await self._store.enter(UNSTOPPED, call_id, UNSTOPPED_SECONDS)
+            log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
+            await self._store.enter(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
             raise
-        await self._store.leave([UNSTOPPED], call_id)
+        await self._store.leave([UNSTOPPED], call.call_id)
+        if record.ended:
+            await self._end(call, record)
         return record
 
-    async def _find(self, member: str) -> LiveCall | None:
-        if member in self._untold:
-            return self._untold[member]
+    async def _find(self, request_id: str) -> LiveCall | None:
+        if request_id in self._untold:
+            return self._untold[request_id]
         try:
-            value = await self._store.get(f"call:{member}")
+            value = await self._store.get(f"call:{request_id}")
         except StoreUnavailable:
             return None
         return LiveCall.from_bytes(value) if value is not None else None
 
-    async def _end(self, call: LiveCall) -> None:
-        self._untold.pop(call.member, None)
-        await self._store.leave(call.slots, call.member)
-        with contextlib.suppress(StoreUnavailable):  # it expires
-            await self._store.delete(f"call:{call.member}")
-
-    async def _member(self, call_id: str) -> str | None:
+    async def _request_id(self, call_id: str) -> str | None:
+        for request_id, call in self._untold.items():
+            if call.call_id == call_id:
+                return request_id
         try:
             value = await self._store.get(f"started:{call_id}")
         except StoreUnavailable:
-            return next((call.member for call in self._untold.values() if call.call_id == call_id), None)
+            return None
         return value.decode() if value is not None else None
 
-    async def _write(self, call: LiveCall, ttl: float) -> None:
-        await self._store.set(f"call:{call.member}", call.to_bytes(), ttl)
-        await self._store.set(f"started:{call.call_id}", call.member.encode(), max(ttl, DAY))
-        await self._store.push(_calls_of(call.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
+    async def _end(self, call: LiveCall, record: CallRecord | None) -> None:
+        """Free a call's slots, and count its minutes, once."""
+        start = call.start
+        self._untold.pop(start.request_id, None)
+        if await self._store.leave(start.sets, start.member):
+            await self._talk.count(start, record)
+        with contextlib.suppress(StoreUnavailable):  # it expires
+            await self._store.delete(f"call:{start.request_id}")
+
+    async def _write(self, call: LiveCall) -> None:
+        start = call.start
+        left = self._lease - (self._now() - start.since)
+        if left <= 0:
+            return
+        await self._store.set(f"call:{start.request_id}", call.to_bytes(), left)
+        await self._store.set(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY))
+        if not call.unwanted:
+            await self._store.push(_list_of(start.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
 
     async def _tell(self) -> None:
-        for member, call in list(self._untold.items()):
-            left = self._lease - (self._now() - call.since)
+        for request_id, call in list(self._untold.items()):
             try:
-                if left > 0:
-                    await self._write(call, left)
+                await self._write(call)
             except StoreUnavailable:
                 return
-            self._untold.pop(member, None)
+            self._untold.pop(request_id, None)
 
 
-def _calls_of(user: str) -> str:
+def _list_of(user: str) -> str:
     return f"calls:{user}"

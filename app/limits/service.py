@@ -17,6 +17,7 @@ from app.agents import Agent
 from app.identity import User
 from app.identity.addresses import limit_key
 from app.limits.headers import policy_name, rate_limit_headers
+from app.limits.starts import ALL_CALLS, Start, calls_of_agent, calls_of_user
 from app.problems import Problem, problem_response
 from app.store import Decision, Rate, RateState, Slot, Store
 
@@ -26,8 +27,6 @@ LIVE_RETRY_AFTER = 10
 """Seconds to wait for a live call to end, where no end is known."""
 STORE_RETRY_AFTER = 5
 """Seconds to wait for the shared store: it is taken up again within so many of its return."""
-ALL_CALLS = "live:all"
-"""The set of all live calls; its members are the broker's own request ids."""
 NEARLY = 0.8
 """Share of a global limit that an operator should know about."""
 
@@ -88,7 +87,7 @@ class Question:
 class Reservation:
     """What one session counted, so that it can be given back.
 
-    `member`: the call's name in its live slots. `headers`: what is left, for the browser.
+    `member`: the call's name in the sets of live calls. `headers`: what is left, for the browser.
     """
 
     question: Question
@@ -160,12 +159,12 @@ class Limits:
         if decision.refused:
             raise _wait("rate-limited", decision.rates[0].reset, {})
 
-    async def reserve(self, user: User, agent: Agent, member: str) -> Reservation:
+    async def reserve(self, user: User, agent: Agent, start: Start) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
 
         Raises Refused and Problem, the user's own limits first.
         """
-        question = self._question(user, agent)
+        question, member = self._question(user, agent), start.member
         decision = await self._store.decide(
             question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
         )
@@ -197,8 +196,8 @@ class Limits:
         limits = self._sessions[agent.name]
         rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
         slots = [
-            Slot(user_calls(user), self._max_live_calls),
-            Slot(f"live:agent:{agent.name}", agent.max_live_calls),
+            Slot(calls_of_user(user.store_name), self._max_live_calls),
+            Slot(calls_of_agent(agent.name), agent.max_live_calls),
             Slot(ALL_CALLS, self._max_live_calls_total),
         ]
         owners = [cast("Owner", limit.scope) for limit in limits]
@@ -240,11 +239,6 @@ class Limits:
                 continue
             self._nearly_until[rate.name] = self._clock() + rate.seconds
             log.warning("global_limit_nearly_used_up", limit=policy_name("global", rate), used=used, of=rate.amount)
-
-
-def user_calls(user: User) -> str:
-    """Name of the set of a user's live calls."""
-    return f"live:user:{user.store_name}"
 
 
 def _rate(limit: Limit, key: str) -> Rate:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -11,6 +12,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json
 
+from app.oneinbox.cooldown import Cooldown, pause_asked_for
 from app.oneinbox.errors import (
     Busy,
     Failed,
@@ -30,14 +32,15 @@ M = TypeVar("M", bound=BaseModel)
 MAX_ANSWER = 8 * 1024 * 1024
 """Bytes of an answer at most: a long call's record with all its messages has room, an endless answer has not."""
 MAX_TOKEN = 16 * 1024
-RETRY_AFTER_DEFAULT, RETRY_AFTER_MOST = 5, 60
 
 
 class OneInbox:
     """Client of one OneInbox account; holds the key and one pooled transport for the whole process.
 
     `timeout`: seconds for a whole answer, connecting included. `connect_timeout`: seconds for connecting.
-    Every method raises OneInboxError. A request is sent once: nothing here retries.
+    Every method raises OneInboxError. A request is sent once; again only after a 401, when the key has changed.
+
+    `cooldown`: when no call is started; reads are neither refused by it nor do they begin it.
     """
 
     def __init__(
@@ -49,8 +52,14 @@ class OneInbox:
         timeout: float,
         connect_timeout: float,
         insecure_media: bool = False,
+        reread_key: Callable[[], Awaitable[None]] | None = None,
+        cooldown: Cooldown | None = None,
     ) -> None:
-        """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback)."""
+        """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback).
+
+        `reread_key`: gives a changed key to `use_key`, if there is one.
+        """
+        self.cooldown = cooldown or Cooldown()
         self._base_url = base_url
         self._web_calls = httpx.URL(f"{base_url}/v1/calls/web")
         self._transport = transport
@@ -65,6 +74,11 @@ class OneInbox:
             "accept-encoding": "identity",
             "user-agent": "oneinbox-broker",
         }
+        self._reread_key = reread_key
+
+    def use_key(self, api_key: SecretStr) -> None:
+        """Send another key from the next request on. Those under way keep theirs."""
+        self._headers = {**self._headers, "authorization": f"Bearer {api_key.get_secret_value()}"}
 
     async def start_web_call(
         self,
@@ -80,7 +94,8 @@ class OneInbox:
             body["variables"] = variables
         if overrides:
             body["overrides"] = overrides
-        status, answer = await self._send("POST", self._web_calls, body)
+        with self.cooldown.turn():
+            status, answer = await self._send("POST", self._web_calls, body)
         _raise_for_status(status, answer, not_found=_misconfigured(404))
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
@@ -153,15 +168,15 @@ class OneInbox:
     async def _send(self, method: str, url: httpx.URL, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON of the answer (None where it is no JSON); bounded in time and size."""
         content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
-        request = httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
+        headers = self._headers
+        request = self._request(method, url, content)
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._transport.handle_async_request(request)
-                try:
-                    raw = await _read(response)
-                finally:
-                    await response.aclose()
+                response, raw = await self._exchange(request)
+                if response.status_code == 401 and await self._has_another_key(headers):
+                    # Refused for its old key, it did nothing, and a POST started no call.
+                    request = self._request(method, url, content)
+                    response, raw = await self._exchange(request)
         except TimeoutError:
             sent = not surely_not_sent(request, httpx.ReadTimeout(""))
             raise TimedOut("did not answer in time", may_have_acted=sent) from None
@@ -172,11 +187,28 @@ class OneInbox:
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
         if response.status_code == 429:
-            raise Busy(_retry_after(response.headers.get("retry-after")))
+            raise Busy(pause_asked_for(response.headers.get("retry-after"), time.time()))
         try:
             return response.status_code, from_json(raw)
         except ValueError:
             return response.status_code, None
+
+    def _request(self, method: str, url: httpx.URL, content: bytes | None) -> httpx.Request:
+        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
+        return httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
+
+    async def _exchange(self, request: httpx.Request) -> tuple[httpx.Response, bytes]:
+        response = await self._transport.handle_async_request(request)
+        try:
+            return response, await _read(response)
+        finally:
+            await response.aclose()
+
+    async def _has_another_key(self, headers: Mapping[str, str]) -> bool:
+        """Whether the key is another by now than when a request with these headers was made."""
+        if headers is self._headers and self._reread_key is not None:
+            await self._reread_key()
+        return headers is not self._headers
 
 
 async def _read(response: httpx.Response) -> bytes:
@@ -217,10 +249,3 @@ def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> 
 
 def _misconfigured(status: int) -> Misconfigured:
     return Misconfigured(f"answered {status}", may_have_acted=False, status=status)
-
-
-def _retry_after(value: str | None) -> int:
-    """Seconds of a Retry-After header (RFC 9110, section 10.2.3); the date form, which is rare, counts as none."""
-    if value is None or not re.fullmatch(r"[0-9]{1,9}", value.strip()):
-        return RETRY_AFTER_DEFAULT
-    return max(1, min(int(value), RETRY_AFTER_MOST))

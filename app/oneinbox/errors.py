@@ -53,9 +53,16 @@ class Busy(OneInboxError):
 
     slug = "upstream-busy"
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("asks for a pause", may_have_acted=False, status=429)
+    def __init__(self, retry_after: int, reason: str = "asks for a pause", status: int | None = 429) -> None:
+        super().__init__(reason, may_have_acted=False, status=status)
         self.retry_after = retry_after
+
+
+class CoolingDown(Busy):
+    """Not sent: OneInbox is left alone for now (app.oneinbox.cooldown). `retry_after`: seconds until a try may pass."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after, "is left alone for now", status=None)
 
 
 class Misconfigured(OneInboxError):

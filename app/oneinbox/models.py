@@ -7,6 +7,11 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 
+BROKER_USER = "broker_user"
+BROKER_REQUEST_ID = "broker_request_id"
+BROKER_USER_ID = "broker_user_id"
+"""Keys of a call's metadata that the broker writes itself."""
+
 CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TERMINAL_STATUSES = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
 """Statuses after which a call never runs again. Any other, a new one included, counts as running."""
@@ -59,6 +64,20 @@ class CallRecord(BaseModel):
     ai_summary: Text = None
     outcome: Text = None
     metadata: Annotated[Mapping[str, Any] | None, WrapValidator(_or_none)] = None
+
+    @property
+    def request_id(self) -> str:
+        """The broker's own id of the POST that started the call; empty when it was not this broker's."""
+        return self._text(BROKER_REQUEST_ID)
+
+    @property
+    def owner(self) -> str:
+        """The pseudonym of the user who started the call; empty when it was not this broker's."""
+        return self._text(BROKER_USER)
+
+    def _text(self, name: str) -> str:
+        value = (self.metadata or {}).get(name)
+        return value if isinstance(value, str) else ""
 
     @property
     def ended(self) -> bool:

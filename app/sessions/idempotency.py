@@ -5,21 +5,26 @@ After draft-ietf-httpapi-idempotency-key-header-07. Only a 201 is kept, encrypte
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import structlog
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.keyring import Keyring
+from app.limits import LiveCalls, Start
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request
+from app.sessions.caller import Caller
 from app.store import Store, StoreUnavailable
 
 KEEP_SECONDS = 600
@@ -31,9 +36,16 @@ ANONYMOUS_LENGTH = 16
 """Least length in anonymous mode, where users behind one address must not find each other's keys."""
 LOOK_SECONDS = 0.5
 """A waiting request looks again after this long, even if nobody told it to."""
+COLLECT_SECONDS = 30
+"""So long the call of a caller who hung up waits for them to come back with their key."""
+UNCOLLECTED = "uncollected"
+"""The set of kept answers whose callers hung up."""
+UNCOLLECTED_EVERY = 5
 
 PRINTABLE = re.compile(r"[\x20-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
+
+log = structlog.get_logger(__name__)
 
 
 def read_key(values: list[str], user: User) -> str | None:
@@ -64,14 +76,26 @@ class NotKept(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stands under a key: the request's fingerprint, and its answer once there is one.
+    """What stands under a key.
 
-    `nonce` tells one running mark from the next.
+    `fingerprint`: of the request's body. `nonce`: tells this state of the entry from any other. `call`: the answer,
+    once there is one. `replayed`: whether a repeat has been given it.
     """
 
     fingerprint: str
     nonce: str
     call: WebCall | None = None
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Uncollected:
+    """A kept answer that nobody was given. `name`: where it is kept. `due`: Unix time at which its call is stopped."""
+
+    name: str
+    member: str
+    call_id: str
+    due: float
 
 
 class Idempotency:
@@ -80,41 +104,71 @@ class Idempotency:
     `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
     """
 
-    def __init__(self, store: Store, keyring: Keyring, *, timeout: float, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keyring: Keyring,
+        live: LiveCalls,
+        *,
+        timeout: float,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._store = store
         self._keyring = keyring
+        self._live = live
         self._timeout = timeout
         self._now = now
 
-    async def run(
-        self, user: User, key: str, body: Any, start: Callable[[], Awaitable[WebCall]]
+    async def once(
+        self, user: User, key: str, body: Any, *, caller: Caller, start: Start, run: Callable[[], Awaitable[WebCall]]
     ) -> tuple[WebCall, bool]:
-        """The call of the request with this key, and whether it was replayed; `start` starts it, once.
+        """The call of the request with this key, and whether it was replayed; `run` starts it, as `start`, once.
 
         Raises `idempotency-mismatch` for another body, `in-progress` when the first request outlasts the waiting,
-        `at-capacity` while the shared store is gone, NotKept, and what `start` raises.
+        `at-capacity` while the shared store is gone, NotKept, ClientDisconnect, and what `run` raises.
         """
         name = "answer:" + hashlib.sha256(user.canonical + b"\x1f" + key.encode()).hexdigest()
         fingerprint = hashlib.sha256(_canonical(body)).hexdigest()
         try:
-            mark = await self._wait_or_mark(name, fingerprint)
+            mark = await self._wait_or_mark(name, fingerprint, caller)
         except StoreUnavailable:
-            raise Problem(
-                "at-capacity",
-                "Nobody can tell now whether this request is a repeat.",
-                headers={"Retry-After": "5"},
-            ) from None
+            detail = "Nobody can tell now whether this request is a repeat."
+            raise Problem("at-capacity", detail, headers={"Retry-After": "5"}) from None
         if isinstance(mark, WebCall):
             return mark, True
         try:
-            call = await start()
+            call = await run()
         except BaseException:
             await self._forget(name, mark)
             raise
         await self._keep(name, mark, fingerprint, call)
+        if caller.has_gone():
+            await self._leave_for_collection(name, start, call)
+            raise ClientDisconnect
         return call, False
 
-    async def _wait_or_mark(self, name: str, fingerprint: str) -> WebCall | bytes:
+    async def stop_uncollected(self) -> None:
+        """Stop the calls whose callers hung up and did not come back in time."""
+        for text in await self._store.members(UNCOLLECTED):
+            uncollected = Uncollected(**json.loads(text))
+            # Whoever takes it out of the set stops it: one replica, once.
+            if uncollected.due > self._now() or not await self._store.leave([UNCOLLECTED], text):
+                continue
+            if not await self._withdraw(uncollected):
+                continue
+            start = Start.of_member(uncollected.member)
+            await self._live.stop(start, uncollected.call_id, "its caller hung up and did not come back")
+
+    async def run(self) -> None:
+        """Stop uncollected calls, for ever."""
+        while True:
+            await asyncio.sleep(UNCOLLECTED_EVERY)
+            try:
+                await self.stop_uncollected()
+            except Exception:
+                log.exception("uncollected_failed")
+
+    async def _wait_or_mark(self, name: str, fingerprint: str, caller: Caller) -> WebCall | bytes:
         """The kept answer; or, where there is none, the mark with which this request runs."""
         mark = self._seal(Entry(fingerprint, secrets.token_hex(8)))
         lifetime = self._timeout + MARK_GRACE
@@ -122,7 +176,7 @@ class Idempotency:
             return mark
         end = self._now() + self._timeout
         async with self._store.subscribe(name) as told:
-            while True:
+            while not caller.has_gone():
                 value = await self._store.get(name)
                 if value is None:
                     if await self._store.add(name, mark, lifetime):
@@ -132,23 +186,49 @@ class Idempotency:
                 if entry is not None and entry.fingerprint != fingerprint:
                     raise Problem("idempotency-mismatch")
                 if entry is not None and entry.call is not None:
-                    return entry.call
+                    if entry.replayed or await self._collect(name, value, entry):
+                        return entry.call
+                    continue
                 if self._now() >= end:
                     raise Problem("in-progress", headers={"Retry-After": "1"})
-                try:
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_SECONDS):
                         await anext(told)
-                except TimeoutError:
-                    pass
+        raise ClientDisconnect
+
+    async def _collect(self, name: str, value: bytes, entry: Entry) -> bool:
+        """Note that a repeat is given the answer; False: it was withdrawn, or noted, in this very moment."""
+        left = self._left(entry.call)
+        noted = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
+        return left > 0 and await self._store.replace(name, value, noted, left)
+
+    async def _withdraw(self, uncollected: Uncollected) -> bool:
+        """Delete a kept answer, unless a repeat has been given it; whether nobody can be given it any more."""
+        try:
+            value = await self._store.get(uncollected.name)
+            entry = self._open(value) if value is not None else None
+            if value is None or entry is None or entry.call is None or entry.call.id != uncollected.call_id:
+                return True
+            return not entry.replayed and await self._store.delete(uncollected.name, value)
+        except StoreUnavailable:
+            await self._register(replace(uncollected, due=self._now() + COLLECT_SECONDS))
+            return False
+
+    async def _leave_for_collection(self, name: str, start: Start, call: WebCall) -> None:
+        log.warning("caller_gone", call=call.id, waits=COLLECT_SECONDS)
+        await self._register(Uncollected(name, start.member, call.id, self._now() + COLLECT_SECONDS))
+
+    async def _register(self, uncollected: Uncollected) -> None:
+        await self._store.enter(UNCOLLECTED, json.dumps(asdict(uncollected)), KEEP_SECONDS)
 
     async def _keep(self, name: str, mark: bytes, fingerprint: str, call: WebCall) -> None:
-        expires = _expiry(call.participant_token)
-        ttl = KEEP_SECONDS if expires is None else min(KEEP_SECONDS, expires - BEFORE_EXPIRY - self._now())
+        ttl = self._left(call)
         if ttl <= 0:
             await self._forget(name, mark)
             return
+        entry = Entry(fingerprint, secrets.token_hex(8), call)
         try:
-            kept = await self._store.replace(name, mark, self._seal(Entry(fingerprint, "", call)), ttl)
+            kept = await self._store.replace(name, mark, self._seal(entry), ttl)
         except StoreUnavailable:
             kept = False
         if not kept:
@@ -162,16 +242,21 @@ class Idempotency:
             return  # the mark dies by itself
         await self._store.publish(name, b"")
 
+    def _left(self, call: WebCall | None) -> float:
+        """Seconds for which an answer is of use from now on, at most KEEP_SECONDS."""
+        expires = _expiry(call.participant_token) if call is not None else None
+        return KEEP_SECONDS if expires is None else min(KEEP_SECONDS, expires - BEFORE_EXPIRY - self._now())
+
     def _seal(self, entry: Entry) -> bytes:
-        return self._keyring.encrypt(json.dumps([entry.fingerprint, entry.nonce, entry.call]).encode())
+        return self._keyring.encrypt(json.dumps([entry.fingerprint, entry.nonce, entry.call, entry.replayed]).encode())
 
     def _open(self, value: bytes) -> Entry | None:
         """None: written under a secret that is not known (any more); its request is taken as running."""
         plain = self._keyring.decrypt(value)
         if plain is None:
             return None
-        fingerprint, nonce, call = json.loads(plain)
-        return Entry(fingerprint, nonce, WebCall(*call) if call else None)
+        fingerprint, nonce, call, replayed = json.loads(plain)
+        return Entry(fingerprint, nonce, WebCall(*call) if call else None, replayed)
 
 
 def _canonical(value: Any) -> bytes:

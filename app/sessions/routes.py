@@ -11,6 +11,7 @@ from app.bodies import check_declared, read_json
 from app.broker import BrokerDep
 from app.openapi import json_body, problems
 from app.problems import invalid_request
+from app.sessions.caller import Caller
 from app.sessions.idempotency import read_key
 from app.sessions.schemas import MAX_BODY, Session, SessionRequest
 from app.sessions.service import Asked
@@ -43,6 +44,7 @@ router = APIRouter(tags=["sessions"])
         "upstream-rejected",
         "rate-limited",
         "too-many-live-calls",
+        "talk-time-used-up",
         "at-capacity",
         "upstream-error",
         "upstream-unreachable",
@@ -63,14 +65,17 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     user = await broker.admission.admit(request)
     broker.brake.check(user)
     body = await read_json(request, MAX_BODY)
+    caller = Caller(request.receive)
     asked = Asked(
         request=_parse(body),
         body=body,
         key=read_key(request.headers.getlist("idempotency-key"), user),
         proof=request.headers.get("x-challenge-token"),
+        caller=caller,
         answer_headers=state["limit_headers"],
     )
-    call, replayed = await broker.sessions.start(user, asked)
+    with caller.watched():
+        call, replayed = await broker.sessions.start(user, asked)
     state["call"] = call.id
     headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
     if replayed:

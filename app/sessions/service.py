@@ -1,18 +1,22 @@
 """From an asking user to a started call."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from starlette.requests import ClientDisconnect
 
-from app.calls.ownership import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID, Ownership
+from app.calls.ownership import Ownership
 from app.identity import User
-from app.limits import Limits, LiveCalls
+from app.limits import Limits, LiveCalls, Reconciler, Start, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
+from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem
+from app.sessions.caller import Caller
 from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency, NotKept
 from app.sessions.policy import Order, Policy
@@ -26,13 +30,15 @@ class Asked:
     """One POST /session, read and checked.
 
     `body`: its JSON, for telling a repeat from another request. `key`: its Idempotency-Key. `proof`: its answer to the
-    bot challenge. `answer_headers`: gets what the answer carries whatever comes of it.
+    bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries whatever comes
+    of it.
     """
 
     request: SessionRequest
     body: Any
     key: str | None
     proof: str | None
+    caller: Caller
     answer_headers: dict[str, str]
 
 
@@ -40,7 +46,7 @@ class Sessions:
     """Starts calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
     `max_waiting`: sessions that may wait for OneInbox at once. `share_user_id`: whether OneInbox's record names the
-    user plainly. `challenge`: None where none is asked for.
+    user plainly. `challenge`: None where none is asked for. `now`: Unix time.
     """
 
     def __init__(
@@ -48,86 +54,111 @@ class Sessions:
         *,
         policy: Policy,
         limits: Limits,
+        talk: TalkTime,
         live: LiveCalls,
+        reconciler: Reconciler,
         oneinbox: OneInbox,
         ownership: Ownership,
         idempotency: Idempotency,
         challenge: Challenge | None,
         max_waiting: int,
         share_user_id: bool,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
         self._limits = limits
+        self._talk = talk
         self._live = live
+        self._reconciler = reconciler
         self._oneinbox = oneinbox
         self._ownership = ownership
         self._idempotency = idempotency
         self._challenge = challenge
         self._max_waiting = max_waiting
         self._share_user_id = share_user_id
+        self._now = now
         self._waiting = 0
 
     async def start(self, user: User, asked: Asked) -> tuple[WebCall, bool]:
         """The user's new call, and False; or the call that this request started before, and True.
 
-        Raises Problem, Refused and OneInboxError.
+        Nobody but a caller who is there is given a call: one that was started for a caller who hung up is stopped.
+        Raises Problem, Refused, OneInboxError, ClientDisconnect.
         """
         order = self._policy.decide(user, asked.request)
-
-        member = secrets.token_hex(16)  # 128 bits, the broker's own: what OneInbox's record is found by
-
-        async def start() -> WebCall:
-            return await self._start(user, asked, order, member)
-
+        start = Start(
+            # Never the client's: OneInbox's record is found by it.
+            request_id=secrets.token_hex(16),
+            since=int(self._now()),
+            agent=order.agent.name,
+            user=user.store_name,
+            owner=self._ownership.pseudonym(user),
+        )
         if asked.key is None:
-            return await start(), False
+            call = await self._start(user, asked, order, start)
+            if asked.caller.has_gone():
+                await self._live.stop(start, call.id, "its caller hung up")
+                raise ClientDisconnect
+            return call, False
+
+        async def run() -> WebCall:
+            return await self._start(user, asked, order, start)
+
         try:
-            return await self._idempotency.run(user, asked.key, asked.body, start)
+            return await self._idempotency.once(user, asked.key, asked.body, caller=asked.caller, start=start, run=run)
         except NotKept as unkept:
-            await self._live.stop(member, unkept.call.id, "its answer could not be kept")
+            await self._live.stop(start, unkept.call.id, "its answer could not be kept")
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
 
-    async def _start(self, user: User, asked: Asked, order: Order, member: str) -> WebCall:
+    async def _start(self, user: User, asked: Asked, order: Order, start: Start) -> WebCall:
         if self._challenge is not None:
             await self._challenge.check(asked.proof, user.address)
         if self._waiting >= self._max_waiting:
             raise Problem("at-capacity", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await self._reserve_and_call(user, asked, order, member)
+            return await self._reserve_and_call(user, asked, order, start)
         finally:
             self._waiting -= 1
 
-    async def _reserve_and_call(self, user: User, asked: Asked, order: Order, member: str) -> WebCall:
+    async def _reserve_and_call(self, user: User, asked: Asked, order: Order, start: Start) -> WebCall:
+        await self._talk.check(user)
         try:
-            reservation = await self._limits.reserve(user, order.agent, member)
+            reservation = await self._limits.reserve(user, order.agent, start)
         except Problem as problem:
             # A call may have ended without anybody having looked.
             if problem.slug != "too-many-live-calls" or not await self._live.look_again(user):
                 raise
-            reservation = await self._limits.reserve(user, order.agent, member)
+            reservation = await self._limits.reserve(user, order.agent, start)
         asked.answer_headers.update(reservation.headers)
+        if asked.caller.has_gone():
+            await self._limits.release(reservation)
+            raise ClientDisconnect
         try:
             call = await self._oneinbox.start_web_call(
                 agent_id=order.agent.agent_id,
                 variables=order.variables,
                 overrides=order.overrides,
-                metadata=self._metadata(user, order, member),
+                metadata=self._metadata(user, order, start),
             )
         except OneInboxError as error:
             if not error.may_have_acted:
                 await self._limits.release(reservation)
             elif error.call_id is not None:
-                await self._live.begin(user, member=member, call_id=error.call_id, agent=order.agent.name)
-                await self._live.stop(member, error.call_id, "its answer was not usable")
+                await self._live.stop(start, error.call_id, "its answer was not usable")
+            else:
+                self._reconciler.lose(start)
             if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, asked.request, order)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
-        await self._live.begin(user, member=member, call_id=call.id, agent=order.agent.name)
+        except BaseException:  # cancelled: the process goes down, or worse
+            self._reconciler.lose(start)
+            raise
+        await self._live.begin(start, call.id)
         return call
 
-    def _metadata(self, user: User, order: Order, member: str) -> dict[str, Any]:
-        own = {BROKER_USER: self._ownership.pseudonym(user), BROKER_REQUEST_ID: member}
+    def _metadata(self, user: User, order: Order, start: Start) -> dict[str, Any]:
+        own = {BROKER_USER: start.owner, BROKER_REQUEST_ID: start.request_id}
         if self._share_user_id:
             own[BROKER_USER_ID] = user.id
         return {**order.metadata, **own}

@@ -1,6 +1,7 @@
 """GET /calls/{call}: what its owner sees, and what everybody else does."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -231,7 +232,7 @@ async def test_an_etag_answers_the_same_question_without_a_body(broker: httpx.As
     upstream.has_call("call_1")
     first = await broker.get(path)
     etag = first.headers["etag"]
-    assert etag.startswith('"') and etag.endswith('"')
+    assert re.fullmatch(r'"[^"]+"', etag)
 
     for given in (etag, f"W/{etag}", f'"other", {etag}', f'W/"x" ,W/{etag}', "*"):
         again = await broker.get(path, headers={"If-None-Match": given})
@@ -254,11 +255,10 @@ async def test_an_etag_of_something_else_is_answered_in_full(broker: httpx.Async
         assert again.headers["etag"] == etag
 
 
-async def test_the_etag_changes_with_what_is_seen_and_only_then(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_the_etag_changes_with_what_is_seen_and_only_then(open_broker: OpenBroker) -> None:
     etags = []
     records: list[dict[str, Any]] = [{}, {"cost_cents": 5}, {"status": "completed"}]
-    for number, record in enumerate(records):
-        broker = await open_broker(BROKER_SECRET=f"{number % 1}" * 32)
+    for record in records:
         upstream = Upstream()
         broker = await open_broker(transport=upstream, BROKER_SECRET="s" * 32)
         path = await start_call(broker)

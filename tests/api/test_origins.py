@@ -104,7 +104,7 @@ FORBIDDEN: dict[str, tuple[str | None, str]] = {
 async def test_any_other_origin_may_not(
     allowed: str | None, origin: str, open_broker: OpenBroker, upstream: Upstream
 ) -> None:
-    broker = await open_broker(**({} if allowed is None else {"BROKER_ALLOWED_ORIGINS": allowed}))
+    broker = await open_broker({} if allowed is None else {"BROKER_ALLOWED_ORIGINS": allowed})
 
     response = await post_session(broker, origin=origin)
 
@@ -156,7 +156,7 @@ OWN: dict[str, tuple[str | None, str, str, bool]] = {
 async def test_the_brokers_own_origin(
     public_url: str | None, origin: str, host: str, admitted: bool, open_broker: OpenBroker
 ) -> None:
-    broker = await open_broker(**({} if public_url is None else {"BROKER_PUBLIC_URL": public_url}))
+    broker = await open_broker({} if public_url is None else {"BROKER_PUBLIC_URL": public_url})
 
     response = await post_session(broker, origin=origin, host=host)
 

@@ -110,6 +110,15 @@ async def test_a_participant_name_that_is_no_allowed_variable_is_dropped(
     assert upstream.asked["variables"] == {"plan": "pro"}
 
 
+async def test_a_dropped_participant_name_is_no_variable(open_broker: OpenBroker, upstream: Upstream) -> None:
+    variables = {f"v{number}": number for number in range(32)}
+    broker = await open_broker(BROKER_ALLOWED_VARIABLES=",".join(variables))
+
+    assert_session(await post_session(broker, {"participant_name": "Ada", "variables": variables}))
+
+    assert upstream.asked["variables"] == variables
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -180,6 +189,10 @@ BOUNDS = {
     "32-levels": nested(32),
     "16-kib": b"{" + b" " * (16 * 1024 - 2) + b"}",
     "32-variables": {"variables": {f"v{number}": number for number in range(32)}},
+    "32-variables-one-in-both-styles": {
+        "variables": {"participant_name": "A", **{f"v{number}": number for number in range(31)}},
+        "participant_name": "Ada",
+    },
     "1000-characters": {"variables": {"text": "ä" * 1000}},
     "newline-and-tab": {"variables": {"text": "a\n\tb"}},
     "single-braces": {"variables": {"text": "{a} } {"}},

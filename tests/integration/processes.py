@@ -37,7 +37,7 @@ class Finished:
     seconds: float
 
 
-def run(*arguments: str, cwd: Path, module: str = "app", **environ: str) -> Finished:
+def run(*arguments: str, cwd: Path, environ: Mapping[str, str], module: str = "app") -> Finished:
     """Run `python -m app …` to its end."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -108,7 +108,7 @@ class Process:
 
 @contextmanager
 def running(
-    *arguments: str, cwd: Path, module: str = "app", fds: tuple[int, ...] = (), **environ: str
+    *arguments: str, cwd: Path, environ: Mapping[str, str], module: str = "app", fds: tuple[int, ...] = ()
 ) -> Iterator[Process]:
     """A command that runs for as long as the context lasts."""
     popen = subprocess.Popen(
@@ -131,9 +131,9 @@ def running(
 
 
 @contextmanager
-def serving(cwd: Path, *arguments: str, **environ: str) -> Iterator[tuple[Process, str]]:
+def serving(cwd: Path, environ: Mapping[str, str]) -> Iterator[tuple[Process, str]]:
     """A broker on a free port, once it listens, and its URL."""
-    with running("serve", "--port", "0", *arguments, cwd=cwd, **environ) as process:
+    with running("serve", "--port", "0", cwd=cwd, environ=environ) as process:
         listening = json.loads(process.wait_for('"listening"'))
         yield process, listening["url"]
 

@@ -65,7 +65,7 @@ def environ(emulator: RunningEmulator) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def broker(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, str]]:
-    with serving(tmp_path_factory.mktemp("broker"), **environ) as served:
+    with serving(tmp_path_factory.mktemp("broker"), environ) as served:
         yield served
 
 
@@ -175,7 +175,7 @@ async def test_no_server_is_named_and_no_date_is_missing(client: httpx.AsyncClie
 
 
 async def test_limits_hold_for_requests_at_once(environ: dict[str, str], tmp_path: Path) -> None:
-    with serving(tmp_path, **{**environ, "BROKER_SESSION_LIMITS": "5/minute"}) as (process, url):
+    with serving(tmp_path, {**environ, "BROKER_SESSION_LIMITS": "5/minute"}) as (process, url):
         async with httpx.AsyncClient(base_url=url) as client:
             responses = await asyncio.gather(*(client.post("/session") for _ in range(20)))
             forged = await client.post("/session", headers={"X-Forwarded-For": "198.51.100.1"})
@@ -197,7 +197,7 @@ async def test_uvicorn_serves_the_same_app(environ: dict[str, str], tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         arguments = ("app.main:app", "--fd", str(listener.fileno()), *line)
-        with running(*arguments, module="uvicorn", cwd=tmp_path, fds=(listener.fileno(),), **environ) as process:
+        with running(*arguments, module="uvicorn", cwd=tmp_path, fds=(listener.fileno(),), environ=environ) as process:
             async with httpx.AsyncClient(base_url=url, timeout=20) as client:
                 path = assert_session_over_uvicorn(await client.post("/session"))
                 assert (await client.get(path)).status_code == 200
@@ -213,7 +213,7 @@ async def test_uvicorns_access_log_is_silent_even_when_it_is_on(environ: dict[st
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         arguments = ("app.main:app", "--fd", str(listener.fileno()))
-        with running(*arguments, module="uvicorn", cwd=tmp_path, fds=(listener.fileno(),), **environ) as process:
+        with running(*arguments, module="uvicorn", cwd=tmp_path, fds=(listener.fileno(),), environ=environ) as process:
             async with httpx.AsyncClient(base_url=url, timeout=20) as client:
                 path = assert_session_over_uvicorn(await client.post("/session"))
                 await client.get(path)
@@ -233,7 +233,7 @@ def assert_session_over_uvicorn(response: httpx.Response) -> str:
 
 
 async def test_sandbox_prints_what_to_do_and_it_works(tmp_path: Path) -> None:
-    with running("sandbox", "--port", "0", cwd=tmp_path) as process:
+    with running("sandbox", "--port", "0", cwd=tmp_path, environ={}) as process:
         curl = process.wait_for("curl -i -X POST")
         process.wait_for("Ctrl-C")
         [url] = re.findall(r"http://127\.0\.0\.1:\d+", curl)
@@ -261,7 +261,7 @@ async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, st
 
     upstream = await asyncio.start_server(slow_oneinbox, "127.0.0.1", 0)
     port = upstream.sockets[0].getsockname()[1]
-    with serving(tmp_path, **{**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}"}) as (process, url):
+    with serving(tmp_path, {**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}"}) as (process, url):
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:
             asking = asyncio.create_task(client.post("/session"))
             await arrived.wait()
@@ -289,13 +289,13 @@ async def idle_connection(url: str) -> AsyncIterator[asyncio.StreamReader]:
 
 
 async def test_version(tmp_path: Path) -> None:
-    done = await asyncio.to_thread(lambda: run("--version", cwd=tmp_path))
+    done = await asyncio.to_thread(lambda: run("--version", cwd=tmp_path, environ={}))
 
     assert (done.code, done.out.strip(), done.err) == (0, __version__, "")
 
 
 async def test_the_document_needs_no_key(tmp_path: Path) -> None:
-    done = await asyncio.to_thread(lambda: run("openapi", cwd=tmp_path))
+    done = await asyncio.to_thread(lambda: run("openapi", cwd=tmp_path, environ={}))
 
     assert (done.code, done.err) == (0, "")
     document = json.loads(done.out)
@@ -311,7 +311,7 @@ async def test_a_port_in_use_is_said_in_words(
 ) -> None:
     port = broker[1].rpartition(":")[2]
 
-    done = await asyncio.to_thread(lambda: run("serve", "--port", port, cwd=tmp_path, **environ))
+    done = await asyncio.to_thread(lambda: run("serve", "--port", port, cwd=tmp_path, environ=environ))
 
     assert done.code not in (0, 2)
     assert port in done.err
@@ -330,10 +330,10 @@ WRONG = {
 @pytest.mark.parametrize("command", ["serve", "uvicorn"])
 async def test_wrong_settings_end_at_once_in_words(command: str, tmp_path: Path) -> None:
     if command == "serve":
-        done = await asyncio.to_thread(lambda: run("serve", "--port", "0", cwd=tmp_path, **WRONG))
+        done = await asyncio.to_thread(lambda: run("serve", "--port", "0", cwd=tmp_path, environ=WRONG))
         assert done.code == 2
     else:
-        done = await asyncio.to_thread(lambda: run("app.main:app", module="uvicorn", cwd=tmp_path, **WRONG))
+        done = await asyncio.to_thread(lambda: run("app.main:app", module="uvicorn", cwd=tmp_path, environ=WRONG))
         assert done.code != 0
 
     assert {line.partition(":")[0] for line in done.err.splitlines()} == {*WRONG, "ONEINBOX_AGENT_ID"}
@@ -346,7 +346,7 @@ async def test_wrong_settings_end_at_once_in_words(command: str, tmp_path: Path)
 
 
 async def test_more_workers_need_a_shared_store(environ: dict[str, str], tmp_path: Path) -> None:
-    done = await asyncio.to_thread(lambda: run("serve", "--workers", "2", cwd=tmp_path, **environ))
+    done = await asyncio.to_thread(lambda: run("serve", "--workers", "2", cwd=tmp_path, environ=environ))
 
     assert done.code == 2
     assert done.err.startswith("BROKER_STORE_URL: ")

@@ -87,9 +87,11 @@ async def test_fifty_users_at_once_get_five_each(rated: Replicas) -> None:
     users = [from_address(f"198.51.100.{100 + number}") for number in range(50)]
     before = len(rated.oneinbox.emulator.calls)
 
-    answers = await asyncio.gather(*(post_many(rated.brokers, 8, user) for user in users))
 
-    assert [outcomes(responses) for responses in answers] == [{"201": 5, "rate-limited": 3}] * 50
+    async def ask(user: dict[str, str]) -> Counter[str]:
+        return outcomes([(await post_many(rated.brokers[turn % 2 :], 1, user))[0] for turn in range(7)])
+
+    assert await asyncio.gather(*map(ask, users)) == [{"201": 5, "rate-limited": 2}] * 50
     assert len(rated.oneinbox.emulator.calls) - before == 250
 
 
@@ -119,7 +121,7 @@ async def test_nobody_learns_how_many_sessions_all_users_have(rated: Replicas) -
 
 async def test_two_hundred_at_once_get_two_live_calls(valkey: Valkey) -> None:
     limits = {**PROXIED, "BROKER_MAX_LIVE_CALLS": "2", "BROKER_STORE_URL": valkey.url}
-    first, second = from_address("198.51.100.1"), from_address("198.51.100.2")
+    first, second = from_address("203.0.113.1"), from_address("203.0.113.2")
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_processes(2, oneinbox.url, **limits) as brokers,

@@ -1,7 +1,7 @@
 """Brokers as processes of their own in front of an emulator in the test's event loop. Holds no test itself.
 
     async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
-        response = await brokers[0].client.post("/session")
+        responses = await post_many(brokers, 200)
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from app.config import Settings, load_settings
+from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.wire import RecordedRequest
 
@@ -93,8 +94,9 @@ async def running_broker_process(oneinbox: str, *arguments: str, **changes: str)
     reading = asyncio.create_task(read())
     try:
         url = await asyncio.wait_for(listening, PATIENCE)
-        many = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=many, trust_env=False) as client:
+        # httpx's own pool would take seconds of CPU to get hundreds of requests out at once.
+        transport = open_transport(url, pool_size=1000)
+        async with httpx.AsyncClient(base_url=url, transport=transport, timeout=PATIENCE) as client:
             assert (await client.get("/readyz")).status_code == 200
             yield BrokerProcess(client, process, logs)
     finally:
@@ -118,7 +120,7 @@ async def post_many(
 ) -> list[httpx.Response]:
     """So many POST /session at once, taking turns between brokers."""
     turns = (brokers[number % len(brokers)].client for number in range(count))
-    return await asyncio.gather(*(client.post("/session", headers=headers) for client in turns))
+    return await asyncio.gather(*(client.post("/session", json={}, headers=headers) for client in turns))
 
 
 def outcomes(responses: Sequence[httpx.Response]) -> Counter[str]:
