@@ -7,17 +7,15 @@ second look at the text, for the error lines only; nothing that is configured de
 import difflib
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from limits import parse_many
 from pydantic import TypeAdapter, ValidationError
 
-from app.oneinbox.overrides import OVERRIDE_LEAVES
-from app.sessions.schemas import MAX_VARIABLES, VariableName, VariableValue
+from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
+from app.rules import MAX_VARIABLES, VariableName, VariableValue, check_limits
 
 AGENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -130,14 +128,6 @@ def read_agents(text: str, *, variables: frozenset[str] | None, overrides: froze
         if not findings:
             return Agents(agents, next((agent for agent in agents if tables[agent.name].get("default")), None))
     raise AgentsError(findings.lines())
-
-
-def is_leaf_value(leaf: type, value: Any) -> bool:
-    """Whether a value is of the type that OVERRIDE_LEAVES gives for a leaf: `float` takes any finite number."""
-    if leaf is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and -sys.float_info.max <= value <= sys.float_info.max
-    return isinstance(value, leaf)
 
 
 class _Findings:
@@ -339,11 +329,10 @@ def _is_valid(adapter: TypeAdapter[Any], value: Any) -> bool:
 
 def _are_limits(text: str) -> bool:
     try:
-        items = parse_many(text)
+        check_limits(text)
     except ValueError:
         return False
-    # Two of one period would be counted under one name.
-    return all(item.amount >= 1 for item in items) and len({item.get_expiry() for item in items}) == len(items)
+    return True
 
 
 def _leaves(table: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

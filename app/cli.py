@@ -106,6 +106,10 @@ async def _sandbox(host: str, port: int) -> None:
                 "ONEINBOX_BASE_URL": emulator.url,
                 "ONEINBOX_AGENT_ID": options.agents[0],
                 "BROKER_ALLOWED_ORIGINS": LOOPBACK_ORIGINS,
+                # Enough to play with, and soon used up when one wants to see that.
+                "BROKER_SESSION_LIMITS": "20/minute",
+                "BROKER_MAX_LIVE_CALLS": "20",
+                "BROKER_EXPOSE": "transcript,messages,summary,outcome",
             },
             env_file=None,
         )
@@ -114,7 +118,7 @@ async def _sandbox(host: str, port: int) -> None:
             f"The broker listens on {url}, in front of an emulated OneInbox on {emulator.url}.\n\n"
             f"Explore it:       {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
-            f"Follow the call:  curl {url}<the Location of the answer>\n\n"
+            f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: as the answer says)\n\n"
             "Ctrl-C ends both."
         )
         sys.stdout.flush()

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 from dotenv import dotenv_values
-from limits import parse_many
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.oneinbox.overrides import OVERRIDE_LEAVES
+from app.rules import check_limits
 
 Network = IPv4Network | IPv6Network
 
@@ -142,16 +142,6 @@ def _network(text: Any) -> Network:
     return ip_network(text)
 
 
-def _limits(text: str) -> str:
-    try:
-        items = parse_many(text)
-    except ValueError:
-        items = []
-    if not items or any(item.amount < 1 for item in items):
-        raise ValueError("is not a list of limits")
-    return text
-
-
 def _variable_names(names: list[str]) -> list[str]:
     if any(name != "*" and not VARIABLE_NAME.fullmatch(name) for name in names):
         raise ValueError("has a name other than letters, digits and _")
@@ -204,7 +194,7 @@ def _present(value: SecretStr) -> SecretStr:
 
 
 Words = Annotated[list[str], BeforeValidator(_words)]
-Limits = Annotated[str, AfterValidator(_limits)]
+Limits = Annotated[str, AfterValidator(check_limits)]
 Secret = Annotated[SecretStr, AfterValidator(_present)]
 
 
@@ -216,6 +206,11 @@ def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
 def variable(field: str) -> str:
     """The environment variable of a field."""
     return field.upper() if field.startswith("oneinbox_") else f"BROKER_{field.upper()}"
+
+
+def field_of(name: str) -> str:
+    """The field of an environment variable."""
+    return name.removeprefix("BROKER_").lower()
 
 
 class Settings(BaseSettings):
@@ -404,6 +399,13 @@ class Settings(BaseSettings):
         None, "`json` or `text`. Unset: text on a terminal, json elsewhere", "json or text"
     )
 
+    _secret_files: Mapping[str, Path] = PrivateAttr(default_factory=dict)
+
+    @property
+    def secret_files(self) -> Mapping[str, Path]:
+        """Where secrets came from, by variable: those that were read from a file."""
+        return self._secret_files
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -426,7 +428,7 @@ KNOWN = frozenset(FIELDS) | {f"{name}_FILE" for name in SECRETS}
 
 def takes(name: str) -> str:
     """What a variable takes, in words."""
-    extra = FIELDS[name.removesuffix("_FILE")].json_schema_extra
+    extra = FIELDS[name if name in FIELDS else name.removesuffix("_FILE")].json_schema_extra
     return str(extra["takes"]) if isinstance(extra, dict) else ""
 
 
@@ -440,29 +442,54 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     for name in sorted(given.keys() - KNOWN):
         lines[name] = f"{name}: is not a setting of the broker" + _nearest(name)
     values = {name: text for name, text in given.items() if name in FIELDS}
-    for name, path in ((name, given.get(f"{name}_FILE")) for name in sorted(SECRETS)):
-        if path is None:
-            continue
+    files = {name: Path(given[f"{name}_FILE"]) for name in sorted(SECRETS) if f"{name}_FILE" in given}
+    for name, path in files.items():
         if name in given:
             lines[name] = f"{name}: is set, and {name}_FILE too; set one of them"
             continue
         try:
-            values[name] = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            lines[name] = f"{name}_FILE: cannot be read ({reason}); takes the path of a file with {takes(name)}"
+            values[name] = read_secret(name, path)
+        except SettingsError as error:
+            [lines[name]] = error.lines
     for name, line in _combinations(values, given):
         lines.setdefault(name, line)
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        for each in error.errors(include_url=False, include_context=False, include_input=False):
-            name = str(each["loc"][0])
-            why = "is required" if each["type"] == "missing" else each["msg"].removeprefix("Value error, ")
-            lines.setdefault(name, f"{name}: {why[0].lower()}{why[1:]}; takes {takes(name)}")
+        for name, line in _wrong(error):
+            lines.setdefault(name, line)
     if lines:
         raise SettingsError(list(lines.values()))
+    settings._secret_files = files
     return settings
+
+
+def read_secret(name: str, path: Path) -> str:
+    """A secret out of its file, without the line break at its end. `name`: its variable. Raises SettingsError."""
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        line = f"{name}_FILE: cannot be read ({reason}); takes the path of a file with {takes(name)}"
+        raise SettingsError([line]) from None
+
+
+def with_secret(settings: Settings, name: str, text: str) -> Settings:
+    """The settings with another secret, checked as at the start. `name`: its variable. Raises SettingsError."""
+    try:
+        checked = Settings.model_validate({"ONEINBOX_API_KEY": settings.oneinbox_api_key, name: text})
+    except ValidationError as error:
+        raise SettingsError([line for _, line in _wrong(error)]) from None
+    field = field_of(name)
+    return settings.model_copy(update={field: getattr(checked, field)})
+
+
+def _wrong(error: ValidationError) -> Iterable[tuple[str, str]]:
+    """The variables that are wrong, each with its line."""
+    for each in error.errors(include_url=False, include_context=False, include_input=False):
+        name = str(each["loc"][0])
+        why = "is required" if each["type"] == "missing" else each["msg"].removeprefix("Value error, ")
+        yield name, f"{name}: {why[0].lower()}{why[1:]}; takes {takes(name)}"
 
 
 def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[str, str]:

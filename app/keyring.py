@@ -19,6 +19,10 @@ class Keyring:
 
     def __init__(self, secrets: Sequence[str]) -> None:
         """`secrets`: newest first, at least one."""
+        self.use(secrets)
+
+    def use(self, secrets: Sequence[str]) -> None:
+        """Sign with the first of these from now on, and verify with these only."""
         signing: tuple[Purpose, ...] = ("call-key", "pseudonym")
         self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
         stored = _derive(secrets, "stored-answer")

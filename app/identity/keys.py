@@ -60,12 +60,16 @@ class Keys(Protocol):
 
 
 class FixedKey:
-    """One key, known from the start; a token's key id does not matter."""
-
-    version = 0
+    """One configured key; a token's key id does not matter."""
 
     def __init__(self, key: VerifyingKey) -> None:
+        self.version = 0
         self.key = key
+
+    def use(self, key: VerifyingKey) -> None:
+        """Another key from now on; logins remembered under the old one are forgotten."""
+        self.key = key
+        self.version += 1
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """The key, when it is one for this algorithm."""

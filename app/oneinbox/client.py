@@ -183,7 +183,8 @@ class OneInbox:
         except httpx.TransportError as error:
             if surely_not_sent(request, error):
                 raise Unreachable(f"cannot be reached ({type(error).__name__})", may_have_acted=False) from error
-            if isinstance(error, httpx.TimeoutException):
+            # Not ConnectTimeout: once sent, that is how the pool reports a lost connection.
+            if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
         if response.status_code == 429:

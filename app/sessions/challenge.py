@@ -56,6 +56,10 @@ class Challenge:
         self._timeout = timeout
         self._timeouts = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
 
+    def use_secret(self, secret: SecretStr) -> None:
+        """Ask with another secret from now on."""
+        self._secret = secret
+
     async def check(self, token: str | None, address: str) -> None:
         """Return if the challenge was passed.
 

@@ -9,9 +9,10 @@ import structlog
 
 from app.agents import Agent, Agents
 from app.identity import User
-from app.oneinbox.overrides import OVERRIDE_LEAVES
+from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
 from app.problems import Problem, invalid_request
-from app.sessions.schemas import SessionRequest, VariableValue, check_variable_value
+from app.rules import VariableValue, check_variable_value
+from app.sessions.schemas import SessionRequest
 
 log = structlog.get_logger(__name__)
 
@@ -108,14 +109,8 @@ def _refused_leaves(value: Mapping[str, Any], allowed: frozenset[str], prefix: s
         path = f"{prefix}{key}"
         if isinstance(each, dict) and each and path not in OVERRIDE_LEAVES:
             yield from _refused_leaves(each, allowed, f"{path}.")
-        elif "." in key or path not in allowed or not _is_a(OVERRIDE_LEAVES[path], each):
+        elif "." in key or path not in allowed or not is_leaf_value(OVERRIDE_LEAVES[path], each):
             yield path
-
-
-def _is_a(leaf: type, value: Any) -> bool:
-    if leaf is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, leaf)
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

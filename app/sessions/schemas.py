@@ -1,30 +1,15 @@
 """What POST /session takes and gives: the broker's own fields and LiveKit's standard token request, side by side."""
 
-import re
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
+from app.rules import MAX_VARIABLES, VariableName, VariableText, VariableValue
+
 MAX_BODY = 16 * 1024
-MAX_VARIABLES = 32
-MAX_VARIABLE = 1000
 MAX_METADATA = 4 * 1024
 RESERVED_PREFIX = "broker_"
-
-# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure.
-UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def check_variable_value(value: str | float | bool) -> str | float | bool:
-    """A variable's value as it may enter a prompt; ValueError otherwise (contract of POST /session, `variables`)."""
-    if isinstance(value, str) and UNSAFE_TEXT.search(value):
-        raise PydanticCustomError(
-            "unsafe_text", "Text must not hold {{open}}, {{close}} or control characters", {"open": "{{", "close": "}}"}
-        )
-    if len(value if isinstance(value, str) else to_json(value)) > MAX_VARIABLE:
-        raise PydanticCustomError("too_long", "A value has at most 1,000 characters")
-    return value
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
@@ -33,9 +18,6 @@ def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-VariableText = Annotated[str, AfterValidator(check_variable_value)]
-VariableValue = Annotated[bool | int | float | str, AfterValidator(check_variable_value)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.agents import Agent, Agents, AgentsError, is_leaf_value, read_agents, single_agent
+from app.agents import Agent, Agents, AgentsError, read_agents, single_agent
+from app.oneinbox.overrides import is_leaf_value
 from app.oneinbox.overrides import OVERRIDE_LEAVES
 
 LEAVES = ", ".join(OVERRIDE_LEAVES)

@@ -1,0 +1,347 @@
+"""Live calls, by clocks of the test's own: when a slot is free again, who is hung up, and what OneInbox is asked."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from app.agents import Agent
+from app.identity import User
+from app.limits import Limits, LiveCalls
+from app.limits.live import UNSTOPPED
+from app.oneinbox import OneInbox
+from app.oneinbox.models import CallRecord
+from app.problems import Problem
+from app.store.failover import FailoverStore
+from app.store.memory import MemoryStore
+from app.store.valkey import ValkeyStore
+from tests.harness import AGENT_ID, ONEINBOX, Upstream
+
+ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
+AGENT = Agent("main", AGENT_ID, None, frozenset())
+MAX_SECONDS, JOIN_SECONDS, LEASE = 3600, 60, 3900
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class House:
+    """One store and one OneInbox, and replicas of the broker's book of calls on them."""
+
+    def __init__(self, *, max_live_calls: int = 1, join_timeout: float = JOIN_SECONDS) -> None:
+        self.clock = Clock()
+        self.store = MemoryStore(self.clock)
+        self.upstream = Upstream()
+        self.oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.upstream, timeout=5, connect_timeout=1)
+        self.join_timeout = join_timeout
+        self.live = self.replica()
+        self.limits = Limits(
+            self.store,
+            [AGENT],
+            session_limits="1000/minute",
+            global_session_limits="1000/minute",
+            request_limits="1000/minute",
+            max_live_calls=max_live_calls,
+            max_live_calls_total=None,
+            lease=LEASE,
+            clock=self.clock,
+        )
+
+    def replica(self) -> LiveCalls:
+        return LiveCalls(
+            self.store,
+            self.oneinbox,
+            max_seconds=MAX_SECONDS,
+            join_timeout=self.join_timeout,
+            lease=LEASE,
+            now=self.clock,
+        )
+
+    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> str:
+        """Reserve and begin a call; its member."""
+        member = f"member-of-{call_id}"
+        await self.limits.reserve(user, AGENT, member)
+        await self.live.begin(user, member=member, call_id=call_id, agent=AGENT.name)
+        self.upstream.has_call(call_id, status=status)
+        return member
+
+    async def has_room(self, user: User = ANN) -> bool:
+        """Whether the user could start one more; tries it, and takes it back."""
+        try:
+            reservation = await self.limits.reserve(user, AGENT, "try")
+        except Problem as problem:
+            assert problem.slug == "too-many-live-calls"
+            return False
+        await self.limits.release(reservation)
+        return True
+
+    async def live_calls(self) -> set[str]:
+        return set(await self.store.members("live:all"))
+
+    async def unstopped(self) -> set[str]:
+        return set(await self.store.members(UNSTOPPED))
+
+    def asked(self) -> Counter[str]:
+        """What OneInbox was asked: method and the end of the path."""
+        return Counter(
+            f"{request.method} {request.url.path.removeprefix('/v1/calls/')}" for request in self.upstream.requests
+        )
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    house = House()
+    yield house
+    await house.oneinbox.aclose()
+
+
+def record(call_id: str, status: str) -> CallRecord:
+    return CallRecord(id=call_id, status=status)
+
+
+# --- seen ---
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"])
+async def test_a_call_seen_ended_frees_its_slot(house: House, status: str) -> None:
+    member = await house.start("c1")
+    assert not await house.has_room()
+    await house.live.see(member, record("c1", status))
+    assert await house.has_room()
+    assert await house.live_calls() == set()
+
+
+async def test_a_call_seen_gone_frees_its_slot(house: House) -> None:
+    member = await house.start("c1")
+    await house.live.see(member, None)
+    assert await house.has_room()
+
+
+@pytest.mark.parametrize("status", ["queued", "initiated", "in_progress", "ringing", "something-new", None])
+async def test_any_other_status_is_a_running_call(house: House, status: str | None) -> None:
+    member = await house.start("c1")
+    await house.live.see(member, CallRecord(id="c1", status=status))
+    assert not await house.has_room()
+
+
+async def test_an_end_frees_one_slot_and_nobody_elses(house: House) -> None:
+    first = await house.start("c1", ANN)
+    await house.start("c2", BEN)
+    for _ in range(3):
+        await house.live.see(first, record("c1", "completed"))
+    assert await house.has_room(ANN)
+    assert not await house.has_room(BEN)
+
+
+async def test_another_replica_sees_it_too(house: House) -> None:
+    member = await house.start("c1")
+    await house.replica().see(member, record("c1", "completed"))
+    assert await house.has_room()
+
+
+async def test_a_late_word_of_an_old_call_leaves_the_new_one_alone(house: House) -> None:
+    old = await house.start("c1")
+    house.clock.now += LEASE + 1
+    await house.start("c2")
+    await house.live.see(old, record("c1", "completed"))
+    await house.live.see(old, None)
+    assert await house.live_calls() == {"member-of-c2"}
+    assert not await house.has_room()
+
+
+# --- by age ---
+
+
+async def test_a_call_stuck_in_progress_frees_its_slot_at_its_age_limit(house: House) -> None:
+    await house.start("c1")
+    house.upstream.router.post("/v1/calls/c1/stop").respond(500)
+    house.upstream.router.get("/v1/calls/c1").respond(500)
+    for age in (MAX_SECONDS + 1, LEASE - 1):
+        house.clock.now = 1_800_000_000.0 + age
+        await house.live.sweep()
+        assert not await house.has_room()
+    house.clock.now = 1_800_000_000.0 + LEASE + 1
+    assert await house.has_room()
+    assert await house.live_calls() == set()
+
+
+async def test_a_sweep_hangs_up_what_ran_too_long_once_over_all_replicas(house: House) -> None:
+    await house.start("c1")
+    replicas = [house.replica() for _ in range(5)]
+    house.clock.now += MAX_SECONDS
+    await house.live.sweep()
+    assert house.asked() == {"GET c1": 1}
+    house.clock.now += 30
+
+    with capture_logs() as logs:
+        await asyncio.gather(*(replica.sweep() for replica in replicas))
+
+    assert house.asked() == {"GET c1": 2, "POST c1/stop": 1}
+    assert logs == [{"event": "hanging_up", "log_level": "warning", "call": "c1", "why": "ran too long"}]
+    assert await house.has_room()
+
+
+@pytest.mark.parametrize("status", ["queued", "initiated"])
+async def test_a_sweep_hangs_up_what_nobody_joined(house: House, status: str) -> None:
+    await house.start("c1", status=status)
+    await house.start("c2", BEN, status="in_progress")
+    house.clock.now += JOIN_SECONDS
+    await house.live.sweep()
+    assert "POST c1/stop" not in house.asked()
+    house.clock.now += 30
+    with capture_logs() as logs:
+        await house.live.sweep()
+    assert house.asked()["POST c1/stop"] == 1
+    assert [(entry["call"], entry["why"]) for entry in logs] == [("c1", "was not joined")]
+    assert await house.live_calls() == {"member-of-c2"}
+
+
+async def test_zero_means_never() -> None:
+    house = House(join_timeout=0)
+    house.live = LiveCalls(house.store, house.oneinbox, max_seconds=0, join_timeout=0, lease=86400, now=house.clock)
+    await house.live.begin(ANN, member="m", call_id="c1", agent="main")
+    await house.store.enter("live:all", "m", 86400)
+    house.upstream.has_call("c1", status="queued")
+    house.clock.now += 86000
+    await house.live.sweep()
+    assert house.asked() == {"GET c1": 1}
+
+
+async def test_a_sweep_looks_at_each_call_once_and_frees_what_ended() -> None:
+    house = House(max_live_calls=100)
+    for number in range(30):
+        await house.start(f"c{number}", status="completed" if number % 3 else "in_progress")
+    await house.live.sweep()
+    assert house.asked() == {f"GET c{number}": 1 for number in range(30)}
+    assert await house.live_calls() == {f"member-of-c{number}" for number in range(0, 30, 3)}
+    await house.replica().sweep()
+    assert sum(house.asked().values()) == 30, "half a minute has not passed"
+
+
+async def test_a_call_that_is_gone_is_over(house: House) -> None:
+    await house.start("c1")
+    house.upstream.router.get("/v1/calls/c1").respond(404, json={"detail": "Call not found"})
+    await house.live.sweep()
+    assert await house.has_room()
+
+
+async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
+    house = House(max_live_calls=3)
+    for name in ("c1", "c2", "c3"):
+        await house.start(name, status="completed")
+    house.upstream.router.get("/v1/calls/c2").mock(side_effect=httpx.ConnectError("down"))
+    with capture_logs() as logs:
+        await house.live.sweep()
+    assert await house.live_calls() == {"member-of-c2"}
+    assert [(entry["event"], entry["call"]) for entry in logs] == [("look_failed", "c2")]
+
+
+async def test_a_call_that_is_still_being_started_is_left_alone(house: House) -> None:
+    await house.limits.reserve(ANN, AGENT, "m")
+    await house.live.sweep()
+    assert house.asked() == {}
+    assert not await house.has_room()
+
+
+# --- hanging up ---
+
+
+async def test_a_call_nobody_is_given_is_stopped_and_costs_no_slot(house: House) -> None:
+    member = await house.start("c1")
+    await house.live.stop(member, "c1", "its answer could not be kept")
+    assert house.asked() == {"POST c1/stop": 1}
+    assert await house.has_room()
+    assert await house.unstopped() == set()
+
+
+async def test_stopping_what_is_gone_is_no_failure(house: House) -> None:
+    member = await house.start("c1")
+    house.upstream.router.post("/v1/calls/c1/stop").respond(404)
+    await house.live.stop(member, "c1", "why")
+    assert await house.has_room()
+    assert await house.unstopped() == set()
+
+
+@pytest.mark.parametrize("failure", [500, 401, 429, httpx.ConnectError("down"), httpx.ReadError("lost")])
+async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failure: int | Exception) -> None:
+    member = await house.start("c1")
+    stop = house.upstream.router.post("/v1/calls/c1/stop")
+    stop.mock(side_effect=failure) if isinstance(failure, Exception) else stop.respond(failure)
+    with capture_logs() as logs:
+        await house.live.stop(member, "c1", "why")
+    assert [(entry["event"], entry["log_level"], entry["call"]) for entry in logs] == [
+        ("hanging_up", "warning", "c1"),
+        ("call_not_stopped", "error", "c1"),
+    ]
+    assert await house.unstopped() == {"c1"}
+    assert not await house.has_room(), "it runs"
+
+    stop.mock(side_effect=None).respond(json={"id": "c1", "status": "completed"})
+    house.clock.now += MAX_SECONDS + 1
+    await house.live.sweep()
+    assert await house.unstopped() == set()
+    assert await house.has_room()
+
+
+async def test_what_could_not_be_stopped_but_ended_by_itself_is_forgotten(house: House) -> None:
+    member = await house.start("c1")
+    house.upstream.router.post("/v1/calls/c1/stop").respond(500)
+    await house.live.stop(member, "c1", "why")
+    house.upstream.has_call("c1", status="completed")
+    await house.live.sweep()
+    assert await house.has_room()
+    assert await house.unstopped() == set(), "status tells of calls that still cost money"
+
+
+# --- a refused user ---
+
+
+async def test_a_refused_users_calls_are_looked_at_once_per_ten_seconds(house: House) -> None:
+    await house.start("c1")
+    replica = house.replica()
+    assert await asyncio.gather(*(book.look_again(ANN) for book in [house.live, replica] * 50)) == [False] * 100
+    assert house.asked() == {"GET c1": 1}
+    house.clock.now += 9.9
+    assert not await house.live.look_again(ANN)
+    assert house.asked() == {"GET c1": 1}
+    house.clock.now += 0.2
+    house.upstream.has_call("c1", status="completed")
+    assert await replica.look_again(ANN)
+    assert house.asked() == {"GET c1": 2}
+    assert await house.has_room()
+
+
+async def test_a_look_is_at_the_users_own_calls(house: House) -> None:
+    await house.start("c1", ANN)
+    await house.start("c2", BEN, status="completed")
+    assert not await house.live.look_again(ANN)
+    assert house.asked() == {"GET c1": 1}
+    assert await house.live.look_again(BEN)
+
+
+# --- without its store ---
+
+
+async def test_a_call_begun_while_the_store_is_gone_is_not_forgotten() -> None:
+    clock, upstream = Clock(), Upstream()
+    oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
+    async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
+        live = LiveCalls(store, oneinbox, max_seconds=60, join_timeout=0, lease=3600, now=clock)
+        member = "m1"
+        for name in (f"live:user:{ANN.store_name}", "live:agent:main", "live:all"):
+            await store.enter(name, member, 3600)
+        await live.begin(ANN, member=member, call_id="c1", agent="main")
+        upstream.has_call("c1")
+        clock.now += 61
+        await live.sweep()
+        assert [str(request.url.path) for request in upstream.requests] == ["/v1/calls/c1", "/v1/calls/c1/stop"]
+        assert await store.members("live:all") == {}
