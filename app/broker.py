@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -30,12 +30,13 @@ from app.identity import (
     public_key,
     secret_key,
 )
-from app.identity.keys import Keys
+from app.identity.keys import Keys, VerifyingKey
 from app.keyring import Keyring
 from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.sweep import sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport
+from app.rotation import Rotation, Taker
 from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
@@ -55,8 +56,8 @@ class Broker:
 
     `admission`: who is asking, and how often. `brake`: what the operator stopped. `ownership`: names calls and knows
     whose they are. `sessions`: starts calls. `calls`: reads them. `store`: the shared memory, for the readiness check.
-    `hints`: looks at calls that a webhook named; `webhook_secret`: what its path must hold. `shutdown`: whether the end
-    is near. `root_path`: prefix of every path that is handed out.
+    `hints`: looks at calls that a webhook named. `rotation`: the secrets in force. `shutdown`: whether the end is near.
+    `root_path`: prefix of every path that is handed out.
     """
 
     admission: Admission
@@ -66,15 +67,20 @@ class Broker:
     calls: Calls
     store: Store
     hints: Hints
-    webhook_secret: SecretStr | None
+    rotation: Rotation
     shutdown: Shutdown
     root_path: str
+
+    @property
+    def webhook_secret(self) -> SecretStr | None:
+        """What a webhook's path must hold."""
+        return self.rotation.settings.webhook_secret
 
 
 def check(settings: Settings) -> None:
     """What only the parts themselves can check: the agents file, and keys against algorithms. Raises SettingsError."""
     agents_of(settings)
-    _identity(settings)
+    _keys(settings)
 
 
 @asynccontextmanager
@@ -83,13 +89,15 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
 
     `transport` replaces the connections to OneInbox and to the challenge service.
     """
-    agents, identity = agents_of(settings), _identity(settings)
+    agents, keys = agents_of(settings), _keys(settings)
+    identity = _identity(settings, keys)
     keyring = Keyring(secret_lines(settings))
+    rotation = Rotation(settings)
     ownership = Ownership(keyring)
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
-        oneinbox = open_oneinbox(settings, transport)
+        oneinbox = open_oneinbox(settings, transport, rotation.look)
         stack.push_async_callback(oneinbox.aclose)
         stack.push_async_callback(identity.aclose)
         await identity.start()
@@ -116,6 +124,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         )
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
         brake = Brake(store)
+        challenge = _challenge(settings, store, transport, stack)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
             limits=limits,
@@ -125,7 +134,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             oneinbox=oneinbox,
             ownership=ownership,
             idempotency=idempotency,
-            challenge=_challenge(settings, store, transport, stack),
+            challenge=challenge,
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
         )
@@ -145,6 +154,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         stack.push_async_callback(hints.aclose)
         shutdown = Shutdown(settings.drain_seconds, watchers.close)
         stack.enter_context(shutdown.on_signals())
+        rotation.hand_to(takers(oneinbox, keyring, keys, challenge))
         await brake.read()
         for work in (
             sweep_forever(live, reconciler),
@@ -152,6 +162,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             idempotency.run(),
             brake.run(),
             watchers.run(),
+            rotation.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
         yield Broker(
@@ -162,14 +173,48 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             calls=calls,
             store=store,
             hints=hints,
-            webhook_secret=settings.webhook_secret,
+            rotation=rotation,
             shutdown=shutdown,
             root_path=settings.root_path,
         )
 
 
-def open_oneinbox(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> OneInbox:
-    """The client of the configured account; inside the event loop, to be closed by the caller."""
+def takers(oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None) -> Mapping[str, Taker]:
+    """What becomes of a secret whose file changes while the broker runs. Requests under way keep the old one."""
+
+    def verify_logins(renewed: Settings) -> None:
+        key = _fixed_key(renewed)
+        if isinstance(keys, FixedKey) and key is not None:
+            keys.use(key)
+
+    def ask_challenges(renewed: Settings) -> None:
+        if challenge is not None and renewed.challenge_secret is not None:
+            challenge.use_secret(renewed.challenge_secret)
+
+    def wait_for_restart(_: Settings) -> None:
+        # What is counted there, and who listens there, hangs on its open connections, which stay logged in.
+        raise SettingsError(["BROKER_STORE_URL: has changed; the store is opened at the start, so restart to use it"])
+
+    return {
+        "ONEINBOX_API_KEY": lambda renewed: oneinbox.use_key(renewed.oneinbox_api_key),
+        "BROKER_SECRET": lambda renewed: keyring.use(secret_lines(renewed)),
+        "BROKER_JWT_SECRET": verify_logins,
+        "BROKER_JWT_PUBLIC_KEY": verify_logins,
+        "BROKER_CHALLENGE_SECRET": ask_challenges,
+        "BROKER_WEBHOOK_SECRET": lambda _: None,  # each request reads it where it is in force
+        "BROKER_STORE_URL": wait_for_restart,
+    }
+
+
+def open_oneinbox(
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport | None = None,
+    reread_key: Callable[[], Awaitable[None]] | None = None,
+) -> OneInbox:
+    """The client of the configured account; inside the event loop, to be closed by the caller.
+
+    `reread_key`: what it does about a 401 before it is believed.
+    """
     return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
@@ -177,6 +222,7 @@ def open_oneinbox(settings: Settings, transport: httpx.AsyncBaseTransport | None
         timeout=settings.oneinbox_timeout,
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
+        reread_key=reread_key,
     )
 
 
@@ -222,13 +268,13 @@ def secret_lines(settings: Settings) -> list[str]:
     return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
 
 
-def _identity(settings: Settings) -> Identity:
-    if settings.auth == "anonymous":
-        return Anonymous(settings.trusted_proxies)
+def _identity(settings: Settings, keys: Keys | None) -> Identity:
     if settings.auth == "header":
         return HeaderIdentity(settings.user_header, settings.trusted_proxies)
+    if keys is None:
+        return Anonymous(settings.trusted_proxies)
     return JwtIdentity(
-        _keys(settings),
+        keys,
         settings.trusted_proxies,
         issuer=settings.jwt_issuer or "",
         audience=settings.jwt_audience or "",
@@ -237,19 +283,32 @@ def _identity(settings: Settings) -> Identity:
     )
 
 
-def _keys(settings: Settings) -> Keys:
+def _keys(settings: Settings) -> Keys | None:
+    """What logins are verified with; None in the modes without any."""
+    if settings.auth != "jwt":
+        return None
+    fixed = _fixed_key(settings)
+    if fixed is not None:
+        return FixedKey(fixed)
+    try:
+        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
+    except ValueError as error:
+        raise SettingsError([f"BROKER_JWT_JWKS_URL: {error}"]) from None
+
+
+def _fixed_key(settings: Settings) -> VerifyingKey | None:
+    """The configured key of the tokens' issuer, if that is how logins are verified. Raises SettingsError."""
     name = ""
     try:
         if settings.jwt_secret is not None:
             name = "BROKER_JWT_SECRET"
-            return FixedKey(secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms))
+            return secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms)
         if settings.jwt_public_key is not None:
             name = "BROKER_JWT_PUBLIC_KEY"
-            return FixedKey(public_key(settings.jwt_public_key.get_secret_value(), settings.jwt_algorithms))
-        name = "BROKER_JWT_JWKS_URL"
-        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
+            return public_key(settings.jwt_public_key.get_secret_value(), settings.jwt_algorithms)
     except ValueError as error:
         raise SettingsError([f"{name}: {error}"]) from None
+    return None
 
 
 def _challenge(

@@ -26,6 +26,7 @@ Network = IPv4Network | IPv6Network
 # Kubernetes puts these into every pod for a Service called `broker` or `oneinbox`; they are not settings.
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
 PREFIXES = ("BROKER_", "ONEINBOX_")
+HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -50,12 +51,15 @@ def is_loopback(host: str) -> bool:
 
 def split_url(text: str) -> SplitResult:
     """An absolute http(s) URL in parts; ValueError says what is wrong with it, without repeating it."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # ValueError when it is none
+    except ValueError:
+        raise ValueError("is not a URL") from None  # the library's own words repeat the text
+    if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.hostname or ""):
         raise ValueError("is not an http(s) URL")
     if parts.username is not None or parts.password is not None:
         raise ValueError("holds a user name or password")
-    _ = parts.port  # raises ValueError when it is no port
     return parts
 
 
@@ -139,7 +143,10 @@ def _words(value: Any) -> Any:
 
 
 def _network(text: Any) -> Network:
-    return ip_network(text)
+    try:
+        return ip_network(text)
+    except ValueError:
+        raise ValueError("has something other than a network, or one with bits of a host") from None
 
 
 def _variable_names(names: list[str]) -> list[str]:
@@ -437,7 +444,10 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
 
     `environ`: os.environ unless told. `env_file`: read too where it exists. Raises SettingsError.
     """
-    given = _read_variables(os.environ if environ is None else environ, env_file)
+    try:
+        given = _read_variables(os.environ if environ is None else environ, env_file)
+    except UnicodeDecodeError:
+        raise SettingsError([f"{env_file}: is not UTF-8 text"]) from None
     lines: dict[str, str] = {}
     for name in sorted(given.keys() - KNOWN):
         lines[name] = f"{name}: is not a setting of the broker" + _nearest(name)

@@ -14,11 +14,11 @@ from starlette.middleware import Middleware
 from app import __version__, docs, health, openapi, problems
 from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
-from app.calls import webhooks
 from app.config import Settings, SettingsError, load_settings, origin_of
 from app.limits.service import on_refused
 from app.middleware.origins import Origins
 from app.middleware.response_headers import ResponseHeaders
+from app.middleware.root_path import RootPath
 from app.sessions import routes as sessions
 from app.sessions.schemas import SessionRequest
 from app.telemetry.logging import configure_logging
@@ -49,13 +49,15 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
         title="OneInbox token broker",
         version=__version__,
         summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and bounds the spending.",
-        root_path=settings.root_path,
+        # Its traces would hold paths, and paths hold call keys.
+        telemetry={"tracing": False},
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         redirect_slashes=False,
         middleware=[
+            Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
             Middleware(ResponseHeaders),
             Middleware(
@@ -74,7 +76,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     openapi.install(app, SessionRequest)
     app.include_router(sessions.router)
     app.include_router(calls.router)
-    app.include_router(webhooks.router)
+    app.include_router(calls.webhooks)
     app.include_router(health.router)
     app.include_router(problems.router)
     if settings.docs:

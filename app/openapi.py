@@ -62,9 +62,19 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
                 own = model.model_json_schema(ref_template=_REF)
                 schemas.update(own.pop("$defs", {}))
                 schemas[own.get("title", model.__name__)] = own
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)  # FastAPI's own error shape, which is never answered
+            _drop_frameworks_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _drop_frameworks_errors(schema: dict[str, Any]) -> None:
+    """FastAPI documents an error shape of its own, which is never answered."""
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            content = operation["responses"].get("422", {}).get("content", {})
+            if "application/json" in content:
+                del operation["responses"]["422"]

@@ -25,9 +25,9 @@ log = structlog.get_logger(__name__)
 class Rotation:
     """Holds the settings in force, and renews them when a secret's file changes.
 
-    The content is compared, not a time or an inode: Kubernetes swaps a symlink two directories further up
-    (https://kubernetes.io/docs/concepts/configuration/secret/#mounted-secrets-are-updated-automatically). A file that is
-    gone, or holds what the setting does not take, is logged once, and the old secret stays in force.
+    The content is compared, not a time or an inode: Kubernetes swaps a symlink on the way to the file
+    (https://kubernetes.io/docs/concepts/configuration/secret/#mounted-secrets-are-updated-automatically).
+    A file that is gone, or holds what the setting does not take, is logged once, and the old secret stays in force.
 
     `settings`: those in force; a new object after each change. `sleep`: waits so many seconds.
     """

@@ -8,8 +8,13 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
+from app.http_guard import GuardedHttp
+
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept; nginx' default. Load balancers keep theirs for up to 60 s, and must be the
+ones to close: else they send a request into a closing connection, and answer 502."""
 
 
 class Server(uvicorn.Server):
@@ -44,8 +49,9 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
         server_header=False,
         log_config=None,
         loop="uvloop",
-        http="httptools",
+        http=GuardedHttp,
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
 

@@ -7,6 +7,9 @@ from app.identity import User
 from app.keyring import Keyring
 from app.oneinbox.models import CALL_ID
 
+ROUTES = frozenset({"cursor", "web"})
+"""Names that OneInbox has routes for where a call's id stands."""
+
 
 class Ownership:
     """Names calls for browsers, and knows whose they are."""
@@ -29,7 +32,7 @@ class Ownership:
         call_id, key = public_id, None
         if user.mode == "anonymous":
             call_id, _, key = public_id.partition(".")
-        if not CALL_ID.fullmatch(call_id):
+        if not CALL_ID.fullmatch(call_id) or call_id in ROUTES:
             return None
         if key is not None and not self._keyring.verify("call-key", call_id.encode(), key):
             return None

@@ -1,16 +1,24 @@
 """The routes of a call."""
 
+import secrets
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request
+from pydantic_core import from_json
 from starlette.responses import Response
 
+from app.bodies import read_body
 from app.broker import Broker, BrokerDep
 from app.calls.schemas import Call, CallList
 from app.identity import User
+from app.oneinbox.models import CALL_ID
 from app.openapi import problems
+from app.problems import Problem
+
+MAX_WEBHOOK = 1_000_000
 
 router = APIRouter(prefix="/calls", tags=["calls"])
+webhooks = APIRouter(tags=["webhooks"])
 
 CallPath = Annotated[
     str, Path(description="The call, as the last part of POST /session's Location.", examples=["call_abc123"])
@@ -102,6 +110,34 @@ async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Resp
     user = await _admit(request, broker, call)
     snapshot = await broker.calls.stop(user, call)
     return Response(snapshot.body(call), headers={"ETag": snapshot.etag}, media_type="application/json")
+
+
+@webhooks.post(
+    "/webhooks/oneinbox/{secret}",
+    operation_id="receiveWebhook",
+    summary="Take an event of OneInbox",
+    status_code=204,
+    responses=problems("not-found", "body-too-large"),
+)
+async def receive_webhook(
+    secret: Annotated[str, Path(description="BROKER_WEBHOOK_SECRET.")], request: Request, broker: BrokerDep
+) -> Response:
+    """Take an event as a hint: where the call matters here, the broker looks it up itself.
+
+    For OneInbox only. The secret in the path is its one check; any body that is not an event is taken and ignored.
+    """
+    known = broker.webhook_secret
+    if known is None or not secrets.compare_digest(secret.encode(), known.get_secret_value().encode()):
+        raise Problem("not-found")
+    body = await read_body(request, MAX_WEBHOOK)
+    try:
+        event = from_json(body)
+    except ValueError:
+        event = None
+    call_id = event.get("call_id") if isinstance(event, dict) else None
+    if isinstance(call_id, str) and CALL_ID.fullmatch(call_id):
+        broker.hints.add(call_id)
+    return Response(status_code=204)
 
 
 async def _admit(request: Request, broker: Broker, call: str) -> User:

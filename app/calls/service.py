@@ -45,7 +45,7 @@ class Calls:
         # A stranger is turned away by what is remembered: their questions ask OneInbox nothing.
         remembered = self.lookup.remembered(call_id)
         if remembered is not None:
-            self._check_owner(user, remembered.snapshot)
+            self._check_owner(user, remembered)
         # In anonymous mode the key was checked, and only this deployment makes keys.
         snapshot = self._check_owner(user, await self.lookup.get(call_id, known=user.mode == "anonymous"))
         return call_id, snapshot
@@ -63,7 +63,10 @@ class Calls:
         async def body(call_id: str) -> bytes | None:
             async with places:
                 snapshot = await self.lookup.get(call_id, known=True)
-            return snapshot.body(call_id) if snapshot is not None else None
+            # What cannot be read (any more) is not listed.
+            if snapshot is None or not self.ownership.owns(user, snapshot.owner):
+                return None
+            return snapshot.body(call_id)
 
         bodies = await asyncio.gather(*(body(call_id) for call_id in started))
         return [each for each in bodies if each is not None]
@@ -73,7 +76,18 @@ class Calls:
         call_id, snapshot = await self.read(user, public_id)
         if snapshot.ended:
             return snapshot
-        return await self.lookup.take(await self.oneinbox.stop_call(call_id))
+        try:
+            record = await self.oneinbox.stop_call(call_id)
+        except OneInboxError as error:
+            # A call that has ended meanwhile may be no call to stop.
+            if error.status not in (400, 409, 422):
+                raise
+            ended = await self.lookup.look(call_id)
+            if ended is None or not ended.ended:
+                raise
+            return ended
+        # An end is for good: it is news even to who asked for the call while it was being stopped.
+        return await self.lookup.take(record, self.lookup.clock())
 
     async def follow(self, user: User, public_id: str, last_event_id: str | None) -> EventStream | None:
         """A stream of the call's states; None when the reader has seen the last of them.
@@ -94,7 +108,7 @@ class Calls:
         if not self.watchers.watches(call_id) and not await self.live.is_live(call_id):
             return
         try:
-            await self.lookup.look(call_id)
+            await self.lookup.look_anew(call_id)
         except OneInboxError:
             return  # the next look of a watcher or the sweep finds out
 

@@ -5,7 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 
@@ -23,7 +23,9 @@ SLOWEST_SECONDS = 5.0
 LATE_SECONDS = 30.0
 """So long after its end a call is watched for what is still to come."""
 LATE_PACE_SECONDS = 2.0
-LONGEST_BACKOFF_SECONDS = 30.0
+LONGEST_BACKOFF_SECONDS = 32.0
+SHORTEST_PAUSE_SECONDS = 0.1
+"""Between looks that take longer than their pace allows."""
 RETRY_AFTER = 10
 """Seconds to wait for a stream to end, where no end is known."""
 
@@ -88,8 +90,7 @@ class Watchers:
 
     def finished(self, snapshot: Snapshot) -> bool:
         """Whether nothing new will come of a call."""
-        late = self._now() - (snapshot.ended_at or snapshot.seen) > LATE_SECONDS
-        return snapshot.ended and (snapshot.complete or late)
+        return snapshot.ended and (snapshot.complete or self._late_left(snapshot) <= 0)
 
     @contextmanager
     def watch(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Watch]:
@@ -103,6 +104,8 @@ class Watchers:
         if watch is None:
             watch = self._watches[call_id] = Watch(latest)
             self._tasks[call_id] = asyncio.create_task(self._follow(call_id, watch), name="watch")
+        else:
+            watch.tell(self._lookup.latest(call_id) or latest, over=watch.over, closed=watch.closed)
         watch.watchers += 1
         self._streams[user.store_name] += 1
         try:
@@ -126,48 +129,66 @@ class Watchers:
         """Pass on, for ever, what any replica sees anew."""
         async with self._store.subscribe(CHANNEL) as seen:
             async for message in seen:
-                call_id = message.decode()
+                call_id = message.decode(errors="replace")
                 watch = self._watches.get(call_id)
                 if watch is None:
                     continue
                 await self._lookup.read_shared(call_id)
-                cached = self._lookup.remembered(call_id)
-                if cached is not None and cached.snapshot is not None:
-                    watch.tell(cached.snapshot, over=watch.over, closed=watch.closed)
+                watch.tell(self._lookup.latest(call_id), over=watch.over, closed=watch.closed)
 
     async def _follow(self, call_id: str, watch: Watch) -> None:
-        """Look at a call again and again until it is over; one failed look slows it down, and ends nothing."""
+        """Look at a call again and again until it is over; a look that fails slows it down, and ends nothing."""
         failures = 0
-        wait = 0.0
+        rested = self._clock()
         while not self.finished(watch.latest):
-            pace = max(wait, self._pace(watch.latest))
-            # A little apart, so that replicas and calls do not all look at the same moment.
-            await asyncio.sleep((min(pace, TICK_SECONDS) if self._store.shared else pace) * random.uniform(1, 1.1))  # noqa: S311
+            changed = watch.changed
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pause(call_id, watch.latest, rested)):
+                    await changed.wait()
+                    continue  # the end may be among the news
             try:
-                snapshot = await self._next(call_id, pace)
-            except OneInboxError as error:
+                if await self._is_my_turn(call_id, self._pace(watch.latest), rested):
+                    gone = await self._lookup.look(call_id) is None
+                    failures = 0
+                    await self._lookup.drop_lease(call_id)
+                    if gone:
+                        break  # there is no more to say than what was said last
+            except asyncio.CancelledError:
+                await self._lookup.drop_lease(call_id)
+                raise
+            except Exception as error:
                 failures += 1
-                wait = error.retry_after if isinstance(error, Busy) else 2.0**failures
-                wait = min(wait, LONGEST_BACKOFF_SECONDS)
-                log.warning("watch_slowed", call=call_id, reason=error.reason, seconds=wait)
-                continue
-            failures, wait = 0, 0.0
-            if snapshot is None:
-                break  # gone: there is no more to say than what was said last
-            watch.tell(snapshot, closed=watch.closed)
+                rest = min(2.0 ** min(failures, 10), LONGEST_BACKOFF_SECONDS)
+                if isinstance(error, Busy):
+                    rest = error.retry_after
+                rested = self._clock() + rest
+                if isinstance(error, OneInboxError):
+                    log.warning("watch_slowed", call=call_id, reason=error.reason, seconds=rest)
+                else:
+                    log.exception("watch_failed", call=call_id, seconds=rest)
+                await self._lookup.drop_lease(call_id, rest)
+            watch.tell(self._lookup.latest(call_id), closed=watch.closed)
         watch.tell(over=True, closed=watch.closed)
 
-    async def _next(self, call_id: str, pace: float) -> Snapshot | None:
-        """The newest state: another replica's while that is young enough, else our own look."""
-        shared = await self._lookup.read_shared(call_id)
-        if shared is not None and self._now() - shared.seen < pace:
-            return shared
-        if not await self._lookup.take_lease(call_id):
-            return shared or self._watches[call_id].latest
-        try:
-            return await self._lookup.look(call_id)
-        finally:
-            await self._lookup.drop_lease(call_id)
+    async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
+        """Whether it is time to look, and no other replica is looking."""
+        await self._lookup.read_shared(call_id)
+        if self._lookup.age(call_id) < pace or self._clock() < rested:
+            return False
+        return await self._lookup.take_lease(call_id)
+
+    def _pause(self, call_id: str, snapshot: Snapshot, rested: float) -> float:
+        """Seconds until the call needs attention, unless there is news before."""
+        due = max(self._pace(snapshot) - self._lookup.age(call_id), rested - self._clock(), SHORTEST_PAUSE_SECONDS)
+        pause = TICK_SECONDS if self._store.shared else due
+        if snapshot.ended:
+            pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))
+        # A little apart, so that replicas and calls do not all look at the same moment.
+        return pause * random.uniform(1, 1.1)  # noqa: S311
+
+    def _late_left(self, snapshot: Snapshot) -> float:
+        """Seconds that an ended call is still watched for."""
+        return LATE_SECONDS - (self._now() - (snapshot.ended_at or snapshot.seen))
 
     def _pace(self, snapshot: Snapshot) -> float:
         """Seconds between looks: one while the call is young, then slower by and by."""

@@ -1,5 +1,6 @@
 """Which sites may use the broker from a browser: the Origin check and CORS (Fetch standard, section 3.2)."""
 
+import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ EXPOSED = "Location, Retry-After, RateLimit, RateLimit-Policy, ETag, X-Request-I
 ALLOWED_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, X-Challenge-Token, X-Request-ID, If-None-Match, Last-Event-ID"
 )
+PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
 VARY = (b"vary", b"Origin")
 
 
@@ -37,7 +39,7 @@ class Origins:
     ) -> None:
         self.app = app
         self.any = "*" in allowed
-        self.exact = frozenset(allowed)
+        self.exact = frozenset(origin for origin in allowed if not origin.endswith(":*"))
         self.any_port = frozenset(origin.removesuffix(":*") for origin in allowed if origin.endswith(":*"))
         self.own = own
         self.credentials = credentials
@@ -82,9 +84,7 @@ class Origins:
             return False
         if origin in self.exact or self.any or origin == self.own:
             return True
-        if self.any_port and origin.rpartition(":")[2].isdigit() and origin.rpartition(":")[0] in self.any_port:
-            return True
-        if origin in self.any_port:
+        if self.any_port and PORT.sub("", origin) in self.any_port:
             return True
         return self.own is None and _is_loopback_host_of(origin, scope)
 

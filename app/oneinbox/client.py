@@ -65,7 +65,7 @@ class OneInbox:
         self._transport = transport
         self._timeout = timeout
         self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
-        self._media_schemes = ("wss://", "ws://") if insecure_media else ("wss://",)
+        self._media_url = re.compile(rf"wss{'?' if insecure_media else ''}://[A-Za-z0-9\[][!-~]{{0,2048}}")
         self._headers = {
             "host": self._web_calls.netloc.decode(),
             "authorization": f"Bearer {api_key.get_secret_value()}",
@@ -101,11 +101,7 @@ class OneInbox:
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
             raise Invalid("started a call without a usable id", may_have_acted=True, status=status)
         url, token = answer.get("server_url"), answer.get("participant_token")
-        if (
-            not isinstance(url, str)
-            or not url.startswith(self._media_schemes)
-            or not re.fullmatch(r"[!-~]{1,2048}", url)
-        ):
+        if not isinstance(url, str) or not self._media_url.fullmatch(url):
             raise Invalid(
                 "started a call without a usable server_url", may_have_acted=True, status=status, call_id=call_id
             )
@@ -243,7 +239,9 @@ def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> 
         raise _misconfigured(status)
     if status == 422:
         errors = answer.get("detail") if isinstance(answer, dict) else None
-        raise Rejected([each for each in errors if isinstance(each, dict)] if isinstance(errors, list) else [])
+        # One that cannot be read may be about anything.
+        readable = isinstance(errors, list) and all(isinstance(each, dict) for each in errors)
+        raise Rejected(errors if readable else [])
     refused = 400 <= status < 500 and status != 408
     raise Failed(f"answered {status}", may_have_acted=not refused, status=status)
 

@@ -41,6 +41,8 @@ COLLECT_SECONDS = 30
 UNCOLLECTED = "uncollected"
 """The set of kept answers whose callers hung up."""
 UNCOLLECTED_EVERY = 5
+LATEST_TIME = 1e12
+"""The year 33658; what lies beyond, and what is no number, is no time."""
 
 PRINTABLE = re.compile(r"[\x20-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
@@ -281,4 +283,4 @@ def _expiry(token: str) -> float | None:
         expires = from_json(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
     except (ValueError, IndexError, KeyError, TypeError):
         return None
-    return float(expires) if isinstance(expires, (int, float)) else None
+    return float(expires) if isinstance(expires, (int, float)) and abs(expires) < LATEST_TIME else None

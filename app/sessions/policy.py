@@ -11,7 +11,7 @@ from app.agents import Agent, Agents
 from app.identity import User
 from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
 from app.problems import Problem, invalid_request
-from app.rules import VariableValue, check_variable_value
+from app.rules import MAX_VARIABLES, VariableValue, check_variable_value
 from app.sessions.schemas import SessionRequest
 
 log = structlog.get_logger(__name__)
@@ -84,7 +84,12 @@ class Policy:
             raise Problem("variable-not-allowed", f"Not allowed: {', '.join(refused)}.")
         # LiveKit's clients send it by themselves: dropping it beats refusing every one of them.
         if request.participant_name is not None and allows("participant_name"):
-            variables.setdefault("participant_name", request.participant_name)
+            try:
+                variables.setdefault("participant_name", check_variable_value(request.participant_name))
+            except ValueError as error:
+                raise _invalid("participant_name", str(error), "variable") from None
+        if len(variables) > MAX_VARIABLES:
+            raise _invalid("participant_name", "There are at most 32 variables, this one included", "too_long")
         return variables
 
     def _trusted_variables(self, user: User) -> dict[str, VariableValue]:

@@ -61,7 +61,7 @@ class SessionRequest(_Strict):
         description="Parts of the agent to replace; only what the operator allows.",
         examples=[{"first_message": "Hi!"}],
     )
-    participant_name: VariableText | None = Field(
+    participant_name: str | None = Field(
         default=None,
         description="LiveKit: becomes the variable `participant_name` where that is allowed, else is dropped.",
     )
@@ -103,7 +103,7 @@ class SessionRequest(_Strict):
     def _fits_together(self) -> Self:
         if self.agent and self._dispatch.agent_name not in (None, self.agent):
             raise PydanticCustomError("contradiction", "agent and room_config.agents[0].agent_name differ")
-        if len(self.all_variables) + (self.participant_name is not None) > MAX_VARIABLES:
+        if len(self.all_variables) > MAX_VARIABLES:
             raise PydanticCustomError("too_long", "There are at most 32 variables, participant_attributes included")
         if len(to_json(self.all_metadata)) > MAX_METADATA:
             raise PydanticCustomError("too_long", "Metadata has at most 4 KiB as JSON")

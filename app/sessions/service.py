@@ -170,7 +170,7 @@ def _of_the_browser(
     """OneInbox's complaints, when all are about something that the browser itself sent: their place and words only."""
     sent = {"variables": order.own_variables, "overrides": request.overrides or {}, "metadata": order.metadata}
     about: list[dict[str, Any]] = []
-    for error in errors[:20]:
+    for error in errors:
         loc = error.get("loc")
         if not isinstance(loc, list) or not all(isinstance(part, (str, int)) for part in loc):
             return None
@@ -178,7 +178,7 @@ def _of_the_browser(
         if not _lies_under(path, sent):
             return None
         about.append({"loc": ["body", *path], "msg": str(error.get("msg", ""))[:500], "type": "upstream"})
-    return about or None
+    return about[:20] or None
 
 
 def _lies_under(path: Sequence[str | int], sent: Mapping[str, Any]) -> bool:

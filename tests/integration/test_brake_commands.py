@@ -1,0 +1,178 @@
+"""The operator's commands against two running brokers."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import jwt
+import pytest
+import pytest_asyncio
+
+from app.operator import Operator, operate
+from app.sandbox.server import RunningEmulator, running_emulator
+from tests.conftest import OpenBroker
+from tests.harness import settings
+from tests.integration.test_limits_support import (
+    LONG_CALLS,
+    PATIENCE,
+    BrokerProcess,
+    environ_of,
+    eventually,
+    from_address,
+    outcomes,
+    post_many,
+    running_broker_processes,
+)
+from tests.integration.valkey import Valkey, running_valkey
+
+SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
+NOWHERE = "redis://127.0.0.1:1"
+IN_FORCE_SECONDS = 2
+HOUSEHOLD = "2001:db8:1:2::1"
+
+in_modules_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended. Its answer, its complaint."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def command(*arguments: str, **changes: str) -> Said:
+    """Run a command of the broker, with no OneInbox that could be reached."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app", *arguments),
+        env={**os.environ, **environ_of("http://127.0.0.1:1", {**SETTINGS, **changes})},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert process.returncode is not None
+    return Said(process.returncode, out.decode(), err.decode())
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Two brokers on one store, and commands for them."""
+
+    brokers: list[BrokerProcess]
+    oneinbox: RunningEmulator
+    valkey: Valkey
+
+    async def command(self, *arguments: str) -> str:
+        said = await command(*arguments, BROKER_STORE_URL=self.valkey.url)
+        assert (said.code, said.err) == (0, "")
+        return said.out
+
+    async def comes_to(self, outcome: str, address: str) -> None:
+        """Wait until both brokers answer a client this way, for as long as a command may take to be in force."""
+
+        async def holds() -> bool:
+            return outcomes(await post_many(self.brokers, 2, from_address(address))) == {outcome: 2}
+
+        await eventually(holds, IN_FORCE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with running_valkey() as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def deployment(valkey: Valkey) -> AsyncIterator[Deployment]:
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_processes(2, oneinbox.url, **SETTINGS, BROKER_STORE_URL=valkey.url) as brokers,
+    ):
+        yield Deployment(brokers, oneinbox, valkey)
+
+
+@in_modules_loop
+async def test_pause_and_resume(deployment: Deployment) -> None:
+    await deployment.comes_to("201", "192.0.2.1")
+
+    assert "Paused for 90s" in await deployment.command("pause", "--for", "90s")
+    await deployment.comes_to("at-capacity", "192.0.2.1")
+    starts = len(deployment.oneinbox.emulator.calls)
+    assert outcomes(await post_many(deployment.brokers, 20, from_address("192.0.2.2"))) == {"at-capacity": 20}
+    assert len(deployment.oneinbox.emulator.calls) == starts
+    status = (await deployment.command("status")).splitlines()
+    assert any(line.startswith("paused for ") and int(line.split()[2]) <= 90 for line in status)
+
+    assert await deployment.command("resume") == "Sessions are given again.\n"
+    await deployment.comes_to("201", "192.0.2.1")
+    assert await deployment.command("resume") == "There was no pause.\n"
+
+
+@in_modules_loop
+async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
+    assert await deployment.command("block", HOUSEHOLD, "--for", "1h") == "Blocked for 1h.\n"
+    await deployment.comes_to("blocked", HOUSEHOLD)
+    assert outcomes(await post_many(deployment.brokers, 2, from_address("2001:db8:1:2:ffff::9"))) == {"blocked": 2}
+    assert outcomes(await post_many(deployment.brokers, 2, from_address("2001:db8:1:3::1"))) == {"201": 2}
+
+    live = len(deployment.oneinbox.emulator.calls)
+    assert (await deployment.command("status")).splitlines() == [
+        f"global-minute: {live} of 100000 sessions",
+        f"live calls: {live}",
+        "not paused",
+        "blocked users: 1",
+        "calls that could not be stopped: 0",
+    ]
+
+    assert await deployment.command("unblock", "2001:db8:1:2::abcd") == "Unblocked.\n"
+    await deployment.comes_to("201", HOUSEHOLD)
+
+
+REFUSED = {
+    "in-memory": (("pause",), "memory://", 2, "BROKER_STORE_URL: is memory://; a command reaches running brokers only"),
+    "dead-store": (("status",), NOWHERE, 1, "BROKER_STORE_URL: the store does not answer; nothing was changed"),
+    "no-duration": (("pause", "--for", "soon"), NOWHERE, 2, "--for 'soon': is no duration; takes a number and"),
+    "no-address": (("block", "ann"), NOWHERE, 2, "USER 'ann': is no address; takes an IPv4 or IPv6 address"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "store", "code", "line"), REFUSED.values(), ids=REFUSED.keys())
+async def test_what_cannot_be_done_is_said_in_a_line(
+    arguments: tuple[str, ...], store: str, code: int, line: str
+) -> None:
+    said = await command(*arguments, BROKER_STORE_URL=store)
+    assert said.code == code
+    assert said.err.splitlines()[-1].startswith(line)
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+JWT_SECRET = "a secret shared with the issuer, long enough"
+
+
+@pytest.mark.parametrize("issuer", [None, "https://login.example"])
+async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | None) -> None:
+    modes = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET} | ({"BROKER_JWT_ISSUER": issuer} if issuer else {})
+    with running_valkey() as valkey:
+        modes |= {"BROKER_STORE_URL": valkey.url, "BROKER_SECRET": "s" * 32}
+        broker = await open_broker(**modes)
+
+        async def post(user: str) -> int:
+            claims = {"sub": user, "exp": 4_000_000_000, "iss": issuer or "https://somebody.example"}
+            token = jwt.encode(claims, JWT_SECRET, "HS256")
+            return (await broker.post("/session", headers={"Authorization": f"Bearer {token}"})).status_code
+
+        async def block(operator: Operator) -> str:
+            await operator.brake.block(operator.user("ann"), 60)
+            return "done"
+
+        async def is_blocked() -> bool:
+            return await post("ann") == 403
+
+        assert await post("ann") == 201
+        assert await operate(settings(modes), block) == "done"
+        await eventually(is_blocked, IN_FORCE_SECONDS)
+        assert await post("ben") == 201
