@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import resource
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -78,6 +79,7 @@ def serve(
     log.info("listening", url=url_of(listener), workers=workers, auth=settings.auth, limits=settings.session_limits)
     if not shared:
         log.warning("limits_in_memory", meaning="a restart forgets what was counted")
+    _warn_about_files(settings)
     if "*" in settings.allowed_variables:
         log.warning("any_variable_allowed", meaning="browsers may put text of their own into the agent's prompt")
     if workers > 1:
@@ -273,6 +275,14 @@ def _checked(make: Callable[[], T]) -> T:
         return make()
     except SettingsError as error:
         _refuse(*error.lines)
+
+
+def _warn_about_files(settings: Settings) -> None:
+    """Each waiting session takes two connections, each stream one."""
+    wanted = 2 * settings.max_waiting + settings.max_streams_total + 100
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < wanted:
+        log.warning("too_few_open_files", ulimit=allowed, wanted=wanted, remedy=f"ulimit -n {wanted}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ import httpx
 import respx
 from starlette.types import Receive, Scope, Send
 
-from app.config import KNOWN, Settings, load_settings
+from app.config import Settings, load_settings
 from app.main import create_app
 
 API_KEY = "oi_sk_test_5d1f0c9a77e34b22"
@@ -26,7 +26,7 @@ ROOMY = {"BROKER_MAX_LIVE_CALLS": "1000", "BROKER_REQUEST_LIMITS": "100000/minut
 ENVIRON = {
     "ONEINBOX_API_KEY": API_KEY,
     "ONEINBOX_AGENT_ID": AGENT_ID,
-    **{name: value for name, value in ROOMY.items() if name in KNOWN},
+    **ROOMY,
 }
 
 

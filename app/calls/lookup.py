@@ -117,7 +117,7 @@ class Lookup:
         if cached is not None and not known:
             return None
         if call_id not in self._looking:
-            once = Rate(f"call:{call_id}", 1, 1)
+            once = Rate(f"call:{known}:{call_id}", 1, 1)
             if not (await self._budgets.decide([once, BUDGET] if known else [once, BUDGET, UNKNOWN_BUDGET])).allowed:
                 latest = self.latest(call_id)
                 if latest is None:
@@ -131,7 +131,7 @@ class Lookup:
         if task is None:
             task = asyncio.create_task(self._look(call_id, known), name="look")
             self._looking[call_id] = task
-            task.add_done_callback(lambda _: self._looking.pop(call_id, None))
+            task.add_done_callback(lambda _: self._looked(call_id))
         # A caller who hangs up must not take the answer away from the others.
         return await asyncio.shield(task)
 
@@ -176,8 +176,8 @@ class Lookup:
         cached = self._cache.get(call_id)
         if cached is not None and cached.snapshot is not None and cached.snapshot.seen == snapshot.seen:
             return  # the same look
-        # Replicas' clocks differ: a look of the future counts from now on.
-        since = self.clock() - max(0.0, self._now() - snapshot.seen)
+        # Replicas' clocks differ: a look of the future may be as old as any.
+        since = self.clock() - abs(self._now() - snapshot.seen)
         if cached is None or since > cached.since:
             self._keep(call_id, snapshot, since)
 
@@ -199,6 +199,11 @@ class Lookup:
         if before is None or before.etag != snapshot.etag:
             await self._store.publish(CHANNEL, record.id.encode())
         return self.latest(record.id) or snapshot
+
+    def _looked(self, call_id: str) -> None:
+        task = self._looking.pop(call_id)
+        if not task.cancelled():
+            task.exception()  # whoever asked may be gone: that is no error that nobody looked at
 
     async def _look(self, call_id: str, known: bool) -> Snapshot | None:
         since = self.clock()

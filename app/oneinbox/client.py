@@ -239,9 +239,9 @@ def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> 
         raise _misconfigured(status)
     if status == 422:
         errors = answer.get("detail") if isinstance(answer, dict) else None
+        listed = errors if isinstance(errors, list) else []
         # One that cannot be read may be about anything.
-        readable = isinstance(errors, list) and all(isinstance(each, dict) for each in errors)
-        raise Rejected(errors if readable else [])
+        raise Rejected(listed if all(isinstance(each, dict) for each in listed) else [])
     refused = 400 <= status < 500 and status != 408
     raise Failed(f"answered {status}", may_have_acted=not refused, status=status)
 

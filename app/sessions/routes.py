@@ -12,7 +12,6 @@ from app.broker import BrokerDep
 from app.openapi import json_body, problems
 from app.problems import invalid_request
 from app.sessions.caller import Caller
-from app.sessions.idempotency import read_key
 from app.sessions.schemas import MAX_BODY, Session, SessionRequest
 from app.sessions.service import Asked
 
@@ -69,7 +68,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     asked = Asked(
         request=_parse(body),
         body=body,
-        key=read_key(request.headers.getlist("idempotency-key"), user),
+        keys=request.headers.getlist("idempotency-key"),
         proof=request.headers.get("x-challenge-token"),
         caller=caller,
         answer_headers=state["limit_headers"],

@@ -18,7 +18,7 @@ from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem
 from app.sessions.caller import Caller
 from app.sessions.challenge import Challenge
-from app.sessions.idempotency import Idempotency, NotKept
+from app.sessions.idempotency import Idempotency, NotKept, read_key
 from app.sessions.policy import Order, Policy
 from app.sessions.schemas import SessionRequest
 
@@ -29,14 +29,14 @@ log = structlog.get_logger(__name__)
 class Asked:
     """One POST /session, read and checked.
 
-    `body`: its JSON, for telling a repeat from another request. `key`: its Idempotency-Key. `proof`: its answer to the
-    bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries whatever comes
-    of it.
+    `body`: its JSON, for telling a repeat from another request. `keys`: its Idempotency-Key headers. `proof`: its answer
+    to the bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries whatever
+    comes of it.
     """
 
     request: SessionRequest
     body: Any
-    key: str | None
+    keys: list[str]
     proof: str | None
     caller: Caller
     answer_headers: dict[str, str]
@@ -86,6 +86,7 @@ class Sessions:
         Raises Problem, Refused, OneInboxError, ClientDisconnect.
         """
         order = self._policy.decide(user, asked.request)
+        key = read_key(asked.keys, user)
         start = Start(
             # Never the client's: OneInbox's record is found by it.
             request_id=secrets.token_hex(16),
@@ -94,7 +95,7 @@ class Sessions:
             user=user.store_name,
             owner=self._ownership.pseudonym(user),
         )
-        if asked.key is None:
+        if key is None:
             call = await self._start(user, asked, order, start)
             if asked.caller.has_gone():
                 await self._live.stop(start, call.id, "its caller hung up")
@@ -105,7 +106,7 @@ class Sessions:
             return await self._start(user, asked, order, start)
 
         try:
-            return await self._idempotency.once(user, asked.key, asked.body, caller=asked.caller, start=start, run=run)
+            return await self._idempotency.once(user, key, asked.body, caller=asked.caller, start=start, run=run)
         except NotKept as unkept:
             await self._live.stop(start, unkept.call.id, "its answer could not be kept")
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None

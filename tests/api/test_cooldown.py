@@ -8,7 +8,7 @@ import pytest
 
 from app.oneinbox.cooldown import FAILURE_PAUSE, FAILURES_IN_A_ROW, Cooldown
 from tests.conftest import OpenBroker
-from tests.harness import CLIENT, Upstream, post_session, start_call
+from tests.harness import CLIENT, Upstream, post_session, start_call, started
 from tests.shapes import assert_problem, assert_session, remaining
 
 MANY = "100000/minute"
@@ -108,10 +108,10 @@ async def test_what_is_not_sent_spends_nothing(open_broker: OpenBroker, upstream
 
 
 async def test_of_a_hundred_at_the_end_one_asks(open_broker: OpenBroker, upstream: Upstream, clock: Clock) -> None:
-    async def slow(request: httpx.Request) -> httpx.Response:
+    async def slow(_: httpx.Request) -> httpx.Response:
         arrived.set()
         await go_on.wait()
-        return upstream.starts(request)
+        return httpx.Response(201, json=started())
 
     arrived, go_on = asyncio.Event(), asyncio.Event()
     broker = await open_broker(BROKER_SESSION_LIMITS=MANY, BROKER_GLOBAL_SESSION_LIMITS=MANY)
@@ -128,6 +128,7 @@ async def test_of_a_hundred_at_the_end_one_asks(open_broker: OpenBroker, upstrea
     for response in others:
         assert_problem(response, "upstream-busy")
     assert upstream.start.call_count == 2
+    upstream.works_again()
     assert_session(await post_session(broker))
 
 

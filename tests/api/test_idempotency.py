@@ -54,7 +54,12 @@ async def test_a_repeat_gets_the_first_answer(broker: httpx.AsyncClient, upstrea
 async def test_without_a_key_or_with_another_each_is_a_call_of_its_own(
     broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
-    responses = [await post_session(broker), await post_session(broker), await keyed(broker), await keyed(broker, key=KEY[::-1])]
+    responses = [
+        await post_session(broker),
+        await post_session(broker),
+        await keyed(broker),
+        await keyed(broker, key=KEY[::-1]),
+    ]
     assert [response.status_code for response in responses] == [201] * 4
     assert len({response.headers["location"] for response in responses}) == 4
     assert not any(map(is_replay, responses))
@@ -243,9 +248,7 @@ async def test_a_refusal_of_a_limit_is_not_kept(open_broker: OpenBroker, upstrea
 # --- at the same time ---
 
 
-async def test_all_who_come_while_the_first_runs_get_its_answer(
-    broker: httpx.AsyncClient, upstream: Upstream
-) -> None:
+async def test_all_who_come_while_the_first_runs_get_its_answer(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def start(_: httpx.Request) -> httpx.Response:
@@ -326,7 +329,9 @@ ODD_TOKENS = {
     "not-base64": "e30.!!!.c2ln",
     "infinite": "e30." + base64.urlsafe_b64encode(b'{"exp":Infinity}').decode().rstrip("=") + ".c2ln",
     "not-a-number": "e30." + base64.urlsafe_b64encode(b'{"exp":NaN}').decode().rstrip("=") + ".c2ln",
-    "beyond-all-floats": "e30." + base64.urlsafe_b64encode(b'{"exp":1' + b"0" * 400 + b"}").decode().rstrip("=") + ".c2ln",
+    "beyond-all-floats": "e30."
+    + base64.urlsafe_b64encode(b'{"exp":1' + b"0" * 400 + b"}").decode().rstrip("=")
+    + ".c2ln",
 }
 
 

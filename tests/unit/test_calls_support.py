@@ -196,7 +196,8 @@ class Replica:
 
     async def hand_out(self, user: User, call_id: str = "call_1") -> str:
         """Remember a call as started for a user, in its live slots; its public id."""
-        start = Start(request_id=f"request-{call_id}", user=user.store_name, agent="default", since=self.now())
+        owner = self.ownership.pseudonym(user)
+        start = Start(f"request-{call_id}", int(self.now()), "default", user.store_name, owner)
         for name in start.sets:
             await self.house.store.enter(name, start.member, 3900)
         await self.live.begin(start, call_id)
