@@ -1,9 +1,10 @@
 """The commands."""
 
 import asyncio
+import io
 import json
+import os
 import re
-import resource
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,11 +14,12 @@ import structlog
 import typer
 
 from app import __version__
-from app.config import Settings, SettingsError, load_settings, takes
+from app.config import Settings, SettingsError, load_settings, split_url, takes
+from app.doctor import Finding, all_ok, as_json, as_text, cautions, diagnose, probe
 from app.main import create_app
 from app.oneinbox.errors import OneInboxError
 from app.operator import Operator, WebhookOperator, operate, operate_webhooks
-from app.server import create_server, listen, serve_with_workers, url_of
+from app.server import Server, create_server, listen, serve_with_workers, url_of
 from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
 
@@ -26,12 +28,23 @@ log = structlog.get_logger(__name__)
 SANDBOX_KEY = "oi_sk_sandbox"
 LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
 
+EXIT_STATUS = "Exit status: 0 fine, 1 something is wrong, 2 wrong usage or settings."
+
+
+def ending(*examples: str) -> str:
+    """The end of a command's help."""
+    lines = "".join(f"\n  oneinbox-broker {example}" for example in examples)
+    return f"\b\n{'Example' if len(examples) == 1 else 'Examples'}:{lines}\n\n{EXIT_STATUS}"
+
+
 cli = typer.Typer(
     name="oneinbox-broker",
     help="Token broker between a browser and the OneInbox voice API.",
+    epilog=ending("sandbox"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text, on a terminal and off
 )
 
 T = TypeVar("T")
@@ -41,12 +54,37 @@ Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min
 
 def main() -> None:
     """Entry point of the console script."""
+    _mend_standard_streams()
     cli()
+
+
+def _mend_standard_streams() -> None:
+    """A stream that whoever started us has closed leads nowhere; what stdout cannot write becomes a question mark."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, the lowest that is free, before a socket does
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the life of the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _say(text: str) -> None:
+    """Print, at once. A reader that has gone ends the command without a word."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise  # typer makes it a quiet exit 1
+    except OSError as error:  # a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or else the interpreter tries once more at its end
+        _refuse(f"stdout: cannot be written ({error.strerror})", status=1)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        _say(__version__)
         raise typer.Exit
 
 
@@ -59,7 +97,7 @@ def options(
     """Token broker between a browser and the OneInbox voice API."""
 
 
-@cli.command()
+@cli.command(epilog=ending("serve --host 0.0.0.0 --port 8000"))
 def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -76,19 +114,14 @@ def serve(
         )
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(host, port)
-    log.info("listening", url=url_of(listener), workers=workers, auth=settings.auth, limits=settings.session_limits)
-    if not shared:
-        log.warning("limits_in_memory", meaning="a restart forgets what was counted")
-    _warn_about_files(settings)
-    if "*" in settings.allowed_variables:
-        log.warning("any_variable_allowed", meaning="browsers may put text of their own into the agent's prompt")
+    _announce(settings, host, url=url_of(listener), workers=workers)
     if workers > 1:
         serve_with_workers(listener, workers)
     else:
         create_server(app).run(sockets=[listener])
 
 
-@cli.command()
+@cli.command(epilog=ending("sandbox --port 0"))
 def sandbox(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Run a broker in front of an offline OneInbox: no key, no network."""
     configure_logging("info")
@@ -116,18 +149,17 @@ async def _sandbox(host: str, port: int) -> None:
             env_file=None,
         )
         url = url_of(listener)
-        typer.echo(
+        _say(
             f"The broker listens on {url}, in front of an emulated OneInbox on {emulator.url}.\n\n"
             f"Explore it:       {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
             f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: as the answer says)\n\n"
             "Ctrl-C ends both."
         )
-        sys.stdout.flush()
         await create_server(create_app(settings)).serve(sockets=[listener])
 
 
-@cli.command()
+@cli.command(epilog=ending("emulator --api-key oi_sk_of_my_tests"))
 def emulator(
     host: Host = "127.0.0.1",
     port: Port = 9000,
@@ -141,23 +173,65 @@ def emulator(
     options = EmulatorOptions(api_key=api_key)
     listener = _listen(host, port)
     url = url_of(listener)
-    typer.echo(
+    _say(
         f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
         f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "
         "oneinbox-broker serve"
     )
-    sys.stdout.flush()
-    emulator_server(options).run(sockets=[listener])
+    # The broker's kind of server: to be stopped is no failure.
+    Server(emulator_server(options).config).run(sockets=[listener])
 
 
-@cli.command()
+@cli.command(epilog=ending("doctor", "doctor --probe https://voice.example.com"))
+def doctor(
+    as_json_object: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    probe_url: Annotated[
+        str | None,
+        typer.Option(
+            "--probe",
+            metavar="URL",
+            help="Instead, ask the broker at this URL for what it must refuse; no settings needed.",
+        ),
+    ] = None,
+) -> None:
+    """Check settings, store, OneInbox and key, and say what to do; starts no call."""
+    configure_logging("error")
+    if probe_url is not None:
+        _check_probe_url(probe_url)
+
+    async def run() -> bool:
+        findings = await (diagnose() if probe_url is None else probe(probe_url))
+        # Here, and not after the loop: a name that does not resolve holds the loop's end up, for its thread.
+        _say(as_json(findings) if as_json_object else _told(findings))
+        return all_ok(findings)
+
+    raise typer.Exit(0 if asyncio.run(run()) else 1)
+
+
+def _told(findings: list[Finding]) -> str:
+    """For whoever reads stdout: in colour on a terminal, unless NO_COLOR (https://no-color.org) or a dumb one."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return as_text(findings, encoding=sys.stdout.encoding, colour=colour)
+
+
+def _check_probe_url(url: str) -> None:
+    try:
+        parts = split_url(url)
+        wrong = "has a query or fragment" if parts.query or parts.fragment else ""
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        _refuse(f"--probe: {wrong}; takes a broker's public URL, such as https://voice.example.com")
+
+
+@cli.command(epilog=ending("openapi > openapi.json"))
 def openapi() -> None:
     """Print the OpenAPI document; needs no key."""
     settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}, env_file=None)
-    typer.echo(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
+    _say(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
 
 
-@cli.command()
+@cli.command(epilog=ending("pause --for 30m"))
 def pause(
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1h",
 ) -> None:
@@ -171,7 +245,7 @@ def pause(
     _operate(run)
 
 
-@cli.command()
+@cli.command(epilog=ending("resume"))
 def resume() -> None:
     """End a pause."""
 
@@ -181,7 +255,7 @@ def resume() -> None:
     _operate(run)
 
 
-@cli.command()
+@cli.command(epilog=ending("block 203.0.113.7 --for 1d"))
 def block(
     user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")],
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1d",
@@ -196,7 +270,7 @@ def block(
     _operate(run)
 
 
-@cli.command()
+@cli.command(epilog=ending("unblock 203.0.113.7"))
 def unblock(user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")]) -> None:
     """End a user's block."""
 
@@ -206,29 +280,32 @@ def unblock(user: Annotated[str, typer.Argument(help="The user's id; in anonymou
     _operate(run)
 
 
-@cli.command()
+@cli.command(epilog=ending("status"))
 def status() -> None:
     """Say how much of the global limits is used, and what is stopped."""
     _operate(lambda operator: operator.status())
 
 
-webhook = typer.Typer(help="OneInbox's webhook for this broker, from BROKER_PUBLIC_URL and BROKER_WEBHOOK_SECRET.")
+webhook = typer.Typer(
+    help="OneInbox's webhook for this broker, from BROKER_PUBLIC_URL and BROKER_WEBHOOK_SECRET.",
+    epilog=ending("webhook register"),
+)
 cli.add_typer(webhook, name="webhook", no_args_is_help=True)
 
 
-@webhook.command("register")
+@webhook.command("register", epilog=ending("webhook register"))
 def register_webhook() -> None:
     """Have OneInbox deliver its events to this broker."""
     _operate_webhooks(lambda operator: operator.register())
 
 
-@webhook.command("list")
+@webhook.command("list", epilog=ending("webhook list"))
 def list_webhooks() -> None:
     """List the account's webhooks."""
     _operate_webhooks(lambda operator: operator.list())
 
 
-@webhook.command("remove")
+@webhook.command("remove", epilog=ending("webhook remove wh_abc123"))
 def remove_webhook(
     webhook_id: Annotated[str, typer.Argument(metavar="ID", help="As `webhook list` shows it.")],
 ) -> None:
@@ -240,7 +317,7 @@ def _operate_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None
     settings = _settings()
     configure_logging("error", settings.log_format)
     try:
-        typer.echo(asyncio.run(operate_webhooks(settings, work)))
+        _say(asyncio.run(operate_webhooks(settings, work)))
     except SettingsError as error:
         _refuse(*error.lines)
     except OneInboxError as error:
@@ -252,7 +329,7 @@ def _operate(work: Callable[[Operator], Awaitable[str]]) -> None:
     settings = _settings()
     configure_logging("error", settings.log_format)
     try:
-        typer.echo(asyncio.run(operate(settings, work)))
+        _say(asyncio.run(operate(settings, work)))
     except SettingsError as error:
         _refuse(*error.lines)
     except StoreUnavailable:
@@ -277,12 +354,18 @@ def _checked(make: Callable[[], T]) -> T:
         _refuse(*error.lines)
 
 
-def _warn_about_files(settings: Settings) -> None:
-    """Each waiting session takes two connections, each stream one."""
-    wanted = 2 * settings.max_waiting + settings.max_streams_total + 100
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed < wanted:
-        log.warning("too_few_open_files", ulimit=allowed, wanted=wanted, remedy=f"ulimit -n {wanted}")
+def _announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
+    """Log where the broker listens, in which mode and with which limits, and what of that deserves a second thought."""
+    log.info(
+        "listening",
+        url=url,
+        workers=workers,
+        auth=settings.auth,
+        limits=settings.session_limits,
+        global_limits=settings.global_session_limits,
+    )
+    for caution in cautions(settings, host):
+        log.warning("caution", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
 
 
 def _listen(host: str, port: int) -> socket.socket:

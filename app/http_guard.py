@@ -203,10 +203,8 @@ class GuardedHttp(HttpToolsProtocol):
         self._waiting.clear()
         self._refused = True
         log.info("request_refused", status=status)
-        if begun:
-            self.transport.close()
-            return
-        self.transport.write(_REFUSALS[status])
+        if not begun:
+            self.transport.write(_REFUSALS[status])
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

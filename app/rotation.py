@@ -13,8 +13,6 @@ import structlog
 from app.config import Settings, SettingsError, field_of, read_secret, with_secret
 
 EVERY_SECONDS = 2
-PATIENCE_SECONDS = 1
-"""How long a request waits for a look at the files, which may lie on a volume that hangs."""
 
 Taker = Callable[[Settings], None]
 """Puts a new secret to use, given settings that hold it. Raises SettingsError when it cannot."""
@@ -37,13 +35,11 @@ class Rotation:
         settings: Settings,
         *,
         every: float = EVERY_SECONDS,
-        patience: float = PATIENCE_SECONDS,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         read: Callable[[str, Path], str] = read_secret,
     ) -> None:
         self.settings = settings
         self._every = every
-        self._patience = patience
         self._sleep = sleep
         self._read = read
         self._takers: Mapping[str, Taker] = {}
@@ -68,13 +64,10 @@ class Rotation:
     async def look(self) -> None:
         """Look now: one look for all who ask meanwhile, begun after the first of them asked."""
         before = self._asked_looks
-        try:
-            async with asyncio.timeout(self._patience), self._lock:
-                if self._asked_looks == before:
-                    await self._look()
-                    self._asked_looks += 1
-        except TimeoutError:
-            return
+        async with self._lock:
+            if self._asked_looks == before:
+                await self._look()
+                self._asked_looks += 1
 
     async def _look(self) -> None:
         # Off the event loop, which must not wait for a disk; under a lock, so that no older content overtakes a newer.

@@ -1,7 +1,6 @@
 """Server-Sent Events of one call (HTML standard, section 9.2)."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 
@@ -14,12 +13,10 @@ KEEP_ALIVE_SECONDS = 15.0
 LONGEST_SECONDS = 3600.0
 
 
-async def events(
-    watch: Watch, public_id: str, lifetime: float, clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[bytes]:
+async def events(watch: Watch, public_id: str, lifetime: float, clock: Callable[[], float]) -> AsyncIterator[bytes]:
     """The call's state at once, each new one, and `end` when nothing new will come.
 
-    After `lifetime` seconds, or when the process goes down, the stream just closes: the browser comes back.
+    After `lifetime` seconds by the clock, or when the process goes down, the stream just closes: the browser comes back.
     """
     closing = clock() + min(lifetime, LONGEST_SECONDS)
     told = ""

@@ -3,9 +3,13 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import structlog
+
 MOST_HINTS = 1000
 """Looks under way at once; beyond, a hint is dropped: polling finds out a little later."""
 AT_ONCE = 8
+
+log = structlog.get_logger(__name__)
 
 
 class Hints:
@@ -39,6 +43,8 @@ class Hints:
                     await self._look(call_id)
                 if call_id not in self._again:
                     return
+        except Exception:
+            log.exception("hint_failed", call=call_id)
         finally:
             self._again.discard(call_id)
             del self._tasks[call_id]

@@ -101,7 +101,7 @@ class Calls:
         lifetime = LONGEST_SECONDS if user.expires_at is None else user.expires_at - self.now()
         with ExitStack() as place:
             watch = place.enter_context(self.watchers.watch(user, call_id, snapshot))
-            return EventStream(events(watch, public_id, lifetime), place.pop_all())
+            return EventStream(events(watch, public_id, lifetime, self.lookup.clock), place.pop_all())
 
     async def hint(self, call_id: str) -> None:
         """Somebody says that something happened to a call; look, where that matters to us."""

@@ -92,8 +92,9 @@ class LiveCalls:
 
     async def see(self, request_id: str, record: CallRecord) -> None:
         """Free the slots of a call that was seen ended."""
-        if record.ended and (call := await self._find(request_id)) is not None:
-            await self._end(call, record)
+        with contextlib.suppress(StoreUnavailable):  # the sweep sees it, too
+            if record.ended and (call := await self._find(request_id)) is not None:
+                await self._end(call, record)
 
     async def stop(self, start: Start, call_id: str, why: str) -> None:
         """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
@@ -105,8 +106,12 @@ class LiveCalls:
         """Free the slots of a start that became no call."""
         await self._store.leave(start.sets, start.member)
 
+    async def give_up(self, start: Start) -> None:
+        """Note that a call may run which nobody could find."""
+        await self._store.enter(UNSTOPPED, f"of the request {start.request_id}", UNSTOPPED_SECONDS)
+
     async def is_pending(self, start: Start) -> bool:
-        """Whether it is not known what became of a start."""
+        """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
         return await self._find(start.request_id) is None
 
     async def handed_out(self, call_id: str) -> bool:
@@ -114,9 +119,12 @@ class LiveCalls:
         return await self._request_id(call_id) is not None
 
     async def is_live(self, call_id: str) -> bool:
-        """Whether the call counts as running."""
+        """Whether the call counts as running; False while nobody can tell."""
         request_id = await self._request_id(call_id)
-        return request_id is not None and await self._find(request_id) is not None
+        try:
+            return request_id is not None and await self._find(request_id) is not None
+        except StoreUnavailable:
+            return False
 
     async def of_user(self, user: User) -> list[str]:
         """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
@@ -131,18 +139,30 @@ class LiveCalls:
         freed = await asyncio.gather(*(self._look(Start.of_member(member)) for member in list(members)[:AT_ONCE]))
         return any(freed)
 
+    async def tell(self) -> None:
+        """Tell the shared store of calls that began while it was gone."""
+        for request_id, call in list(self._untold.items()):
+            try:
+                await self._write(call)
+            except StoreUnavailable:
+                return
+            self._untold.pop(request_id, None)
+
     async def sweep(self) -> list[Start]:
         """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
-        await self._tell()
+        await self.tell()
         if not (await self._store.decide([Rate("sweep", 1, SWEEP_SECONDS - 1)])).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
         pending: list[Start] = []
 
         async def look(start: Start) -> None:
-            async with places:
-                if await self._look(start) is None:
-                    pending.append(start)
+            try:
+                async with places:
+                    if await self._look(start) is None:
+                        pending.append(start)
+            except Exception:  # one call must not keep the others from being looked at
+                log.exception("look_broke", request_id=start.request_id)
 
         members = await self._store.members(ALL_CALLS)
         await asyncio.gather(*(look(Start.of_member(member)) for member in members))
@@ -150,7 +170,10 @@ class LiveCalls:
 
     async def _look(self, start: Start) -> bool | None:
         """Look at one call; whether its slots became free. None: it is not known what became of its start."""
-        call = await self._find(start.request_id)
+        try:
+            call = await self._find(start.request_id)
+        except StoreUnavailable:
+            return False  # without its record nobody can tell; that is no sign of anything
         if call is None:
             return None
         try:
@@ -183,7 +206,6 @@ class LiveCalls:
         try:
             record = await self._oneinbox.stop_call(call.call_id)
         except NoSuchCall:
-            await self._store.leave([UNSTOPPED], call.call_id)
             await self._end(call, None)
             raise
         except OneInboxError as error:
@@ -196,12 +218,10 @@ class LiveCalls:
         return record
 
     async def _find(self, request_id: str) -> LiveCall | None:
+        """The record of a call; None: there is none. Raises StoreUnavailable."""
         if request_id in self._untold:
             return self._untold[request_id]
-        try:
-            value = await self._store.get(f"call:{request_id}")
-        except StoreUnavailable:
-            return None
+        value = await self._store.get(f"call:{request_id}")
         return LiveCall.from_bytes(value) if value is not None else None
 
     async def _request_id(self, call_id: str) -> str | None:
@@ -220,6 +240,7 @@ class LiveCalls:
         self._untold.pop(start.request_id, None)
         if await self._store.leave(start.sets, start.member):
             await self._talk.count(start, record)
+        await self._store.leave([UNSTOPPED], call.call_id)
         with contextlib.suppress(StoreUnavailable):  # it expires
             await self._store.delete(f"call:{start.request_id}")
 
@@ -232,14 +253,6 @@ class LiveCalls:
         await self._store.set(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY))
         if not call.unwanted:
             await self._store.push(_list_of(start.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
-
-    async def _tell(self) -> None:
-        for request_id, call in list(self._untold.items()):
-            try:
-                await self._write(call)
-            except StoreUnavailable:
-                return
-            self._untold.pop(request_id, None)
 
 
 def _list_of(user: str) -> str:

@@ -6,16 +6,19 @@ replica's sweep: its name in the set of live calls says all that is needed.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import structlog
 
-from app.limits.live import LiveCalls
+from app.limits.live import SWEEP_SECONDS, LiveCalls
 from app.limits.starts import Start
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
+from app.store import StoreUnavailable
 
 SCAN_AFTER = (2.0, 5.0, 15.0, 60.0)
 """Seconds after the loss at which is looked; after the last, there was no call."""
@@ -25,29 +28,44 @@ PAGE = 100
 MOST_PAGES = 20
 MOST_FETCHES = 200
 """Calls that one scan fetches one by one, where a list does not say enough."""
+MOST_REMEMBERED = 10_000
+"""Calls whose metadata is remembered, so that the next scan fetches others: it never changes."""
+STOPS_AT_ONCE = 8
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Loss:
-    """A start of unknown outcome. `lost`: when its answer was given up; `scans`: how often was looked. Unix times."""
+    """A start of unknown outcome. `since`: Unix time from which SCAN_AFTER counts. `scans`: how often was looked.
+
+    `witnessed`: this process itself saw the answer get lost; what a sweep found may turn out to be known after all.
+    """
 
     start: Start
-    lost: float
+    since: float
+    witnessed: bool
     scans: int = 0
 
     @property
     def due(self) -> float:
         """When to look next."""
-        return self.lost + SCAN_AFTER[self.scans]
+        return self.since + SCAN_AFTER[self.scans]
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a scan of one agent brought. `complete`: nothing that may be a lost call was left out."""
+
+    found: dict[str, CallRecord] = field(default_factory=dict)
+    complete: bool = True
+    fetches: int = 0
 
 
 class Reconciler:
     """Looks for lost calls, all in one scan.
 
-    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `sleep`:
-    waits so many seconds.
+    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
     """
 
     def __init__(
@@ -58,100 +76,147 @@ class Reconciler:
         agent_ids: Mapping[str, str],
         timeout: float,
         now: Callable[[], float] = time.time,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._oneinbox = oneinbox
         self._live = live
         self._agent_ids = agent_ids
         self._timeout = timeout
         self._now = now
-        self._sleep = sleep
         self._losses: dict[str, Loss] = {}
         self._news = asyncio.Event()
+        self._remembered: OrderedDict[str, CallRecord] = OrderedDict()
+        self._places = asyncio.Semaphore(STOPS_AT_ONCE)
+        self._stops: set[asyncio.Task[None]] = set()
 
     def lose(self, start: Start) -> None:
-        """Look for the call of a start whose answer was lost."""
-        if start.request_id not in self._losses:
-            self._losses[start.request_id] = Loss(start, self._now())
-            self._news.set()
+        """Look for the call of a start whose answer this process has lost."""
+        self._add(Loss(start, self._now(), witnessed=True))
 
     def lose_old(self, starts: list[Start]) -> None:
-        """Look for those starts whose answer must have come long ago: whoever waited for it is gone."""
+        """Look for those starts of unknown outcome whose answer must have come long ago.
+
+        Not before every replica has had the time to tell the store what it knows.
+        """
         for start in starts:
             if self._now() - start.since > self._timeout + SCAN_AFTER[-1]:
-                self.lose(start)
+                self._add(Loss(start, self._now() + SWEEP_SECONDS, witnessed=False))
 
     async def run(self) -> None:
         """Look, for ever, whenever it is time for one."""
-        while True:
-            if not self._losses:
-                self._news.clear()
-                await self._news.wait()
-            wait = min(loss.due for loss in self._losses.values()) - self._now()
-            if wait > 0:
-                self._news.clear()
+        try:
+            while True:
+                await self._until_due()
                 try:
-                    async with asyncio.timeout(wait):
-                        await self._news.wait()
-                except TimeoutError:
-                    pass
-                continue
-            try:
-                await self.scan()
-            except Exception:
-                log.exception("scan_failed")
-                await self._sleep(1)
+                    await self.scan()
+                except Exception:
+                    log.exception("scan_failed")
+                    await asyncio.sleep(1)
+        finally:
+            for task in self._stops:
+                task.cancel()
 
     async def scan(self) -> None:
-        """Look once for all that are lost, and settle each that is found, or was looked for the last time."""
+        """Look once for all that are due, and settle each that is found, or was looked for the last time."""
         losses = {loss.start.request_id: loss for loss in self._losses.values() if loss.due <= self._now()}
-        found: dict[str, CallRecord] = {}
-        failed: set[str] = set()
         for agent in {loss.start.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.start.agent == agent}
+            findings = Findings()
             try:
-                found.update(await self._find(self._agent_ids.get(agent, ""), of_agent))
+                await self._find(self._agent_ids.get(agent, ""), of_agent, findings)
             except OneInboxError as error:
-                log.warning("scan_of_agent_failed", agent=agent, reason=error.reason)
-                failed.update(of_agent)
-        for request_id, loss in losses.items():
-            loss.scans += 1
-            last = loss.scans >= len(SCAN_AFTER)
-            if (record := found.get(request_id)) is not None:
-                log.warning("lost_call_found", call=record.id, request_id=request_id, scans=loss.scans)
-                await self._live.stop(loss.start, record.id, "its answer was lost")
-                del self._losses[request_id]
-            elif last and request_id in failed:
-                # Not known to be nothing: the slot stays until its lease ends, and the next sweep begins anew.
-                log.error("lost_call_given_up", request_id=request_id)
-                del self._losses[request_id]
-            elif last:
-                log.warning("lost_call_not_found", request_id=request_id)
-                await self._live.abandon(loss.start)
-                del self._losses[request_id]
+                log.warning("scan_broke_off", agent=agent, reason=error.reason)
+                findings.complete = False
+            for request_id, loss in of_agent.items():
+                await self._settle(loss, findings.found.get(request_id), complete=findings.complete)
 
-    async def _find(self, agent_id: str, losses: Mapping[str, Loss]) -> dict[str, CallRecord]:
-        """The records of lost calls of one agent, by request id."""
+    def _add(self, loss: Loss) -> None:
+        if loss.start.request_id not in self._losses:
+            self._losses[loss.start.request_id] = loss
+            self._news.set()
+
+    async def _until_due(self) -> None:
+        while True:
+            self._news.clear()
+            dues = [loss.due for loss in self._losses.values()]
+            wait = min(dues) - self._now() if dues else None
+            if wait is not None and wait <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+
+    async def _settle(self, loss: Loss, record: CallRecord | None, *, complete: bool) -> None:
+        start = loss.start
+        try:
+            if not loss.witnessed and not await self._live.is_pending(start):
+                del self._losses[start.request_id]  # it was known after all
+                return
+        except StoreUnavailable:
+            loss.since = self._now()  # nobody can tell now
+            return
+        loss.scans += 1
+        if record is not None:
+            log.warning("lost_call_found", call=record.id, request_id=start.request_id, scans=loss.scans)
+            del self._losses[start.request_id]
+            self._stop(start, record.id)
+        elif loss.scans == len(SCAN_AFTER):
+            del self._losses[start.request_id]
+            if complete:
+                log.warning("lost_call_not_found", request_id=start.request_id)
+                await self._live.abandon(start)
+            else:
+                # It may run: its slot stays until the lease ends, and the next sweep begins anew.
+                log.error("lost_call_given_up", request_id=start.request_id)
+                await self._live.give_up(start)
+
+    def _stop(self, start: Start, call_id: str) -> None:
+        """Hang up beside the scans: a stop that hangs must not hold up another loss."""
+
+        async def stop() -> None:
+            async with self._places:
+                await self._live.stop(start, call_id, "its answer was lost")
+
+        task = asyncio.create_task(stop(), name="stop")
+        self._stops.add(task)
+        task.add_done_callback(self._stops.discard)
+
+    async def _find(self, agent_id: str, losses: Mapping[str, Loss], findings: Findings) -> None:
+        """Look through one agent's calls, newest first, until all are found or too old. Raises OneInboxError."""
         oldest = min(loss.start.since for loss in losses.values()) - CLOCKS_APART
-        found: dict[str, CallRecord] = {}
-        fetches = 0
         for page in range(MOST_PAGES):
-            calls = (await self._oneinbox.list_calls(agent_id=agent_id, limit=PAGE, offset=page * PAGE)).items
-            for listed in calls:
-                record = listed
-                if record.metadata is None and self._may_be(record, losses) and fetches < MOST_FETCHES:
-                    fetches += 1
-                    record = await self._oneinbox.get_call(record.id)
-                request_id = record.request_id
-                if request_id in losses and self._is(record, agent_id, losses[request_id].start):
-                    found[request_id] = record
-            ages = [record.created_at.timestamp() for record in calls if record.created_at is not None]
-            if len(calls) < PAGE or len(found) == len(losses) or (ages and min(ages) < oldest):
-                break
-        return found
+            calls = await self._oneinbox.list_calls(agent_id=agent_id, limit=PAGE, offset=page * PAGE)
+            for listed in calls.items:
+                record = await self._whole(listed, losses, findings)
+                loss = losses.get(record.request_id) if record is not None else None
+                if record is not None and loss is not None and self._is(record, agent_id, loss.start):
+                    findings.found[record.request_id] = record
+            ages = [record.created_at.timestamp() for record in calls.items if record.created_at is not None]
+            if calls.listed < PAGE or len(findings.found) == len(losses) or (ages and min(ages) < oldest):
+                return
+        findings.complete = False
 
-    def _may_be(self, record: CallRecord, losses: Mapping[str, Loss]) -> bool:
-        return any(self._fits(record, loss.start) for loss in losses.values())
+    async def _whole(self, listed: CallRecord, losses: Mapping[str, Loss], findings: Findings) -> CallRecord | None:
+        """A listed call with its metadata; None where it cannot be one of the lost ones, or cannot be had."""
+        if listed.metadata is not None:
+            return listed
+        if listed.id in self._remembered:
+            return self._remembered[listed.id]
+        if not any(self._fits(listed, loss.start) for loss in losses.values()):
+            return None
+        if findings.fetches >= MOST_FETCHES:
+            findings.complete = False
+            return None
+        findings.fetches += 1
+        try:
+            record = await self._oneinbox.get_call(listed.id)
+        except OneInboxError as error:
+            # A 404 is no lost call of ours; anything else may hide one.
+            findings.complete = findings.complete and error.status == 404
+            return None
+        self._remembered[record.id] = record.model_copy(update={"messages": None, "transcript": None})
+        while len(self._remembered) > MOST_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return record
 
     def _fits(self, record: CallRecord, start: Start) -> bool:
         if record.created_at is None:

@@ -11,10 +11,14 @@ log = structlog.get_logger(__name__)
 
 
 async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
-    """Sweep every SWEEP_SECONDS."""
+    """Sweep every SWEEP_SECONDS, and tell a shared store that is back at once what it missed."""
+    seconds = 0
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(1)
+        seconds += 1
         try:
-            reconciler.lose_old(await live.sweep())
+            await live.tell()
+            if seconds % SWEEP_SECONDS == 0:
+                reconciler.lose_old(await live.sweep())
         except Exception:
             log.exception("sweep_failed")

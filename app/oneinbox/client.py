@@ -169,10 +169,11 @@ class OneInbox:
         try:
             async with asyncio.timeout(self._timeout):
                 response, raw = await self._exchange(request)
-                if response.status_code == 401 and await self._has_another_key(headers):
-                    # Refused for its old key, it did nothing, and a POST started no call.
-                    request = self._request(method, url, content)
-                    response, raw = await self._exchange(request)
+                if response.status_code == 401:
+                    request.extensions["sent"] = False  # refused, it did nothing, and a POST started no call
+                    if await self._has_another_key(headers):
+                        request = self._request(method, url, content)
+                        response, raw = await self._exchange(request)
         except TimeoutError:
             sent = not surely_not_sent(request, httpx.ReadTimeout(""))
             raise TimedOut("did not answer in time", may_have_acted=sent) from None

@@ -104,6 +104,6 @@ def pause_asked_for(retry_after: str | None, now: float) -> int:
             moment = parsedate_to_datetime(text)
         except ValueError:
             return DEFAULT_PAUSE
-        # All three forms of section 5.6.7 are in UTC; the oldest does not say so.
-        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
+        # All three forms of section 5.6.7 are in UTC, though one does not say so.
+        seconds = moment.replace(tzinfo=UTC).timestamp() - now
     return max(1, math.ceil(min(seconds, LONGEST_PAUSE)))

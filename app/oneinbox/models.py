@@ -1,11 +1,12 @@
 """OneInbox's answers, in both editions of its documentation: what the broker does not need is not read."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 BROKER_USER = "broker_user"
 BROKER_REQUEST_ID = "broker_request_id"
@@ -41,7 +42,7 @@ def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
 
 
 Text = Annotated[str | None, WrapValidator(_or_none)]
-Number = Annotated[float | None, WrapValidator(_or_none)]
+Number = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, WrapValidator(_or_none)]
 Moment = Annotated[datetime | None, WrapValidator(_utc)]
 
 
@@ -102,8 +103,26 @@ class WebhookList(BaseModel):
     items: list[Webhook]
 
 
-class CallPage(BaseModel):
-    """One page of a list of calls. `total`: of all pages, when OneInbox says it."""
+def _readable(value: Any, handler: ValidatorFunctionWrapHandler) -> list[CallRecord]:
+    """The items that are calls: one odd item must not hide the others."""
+    if not isinstance(value, list):
+        raise ValueError("is no list")
+    records = []
+    for item in value:
+        with contextlib.suppress(ValueError):
+            records.append(CallRecord.model_validate(item))
+    return records
 
-    items: list[CallRecord]
-    total: int | None = None
+
+class CallPage(BaseModel):
+    """One page of a list of calls. `listed`: how many there were, those that cannot be read included."""
+
+    items: Annotated[list[CallRecord], WrapValidator(_readable)]
+    listed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("items"), list):
+            return data
+        return {"items": data["items"], "listed": len(data["items"])}

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from pydantic_core import from_json
@@ -40,7 +40,8 @@ COLLECT_SECONDS = 30
 """So long the call of a caller who hung up waits for them to come back with their key."""
 UNCOLLECTED = "uncollected"
 """The set of kept answers whose callers hung up."""
-UNCOLLECTED_EVERY = 5
+TICK_SECONDS = 1
+DAY = 86400
 LATEST_TIME = 1e12
 """The year 33658; what lies beyond, and what is no number, is no time."""
 
@@ -68,12 +69,19 @@ def read_key(values: list[str], user: User) -> str | None:
     return key
 
 
+class Started(NamedTuple):
+    """A call, and what the store knows of it from before it existed."""
+
+    start: Start
+    call: WebCall
+
+
 class NotKept(Exception):
     """A started call's answer could not be kept: given all the same, a repeat would start another."""
 
-    def __init__(self, call: WebCall) -> None:
+    def __init__(self, started: Started) -> None:
         super().__init__()
-        self.call = call
+        self.started = started
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +89,20 @@ class Entry:
     """What stands under a key.
 
     `fingerprint`: of the request's body. `nonce`: tells this state of the entry from any other. `call`: the answer,
-    once there is one. `replayed`: whether a repeat has been given it.
+    once there is one. `until`: Unix time to which it is kept. `replayed`: whether a repeat has been given it.
     """
 
     fingerprint: str
     nonce: str
     call: WebCall | None = None
+    until: float = 0
     replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Uncollected:
-    """A kept answer that nobody was given. `name`: where it is kept. `due`: Unix time at which its call is stopped."""
+    """A kept answer that nobody was given. `due`: Unix time at which its call is stopped."""
 
-    name: str
     member: str
     call_id: str
     due: float
@@ -120,11 +128,13 @@ class Idempotency:
         self._live = live
         self._timeout = timeout
         self._now = now
+        # Answers that the store may have kept although it did not say so, by name: nobody may be given them.
+        self._doubtful: dict[str, bytes] = {}
 
     async def once(
-        self, user: User, key: str, body: Any, *, caller: Caller, start: Start, run: Callable[[], Awaitable[WebCall]]
+        self, user: User, key: str, body: Any, caller: Caller, run: Callable[[], Awaitable[Started]]
     ) -> tuple[WebCall, bool]:
-        """The call of the request with this key, and whether it was replayed; `run` starts it, as `start`, once.
+        """The call of the request with this key, and whether it was replayed; `run` starts it, once.
 
         Raises `idempotency-mismatch` for another body, `in-progress` when the first request outlasts the waiting,
         `at-capacity` while the shared store is gone, NotKept, ClientDisconnect, and what `run` raises.
@@ -139,34 +149,37 @@ class Idempotency:
         if isinstance(mark, WebCall):
             return mark, True
         try:
-            call = await run()
+            started = await run()
         except BaseException:
             await self._forget(name, mark)
             raise
-        await self._keep(name, mark, fingerprint, call)
+        await self._keep(name, mark, fingerprint, started)
         if caller.has_gone():
-            await self._leave_for_collection(name, start, call)
+            await self._leave_for_collection(name, started)
             raise ClientDisconnect
-        return call, False
+        return started.call, False
 
     async def stop_uncollected(self) -> None:
-        """Stop the calls whose callers hung up and did not come back in time."""
-        for text in await self._store.members(UNCOLLECTED):
-            uncollected = Uncollected(**json.loads(text))
-            # Whoever takes it out of the set stops it: one replica, once.
-            if uncollected.due > self._now() or not await self._store.leave([UNCOLLECTED], text):
+        """Stop the calls whose callers hung up and did not come back in time. Raises StoreUnavailable."""
+        for name in await self._store.members(UNCOLLECTED):
+            value = await self._store.get(f"uncollected:{name}")
+            uncollected = Uncollected(**json.loads(value)) if value is not None else None
+            if uncollected is None or uncollected.due > self._now():
                 continue
-            if not await self._withdraw(uncollected):
-                continue
-            start = Start.of_member(uncollected.member)
-            await self._live.stop(start, uncollected.call_id, "its caller hung up and did not come back")
+            # Whoever takes it out of the set decides: one replica, once, or the repeat that collects it.
+            if await self._store.leave([UNCOLLECTED], name) and await self._withdraw(name):
+                start = Start.of_member(uncollected.member)
+                await self._live.stop(start, uncollected.call_id, "its caller hung up and did not come back")
 
     async def run(self) -> None:
-        """Stop uncollected calls, for ever."""
+        """Stop uncollected calls, and take back doubtful answers, for ever."""
         while True:
-            await asyncio.sleep(UNCOLLECTED_EVERY)
+            await asyncio.sleep(TICK_SECONDS)
             try:
+                await self._delete_doubtful()
                 await self.stop_uncollected()
+            except StoreUnavailable:
+                continue  # all of it is still there when the store is back
             except Exception:
                 log.exception("uncollected_failed")
 
@@ -187,9 +200,17 @@ class Idempotency:
                 entry = self._open(value)
                 if entry is not None and entry.fingerprint != fingerprint:
                     raise Problem("idempotency-mismatch")
-                if entry is not None and entry.call is not None:
-                    if entry.replayed or await self._collect(name, value, entry):
+                if entry is not None and entry.call is not None and value != self._doubtful.get(name):
+                    if entry.replayed:
                         return entry.call
+                    if (noted := await self._collect(name, value, entry)) is not None:
+                        if not caller.has_gone():
+                            return entry.call
+                        await self._put_back(name, noted, entry)
+                        break
+                    # It was withdrawn or noted in this very moment, or is of no use any more; if so, it goes.
+                    if entry.until <= self._now():
+                        await self._store.delete(name, value)
                     continue
                 if self._now() >= end:
                     raise Problem("in-progress", headers={"Retry-After": "1"})
@@ -198,67 +219,87 @@ class Idempotency:
                         await anext(told)
         raise ClientDisconnect
 
-    async def _collect(self, name: str, value: bytes, entry: Entry) -> bool:
-        """Note that a repeat is given the answer; False: it was withdrawn, or noted, in this very moment."""
-        left = self._left(entry.call)
+    async def _collect(self, name: str, value: bytes, entry: Entry) -> bytes | None:
+        """Note that a repeat is given the answer; None: not any more, or noted by another in this very moment."""
+        left = entry.until - self._now()
         noted = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
-        return left > 0 and await self._store.replace(name, value, noted, left)
+        if left <= 0 or not await self._store.replace(name, value, noted, left):
+            return None
+        await self._store.leave([UNCOLLECTED], name)
+        return noted
 
-    async def _withdraw(self, uncollected: Uncollected) -> bool:
-        """Delete a kept answer, unless a repeat has been given it; whether nobody can be given it any more."""
+    async def _put_back(self, name: str, noted: bytes, entry: Entry) -> None:
+        """Whoever collected has gone, too: where nobody else was given the answer, it waits once more."""
+        value = await self._store.get(f"uncollected:{name}")
+        left = entry.until - self._now()
+        again = self._seal(replace(entry, nonce=secrets.token_hex(8)))
+        if value is None or left <= 0 or not await self._store.replace(name, noted, again, left):
+            return
+        uncollected = replace(Uncollected(**json.loads(value)), due=self._now() + COLLECT_SECONDS)
+        await self._wait_for_collection(name, uncollected)
+
+    async def _withdraw(self, name: str) -> bool:
+        """Delete a kept answer, unless a repeat has been given it; whether nobody was, and nobody can be any more."""
+        value = await self._store.get(name)
+        if value is None:
+            return True  # expired; a repeat that was given it would have taken it out of the set
+        entry = self._open(value)
+        return entry is not None and not entry.replayed and await self._store.delete(name, value)
+
+    async def _leave_for_collection(self, name: str, started: Started) -> None:
+        log.warning("caller_gone", call=started.call.id, waits=COLLECT_SECONDS)
+        uncollected = Uncollected(started.start.member, started.call.id, self._now() + COLLECT_SECONDS)
         try:
-            value = await self._store.get(uncollected.name)
-            entry = self._open(value) if value is not None else None
-            if value is None or entry is None or entry.call is None or entry.call.id != uncollected.call_id:
-                return True
-            return not entry.replayed and await self._store.delete(uncollected.name, value)
+            await self._wait_for_collection(name, uncollected)
         except StoreUnavailable:
-            await self._register(replace(uncollected, due=self._now() + COLLECT_SECONDS))
-            return False
+            # Nobody could stop it in time; and a repeat is refused while the store is gone.
+            await self._live.stop(started.start, started.call.id, "its caller hung up")
+            await self._forget(name, None)
 
-    async def _leave_for_collection(self, name: str, start: Start, call: WebCall) -> None:
-        log.warning("caller_gone", call=call.id, waits=COLLECT_SECONDS)
-        await self._register(Uncollected(name, start.member, call.id, self._now() + COLLECT_SECONDS))
+    async def _wait_for_collection(self, name: str, uncollected: Uncollected) -> None:
+        await self._store.set(f"uncollected:{name}", json.dumps(asdict(uncollected)).encode(), DAY)
+        await self._store.enter(UNCOLLECTED, name, DAY)
 
-    async def _register(self, uncollected: Uncollected) -> None:
-        await self._store.enter(UNCOLLECTED, json.dumps(asdict(uncollected)), KEEP_SECONDS)
-
-    async def _keep(self, name: str, mark: bytes, fingerprint: str, call: WebCall) -> None:
-        ttl = self._left(call)
-        if ttl <= 0:
+    async def _keep(self, name: str, mark: bytes, fingerprint: str, started: Started) -> None:
+        expires = _expiry(started.call.participant_token)
+        now = self._now()
+        until = now + KEEP_SECONDS if expires is None else min(now + KEEP_SECONDS, expires - BEFORE_EXPIRY)
+        if until <= now:
             await self._forget(name, mark)
             return
-        entry = Entry(fingerprint, secrets.token_hex(8), call)
+        value = self._seal(Entry(fingerprint, secrets.token_hex(8), started.call, until))
         try:
-            kept = await self._store.replace(name, mark, self._seal(entry), ttl)
+            kept = await self._store.replace(name, mark, value, until - now)
         except StoreUnavailable:
+            self._doubtful[name] = value  # a frozen store may do it yet
             kept = False
         if not kept:
-            raise NotKept(call)
+            raise NotKept(started)
         await self._store.publish(name, b"")
 
-    async def _forget(self, name: str, mark: bytes) -> None:
+    async def _delete_doubtful(self) -> None:
+        for name, value in list(self._doubtful.items()):
+            await self._store.delete(name, value)
+            self._doubtful.pop(name, None)
+
+    async def _forget(self, name: str, expected: bytes | None) -> None:
         try:
-            await self._store.delete(name, mark)
+            await self._store.delete(name, expected)
         except StoreUnavailable:
-            return  # the mark dies by itself
+            return  # it dies by itself
         await self._store.publish(name, b"")
-
-    def _left(self, call: WebCall | None) -> float:
-        """Seconds for which an answer is of use from now on, at most KEEP_SECONDS."""
-        expires = _expiry(call.participant_token) if call is not None else None
-        return KEEP_SECONDS if expires is None else min(KEEP_SECONDS, expires - BEFORE_EXPIRY - self._now())
 
     def _seal(self, entry: Entry) -> bytes:
-        return self._keyring.encrypt(json.dumps([entry.fingerprint, entry.nonce, entry.call, entry.replayed]).encode())
+        return self._keyring.encrypt(json.dumps(asdict(entry)).encode())
 
     def _open(self, value: bytes) -> Entry | None:
         """None: written under a secret that is not known (any more); its request is taken as running."""
         plain = self._keyring.decrypt(value)
         if plain is None:
             return None
-        fingerprint, nonce, call, replayed = json.loads(plain)
-        return Entry(fingerprint, nonce, WebCall(*call) if call else None, replayed)
+        fields = json.loads(plain)
+        call = fields.pop("call")
+        return Entry(**fields, call=WebCall(*call) if call else None)
 
 
 def _canonical(value: Any) -> bytes:

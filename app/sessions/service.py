@@ -18,7 +18,7 @@ from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem
 from app.sessions.caller import Caller
 from app.sessions.challenge import Challenge
-from app.sessions.idempotency import Idempotency, NotKept, read_key
+from app.sessions.idempotency import Idempotency, NotKept, Started, read_key
 from app.sessions.policy import Order, Policy
 from app.sessions.schemas import SessionRequest
 
@@ -29,9 +29,9 @@ log = structlog.get_logger(__name__)
 class Asked:
     """One POST /session, read and checked.
 
-    `body`: its JSON, for telling a repeat from another request. `keys`: its Idempotency-Key headers. `proof`: its answer
-    to the bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries whatever
-    comes of it.
+    `body`: its JSON, for telling a repeat from another request. `keys`: its Idempotency-Key headers. `proof`: its
+    answer to the bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries
+    whatever comes of it.
     """
 
     request: SessionRequest
@@ -87,38 +87,38 @@ class Sessions:
         """
         order = self._policy.decide(user, asked.request)
         key = read_key(asked.keys, user)
-        start = Start(
-            # Never the client's: OneInbox's record is found by it.
-            request_id=secrets.token_hex(16),
-            since=int(self._now()),
-            agent=order.agent.name,
-            user=user.store_name,
-            owner=self._ownership.pseudonym(user),
-        )
         if key is None:
-            call = await self._start(user, asked, order, start)
+            started = await self._start(user, asked, order)
             if asked.caller.has_gone():
-                await self._live.stop(start, call.id, "its caller hung up")
+                await self._live.stop(started.start, started.call.id, "its caller hung up")
                 raise ClientDisconnect
-            return call, False
+            return started.call, False
 
-        async def run() -> WebCall:
-            return await self._start(user, asked, order, start)
+        async def run() -> Started:
+            return await self._start(user, asked, order)
 
         try:
-            return await self._idempotency.once(user, key, asked.body, caller=asked.caller, start=start, run=run)
+            return await self._idempotency.once(user, key, asked.body, asked.caller, run)
         except NotKept as unkept:
-            await self._live.stop(start, unkept.call.id, "its answer could not be kept")
+            await self._live.stop(unkept.started.start, unkept.started.call.id, "its answer could not be kept")
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
 
-    async def _start(self, user: User, asked: Asked, order: Order, start: Start) -> WebCall:
+    async def _start(self, user: User, asked: Asked, order: Order) -> Started:
         if self._challenge is not None:
             await self._challenge.check(asked.proof, user.address)
         if self._waiting >= self._max_waiting:
             raise Problem("at-capacity", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await self._reserve_and_call(user, asked, order, start)
+            start = Start(
+                # Never the client's: OneInbox's record is found by it.
+                request_id=secrets.token_hex(16),
+                since=int(self._now()),
+                agent=order.agent.name,
+                user=user.store_name,
+                owner=self._ownership.pseudonym(user),
+            )
+            return Started(start, await self._reserve_and_call(user, asked, order, start))
         finally:
             self._waiting -= 1
 

@@ -1,10 +1,11 @@
 """The operator's commands against two running brokers."""
 
 import asyncio
-import os
-import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
@@ -14,9 +15,9 @@ from app.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.conftest import OpenBroker
 from tests.harness import settings
+from tests.integration.processes import Finished, run
 from tests.integration.test_limits_support import (
     LONG_CALLS,
-    PATIENCE,
     BrokerProcess,
     environ_of,
     eventually,
@@ -35,26 +36,11 @@ HOUSEHOLD = "2001:db8:1:2::1"
 in_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
 
-@dataclass(frozen=True)
-class Said:
-    """How a command ended. Its answer, its complaint."""
-
-    code: int
-    out: str
-    err: str
-
-
-async def command(*arguments: str, **changes: str) -> Said:
+async def command(*arguments: str, **changes: str) -> Finished:
     """Run a command of the broker, with no OneInbox that could be reached."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app", *arguments),
-        env={**os.environ, **environ_of("http://127.0.0.1:1", {**SETTINGS, **changes})},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode is not None
-    return Said(process.returncode, out.decode(), err.decode())
+    environ = environ_of("http://127.0.0.1:1", {**SETTINGS, **changes})
+    with tempfile.TemporaryDirectory() as empty:
+        return await asyncio.to_thread(run, *arguments, cwd=Path(empty), environ=environ)
 
 
 @dataclass(frozen=True)
@@ -155,9 +141,9 @@ JWT_SECRET = "a secret shared with the issuer, long enough"
 
 @pytest.mark.parametrize("issuer", [None, "https://login.example"])
 async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | None) -> None:
-    modes = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET} | ({"BROKER_JWT_ISSUER": issuer} if issuer else {})
+    modes: dict[str, Any] = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET, "BROKER_SECRET": "s" * 32}
     with running_valkey() as valkey:
-        modes |= {"BROKER_STORE_URL": valkey.url, "BROKER_SECRET": "s" * 32}
+        modes |= {"BROKER_STORE_URL": valkey.url} | ({"BROKER_JWT_ISSUER": issuer} if issuer else {})
         broker = await open_broker(**modes)
 
         async def post(user: str) -> int:

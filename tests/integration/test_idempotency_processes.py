@@ -1,4 +1,4 @@
-"""Idempotency-Key over processes: one call, whoever is asked; and what becomes of it when a process or the store dies."""
+"""Idempotency-Key over processes: one call, whoever is asked; also when a process or the store dies."""
 
 import asyncio
 import time

@@ -87,7 +87,6 @@ async def test_fifty_users_at_once_get_five_each(rated: Replicas) -> None:
     users = [from_address(f"198.51.100.{100 + number}") for number in range(50)]
     before = len(rated.oneinbox.emulator.calls)
 
-
     async def ask(user: dict[str, str]) -> Counter[str]:
         return outcomes([(await post_many(rated.brokers[turn % 2 :], 1, user))[0] for turn in range(7)])
 

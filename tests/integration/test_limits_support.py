@@ -1,13 +1,13 @@
 """Brokers as processes of their own in front of an emulator in the test's event loop. Holds no test itself.
 
-    async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
-        responses = await post_many(brokers, 200)
+async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
+    responses = await post_many(brokers, 200)
 """
 
 import asyncio
 import json
-import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +20,7 @@ from app.config import Settings, load_settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.wire import RecordedRequest
+from tests.integration.processes import surroundings
 
 PATIENCE = 30
 """Seconds for a process to start, to answer or to end; ample on a busy machine."""
@@ -71,9 +72,11 @@ class BrokerProcess:
 @asynccontextmanager
 async def running_broker_process(oneinbox: str, *arguments: str, **changes: str) -> AsyncIterator[BrokerProcess]:
     """`python -m app serve` with these arguments and settings, until the block ends."""
+    empty = tempfile.TemporaryDirectory()  # no .env there
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "app", "serve", "--port", "0", *arguments),
-        env={**os.environ, **environ_of(oneinbox, changes)},
+        cwd=empty.name,
+        env=surroundings(environ_of(oneinbox, changes)),
         stderr=asyncio.subprocess.PIPE,
     )
     logs: list[dict[str, Any]] = []
@@ -104,6 +107,7 @@ async def running_broker_process(oneinbox: str, *arguments: str, **changes: str)
             process.terminate()
         await asyncio.wait_for(process.wait(), PATIENCE)
         await reading
+        empty.cleanup()
 
 
 @asynccontextmanager

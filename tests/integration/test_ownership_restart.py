@@ -1,4 +1,4 @@
-"""A restarted broker remembers nothing, and knows all the same whose a call is; also after a change of BROKER_SECRET."""
+"""A restarted broker remembers nothing and knows whose a call is all the same, also after a change of BROKER_SECRET."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager

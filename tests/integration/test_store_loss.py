@@ -1,4 +1,4 @@
-"""The shared store dies or freezes under real brokers: nobody waits long, nothing starts from zero, and it comes back."""
+"""The shared store dies or freezes under real brokers: nobody waits long, nothing starts from zero, it comes back."""
 
 import asyncio
 import time
@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from app.operator import Operator, operate
 from app.oneinbox.transport import open_transport
+from app.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore

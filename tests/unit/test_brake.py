@@ -1,6 +1,7 @@
 """The hand brake: what is stopped, for whom and how long, and that a lost store releases nothing."""
 
 import pytest
+from starlette.requests import Request
 
 from app.config import SettingsError
 from app.identity import Anonymous, User
@@ -135,10 +136,8 @@ ADDRESSES = [
 async def test_an_address_means_who_comes_from_there(
     store: MemoryStore, clock: Clock, named: str, peer: str, same: bool
 ) -> None:
-    from starlette.requests import Request
-
     brake = Brake(store, clock)
-    operator = Operator(settings(), store, brake, limits=None)  # type: ignore[arg-type] - names users only
+    operator = Operator(settings(), store, brake, limits=None)  # type: ignore[arg-type]  # names users only
     await brake.block(operator.user(named), 60)
     await brake.read()
 
@@ -149,6 +148,6 @@ async def test_an_address_means_who_comes_from_there(
 
 @pytest.mark.parametrize("name", ["", "ann", "192.0.2", "192.0.2.1/32", "2001:db8::/64", "192.0.2.1 "])
 def test_what_is_no_address_is_refused(store: MemoryStore, name: str) -> None:
-    operator = Operator(settings(), store, Brake(store), limits=None)  # type: ignore[arg-type] - names users only
+    operator = Operator(settings(), store, Brake(store), limits=None)  # type: ignore[arg-type]  # names users only
     with pytest.raises(SettingsError, match="takes an IPv4 or IPv6 address"):
         operator.user(name)

@@ -140,7 +140,9 @@ async def test_a_remembered_owner_turns_strangers_away_without_a_look() -> None:
 @in_own_time
 async def test_an_id_that_oneinbox_would_never_give_out_is_not_found(status: int) -> None:
     house = House()
-    house.oneinbox.failures = [httpx.Response(status, json={"detail": [{"loc": ["path", "call_id"], "msg": "no uuid"}]})]
+    house.oneinbox.failures = [
+        httpx.Response(status, json={"detail": [{"loc": ["path", "call_id"], "msg": "no uuid"}]})
+    ]
     house.oneinbox.fails_on = True
 
     assert await slug_of(house.replica(), "not-a-uuid") == "not-found"

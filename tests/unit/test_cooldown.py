@@ -1,6 +1,7 @@
 """When OneInbox is left alone, by an injected clock."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -296,6 +297,17 @@ PAUSES: dict[str, tuple[str | None, int]] = {
 }
 
 
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine nine hours ahead of UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "UTC-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
 @pytest.mark.parametrize(("value", "seconds"), PAUSES.values(), ids=PAUSES.keys())
 def test_a_retry_after(value: str | None, seconds: int) -> None:
     assert pause_asked_for(value, NOW.timestamp()) == seconds

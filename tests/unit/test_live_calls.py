@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from app.agents import Agent
 from app.identity import User
-from app.limits import Limits, LiveCalls
+from app.limits import Limits, LiveCalls, Start, TalkTime
 from app.limits.live import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
@@ -39,12 +39,14 @@ class Clock:
 class House:
     """One store and one OneInbox, and replicas of the broker's book of calls on them."""
 
-    def __init__(self, *, max_live_calls: int = 1, join_timeout: float = JOIN_SECONDS) -> None:
+    def __init__(
+        self, *, max_live_calls: int = 1, join_timeout: float = JOIN_SECONDS, max_seconds: float = MAX_SECONDS
+    ) -> None:
         self.clock = Clock()
         self.store = MemoryStore(self.clock)
         self.upstream = Upstream()
         self.oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.upstream, timeout=5, connect_timeout=1)
-        self.join_timeout = join_timeout
+        self.join_timeout, self.max_seconds = join_timeout, max_seconds
         self.live = self.replica()
         self.limits = Limits(
             self.store,
@@ -62,26 +64,32 @@ class House:
         return LiveCalls(
             self.store,
             self.oneinbox,
-            max_seconds=MAX_SECONDS,
+            TalkTime(self.store, minutes=None, minutes_total=None, now=self.clock),
+            max_seconds=self.max_seconds,
             join_timeout=self.join_timeout,
             lease=LEASE,
             now=self.clock,
         )
 
-    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> str:
-        """Reserve and begin a call; its member."""
-        member = f"member-of-{call_id}"
-        await self.limits.reserve(user, AGENT, member)
-        await self.live.begin(user, member=member, call_id=call_id, agent=AGENT.name)
+    def plan(self, call_id: str, user: User = ANN) -> Start:
+        """A start that has not begun."""
+        return Start(f"start-of-{call_id}", int(self.clock.now), AGENT.name, user.store_name, "pseudonym")
+
+    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> Start:
+        """Reserve and begin a call."""
+        start = self.plan(call_id, user)
+        await self.limits.reserve(user, AGENT, start)
+        await self.live.begin(start, call_id)
         self.upstream.has_call(call_id, status=status)
-        return member
+        return start
 
     async def has_room(self, user: User = ANN) -> bool:
         """Whether the user could start one more; tries it, and takes it back."""
         try:
-            reservation = await self.limits.reserve(user, AGENT, "try")
+            reservation = await self.limits.reserve(user, AGENT, self.plan("try", user))
         except Problem as problem:
-            assert problem.slug == "too-many-live-calls"
+            if problem.slug != "too-many-live-calls":
+                raise
             return False
         await self.limits.release(reservation)
         return True
@@ -91,7 +99,8 @@ class House:
         return self.upstream.router.post(path__regex=STOP)  # respx knows the route by its pattern
 
     async def live_calls(self) -> set[str]:
-        return set(await self.store.members("live:all"))
+        """The live calls, as the store has them: the ids with which they started."""
+        return {Start.of_member(member).request_id for member in await self.store.members("live:all")}
 
     async def unstopped(self) -> set[str]:
         return set(await self.store.members(UNSTOPPED))
@@ -119,23 +128,17 @@ def record(call_id: str, status: str) -> CallRecord:
 
 @pytest.mark.parametrize("status", ["completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"])
 async def test_a_call_seen_ended_frees_its_slot(house: House, status: str) -> None:
-    member = await house.start("c1")
+    start = await house.start("c1")
     assert not await house.has_room()
-    await house.live.see(member, record("c1", status))
+    await house.live.see(start.request_id, record("c1", status))
     assert await house.has_room()
     assert await house.live_calls() == set()
 
 
-async def test_a_call_seen_gone_frees_its_slot(house: House) -> None:
-    member = await house.start("c1")
-    await house.live.see(member, None)
-    assert await house.has_room()
-
-
 @pytest.mark.parametrize("status", ["queued", "initiated", "in_progress", "ringing", "something-new", None])
 async def test_any_other_status_is_a_running_call(house: House, status: str | None) -> None:
-    member = await house.start("c1")
-    await house.live.see(member, CallRecord(id="c1", status=status))
+    start = await house.start("c1")
+    await house.live.see(start.request_id, CallRecord(id="c1", status=status))
     assert not await house.has_room()
 
 
@@ -143,14 +146,14 @@ async def test_an_end_frees_one_slot_and_nobody_elses(house: House) -> None:
     first = await house.start("c1", ANN)
     await house.start("c2", BEN)
     for _ in range(3):
-        await house.live.see(first, record("c1", "completed"))
+        await house.live.see(first.request_id, record("c1", "completed"))
     assert await house.has_room(ANN)
     assert not await house.has_room(BEN)
 
 
 async def test_another_replica_sees_it_too(house: House) -> None:
-    member = await house.start("c1")
-    await house.replica().see(member, record("c1", "completed"))
+    start = await house.start("c1")
+    await house.replica().see(start.request_id, record("c1", "completed"))
     assert await house.has_room()
 
 
@@ -158,9 +161,9 @@ async def test_a_late_word_of_an_old_call_leaves_the_new_one_alone(house: House)
     old = await house.start("c1")
     house.clock.now += LEASE + 1
     await house.start("c2")
-    await house.live.see(old, record("c1", "completed"))
-    await house.live.see(old, None)
-    assert await house.live_calls() == {"member-of-c2"}
+    await house.live.see(old.request_id, record("c1", "completed"))
+    await house.live.abandon(old)
+    assert await house.live_calls() == {"start-of-c2"}
     assert not await house.has_room()
 
 
@@ -192,7 +195,7 @@ async def test_a_sweep_hangs_up_what_ran_too_long_once_over_all_replicas(house: 
         await asyncio.gather(*(replica.sweep() for replica in replicas))
 
     assert house.asked() == {"GET c1": 2, "POST c1/stop": 1}
-    assert logs == [{"event": "hanging_up", "log_level": "warning", "call": "c1", "why": "ran too long"}]
+    assert logs == [{"event": "hanging_up", "log_level": "warning", "call": "c1", "why": "it ran too long"}]
     assert await house.has_room()
 
 
@@ -207,17 +210,14 @@ async def test_a_sweep_hangs_up_what_nobody_joined(house: House, status: str) ->
     with capture_logs() as logs:
         await house.live.sweep()
     assert house.asked()["POST c1/stop"] == 1
-    assert [(entry["call"], entry["why"]) for entry in logs] == [("c1", "was not joined")]
-    assert await house.live_calls() == {"member-of-c2"}
+    assert [(entry["call"], entry["why"]) for entry in logs] == [("c1", "nobody joined it")]
+    assert await house.live_calls() == {"start-of-c2"}
 
 
 async def test_zero_means_never() -> None:
-    house = House(join_timeout=0)
-    house.live = LiveCalls(house.store, house.oneinbox, max_seconds=0, join_timeout=0, lease=86400, now=house.clock)
-    await house.live.begin(ANN, member="m", call_id="c1", agent="main")
-    await house.store.enter("live:all", "m", 86400)
-    house.upstream.has_call("c1", status="queued")
-    house.clock.now += 86000
+    house = House(join_timeout=0, max_seconds=0)
+    await house.start("c1", status="queued")
+    house.clock.now += LEASE - 1
     await house.live.sweep()
     assert house.asked() == {"GET c1": 1}
 
@@ -228,7 +228,7 @@ async def test_a_sweep_looks_at_each_call_once_and_frees_what_ended() -> None:
         await house.start(f"c{number}", status="completed" if number % 3 else "in_progress")
     await house.live.sweep()
     assert house.asked() == {f"GET c{number}": 1 for number in range(30)}
-    assert await house.live_calls() == {f"member-of-c{number}" for number in range(0, 30, 3)}
+    assert await house.live_calls() == {f"start-of-c{number}" for number in range(0, 30, 3)}
     await house.replica().sweep()
     assert sum(house.asked().values()) == 30, "half a minute has not passed"
 
@@ -247,13 +247,15 @@ async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
     house.upstream.router.get("/v1/calls/c2").mock(side_effect=httpx.ConnectError("down"))
     with capture_logs() as logs:
         await house.live.sweep()
-    assert await house.live_calls() == {"member-of-c2"}
+    assert await house.live_calls() == {"start-of-c2"}
     assert [(entry["event"], entry["call"]) for entry in logs] == [("look_failed", "c2")]
 
 
 async def test_a_call_that_is_still_being_started_is_left_alone(house: House) -> None:
-    await house.limits.reserve(ANN, AGENT, "m")
-    await house.live.sweep()
+    start = house.plan("c1")
+    await house.limits.reserve(ANN, AGENT, start)
+    assert await house.live.is_pending(start)
+    assert await house.live.sweep() == [start], "for those who find out what became of it"
     assert house.asked() == {}
     assert not await house.has_room()
 
@@ -262,28 +264,28 @@ async def test_a_call_that_is_still_being_started_is_left_alone(house: House) ->
 
 
 async def test_a_call_nobody_is_given_is_stopped_and_costs_no_slot(house: House) -> None:
-    member = await house.start("c1")
-    await house.live.stop(member, "c1", "its answer could not be kept")
+    start = await house.start("c1")
+    await house.live.stop(start, "c1", "its answer could not be kept")
     assert house.asked() == {"POST c1/stop": 1}
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
 async def test_stopping_what_is_gone_is_no_failure(house: House) -> None:
-    member = await house.start("c1")
+    start = await house.start("c1")
     house.stop().respond(404)
-    await house.live.stop(member, "c1", "why")
+    await house.live.stop(start, "c1", "why")
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
 @pytest.mark.parametrize("failure", [500, 401, 429, httpx.ConnectError("down"), httpx.ReadError("lost")])
 async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failure: int | Exception) -> None:
-    member = await house.start("c1")
+    start = await house.start("c1")
     stop = house.stop()
     stop.mock(side_effect=failure) if isinstance(failure, Exception) else stop.respond(failure)
     with capture_logs() as logs:
-        await house.live.stop(member, "c1", "why")
+        await house.live.stop(start, "c1", "why")
     assert [(entry["event"], entry["log_level"], entry["call"]) for entry in logs] == [
         ("hanging_up", "warning", "c1"),
         ("call_not_stopped", "error", "c1"),
@@ -291,8 +293,10 @@ async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failu
     assert await house.unstopped() == {"c1"}
     assert not await house.has_room(), "it runs"
 
+    await house.live.sweep()
+    assert house.asked()["POST c1/stop"] == 2, "each sweep tries again"
     stop.mock(side_effect=None).respond(json={"id": "c1", "status": "completed"})
-    house.clock.now += MAX_SECONDS + 1
+    house.clock.now += 31
     await house.live.sweep()
     assert await house.unstopped() == set()
     assert await house.has_room()
@@ -331,13 +335,14 @@ async def test_a_call_begun_while_the_store_is_gone_is_not_forgotten() -> None:
     clock, upstream = Clock(), Upstream()
     oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
     async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
-        live = LiveCalls(store, oneinbox, max_seconds=60, join_timeout=0, lease=3600, now=clock)
-        member = "m1"
-        for name in (f"live:user:{ANN.store_name}", "live:agent:main", "live:all"):
-            await store.enter(name, member, 3600)
-        await live.begin(ANN, member=member, call_id="c1", agent="main")
+        talk = TalkTime(store, minutes=None, minutes_total=None, now=clock)
+        live = LiveCalls(store, oneinbox, talk, max_seconds=60, join_timeout=0, lease=3600, now=clock)
+        start = Start("start-of-c1", int(clock.now), "main", ANN.store_name, "pseudonym")
+        for name in start.sets:
+            await store.enter(name, start.member, 3600)
+        await live.begin(start, "c1")
         upstream.has_call("c1")
-        clock.now += 61
+        clock.now += 62
         await live.sweep()
         assert [str(request.url.path) for request in upstream.requests] == ["/v1/calls/c1", "/v1/calls/c1/stop"]
         assert await store.members("live:all") == {}

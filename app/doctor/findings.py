@@ -1,0 +1,103 @@
+"""What the doctor says: one finding per check, as lines for people or as JSON for programs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "warning", "error"]
+
+MARKS: dict[Level, str] = {"ok": "✓", "warning": "!", "error": "✗"}
+PLAIN_MARKS: dict[Level, str] = {"ok": "ok", "warning": "! ", "error": "X "}
+COLOURS: dict[Level, str] = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+RESET = "\x1b[0m"
+PLAIN = str.maketrans({"…": "...", "–": "-", "→": "->", "’": "'"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. `remedy`: what to do about it; empty: nothing. Neither text holds a secret."""
+
+    name: str
+    level: Level
+    detail: str
+    remedy: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong; a warning is not wrong."""
+        return self.level != "error"
+
+
+def fine(name: str, detail: str) -> Finding:
+    """Nothing to do."""
+    return Finding(name, "ok", detail)
+
+
+def warning(name: str, detail: str, remedy: str = "") -> Finding:
+    """Worth a look, or something that could not be found out."""
+    return Finding(name, "warning", detail, remedy)
+
+
+def wrong(name: str, detail: str, remedy: str) -> Finding:
+    """Must be mended."""
+    return Finding(name, "error", detail, remedy)
+
+
+def all_ok(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is wrong."""
+    return all(finding.ok for finding in findings)
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """One JSON object, in ASCII."""
+    checks = [
+        {
+            "name": finding.name,
+            "ok": finding.ok,
+            "level": finding.level,
+            "detail": finding.detail,
+            "remedy": finding.remedy,
+        }
+        for finding in findings
+    ]
+    return json.dumps({"ok": all_ok(findings), "checks": checks}, indent=2)
+
+
+def as_text(findings: Sequence[Finding], *, encoding: str, colour: bool) -> str:
+    """A line for each finding, and one that sums up. `encoding`: of the terminal; what it lacks is written in ASCII."""
+    lines = []
+    rich = _has(encoding, "".join(MARKS.values()) + "→")
+    marks = MARKS if rich else PLAIN_MARKS
+    for finding in findings:
+        mark = marks[finding.level]
+        if colour:
+            mark = f"{COLOURS[finding.level]}{mark}{RESET}"
+        remedy = f" → {finding.remedy}" if finding.remedy else ""
+        lines.append(f"{mark} " + _printable(f"{finding.name}: {finding.detail}{remedy}"))
+    lines.append(_summary(findings))
+    text = "\n".join(lines)
+    return text if rich else text.translate(PLAIN).encode(encoding, "replace").decode(encoding)
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    noted = f"{warnings} {'warning' if warnings == 1 else 'warnings'}" if warnings else ""
+    if not errors:
+        return f"Nothing is wrong; {noted}." if noted else "Nothing is wrong."
+    found = "1 thing is wrong" if errors == 1 else f"{errors} things are wrong"
+    return f"{found}; {noted}." if noted else f"{found}."
+
+
+def _printable(text: str) -> str:
+    """A line that stays one, whatever names and messages it repeats: no control character reaches the terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _has(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""Thousands of invented ids: OneInbox hears of few, and whoever has business is served."""
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+
+import jwt
+
+from app.sandbox.server import running_emulator
+from tests.integration.test_limits_support import LONG_CALLS, asked, running_broker_process
+
+ISSUER = "an issuer's secret of more than 32 characters"
+SETTINGS = {
+    "BROKER_AUTH": "jwt",
+    "BROKER_JWT_SECRET": ISSUER,
+    "BROKER_TRUSTED_PROXIES": "127.0.0.0/8",
+}
+IDS = 10_000
+CONNECTIONS = 20
+LONGEST_SECONDS = 10
+
+
+def signed(user: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {jwt.encode({'sub': user, 'exp': time.time() + 600}, ISSUER, 'HS256')}"}
+
+
+async def invent(host: str, port: int, number: int, until: float, told: Counter[str]) -> None:
+    """Ask for one invented call after the other, over one raw connection, each time from another address."""
+    reader, writer = await asyncio.open_connection(host, port)
+    user = signed(f"stranger-{number}")["Authorization"]
+    for _ in range(IDS // CONNECTIONS):
+        if asyncio.get_running_loop().time() > until:
+            break
+        address = f"198.51.{secrets.randbelow(256)}.{secrets.randbelow(256)}"
+        writer.write(
+            f"GET /calls/{secrets.token_hex(12)} HTTP/1.1\r\nHost: x\r\nAuthorization: {user}\r\n"
+            f"X-Forwarded-For: {address}\r\n\r\n".encode()
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        await reader.readexactly(length)
+        status = head.split()[1]
+        assert status == "404" or "retry-after: 1\r\n" in head
+        told[status] += 1
+    writer.close()
+
+
+async def test_invented_ids() -> None:
+    async with running_emulator(LONG_CALLS) as oneinbox, running_broker_process(oneinbox.url, **SETTINGS) as broker:
+        client, ann = broker.client, signed("ann")
+        known = [(await client.post("/session", json={}, headers=ann)).headers["location"] for _ in range(5)]
+        for path in known:
+            assert (await client.get(path, headers=ann)).status_code == 200
+        oneinbox.emulator.requests.clear()
+        told: Counter[str] = Counter()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        url = client.base_url
+        strangers = asyncio.gather(
+            *(invent(url.host, url.port or 0, n, began + LONGEST_SECONDS, told) for n in range(CONNECTIONS))
+        )
+        waits = []
+        while not strangers.done():
+            asking = loop.time()
+            answers = await asyncio.gather(
+                client.post("/session", json={}, headers=ann), *(client.get(path, headers=ann) for path in known)
+            )
+            waits.append(loop.time() - asking)
+            assert [answer.status_code for answer in answers] == [201] + [200] * len(known)
+            await asyncio.wait([strangers], timeout=0.2)
+        await strangers
+        seconds = loop.time() - began
+
+        mine = {path.removeprefix("/calls/") for path in known}
+        looks = sorted(r.at for r in asked(oneinbox.emulator, "get") if r.path.split("/")[3] not in mine)
+        busiest = max(sum(at <= later < at + 1 for later in looks) for at in looks)
+        print(
+            f"{told.total()} ids in {seconds:.1f} s: {len(looks)} looks, {busiest} in the busiest second; "
+            f"{len(waits)} sessions, the slowest {max(waits) * 1000:.0f} ms"
+        )
+        assert told.keys() == {"404", "503"}
+        assert told["404"] == len(looks)
+        # Twenty by the broker's clock; a look may be held up on its way.
+        assert busiest <= 22
+        assert len(looks) <= 20 * (seconds + 1)
+        assert max(waits) < 2

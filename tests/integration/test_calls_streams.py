@@ -1,0 +1,228 @@
+"""How streams end: by readers that go away, by logins that expire, and by the process going down."""
+
+import asyncio
+import ctypes
+import signal
+import socket
+import struct
+import time
+
+import httpx
+import jwt
+
+from app.sandbox.emulator import EmulatorOptions
+from app.sandbox.schemas import CallOverride
+from app.sandbox.server import running_emulator
+from tests.integration.test_calls_support import Watcher, memory, open_many
+from tests.integration.test_limits_support import (
+    LONG_CALLS,
+    PATIENCE,
+    BrokerProcess,
+    eventually,
+    running_broker_process,
+    running_broker_processes,
+)
+from tests.integration.valkey import running_valkey
+from tests.shapes import assert_problem
+
+ISSUER = "an issuer's secret of more than 32 characters"
+VANISHED_SECONDS = 20
+
+
+async def start(broker: BrokerProcess, **headers: str) -> str:
+    response = await broker.client.post("/session", json={}, headers=headers)
+    assert response.status_code == 201, response.text
+    path: str = response.headers["location"]
+    return path
+
+
+def url_of(broker: BrokerProcess) -> str:
+    return str(broker.client.base_url)
+
+
+async def ended(broker: BrokerProcess) -> int:
+    """Wait for the process; its exit status."""
+    return await asyncio.wait_for(broker.process.wait(), PATIENCE)
+
+
+async def test_a_closed_connection_frees_its_place_at_once() -> None:
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_process(oneinbox.url, BROKER_MAX_STREAMS="2") as broker,
+    ):
+        path = await start(broker)
+        for how in ("close", "reset", "half-close"):
+            watchers = [await Watcher.open(url_of(broker), path) for _ in range(2)]
+            for watcher in watchers:
+                await watcher.has("in_progress")
+            refused = await broker.client.get(f"{path}/events")
+            assert_problem(refused, "too-many-streams")
+            assert refused.headers["retry-after"] == "10"
+            for watcher in watchers:
+                connection = watcher.writer.get_extra_info("socket")
+                if how == "reset":
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if how == "half-close":
+                    watcher.writer.write_eof()
+                else:
+                    await watcher.hang_up()
+            assert await eventually(lambda: has_room(broker, path), within=2) < 2, how
+            for watcher in watchers:
+                await watcher.hang_up()
+
+
+async def has_room(broker: BrokerProcess, path: str) -> bool:
+    async with broker.client.stream("GET", f"{path}/events") as response:
+        return response.status_code == 200
+
+
+async def test_a_client_that_vanished_without_a_word_frees_its_place() -> None:
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_process(oneinbox.url, BROKER_MAX_STREAMS="1") as broker,
+    ):
+        path = await start(broker)
+        watcher = await Watcher.open(url_of(broker), path)
+        await watcher.has("in_progress")
+        make_deaf(watcher.writer.get_extra_info("socket").fileno())
+
+        seconds = await eventually(lambda: has_room(broker, path), within=VANISHED_SECONDS)
+
+        print(f"freed after {seconds:.1f} s")
+        await watcher.hang_up()
+
+
+def make_deaf(descriptor: int) -> None:
+    """Drop whatever arrives for a socket, as if its machine were gone: a filter that takes zero bytes (man 7 socket)."""
+    attach_filter = 26
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    with socket.socket(fileno=socket.dup(descriptor)) as same:
+        same.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
+
+
+async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
+    """Its states are large and many; what it does not read is not stored for it."""
+    options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+    async with (
+        running_emulator(options) as oneinbox,
+        running_broker_process(oneinbox.url, BROKER_EXPOSE="summary", BROKER_WEBHOOK_SECRET="x" * 30) as broker,
+    ):
+        path = await start(broker)
+        [call] = oneinbox.emulator.calls
+        reading = await Watcher.open(url_of(broker), path)
+        lazy = []
+        for _ in range(5):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((broker.client.base_url.host, broker.client.base_url.port))
+            connection.sendall(f"GET {path}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            lazy.append(connection)
+
+        async def tell(number: int) -> None:
+            summary = f"{number:04}" + "x" * 200_000
+            oneinbox.emulator.override(call, CallOverride(set={"ai_summary": summary}))
+            await broker.client.post(f"/webhooks/oneinbox/{'x' * 30}", json={"call_id": call.id})
+            await eventually(lambda: knows(number), within=10)
+
+        async def knows(number: int) -> bool:
+            return any(str(data.get("summary")).startswith(f"{number:04}") for _, _, _, data in reading.events)
+
+        for number in range(10):  # until all buffers on the way are full
+            await tell(number)
+        before = memory(broker.process.pid)
+        for number in range(10, 50):
+            await tell(number)
+        grown = memory(broker.process.pid) - before
+        print(f"{grown / 1024:.0f} KiB for 8 MB that five did not read")
+        assert grown < 10_000_000
+        oneinbox.emulator.override(call, CallOverride(status="completed"))
+        await reading.over()
+        for connection in lazy:
+            connection.close()
+
+
+async def test_a_stream_ends_with_its_token() -> None:
+    settings = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": ISSUER}
+    async with running_emulator(LONG_CALLS) as oneinbox, running_broker_process(oneinbox.url, **settings) as broker:
+        expires = time.time() + 3
+        signed = {"Authorization": f"Bearer {jwt.encode({'sub': 'ann', 'exp': expires}, ISSUER, 'HS256')}"}
+        path = await start(broker, **signed)
+
+        watcher = await Watcher.open(url_of(broker), path, signed)
+        await watcher.over(within=10)
+
+        assert 0 <= time.time() - expires < 1
+        assert watcher.clean and not watcher.ended
+        assert watcher.statuses == ["in_progress"]
+        assert_problem(await broker.client.get(path, headers=signed), "unauthenticated")
+
+
+async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -> None:
+    options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+    with running_valkey() as valkey:
+        settings = {"BROKER_STORE_URL": valkey.url, "BROKER_MAX_STREAMS": "1000"}
+        async with (
+            running_emulator(options) as oneinbox,
+            running_broker_processes(2, oneinbox.url, **settings) as (leaving, staying),
+        ):
+            path = await start(leaving)
+            watchers = await open_many(url_of(leaving), path, 200)
+            await asyncio.gather(*(watcher.has("in_progress") for watcher in watchers))
+
+            began = asyncio.get_running_loop().time()
+            leaving.process.send_signal(signal.SIGTERM)
+            await asyncio.gather(*(watcher.over(within=5) for watcher in watchers))
+            seconds = asyncio.get_running_loop().time() - began
+            print(f"200 streams ended within {seconds:.2f} s")
+            assert all(watcher.clean for watcher in watchers)
+            assert not any(watcher.ended for watcher in watchers)
+            # The call ends while everybody is on the way to the other replica.
+            [call] = oneinbox.emulator.calls
+            oneinbox.emulator.override(call, CallOverride(status="completed"))
+            assert await ended(leaving) == 0
+            back = [
+                await Watcher.open(url_of(staying), path, {"Last-Event-ID": watcher.last_id})
+                for watcher in watchers[:20]
+            ]
+            for watcher in back:
+                await watcher.over(within=5)
+                assert watcher.ended and watcher.statuses[-1] == "completed"
+            last = await Watcher.open(url_of(staying), path, {"Last-Event-ID": back[0].last_id})
+            assert last.status == 204
+            await last.hang_up()
+        assert [entry for entry in leaving.logs if entry.get("level") == "error"] == []
+
+
+async def test_draining_says_so_at_once_and_serves_on() -> None:
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_process(oneinbox.url, BROKER_DRAIN_SECONDS="2") as broker,
+    ):
+        path = await start(broker)
+        before = await Watcher.open(url_of(broker), path)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        broker.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: is_draining(broker), within=1)
+        # Each on a connection of its own: the listener is open.
+        async with httpx.AsyncClient(base_url=url_of(broker), timeout=PATIENCE) as fresh:
+            assert (await fresh.get("/healthz")).status_code == 200
+            assert (await fresh.post("/session")).status_code == 201
+            assert (await fresh.get(path)).status_code == 200
+        during = await Watcher.open(url_of(broker), path)
+        await during.has("in_progress")
+        assert not before.over_at and loop.time() - began < 2
+
+        for watcher in (before, during):
+            await watcher.over(within=5)
+            assert watcher.clean and not watcher.ended
+            assert 2 <= watcher.over_at - began < 4
+        assert await ended(broker) == 0
+
+
+async def is_draining(broker: BrokerProcess) -> bool:
+    response = await broker.client.get("/readyz")
+    if response.status_code == 200:
+        return False
+    assert (response.status_code, response.json()["status"]) == (503, "draining")
+    return True

@@ -1,0 +1,137 @@
+"""Watchers of calls over raw sockets, cheap enough for a thousand of them. Holds no test itself.
+
+watcher = await Watcher.open(url, path)
+await watcher.has("completed")
+await watcher.over()
+"""
+
+import asyncio
+import json
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+PATIENCE = 30
+
+
+@dataclass
+class Watcher:
+    """One open event stream. `events`: when each came, its name, its id and its data. `clean`: the last chunk came."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    events: list[tuple[float, str, str, Any]] = field(default_factory=list)
+    comments: int = 0
+    clean: bool = False
+    over_at: float = 0.0
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _task: "asyncio.Task[None] | None" = None
+
+    @classmethod
+    async def open(cls, url: str, path: str, headers: Mapping[str, str] | None = None) -> Self:
+        """Connect and read the head of the answer; a stream is then read in the background."""
+        host, _, port = url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        lines = [f"GET {path}/events HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in (headers or {}).items())]
+        writer.write("\r\n".join([*lines, "", ""]).encode())
+        watcher = cls(reader, writer)
+        async with asyncio.timeout(PATIENCE):
+            first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+        watcher.status = int(first.split()[1])
+        watcher.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}
+        if watcher.status == 200:
+            watcher._task = asyncio.create_task(watcher._read())
+        return watcher
+
+    @property
+    def statuses(self) -> list[str]:
+        """The states, in order."""
+        return [data["status"] for _, name, _, data in self.events if name == "call"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was told that the call is over."""
+        return bool(self.events) and self.events[-1][1] == "end"
+
+    @property
+    def last_id(self) -> str:
+        """What an EventSource sends when it comes back."""
+        return self.events[-1][2]
+
+    async def has(self, status: str, within: float = PATIENCE) -> float:
+        """Wait for a state; when it came."""
+        async with asyncio.timeout(within):
+            while True:
+                for at, name, _, data in self.events:
+                    if name == "call" and data["status"] == status:
+                        return at
+                await self._news.wait()
+
+    async def over(self, within: float = PATIENCE) -> None:
+        """Wait for the end of the stream."""
+        assert self._task is not None
+        async with asyncio.timeout(within):
+            await self._task
+
+    async def hang_up(self) -> None:
+        """Close the connection."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self.writer.close()
+
+    async def _read(self) -> None:
+        try:
+            while size := int(await self.reader.readline() or b"-1", 16):
+                if size < 0:
+                    break
+                self._take((await self.reader.readexactly(size + 2))[:-2])
+                self._news.set()
+                self._news = asyncio.Event()
+            else:
+                self.clean = await self.reader.readexactly(2) == b"\r\n"
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self.over_at = asyncio.get_running_loop().time()
+            self.writer.close()
+
+    def _take(self, chunk: bytes) -> None:
+        if chunk.startswith(b":"):
+            assert chunk == b": keep-alive\n\n"
+            self.comments += 1
+            return
+        name, event_id, data, *rest = chunk.decode().split("\n")
+        assert rest == ["", ""], chunk
+        now = asyncio.get_running_loop().time()
+        self.events.append(
+            (now, name.removeprefix("event: "), event_id.removeprefix("id: "), json.loads(data.removeprefix("data: ")))
+        )
+
+
+async def open_many(url: str, path: str, count: int, at_once: int = 50) -> list[Watcher]:
+    """So many watchers of one call."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one() -> Watcher:
+        async with places:
+            return await Watcher.open(url, path)
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+def room_for_sockets() -> None:
+    """A thousand connections need more file descriptors than some shells give; processes started later inherit them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 8192:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+
+
+def memory(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    with open(f"/proc/{pid}/status") as status:
+        [kilobytes] = [line.split()[1] for line in status if line.startswith("VmRSS:")]
+    return int(kilobytes) * 1024

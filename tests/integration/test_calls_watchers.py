@@ -1,0 +1,186 @@
+"""Many watchers, several replicas: what OneInbox is asked, and what every one of them is told."""
+
+import asyncio
+import time
+from collections import Counter
+
+from app.sandbox.emulator import EmulatorOptions
+from app.sandbox.faults import Latency
+from app.sandbox.schemas import CallOverride, RegisterWebhook
+from app.sandbox.server import running_emulator
+from tests.integration.test_calls_support import Watcher, memory, open_many, room_for_sockets
+from tests.integration.test_limits_support import asked, running_broker_process, running_broker_processes
+from tests.integration.valkey import running_valkey
+
+WATCHERS = 1000
+STREAMS = {"BROKER_MAX_STREAMS": "2000"}
+HOOK = "a-webhook-secret-of-the-tests-0123456789"
+STATES = ("queued", "initiated", "in_progress", "completed")
+
+
+async def test_a_thousand_watchers_of_one_call() -> None:
+    room_for_sockets()
+    options = EmulatorOptions(queued=3600, transcript_delay=0.2)
+    async with (
+        running_emulator(options) as oneinbox,
+        running_broker_process(oneinbox.url, **STREAMS, BROKER_EXPOSE="transcript") as broker,
+    ):
+        url, pid = str(broker.client.base_url), broker.process.pid
+        # Another call first: what the first stream costs, all others share.
+        warm = (await broker.client.post("/session", json={})).headers["location"]
+        await asyncio.gather(*(each.hang_up() for each in await open_many(url, warm, 20)))
+        path = (await broker.client.post("/session", json={})).headers["location"]
+        before = memory(pid)
+        oneinbox.emulator.requests.clear()
+        began = time.monotonic()
+
+        watchers = await open_many(url, path, WATCHERS)
+        assert Counter(watcher.status for watcher in watchers) == {200: WATCHERS}
+        call = oneinbox.emulator.calls.get(path.removeprefix("/calls/").split(".")[0])
+        assert call is not None
+        for status in STATES[1:]:
+            oneinbox.emulator.override(call, CallOverride(status=status))
+            await asyncio.sleep(2)  # as long as a state must last to be seen for sure
+            if status == "in_progress":
+                each = (memory(pid) - before) / WATCHERS
+        await asyncio.gather(*(watcher.over() for watcher in watchers))
+        seconds = time.monotonic() - began
+
+        polls = len([request for request in asked(oneinbox.emulator, "get") if call.id in request.path])
+        print(f"{polls / seconds:.2f} polls/s, {each / 1024:.1f} KiB per watcher, {seconds:.1f} s")
+        # Nobody missed anything, and everybody was let go.
+        seen = Counter(tuple(dict.fromkeys(watcher.statuses)) for watcher in watchers)
+        assert seen == {STATES: WATCHERS}
+        assert all(watcher.ended and watcher.clean for watcher in watchers)
+        assert all(watcher.events[-2][3]["transcript"] for watcher in watchers)
+        assert polls <= 1.2 * seconds
+        assert each < 60_000
+        # All places are free again.
+        again = await Watcher.open(url, path, {"Last-Event-ID": watchers[0].last_id})
+        assert again.status == 204
+        await again.hang_up()
+
+
+async def test_watchers_of_a_killed_replica_s_call_see_its_end_elsewhere() -> None:
+    options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+    with running_valkey() as valkey:
+        async with (
+            running_emulator(options) as oneinbox,
+            # Told apart by the host that each asks for.
+            running_broker_process(oneinbox.url, BROKER_STORE_URL=valkey.url, **STREAMS) as one,
+            running_broker_process(
+                oneinbox.url.replace("127.0.0.1", "localhost"), BROKER_STORE_URL=valkey.url, **STREAMS
+            ) as other,
+        ):
+            path = (await one.client.post("/session", json={})).headers["location"]
+            hosts = {"127.0.0.1": one, "localhost": other}
+            watchers = {host: await open_many(str(broker.client.base_url), path, 10) for host, broker in hosts.items()}
+            for each in (*watchers["127.0.0.1"], *watchers["localhost"]):
+                await each.has("in_progress")
+            # Slow enough to be killed in the middle of.
+            oneinbox.emulator.faults.add(Latency(operation="get", seconds=0.3, times=1))
+            oneinbox.emulator.requests.clear()
+            async with asyncio.timeout(10):
+                while not asked(oneinbox.emulator, "get"):
+                    await asyncio.sleep(0.01)
+            polling = asked(oneinbox.emulator, "get")[0].headers["host"].split(":")[0]
+            hosts[polling].process.kill()
+            [call] = oneinbox.emulator.calls
+            oneinbox.emulator.override(call, CallOverride(status="completed"))
+            killed = time.monotonic()
+
+            for each in watchers.pop(polling):
+                await each.over()
+                assert not each.ended and not each.clean
+            [left] = watchers.values()
+            await asyncio.gather(*(each.over() for each in left))
+            seconds = time.monotonic() - killed
+            print(f"the others saw the end after {seconds:.2f} s")
+            assert all(each.ended and each.statuses == ["in_progress", "completed"] for each in left)
+            # The dead one's lease (3 s), and a tick.
+            assert seconds < 5
+
+
+async def test_a_webhook_reaches_the_watchers_of_all_replicas_at_once() -> None:
+    # Calls that are ten minutes old: polled every five seconds.
+    options = EmulatorOptions(queued=3600, initiated=0, in_progress=3600, now=lambda: time.time() - 600)
+    loop = asyncio.get_running_loop()
+    with running_valkey() as valkey:
+        settings = {"BROKER_STORE_URL": valkey.url, "BROKER_WEBHOOK_SECRET": HOOK, **STREAMS}
+        async with (
+            running_emulator(options) as oneinbox,
+            running_broker_processes(2, oneinbox.url, **settings) as brokers,
+        ):
+            urls = [str(broker.client.base_url) for broker in brokers]
+            oneinbox.emulator.webhooks.register(
+                RegisterWebhook(
+                    name="x", url=f"{urls[0]}/webhooks/oneinbox/{HOOK}", events=["call.started", "call.ended"]
+                )
+            )
+            paths = [(await brokers[0].client.post("/session", json={})).headers["location"] for _ in range(25)]
+            watchers = {path: [await Watcher.open(url, path) for url in urls] for path in paths}
+            calls = {path: oneinbox.emulator.calls.get(path.split(".")[0][7:]) for path in paths}
+            took: list[float] = []
+            for path in paths:
+                call = calls[path]
+                assert call is not None
+                for status in ("in_progress", "completed"):
+                    changed = loop.time()
+                    oneinbox.emulator.override(call, CallOverride(status=status))
+                    took += [await watcher.has(status) - changed for watcher in watchers[path]]
+            for watcher in (each for both in watchers.values() for each in both):
+                await watcher.over()
+                assert watcher.ended
+                assert watcher.statuses == ["queued", "in_progress", "completed"]
+
+    took.sort()
+    print(f"p50 {took[len(took) // 2] * 1000:.0f} ms, p99 {took[-2] * 1000:.0f} ms, most {took[-1] * 1000:.0f} ms")
+    assert took[int(len(took) * 0.99) - 1] < 0.3
+
+
+async def test_the_store_may_die_in_the_middle_of_a_stream() -> None:
+    options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+    with running_valkey() as valkey:
+        settings = {"BROKER_STORE_URL": valkey.url, **STREAMS}
+        async with (
+            running_emulator(options) as oneinbox,
+            running_broker_processes(2, oneinbox.url, **settings) as brokers,
+        ):
+            path = (await brokers[0].client.post("/session", json={})).headers["location"]
+            watchers = [await Watcher.open(str(broker.client.base_url), path) for broker in brokers]
+            [call] = oneinbox.emulator.calls
+            valkey.kill()
+            oneinbox.emulator.override(call, CallOverride(status="new-without-the-store"))
+            for watcher in watchers:
+                await watcher.has("new-without-the-store", within=4)
+            valkey.restart()
+            oneinbox.emulator.override(call, CallOverride(status="new-with-it"))
+            for watcher in watchers:
+                await watcher.has("new-with-it", within=4)
+            oneinbox.emulator.override(call, CallOverride(status="completed"))
+            for watcher in watchers:
+                await watcher.over(within=5)
+                assert watcher.ended and watcher.clean
+                assert watcher.statuses == ["in_progress", "new-without-the-store", "new-with-it", "completed"]
+
+
+async def test_a_frozen_oneinbox_ends_no_stream() -> None:
+    """OneInbox answers nothing for a while: streams stay, and see the end later."""
+    options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
+    async with (
+        running_emulator(options) as oneinbox,
+        running_broker_process(oneinbox.url, ONEINBOX_TIMEOUT="0.5", **STREAMS) as broker,
+    ):
+        path = (await broker.client.post("/session", json={})).headers["location"]
+        watchers = await open_many(str(broker.client.base_url), path, 2)
+        oneinbox.emulator.faults.add(Latency(operation="get", seconds=2, times=1))
+        oneinbox.emulator.requests.clear()
+        async with asyncio.timeout(10):
+            while not asked(oneinbox.emulator, "get"):
+                await asyncio.sleep(0.01)
+        [call] = oneinbox.emulator.calls
+        oneinbox.emulator.override(call, CallOverride(status="completed"))
+        for watcher in watchers:
+            await watcher.over()
+            assert watcher.ended and watcher.statuses == ["in_progress", "completed"]
+        assert [entry["event"] for entry in broker.logs if entry.get("level") == "warning"].count("watch_slowed") == 1

@@ -1,0 +1,116 @@
+"""`webhook register`, `list` and `remove`, against the emulated OneInbox."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from app.config import SettingsError
+from app.oneinbox.errors import OneInboxError
+from app.operator import WebhookOperator, operate_webhooks
+from app.sandbox.schemas import RegisterWebhook
+from app.sandbox.server import RunningEmulator, running_emulator
+from tests.integration.processes import Finished, run
+from tests.integration.test_limits_support import LONG_CALLS, environ_of, settings_of
+
+SECRET = "webhook-secret-of-the-tests-0123456789"
+SETTINGS = {"BROKER_PUBLIC_URL": "https://broker.example/voice", "BROKER_WEBHOOK_SECRET": SECRET}
+ADDRESS = "https://broker.example/voice/webhooks/oneinbox/"
+
+
+@pytest.fixture
+async def oneinbox() -> AsyncIterator[RunningEmulator]:
+    async with running_emulator(LONG_CALLS) as emulator:
+        yield emulator
+
+
+async def command(url: str, cwd: Path, *arguments: str, **changes: str) -> Finished:
+    """Run `webhook …` in a process of its own; a change to nothing takes a setting away."""
+    environ = {name: value for name, value in environ_of(url, {**SETTINGS, **changes}).items() if value}
+    done = await asyncio.to_thread(run, "webhook", *arguments, cwd=cwd, environ=environ)
+    assert SECRET not in done.out + done.err
+    assert LONG_CALLS.api_key not in done.out + done.err
+    assert "Traceback" not in done.out + done.err
+    return done
+
+
+async def do(url: str, what: str, *arguments: str, **changes: str) -> str:
+    """The same in this process; what it would print."""
+
+    async def work(operator: WebhookOperator) -> str:
+        said: str = await getattr(operator, what)(*arguments)
+        return said
+
+    said = await operate_webhooks(settings_of(url, {**SETTINGS, **changes}), work)
+    assert SECRET not in said
+    return said
+
+
+async def test_register_list_and_remove(oneinbox: RunningEmulator, tmp_path: Path) -> None:
+    registered = await command(oneinbox.url, tmp_path, "register")
+
+    [kept] = list(oneinbox.emulator.webhooks)
+    assert kept.url == ADDRESS + SECRET
+    assert {"call.ended", "call.started", "call.failed"} <= set(kept.events)
+    assert (registered.code, registered.err) == (0, "")
+    assert registered.out == f"Registered: {kept.id}  {ADDRESS}…  active\n"
+    again = await do(oneinbox.url, "register")
+    assert again == f"Registered already: {kept.id}  {ADDRESS}…  active"
+    assert len(list(oneinbox.emulator.webhooks)) == 1
+
+    oneinbox.emulator.webhooks.register(RegisterWebhook(name="x", url="https://other.example/hook", events=[]))
+    ours, other = (await do(oneinbox.url, "list")).splitlines()
+    assert ours == f"{kept.id}  {ADDRESS}…  active"
+    assert "https://other.example/hook" in other
+
+    # A secret that is no longer ours is not shown either.
+    renewed = await do(oneinbox.url, "list", BROKER_WEBHOOK_SECRET="another-" + SECRET[::-1])
+    assert SECRET not in renewed
+    assert await do(oneinbox.url, "remove", kept.id) == f"Removed: {kept.id}"
+    assert [each.url for each in oneinbox.emulator.webhooks] == ["https://other.example/hook"]
+    with pytest.raises(OneInboxError):
+        await do(oneinbox.url, "remove", kept.id)
+
+
+async def test_no_webhook_at_all(oneinbox: RunningEmulator) -> None:
+    assert await do(oneinbox.url, "list") == "There are no webhooks."
+
+
+async def test_missing_settings_are_lines_and_exit_2(oneinbox: RunningEmulator, tmp_path: Path) -> None:
+    missing = await command(oneinbox.url, tmp_path, "list", BROKER_PUBLIC_URL="", BROKER_WEBHOOK_SECRET="")
+
+    assert (missing.code, missing.out) == (2, "")
+    lines = [line.partition(":")[0] for line in missing.err.splitlines()]
+    assert lines == ["BROKER_PUBLIC_URL", "BROKER_WEBHOOK_SECRET"]
+    assert not oneinbox.emulator.requests
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+async def test_one_missing_setting_is_named(name: str, oneinbox: RunningEmulator) -> None:
+    environ = environ_of(oneinbox.url, {other: value for other, value in SETTINGS.items() if other != name})
+    with pytest.raises(SettingsError) as caught:
+        await operate_webhooks(settings_of(oneinbox.url, environ), lambda operator: operator.register())
+
+    [line] = caught.value.lines
+    assert line.startswith(f"{name}: ")
+    assert SECRET not in line
+
+
+async def test_oneinbox_may_refuse(oneinbox: RunningEmulator, tmp_path: Path) -> None:
+    refused = await command(oneinbox.url, tmp_path, "register", ONEINBOX_API_KEY="oi_sk_wrong")
+
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == "OneInbox answered 401\n"
+    with pytest.raises(OneInboxError, match="cannot be reached"):
+        await do("http://127.0.0.1:1", "list")
+    assert not list(oneinbox.emulator.webhooks)
+
+
+@pytest.mark.parametrize("webhook_id", ["../calls", "a/b", "%2e%2e", "..", "?x", "#", " ", "ü", "x" * 1000])
+async def test_an_odd_id_reaches_no_other_route(webhook_id: str, oneinbox: RunningEmulator) -> None:
+    with pytest.raises(OneInboxError):
+        await do(oneinbox.url, "remove", webhook_id)
+
+    for request in oneinbox.emulator.requests:
+        assert request.method == "DELETE" and request.path.startswith("/v1/webhooks/"), request.path

@@ -1,0 +1,154 @@
+"""Whether whoever asked is still there: known at once, and by this very moment."""
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from app.sessions.caller import Caller
+
+GONE = {"type": "http.disconnect"}
+MORE = {"type": "http.request", "body": b"", "more_body": False}
+
+
+class Server:
+    """The server's end of a request, as uvicorn has it: `receive` waits for news; the end is said again and again."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.messages: list[dict[str, Any]] = []
+        self.waiting = 0
+        self._news = asyncio.Event()
+
+    def hang_up(self) -> None:
+        self.gone = True
+        self._news.set()
+
+    def say(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        self._news.set()
+
+    async def receive(self) -> dict[str, Any]:
+        self.waiting += 1
+        try:
+            while not self.messages and not self.gone:
+                await self._news.wait()
+                self._news.clear()
+            if self.messages:
+                return self.messages.pop(0)
+            return GONE
+        finally:
+            self.waiting -= 1
+
+
+async def turn() -> None:
+    """Let every task that can do something do it."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_a_caller_who_stays_is_there() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    assert not caller.has_gone()
+    with caller.watched():
+        await turn()
+        assert not caller.has_gone()
+    assert not caller.has_gone()
+
+
+async def test_a_hang_up_is_known_by_this_moment_and_not_by_the_last_turn() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    with caller.watched():
+        await turn()
+        server.hang_up()
+        assert caller.has_gone(), "no task has had a turn since"
+
+
+async def test_a_hang_up_is_known_without_a_watch() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    server.hang_up()
+    assert caller.has_gone()
+
+
+async def test_who_has_gone_stays_gone() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    with caller.watched():
+        server.hang_up()
+        await turn()
+        server.gone = False
+        assert caller.has_gone()
+    assert caller.has_gone()
+
+
+async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    with caller.watched():
+        server.say(MORE)
+        server.say(MORE)
+        await turn()
+        assert not caller.has_gone()
+        server.say(MORE)
+        assert not caller.has_gone()
+        server.hang_up()
+        await turn()
+        assert caller.has_gone()
+
+
+async def test_asking_often_leaves_nobody_waiting_and_takes_no_news_from_the_watch() -> None:
+    server = Server()
+    caller = Caller(server.receive)
+    with caller.watched():
+        await turn()
+        for _ in range(100):
+            assert not caller.has_gone()
+        assert server.waiting == 1, "the watch alone"
+        server.hang_up()
+        await turn()
+        assert server.waiting == 0
+        assert caller.has_gone()
+
+
+async def test_the_watch_ends_with_its_context() -> None:
+    server = Server()
+    before = asyncio.all_tasks()
+    with caller_watched(server):
+        await turn()
+        assert len(asyncio.all_tasks() - before) == 1
+    await turn()
+    assert asyncio.all_tasks() == before
+    assert server.waiting == 0
+
+
+async def test_the_watch_ends_with_its_context_whatever_happens_there() -> None:
+    before = asyncio.all_tasks()
+
+    async def handle() -> None:
+        with caller_watched(Server()):
+            await turn()
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        await handle()
+    await turn()
+    assert asyncio.all_tasks() == before
+
+
+async def test_nothing_is_left_to_complain_about() -> None:
+    """No coroutine that was never awaited, no task that was never asked for its exception: warnings are errors."""
+    server = Server()
+    caller = Caller(server.receive)
+    with caller.watched():
+        caller.has_gone()
+    await turn()
+    del caller, server
+    gc.collect()
+
+
+def caller_watched(server: Server) -> Any:
+    return Caller(server.receive).watched()

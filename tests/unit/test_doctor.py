@@ -1,0 +1,373 @@
+"""`doctor` against canned answers of OneInbox and of an identity provider."""
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import respx
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from app.doctor import Finding, as_json, diagnose
+from app.doctor import diagnosis as module
+from app.doctor.bounded import within
+from app.doctor.findings import fine
+from tests.harness import API_KEY, ENVIRON, Upstream
+
+NOW = 1_800_000_000.0
+JWKS = "https://login.example/jwks.json?token=hush"
+OIDC = {
+    "BROKER_AUTH": "jwt",
+    "BROKER_JWT_JWKS_URL": JWKS,
+    "BROKER_JWT_ISSUER": "https://login.example",
+    "BROKER_JWT_AUDIENCE": "broker",
+}
+EVERY_CHECK = [
+    *("settings", "agents file", "key", "oneinbox", "agents", "clock", "store", "logins"),
+    *("allowed origins", "trusted proxies", "variables", "limits", "secret", "open files"),
+]
+
+
+async def examine(
+    upstream: httpx.AsyncBaseTransport, given: Mapping[str, str] | None = None, **options: Any
+) -> dict[str, Finding]:
+    """The findings by name; of several under one name the first. None holds the key."""
+    findings = await diagnose(
+        {**ENVIRON, **(given or {})}, None, transport=upstream, **{"now": lambda: NOW + 0.5, **options}
+    )
+    assert API_KEY not in as_json(findings)
+    assert "hush" not in as_json(findings)
+    return {finding.name: finding for finding in reversed(findings)}
+
+
+def answers(upstream: Upstream, status: int = 200, ahead: float = 0, **more: Any) -> None:
+    """Have OneInbox list calls this way, by a clock that is so many seconds ahead."""
+    upstream.router.get("/v1/calls").respond(
+        status, headers={"Date": formatdate(NOW + ahead, usegmt=True)}, **{"json": {"items": []}, **more}
+    )
+
+
+async def test_all_is_well(upstream: Upstream) -> None:
+    answers(upstream)
+    found = await diagnose(ENVIRON, None, transport=upstream, now=lambda: NOW)
+    assert [finding.name for finding in found] == EVERY_CHECK
+    assert all(finding.ok for finding in found)
+    assert {finding.name: finding.level for finding in found} | {"open files": "ok"} == dict.fromkeys(
+        EVERY_CHECK, "ok"
+    ) | dict.fromkeys(["store", "allowed origins", "variables", "secret"], "warning")
+    assert all(finding.remedy for finding in found if finding.level != "ok")
+
+
+async def test_it_only_reads(upstream: Upstream) -> None:
+    await examine(upstream)
+    assert {(request.method, request.url.path) for request in upstream.requests} == {("GET", "/v1/calls")}
+    assert all(request.url.params["limit"] == "1" for request in upstream.requests)
+
+
+async def test_wrong_settings_are_findings(upstream: Upstream) -> None:
+    environ = {"ONEINBOX_API_KEY": "oi_pk_hush", "BROKER_SESSION_LIMTS": "5/minute"}
+    found = await diagnose(environ, None, transport=upstream)
+    assert [(finding.name, finding.level) for finding in found] == [
+        *[("settings", "error")] * 3,
+        ("the rest", "warning"),
+    ]
+    assert {finding.detail.partition(":")[0] for finding in found[:3]} == {
+        "ONEINBOX_API_KEY",
+        "ONEINBOX_AGENT_ID",
+        "BROKER_SESSION_LIMTS",
+    }
+    assert any("the nearest is BROKER_SESSION_LIMITS" in finding.detail for finding in found)
+    assert "hush" not in as_json(found)
+    assert upstream.requests == []
+
+
+async def test_settings_come_from_the_environment_and_env_file(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ONEINBOX_API_KEY", API_KEY)
+    (tmp_path / ".env").write_text("ONEINBOX_AGENT_ID=agt_test\n")
+    found = await diagnose(transport=upstream)
+    assert found[0] == fine("settings", "none is wrong")
+
+
+async def test_agents_file_and_keys_are_checked_both(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "agents.toml"
+    file.write_text('[agents.support]\nagent_id = "agt_1"\ncolour = "red"\n')
+    environ = {
+        "ONEINBOX_API_KEY": API_KEY,
+        "BROKER_AGENTS_FILE": str(file),
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_PUBLIC_KEY": "no key",
+    }
+    found = {finding.name: finding for finding in reversed(await diagnose(environ, None, transport=upstream))}
+    assert not found["agents file"].ok
+    assert "colour" in found["agents file"].detail
+    assert found["agents"].detail == "not checked, as the agents file cannot be read"
+    wrong = [finding for finding in await diagnose(environ, None, transport=upstream) if not finding.ok]
+    assert any("BROKER_JWT_PUBLIC_KEY" in finding.detail for finding in wrong)
+
+
+async def test_agents_file_is_told(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "agents.toml"
+    file.write_text("".join(f'[agents.a{number}]\nagent_id = "agt_{number}"\n' for number in range(12)))
+    given = {"ONEINBOX_AGENT_ID": "", "BROKER_AGENTS_FILE": str(file)}
+    found = await examine(upstream, given)
+    assert found["agents file"].detail.endswith("a9 and 2 more")
+
+
+async def test_a_key_of_another_shape(upstream: Upstream) -> None:
+    found = await examine(upstream, {"ONEINBOX_API_KEY": "sk_live_7"})
+    assert found["key"].level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("status", "level", "words"),
+    [
+        (401, "error", "ONEINBOX_API_KEY"),
+        (402, "error", "top the account up"),
+        (403, "error", "full access"),
+        (404, "error", "ONEINBOX_BASE_URL"),
+        (307, "error", "try again"),
+        (500, "error", "try again"),
+        (429, "warning", "try again in 5 s"),
+    ],
+)
+async def test_what_oneinbox_refuses(upstream: Upstream, status: int, level: str, words: str) -> None:
+    answers(upstream, status, json={"detail": f"Bearer {API_KEY}"})
+    found = await examine(upstream)
+    assert found["oneinbox"].level == level
+    assert words in found["oneinbox"].remedy
+    assert found["agents"].detail == "not checked, as OneInbox did not list calls"
+    assert found["clock"].level == "ok"
+
+
+async def test_an_answer_that_is_no_list(upstream: Upstream) -> None:
+    answers(upstream, json={"hello": API_KEY})
+    assert not (await examine(upstream))["oneinbox"].ok
+
+
+@pytest.mark.parametrize(
+    ("ahead", "level", "words"),
+    [
+        (0, "ok", "agrees"),
+        (20, "ok", "20 s behind"),
+        (-20, "ok", "20 s ahead of"),
+        (45, "error", "45 s behind"),
+        (-3600, "error", "3600 s ahead of"),
+    ],
+)
+async def test_clock(upstream: Upstream, ahead: float, level: str, words: str) -> None:
+    answers(upstream, ahead=ahead)
+    finding = (await examine(upstream))["clock"]
+    assert finding.level == level
+    assert words in finding.detail
+
+
+@pytest.mark.parametrize("date", [None, "yesterday"])
+async def test_no_time_to_compare(upstream: Upstream, date: str | None) -> None:
+    upstream.router.get("/v1/calls").respond(json={"items": []}, headers={"Date": date} if date else {})
+    assert (await examine(upstream))["clock"].level == "warning"
+
+
+async def test_agents_with_and_without_calls(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "agents.toml"
+    file.write_text('[agents.old]\nagent_id = "agt_old"\n[agents.new]\nagent_id = "agt_new"\n')
+    upstream.router.get("/v1/calls", params={"agent_id": "agt_old"}).respond(json={"items": [{"id": "call_1"}]})
+    upstream.router.get("/v1/calls", params={"agent_id": "agt_new"}).respond(json={"items": []})
+    # The more particular routes first.
+    upstream.router.routes._routes.sort(key=lambda route: "agent_id" not in str(route.pattern))
+    given = {"ONEINBOX_AGENT_ID": "", "BROKER_AGENTS_FILE": str(file)}
+    finding = (await examine(upstream, given))["agents"]
+    assert finding == fine("agents", "old had calls; whether OneInbox knows new, only a first call tells")
+
+
+@pytest.mark.parametrize(("status", "level"), [(422, "warning"), (404, "warning"), (500, "ok")])
+async def test_an_agent_that_oneinbox_refuses(status: int, level: str) -> None:
+    class Choosy(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            chosen = status if "agent_id" in request.url.params else 200
+            return httpx.Response(chosen, stream=httpx.ByteStream(b'{"items": []}'))
+
+    assert (await examine(Choosy()))["agents"].level == level
+
+
+class Broken(httpx.AsyncBaseTransport):
+    """Fails in a way of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        raise self.error
+
+
+def caused(error: Exception, *causes: BaseException) -> Exception:
+    """An error with its chain of causes."""
+    last: BaseException = error
+    for cause in causes:
+        last.__cause__ = cause
+        last = cause
+    return error
+
+
+async def test_why_it_cannot_be_reached() -> None:
+    error = caused(httpx.ConnectError(API_KEY), OSError(API_KEY), ConnectionRefusedError(API_KEY))
+    found = await examine(Broken(error))
+    assert found["oneinbox"].detail == "cannot be reached (ConnectError): nobody listens there"
+    assert "ONEINBOX_BASE_URL" in found["oneinbox"].remedy
+    assert found["clock"].level == "warning"
+    assert (await examine(Broken(httpx.ConnectError(API_KEY))))["oneinbox"].detail == "cannot be reached (ConnectError)"
+
+
+async def test_a_check_that_fails_itself_says_so_without_its_message() -> None:
+    found = await examine(Broken(RuntimeError(API_KEY)))
+    for name in ("oneinbox", "agents", "clock"):
+        assert found[name].detail == "the check itself failed (RuntimeError)"
+    assert found["store"].level == "warning"
+
+
+async def test_it_comes_to_an_end() -> None:
+    class Silent(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    found = await examine(Silent(), deadline=0.05)
+    for name in ("oneinbox", "agents", "clock"):
+        assert found[name].detail.startswith("no result within")
+    assert found["oneinbox"].remedy
+    found = await examine(Silent(), {"ONEINBOX_TIMEOUT": "0.05"})
+    assert found["oneinbox"].detail == "did not answer in time"
+
+
+async def test_checks_that_do_not_depend_run_at_once() -> None:
+    met: list[str] = []
+    both = asyncio.Event()
+
+    async def work(name: str) -> list[Finding]:
+        met.append(name)
+        if len(met) == 2:
+            both.set()
+        await both.wait()
+        return [fine(name, "")]
+
+    await asyncio.gather(within(5, work("a"), ["a"]), within(5, work("b"), ["b"]))
+    assert met == ["a", "b"]
+
+
+def test_time_in_all() -> None:
+    """Two answers of OneInbox in a row, or a key set, or the store."""
+    assert 2 * module.LONGEST_ANSWER < module.DEADLINE < 20
+
+
+# Logins
+
+
+@pytest.fixture
+def issuer() -> Iterator[respx.MockRouter]:
+    with respx.mock as router:
+        yield router
+
+
+def key(**changes: Any) -> dict[str, Any]:
+    """A published key."""
+    made: dict[str, Any] = ECAlgorithm.to_jwk(ec.generate_private_key(ec.SECP256R1()).public_key(), as_dict=True)
+    return made | changes
+
+
+async def test_keys_of_the_issuer(upstream: Upstream, issuer: respx.MockRouter) -> None:
+    answers(upstream)
+    route = issuer.get(JWKS).respond(json={"keys": [key(), key(kty="oct"), key(use="enc")]})
+    found = await examine(upstream, OIDC)
+    assert found["logins"] == fine("logins", "1 usable key behind BROKER_JWT_JWKS_URL, for ES256")
+    assert route.call_count == 1
+    issuer.get(JWKS).respond(json={"keys": [key(), key()]})
+    assert (await examine(upstream, OIDC))["logins"].detail.startswith("2 usable keys")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (httpx.Response(404, text="hush"), "answers no keys: status 404"),
+        (httpx.Response(302, headers={"Location": "https://evil.example/hush"}), "answers no keys: status 302"),
+        (httpx.Response(200, text="<html>hush"), "answers no JSON"),
+        (httpx.Response(200, json={"keys": [key(kty="oct", k="hush")]}), "answers no keys: no usable key"),
+        (httpx.ConnectError("hush"), "cannot be read (ConnectError)"),
+        (httpx.ReadTimeout("hush"), "cannot be read (ReadTimeout)"),
+        (TimeoutError("hush"), "no answer within 5 s"),
+    ],
+)
+async def test_no_keys_of_the_issuer(
+    upstream: Upstream, issuer: respx.MockRouter, answer: httpx.Response | Exception, words: str
+) -> None:
+    answers(upstream)
+    route = issuer.get(JWKS)
+    if isinstance(answer, Exception):
+        route.mock(side_effect=answer)
+    else:
+        route.mock(return_value=answer)
+    finding = (await examine(upstream, OIDC))["logins"]
+    assert not finding.ok
+    assert words in finding.detail
+    assert "BROKER_JWT_JWKS_URL" in finding.remedy
+
+
+async def test_algorithms_that_do_not_fit(upstream: Upstream) -> None:
+    environ = ENVIRON | OIDC | {"BROKER_JWT_ALGORITHMS": "HS256"}
+    found = await diagnose(environ, None, transport=upstream)
+    assert [finding.level for finding in found if finding.name == "logins"] == ["warning"]
+    assert any("HS256" in finding.detail for finding in found if not finding.ok)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "by address"),
+        ({"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "hush" * 8}, "configured key"),
+        ({"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}, "X-Forwarded-User"),
+    ],
+)
+async def test_logins_without_an_issuer(upstream: Upstream, changes: dict[str, str], words: str) -> None:
+    finding = (await examine(upstream, changes))["logins"]
+    assert finding.level == "ok"
+    assert words in finding.detail
+
+
+# The store
+
+
+@pytest.mark.parametrize(
+    ("about", "level", "words"),
+    [
+        ({"valkey_version": "9.1.0", "redis_version": "7.2.4"}, "ok", "Valkey 9.1.0, reads"),
+        ({"redis_version": "6.2.0", "redis_mode": "standalone"}, "ok", "Redis 6.2.0, reads"),
+        ({"redis_version": "5.0.14"}, "error", "too old"),
+        ({"redis_version": "unstable"}, "ok", "Redis unstable"),
+        ({"redis_version": "7.2.4", "redis_mode": "cluster"}, "error", "cluster"),
+        ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "warning", "allkeys-lru"),
+        ({}, "ok", "its version is not told"),
+    ],
+)
+def test_what_the_store_says_of_itself(about: dict[str, str], level: str, words: str) -> None:
+    finding = module._fit("store", about, 0.4)
+    assert finding.level == level
+    assert words in finding.detail
+
+
+async def test_a_store_address_that_is_none(upstream: Upstream) -> None:
+    given = {"BROKER_STORE_URL": "redis://:hush@host:port", "BROKER_SECRET": "s" * 32}
+    finding = (await examine(upstream, given))["store"]
+    assert not finding.ok
+    assert "BROKER_STORE_URL" in finding.detail
+
+
+async def test_json_of_a_whole_examination(upstream: Upstream) -> None:
+    found = await diagnose(ENVIRON, None, transport=upstream)
+    document = json.loads(as_json(found))
+    assert document["ok"] is True
+    assert all(check.keys() == {"name", "ok", "level", "detail", "remedy"} for check in document["checks"])

@@ -1,0 +1,84 @@
+"""Settings that are allowed and worth a second thought."""
+
+import resource
+
+import pytest
+
+from app.doctor.prudence import cautions, review
+from tests.harness import settings
+
+QUIET = {
+    "BROKER_ALLOWED_ORIGINS": "https://www.example.com",
+    "BROKER_ALLOWED_VARIABLES": "customer_name",
+    "BROKER_SECRET": "s" * 32,
+    "BROKER_STORE_URL": "redis://127.0.0.1:1",
+    "BROKER_MAX_WAITING": "1",
+    "BROKER_MAX_STREAMS_TOTAL": "1",
+}
+
+
+def levels(**changes: str) -> dict[str, str]:
+    """What is not ok, by name."""
+    return {finding.name: finding.level for finding in review(settings(QUIET | changes)) if finding.level != "ok"}
+
+
+def test_nothing_to_say() -> None:
+    assert levels() == {}
+    assert cautions(settings(QUIET), "127.0.0.1") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"BROKER_ALLOWED_ORIGINS": ""}, {"allowed origins": "warning"}),
+        ({"BROKER_ALLOWED_ORIGINS": "*"}, {"allowed origins": "warning"}),
+        ({"BROKER_ALLOWED_ORIGINS": "https://a.example,http://b.example"}, {"allowed origins": "warning"}),
+        ({"BROKER_ALLOWED_ORIGINS": "http://localhost:*,http://[::1]:3000"}, {}),
+        ({"BROKER_TRUSTED_PROXIES": "10.0.0.0/8,fc00::/7,203.0.113.0/24"}, {}),
+        ({"BROKER_TRUSTED_PROXIES": "10.0.0.0/8,0.0.0.0/0"}, {"trusted proxies": "error"}),
+        ({"BROKER_TRUSTED_PROXIES": "::/0"}, {"trusted proxies": "error"}),
+        ({"BROKER_TRUSTED_PROXIES": "0.0.0.0/1,128.0.0.0/1"}, {"trusted proxies": "warning"}),
+        ({"BROKER_TRUSTED_PROXIES": "2000::/3"}, {"trusted proxies": "warning"}),
+        ({"BROKER_PUBLIC_URL": "https://voice.example"}, {"trusted proxies": "warning"}),
+        ({"BROKER_PUBLIC_URL": "https://voice.example", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
+        ({"BROKER_ALLOWED_VARIABLES": "*"}, {"variables": "warning"}),
+        ({"BROKER_ALLOWED_VARIABLES": ""}, {}),
+        ({"BROKER_LIMITS_MODE": "observe"}, {"limits": "warning"}),
+        ({"BROKER_SECRET": "", "BROKER_STORE_URL": ""}, {"secret": "warning"}),
+    ],
+)
+def test_second_thoughts(changes: dict[str, str], expected: dict[str, str]) -> None:
+    assert levels(**changes) == expected
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(102, {"open files": "warning"}), (103, {}), (-1, {})])
+def test_open_files(monkeypatch: pytest.MonkeyPatch, allowed: int, expected: dict[str, str]) -> None:
+    def limits(_: int) -> tuple[int, int]:
+        return allowed, allowed
+
+    monkeypatch.setattr(resource, "getrlimit", limits)
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    assert levels() == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "changes", "warned"),
+    [
+        ("0.0.0.0", {}, True),
+        ("::", {}, True),
+        ("127.0.0.1", {}, False),
+        ("::1", {}, False),
+        ("localhost", {}, False),
+        ("0.0.0.0", {"BROKER_CHALLENGE_SECRET": "secret"}, False),
+        ("0.0.0.0", {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "x" * 32}, False),
+    ],
+)
+def test_a_public_broker_without_logins(host: str, changes: dict[str, str], warned: bool) -> None:
+    names = [caution.name for caution in cautions(settings(QUIET | changes), host)]
+    assert names == (["anonymous_and_public"] if warned else [])
+
+
+def test_memory_is_a_caution() -> None:
+    (caution,) = cautions(settings(QUIET | {"BROKER_STORE_URL": "memory://"}), "127.0.0.1")
+    assert caution.name == "store"
+    assert "a restart forgets" in caution.detail

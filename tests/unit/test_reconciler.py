@@ -1,0 +1,642 @@
+"""Lost answers: looked for at set times, found by what the broker wrote, stopped; and nobody else's call ever."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from app.limits import LiveCalls, Reconciler, Start, TalkTime
+from app.limits.live import SWEEP_SECONDS, UNSTOPPED
+from app.limits.reconciler import MOST_FETCHES, MOST_PAGES, PAGE, SCAN_AFTER
+from app.limits.starts import ALL_CALLS
+from app.oneinbox import OneInbox
+from app.sandbox.calls import Call
+from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
+from app.sandbox.faults import Hang, Operation, Status
+from app.sandbox.schemas import StartCall
+from app.store import Slot, StoreUnavailable
+from app.store.memory import MemoryStore
+from tests.conftest import Logs
+from tests.harness import ONEINBOX
+from tests.unit.test_calls_support import in_own_time
+
+DATE = 1_800_000_000.0
+AGENTS = {"main": "agt_main", "side": "agt_side"}
+OWNER = "a-pseudonym"
+TIMEOUT, LEASE = 15.0, 3900.0
+LATEST = TIMEOUT + 300
+"""Seconds after its POST by which a call may be dated, by OneInbox's clock."""
+
+
+class Losable(MemoryStore):
+    """A store that can go away: then, as FailoverStore has it, sets are answered locally and values not at all."""
+
+    gone = False
+
+    async def get(self, name: str) -> bytes | None:
+        self._check()
+        return await super().get(name)
+
+    async def set(self, name: str, value: bytes, ttl: float) -> None:
+        self._check()
+        await super().set(name, value, ttl)
+
+    async def delete(self, name: str, expected: bytes | None = None) -> bool:
+        self._check()
+        return await super().delete(name, expected)
+
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+        self._check()
+        await super().push(name, value, keep=keep, ttl=ttl)
+
+    def _check(self) -> None:
+        if self.gone:
+            raise StoreUnavailable
+
+
+@dataclass
+class Books:
+    """One replica's part in it."""
+
+    live: LiveCalls
+    reconciler: Reconciler
+
+    async def sweep(self) -> None:
+        """One round of the sweep."""
+        self.reconciler.lose_old(await self.live.sweep())
+
+
+@dataclass
+class House:
+    """One OneInbox and one store, and replicas in front of them, in the event loop's own time."""
+
+    list_metadata: bool = True
+    store: Losable = field(init=False)
+    emulator: Emulator = field(init=False)
+    oneinbox: OneInbox = field(init=False)
+    first: Books = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = EmulatorOptions(
+            agents=tuple(AGENTS.values()), in_progress=1e6, list_metadata=self.list_metadata, now=self.now
+        )
+        account = create_emulator(options)
+        self.emulator = account.state.emulator
+        self.store = Losable(asyncio.get_running_loop().time)
+        key = SecretStr(options.api_key)
+        transport = httpx.ASGITransport(account)
+        self.oneinbox = OneInbox(ONEINBOX, key, transport, timeout=TIMEOUT, connect_timeout=1)
+        self.first = self.replica()
+
+    @staticmethod
+    def now() -> float:
+        """Unix time, OneInbox's and the broker's."""
+        return DATE + asyncio.get_running_loop().time()
+
+    def replica(self) -> Books:
+        """One more process."""
+        talk = TalkTime(self.store, minutes=None, minutes_total=None, now=self.now)
+        live = LiveCalls(self.store, self.oneinbox, talk, max_seconds=3600, join_timeout=0, lease=LEASE, now=self.now)
+        return Books(live, Reconciler(self.oneinbox, live, agent_ids=AGENTS, timeout=TIMEOUT, now=self.now))
+
+    async def reserve(self, name: str, agent: str = "main") -> Start:
+        """A POST is about to be sent; its slots are taken."""
+        start = Start(name, int(self.now()), agent, "ann", OWNER)
+        await self.store.decide([], [Slot(each, None) for each in start.sets], member=start.member, lease=LEASE)
+        return start
+
+    def arrives(self, start: Start, **changes: Any) -> Call:
+        """OneInbox starts the call; its answer is nobody's business here."""
+        metadata = {"broker_user": start.owner, "broker_request_id": start.request_id, **changes}
+        return self.emulator.calls.start(StartCall(agent_id=AGENTS[start.agent], metadata=metadata))
+
+    def others(self, count: int, metadata: Mapping[str, Any] | None = None, agent: str = "agt_main") -> list[Call]:
+        """Calls that are nothing to do with the broker, or look alike."""
+        body = StartCall(agent_id=agent, metadata=dict(metadata) if metadata is not None else None)
+        return [self.emulator.calls.start(body) for _ in range(count)]
+
+    def runs(self, call: Call) -> bool:
+        """Whether a call costs money."""
+        return self.emulator.calls.moment(call).running
+
+    def asked(self, operation: Operation) -> list[float]:
+        """When OneInbox was asked so, in seconds of the loop."""
+        return [round(each.at - DATE, 3) for each in self.emulator.requests if each.operation == operation]
+
+    async def live(self) -> set[str]:
+        """The request ids that hold slots."""
+        return {Start.of_member(member).request_id for member in await self.store.members(ALL_CALLS)}
+
+    @asynccontextmanager
+    async def at_work(self, *books: Books) -> AsyncIterator[None]:
+        """Replicas (the first, unless named) look for their losses meanwhile."""
+        tasks = [asyncio.create_task(each.reconciler.run()) for each in books or (self.first,)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def later(*seconds: float) -> list[float]:
+    """Moments after now, in seconds of the loop."""
+    now = asyncio.get_running_loop().time()
+    return [round(now + each, 3) for each in seconds]
+
+
+# --- when ---
+
+
+@in_own_time
+async def test_looks_two_five_fifteen_and_sixty_seconds_after_the_loss_and_frees_the_slot_then() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    async with house.at_work():
+        await asyncio.sleep(100)
+        expected = later(2, 5, 15, 60)
+        house.first.reconciler.lose(start)
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(59.9)
+        assert await house.live() == {"lost"}
+        await asyncio.sleep(300)
+    assert house.asked("list") == expected
+    assert await house.live() == set(), "the last scan found none"
+    assert not house.asked("stop")
+
+
+@in_own_time
+async def test_a_call_that_appears_late_is_found_by_the_next_look() -> None:
+    for seconds, scans in ((0.0, 1), (4.0, 2), (14.0, 3), (59.0, 4)):
+        house = House()
+        start = await house.reserve("lost")
+        async with house.at_work():
+            house.first.reconciler.lose(start)
+            await asyncio.sleep(seconds)
+            call = house.arrives(start)
+            assert house.runs(call)
+            await asyncio.sleep(SCAN_AFTER[scans - 1] - seconds + 0.1)
+            assert not house.runs(call)
+            assert await house.live() == set()
+            await asyncio.sleep(100)
+        assert len(house.asked("list")) == scans
+        assert len(house.asked("stop")) == 1
+
+
+@in_own_time
+async def test_many_losses_share_a_scan() -> None:
+    house = House()
+    starts = [await house.reserve(f"lost-{number}") for number in range(60)]
+    calls = [house.arrives(start) for start in starts]
+    async with house.at_work():
+        for start in starts:
+            house.first.reconciler.lose(start)
+        await asyncio.sleep(3)
+    assert len(house.asked("list")) == 1
+    assert len(house.asked("stop")) == 60
+    assert not any(house.runs(call) for call in calls)
+    assert await house.live() == set()
+
+
+@in_own_time
+async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() -> None:
+    house = House()
+    lost = {agent: await house.reserve(agent, agent) for agent in AGENTS}
+    calls = {agent: house.arrives(start) for agent, start in lost.items()}
+    house.emulator.faults.add(Status(operation="list", status=500, times=1))
+    async with house.at_work():
+        for start in lost.values():
+            house.first.reconciler.lose(start)
+        await asyncio.sleep(2.1)
+        assert sorted(house.runs(call) for call in calls.values()) == [False, True]
+        await asyncio.sleep(3)
+    assert not any(house.runs(call) for call in calls.values())
+
+
+@in_own_time
+async def test_a_new_loss_is_looked_for_in_time_whatever_else_is_pending() -> None:
+    house = House()
+    async with house.at_work():
+        house.first.reconciler.lose(await house.reserve("old"))
+        await asyncio.sleep(20)
+        start = await house.reserve("new")
+        call = house.arrives(start)
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(2.1)
+        assert not house.runs(call)
+
+
+@in_own_time
+async def test_stops_that_hang_hold_no_other_loss_up() -> None:
+    """Twenty stops without an answer, one after the other, would be five minutes in which nobody looks."""
+    house = House()
+    early = [await house.reserve(f"early-{number}") for number in range(20)]
+    for each in early:
+        house.arrives(each)
+    house.emulator.faults.add(Hang(operation="stop", times=20))
+    async with house.at_work():
+        for each in early:
+            house.first.reconciler.lose(each)
+        await asyncio.sleep(10)
+        start = await house.reserve("late")
+        call = house.arrives(start)
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(2 * TIMEOUT + SCAN_AFTER[0])
+        assert not house.runs(call)
+        await asyncio.sleep(600)
+
+
+@in_own_time
+async def test_a_bug_in_a_scan_does_not_end_the_looking() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    honest, failures = house.oneinbox.list_calls, iter([RuntimeError("a bug")])
+
+    async def list_calls(**options: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return await honest(**options)
+
+    house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(16)
+    assert not house.runs(call)
+
+
+# --- which ---
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "another-user": {"broker_user": "another-pseudonym"},
+    "no-user": {"broker_user": None},
+    "another-post": {"broker_request_id": "another"},
+    "a-longer-id": {"broker_request_id": "lost-too"},
+    "other-case": {"broker_request_id": "LOST"},
+    "a-list": {"broker_request_id": ["lost"]},
+    "nothing": {"broker_request_id": None, "broker_user": None},
+}
+
+
+@pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE.keys())
+@pytest.mark.parametrize("list_metadata", [True, False])
+@in_own_time
+async def test_a_call_that_is_merely_alike_is_left_alone(changes: dict[str, Any], list_metadata: bool) -> None:
+    house = House(list_metadata)
+    start = await house.reserve("lost")
+    alike = house.arrives(start, **changes)
+    others = [*house.others(1), *house.others(1, {}), *house.others(1, {"broker_user": OWNER})]
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert all(house.runs(call) for call in [alike, *others])
+    assert not house.asked("stop")
+
+
+@in_own_time
+async def test_another_agents_call_is_left_alone() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    (other,) = house.others(1, {"broker_user": OWNER, "broker_request_id": "lost"}, agent="agt_side")
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert house.runs(other)
+
+
+@in_own_time
+async def test_a_list_that_ignores_the_agent_asked_for_stops_nobody_elses() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    (other,) = house.others(1, {"broker_user": OWNER, "broker_request_id": "lost"})
+    other.extra["agent_id"] = "agt_side"
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert house.runs(other)
+
+
+@pytest.mark.parametrize(
+    ("after", "found"), [(-301, False), (-299, True), (0, True), (LATEST - 1, True), (LATEST + 1, False), (None, True)]
+)
+@in_own_time
+async def test_a_call_counts_by_the_time_of_its_creation(after: float | None, found: bool) -> None:
+    house = House()
+    await asyncio.sleep(1000)
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    if after is None:
+        call.removed.add("created_at")
+    else:
+        call.created_at = start.since + after
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert house.runs(call) != found
+
+
+# --- how much OneInbox is asked ---
+
+
+@in_own_time
+async def test_a_list_without_metadata_has_its_candidates_fetched() -> None:
+    house = House(list_metadata=False)
+    house.others(40)
+    await asyncio.sleep(LATEST + 400)
+    start = await house.reserve("lost")
+    near = house.others(5)
+    call = house.arrives(start)
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(3)
+    assert not house.runs(call)
+    assert len(house.asked("get")) == 6, "those in the window only"
+    assert all(house.runs(other) for other in near)
+
+
+@in_own_time
+async def test_fetching_is_bounded() -> None:
+    house = House(list_metadata=False)
+    start = await house.reserve("lost")
+    house.others(MOST_FETCHES + 50)
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(2.5)
+    assert len(house.asked("get")) == MOST_FETCHES
+
+
+@in_own_time
+async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
+    house = House()
+    house.others(3 * PAGE)
+    await asyncio.sleep(LATEST + 400)
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    house.others(2 * PAGE)
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(2.5)
+        assert not house.runs(call)
+        assert len(house.asked("list")) == 3
+        house.emulator.requests.clear()
+        house.first.reconciler.lose(await house.reserve("nothing"))
+        await asyncio.sleep(2.5)
+        assert len(house.asked("list")) == 3
+
+
+@in_own_time
+async def test_pages_are_bounded() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    house.others((MOST_PAGES + 2) * PAGE)
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(2.5)
+    assert len(house.asked("list")) == MOST_PAGES
+
+
+@pytest.mark.parametrize("list_metadata", [True, False])
+@in_own_time
+async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_metadata: bool) -> None:
+    """Beyond the bounds there may be a call: its slot must not be given away, nor the call be forgotten."""
+    house = House(list_metadata)
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    house.others((MOST_PAGES + 1) * PAGE)
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(70)
+        assert not house.runs(call) or await house.live() == {"lost"}
+
+
+# --- what can go wrong at OneInbox ---
+
+
+@in_own_time
+async def test_one_call_that_cannot_be_fetched_hides_no_other() -> None:
+    """A call that was deleted since it was listed, or whose record is broken."""
+    house = House(list_metadata=False)
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    (odd,) = house.others(1)
+    odd.extra["id"] = "not-fetched-under-this"
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert not house.runs(call)
+
+
+@pytest.mark.parametrize("odd_id", [None, "call:17", 17, "x" * 200])
+@in_own_time
+async def test_one_odd_item_of_a_list_hides_no_other(odd_id: Any) -> None:
+    house = House()
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    (odd,) = house.others(1)
+    odd.extra["id"] = odd_id
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(100)
+    assert not house.runs(call)
+
+
+@in_own_time
+async def test_what_was_found_is_stopped_although_the_scan_broke_off() -> None:
+    house = House()
+    async with house.at_work():
+        first, second = await house.reserve("first"), await house.reserve("second")
+        old = house.arrives(second)
+        house.others(PAGE)
+        new = house.arrives(first)
+        honest = house.oneinbox.list_calls
+
+        async def list_calls(*, offset: int = 0, **options: Any) -> Any:
+            if offset:
+                house.emulator.faults.add(Status(operation="list", status=500, times=1))
+            return await honest(offset=offset, **options)
+
+        house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
+        house.first.reconciler.lose(first)
+        house.first.reconciler.lose(second)
+        await asyncio.sleep(2.5)
+        assert not house.runs(new)
+        assert house.runs(old)
+
+
+@in_own_time
+async def test_when_the_last_look_failed_the_slot_stays_and_the_sweep_begins_anew() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    house.emulator.faults.add(Status(operation="list", status=500, times=4))
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(61)
+        assert await house.live() == {"lost"}
+        await asyncio.sleep(20)
+        await house.first.sweep()
+        await asyncio.sleep(SWEEP_SECONDS + 2.1)
+        assert not house.runs(call)
+        assert await house.live() == set()
+
+
+def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
+    @in_own_time
+    async def run() -> None:
+        house = House()
+        start = await house.reserve("lost")
+        house.emulator.faults.add(Status(operation="list", status=500))
+        async with house.at_work():
+            house.first.reconciler.lose(start)
+            await asyncio.sleep(61)
+
+    run()
+    assert [entry["log_level"] for entry in logs if entry["event"] == "lost_call_given_up"] == ["error"]
+
+
+@in_own_time
+async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() -> None:
+    house = House()
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    house.emulator.faults.add(Status(operation="stop", status=500, times=2))
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(3)
+        assert set(await house.store.members(UNSTOPPED)) == {call.id}
+        assert await house.live() == {"lost"}, "it runs"
+        other = house.replica()
+        await other.sweep()
+        assert set(await house.store.members(UNSTOPPED)) == {call.id}
+        await asyncio.sleep(30)
+        await other.sweep()
+    assert not house.runs(call)
+    assert await house.live() == set()
+    assert await house.store.members(UNSTOPPED) == {}
+    assert len(house.asked("stop")) == 3
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@in_own_time
+async def test_a_call_that_ended_by_itself_is_no_longer_one_that_could_not_be_stopped(gone: bool) -> None:
+    house = House()
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    house.emulator.faults.add(Status(operation="stop", status=500))
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(3)
+    assert set(await house.store.members(UNSTOPPED)) == {call.id}
+    if gone:
+        house.emulator.calls.delete(call)
+    else:
+        house.emulator.calls.force(call, "completed")
+    await house.first.sweep()
+    assert await house.live() == set()
+    assert await house.store.members(UNSTOPPED) == {}, "`status` would tell of it for a week"
+
+
+# --- what another process left behind ---
+
+
+@in_own_time
+async def test_the_sweep_finds_what_a_dead_process_left() -> None:
+    house = House()
+    start = await house.reserve("left-behind")
+    call = house.arrives(start)
+    async with house.at_work():
+        await asyncio.sleep(TIMEOUT + 59)
+        await house.first.sweep()
+        await asyncio.sleep(10)
+        assert house.runs(call), "the process that asked may live, and its answer be on its way"
+        await asyncio.sleep(25)
+        await house.first.sweep()
+        await asyncio.sleep(SWEEP_SECONDS + 2.1)
+    assert not house.runs(call)
+    assert await house.live() == set()
+
+
+@in_own_time
+async def test_a_dead_processs_start_that_became_no_call_frees_its_slot() -> None:
+    house = House()
+    await house.reserve("left-behind")
+    async with house.at_work():
+        await asyncio.sleep(TIMEOUT + 61)
+        await house.first.sweep()
+        await asyncio.sleep(SWEEP_SECONDS + 61)
+    assert await house.live() == set()
+
+
+@in_own_time
+async def test_two_replicas_that_look_for_the_same_do_no_harm() -> None:
+    house = House()
+    start, good = await house.reserve("lost"), await house.reserve("good")
+    calls = house.arrives(start), house.arrives(good)
+    await house.first.live.begin(good, calls[1].id)
+    other = house.replica()
+    async with house.at_work(house.first, other):
+        house.first.reconciler.lose(start)
+        other.reconciler.lose(start)
+        await asyncio.sleep(100)
+        await other.sweep()
+        await asyncio.sleep(100)
+    assert [house.runs(call) for call in calls] == [False, True]
+    assert await house.live() == {"good"}
+
+
+@in_own_time
+async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
+    """The other replica took it for left behind while the one that asked still waited."""
+    house = House()
+    start = await house.reserve("slow")
+    call = house.arrives(start)
+    other = house.replica()
+    async with house.at_work(other):
+        await asyncio.sleep(TIMEOUT + 61)
+        await other.sweep()
+        await house.first.live.begin(start, call.id)
+        await asyncio.sleep(100)
+    assert house.runs(call)
+
+
+@in_own_time
+async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
+    """What became of a start is not unknown because nobody can be asked."""
+    house = House()
+    start = await house.reserve("good")
+    call = house.arrives(start)
+    await house.first.live.begin(start, call.id)
+    async with house.at_work():
+        house.store.gone = True
+        for _ in range(10):
+            await asyncio.sleep(30)
+            await house.first.sweep()
+        assert house.runs(call)
+        house.store.gone = False
+        await asyncio.sleep(100)
+    assert house.runs(call)
+    assert await house.live() == {"good"}
+
+
+@in_own_time
+async def test_a_call_that_the_store_was_not_told_of_in_time_is_nobody_elses_to_stop() -> None:
+    """Begun while the store was gone, its member may be in the shared set before its record is."""
+    house = House()
+    start = await house.reserve("good")
+    call = house.arrives(start)
+    first, other = house.first, house.replica()
+    house.store.gone = True
+    await first.live.begin(start, call.id)
+    house.store.gone = False
+    async with house.at_work(other):
+        await asyncio.sleep(TIMEOUT + 61)
+        await other.sweep()
+        await asyncio.sleep(29)  # the first replica's next sweep is due within thirty seconds
+        await first.sweep()
+        await asyncio.sleep(100)
+    assert house.runs(call)
