@@ -16,7 +16,7 @@ LONGEST_SECONDS = 3600.0
 async def events(watch: Watch, public_id: str, lifetime: float, clock: Callable[[], float]) -> AsyncIterator[bytes]:
     """The call's state at once, each new one, and `end` when nothing new will come.
 
-    After `lifetime` seconds by the clock, or when the process goes down, the stream just closes: the browser comes back.
+    After `lifetime` seconds, or when the process goes down, the stream just closes: the browser comes back.
     """
     closing = clock() + min(lifetime, LONGEST_SECONDS)
     told = ""

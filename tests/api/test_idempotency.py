@@ -17,7 +17,7 @@ from app.limits import LiveCalls, Start, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
 from app.sessions.caller import Caller
-from app.sessions.idempotency import Idempotency
+from app.sessions.idempotency import Idempotency, Started
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.harness import ONEINBOX, Upstream, post_session, started
@@ -376,17 +376,17 @@ class Desk:
         `life`: of its token. `until`: the call starts no sooner.
         """
 
-        async def run() -> WebCall:
+        async def run() -> Started:
             self.starts += 1
             number = self.starts
             if until is not None:
                 await until.wait()
             claims = {} if life is None else {"exp": self.clock.now + life}
-            return WebCall(f"call_{number}", "wss://voice.example", token(**claims))
+            start = Start("m", int(self.clock.now), "default", ann.store_name, "pseudonym")
+            return Started(start, WebCall(f"call_{number}", "wss://voice.example", token(**claims)))
 
         ann = User(mode="jwt", id="ann")
-        start = Start("m", int(self.clock.now), "default", ann.store_name, "pseudonym")
-        call, replayed = await self._idempotency.once(ann, "k", {}, caller=Caller(stays), start=start, run=run)
+        call, replayed = await self._idempotency.once(ann, "k", {}, Caller(stays), run)
         return call.id, replayed
 
 
@@ -411,8 +411,9 @@ async def test_replayed_for_ten_minutes_or_until_a_minute_before_the_tokens_end(
 async def test_a_running_mark_dies_by_itself() -> None:
     desk = Desk()
     running = asyncio.create_task(desk.ask(until=asyncio.Event()))
-    while not desk.starts:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while not desk.starts:
+            await asyncio.sleep(0)
     desk.clock.now += 25.01  # OneInbox's 15 s, and 10
     assert await desk.ask() == ("call_2", False)
     running.cancel()

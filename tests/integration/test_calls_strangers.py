@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import jwt
 
@@ -18,7 +19,7 @@ SETTINGS = {
 }
 IDS = 10_000
 CONNECTIONS = 20
-LONGEST_SECONDS = 10
+LONGEST_SECONDS = 6
 
 
 def signed(user: str) -> dict[str, str]:
@@ -46,7 +47,7 @@ async def invent(host: str, port: int, number: int, until: float, told: Counter[
     writer.close()
 
 
-async def test_invented_ids() -> None:
+async def test_invented_ids(record_property: Callable[[str, object], None]) -> None:
     async with running_emulator(LONG_CALLS) as oneinbox, running_broker_process(oneinbox.url, **SETTINGS) as broker:
         client, ann = broker.client, signed("ann")
         known = [(await client.post("/session", json={}, headers=ann)).headers["location"] for _ in range(5)]
@@ -75,13 +76,12 @@ async def test_invented_ids() -> None:
         mine = {path.removeprefix("/calls/") for path in known}
         looks = sorted(r.at for r in asked(oneinbox.emulator, "get") if r.path.split("/")[3] not in mine)
         busiest = max(sum(at <= later < at + 1 for later in looks) for at in looks)
-        print(
-            f"{told.total()} ids in {seconds:.1f} s: {len(looks)} looks, {busiest} in the busiest second; "
-            f"{len(waits)} sessions, the slowest {max(waits) * 1000:.0f} ms"
-        )
+        record_property("ids asked for in a second", round(told.total() / seconds))
+        record_property("looks in a second", round(len(looks) / seconds, 1))
+        record_property("slowest session, seconds", round(max(waits), 3))
         assert told.keys() == {"404", "503"}
         assert told["404"] == len(looks)
-        # Twenty by the broker's clock; a look may be held up on its way.
-        assert busiest <= 22
+        # Twenty by the broker's clock; on their way, those of one second may meet those of the next.
+        assert busiest <= 40
         assert len(looks) <= 20 * (seconds + 1)
         assert max(waits) < 2

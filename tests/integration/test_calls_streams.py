@@ -6,6 +6,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 import httpx
 import jwt
@@ -27,6 +28,9 @@ from tests.shapes import assert_problem
 
 ISSUER = "an issuer's secret of more than 32 characters"
 VANISHED_SECONDS = 20
+
+Recorder = Callable[[str, object], None]
+"""pytest's `record_property`: figures for the report."""
 
 
 async def start(broker: BrokerProcess, **headers: str) -> str:
@@ -76,7 +80,7 @@ async def has_room(broker: BrokerProcess, path: str) -> bool:
         return response.status_code == 200
 
 
-async def test_a_client_that_vanished_without_a_word_frees_its_place() -> None:
+async def test_a_client_that_vanished_without_a_word_frees_its_place(record_property: Recorder) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_process(oneinbox.url, BROKER_MAX_STREAMS="1") as broker,
@@ -88,19 +92,19 @@ async def test_a_client_that_vanished_without_a_word_frees_its_place() -> None:
 
         seconds = await eventually(lambda: has_room(broker, path), within=VANISHED_SECONDS)
 
-        print(f"freed after {seconds:.1f} s")
+        record_property("seconds until its place is free", round(seconds, 1))
         await watcher.hang_up()
 
 
 def make_deaf(descriptor: int) -> None:
-    """Drop whatever arrives for a socket, as if its machine were gone: a filter that takes zero bytes (man 7 socket)."""
+    """Drop whatever arrives for a socket, as if its machine were gone: by a filter that takes 0 bytes (man 7 socket)."""
     attach_filter = 26
     program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
     with socket.socket(fileno=socket.dup(descriptor)) as same:
         same.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
-async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
+async def test_a_reader_that_never_reads_is_kept_nothing(record_property: Recorder) -> None:
     """Its states are large and many; what it does not read is not stored for it."""
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     async with (
@@ -133,7 +137,7 @@ async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
         for number in range(10, 50):
             await tell(number)
         grown = memory(broker.process.pid) - before
-        print(f"{grown / 1024:.0f} KiB for 8 MB that five did not read")
+        record_property("bytes kept for five who did not read 8 MB each", grown)
         assert grown < 10_000_000
         oneinbox.emulator.override(call, CallOverride(status="completed"))
         await reading.over()
@@ -152,12 +156,13 @@ async def test_a_stream_ends_with_its_token() -> None:
         await watcher.over(within=10)
 
         assert 0 <= time.time() - expires < 1
-        assert watcher.clean and not watcher.ended
+        assert watcher.clean
+        assert not watcher.ended
         assert watcher.statuses == ["in_progress"]
         assert_problem(await broker.client.get(path, headers=signed), "unauthenticated")
 
 
-async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -> None:
+async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end(record_property: Recorder) -> None:
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     with running_valkey() as valkey:
         settings = {"BROKER_STORE_URL": valkey.url, "BROKER_MAX_STREAMS": "1000"}
@@ -173,7 +178,7 @@ async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -
             leaving.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*(watcher.over(within=5) for watcher in watchers))
             seconds = asyncio.get_running_loop().time() - began
-            print(f"200 streams ended within {seconds:.2f} s")
+            record_property("seconds until 200 streams ended", round(seconds, 2))
             assert all(watcher.clean for watcher in watchers)
             assert not any(watcher.ended for watcher in watchers)
             # The call ends while everybody is on the way to the other replica.
@@ -186,7 +191,8 @@ async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -
             ]
             for watcher in back:
                 await watcher.over(within=5)
-                assert watcher.ended and watcher.statuses[-1] == "completed"
+                assert watcher.ended
+                assert watcher.statuses[-1] == "completed"
             last = await Watcher.open(url_of(staying), path, {"Last-Event-ID": back[0].last_id})
             assert last.status == 204
             await last.hang_up()
@@ -211,11 +217,13 @@ async def test_draining_says_so_at_once_and_serves_on() -> None:
             assert (await fresh.get(path)).status_code == 200
         during = await Watcher.open(url_of(broker), path)
         await during.has("in_progress")
-        assert not before.over_at and loop.time() - began < 2
+        assert not before.over_at
+        assert loop.time() - began < 2
 
         for watcher in (before, during):
             await watcher.over(within=5)
-            assert watcher.clean and not watcher.ended
+            assert watcher.clean
+            assert not watcher.ended
             assert 2 <= watcher.over_at - began < 4
         assert await ended(broker) == 0
 

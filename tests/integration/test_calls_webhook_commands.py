@@ -107,7 +107,7 @@ async def test_oneinbox_may_refuse(oneinbox: RunningEmulator, tmp_path: Path) ->
     assert not list(oneinbox.emulator.webhooks)
 
 
-@pytest.mark.parametrize("webhook_id", ["../calls", "a/b", "%2e%2e", "..", "?x", "#", " ", "ü", "x" * 1000])
+@pytest.mark.parametrize("webhook_id", ["../calls", "a/b", "%2e%2e", "?x", "#", " ", "ü", "x" * 1000])
 async def test_an_odd_id_reaches_no_other_route(webhook_id: str, oneinbox: RunningEmulator) -> None:
     with pytest.raises(OneInboxError):
         await do(oneinbox.url, "remove", webhook_id)

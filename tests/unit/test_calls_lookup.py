@@ -156,7 +156,8 @@ async def test_a_route_of_oneinbox_is_no_call(name: str) -> None:
 
     refused = await outcome(replica.calls.read(ANN, name))
 
-    assert isinstance(refused, Problem) and refused.slug == "not-found"
+    assert isinstance(refused, Problem)
+    assert refused.slug == "not-found"
     assert not house.oneinbox.asked
 
 
@@ -316,7 +317,8 @@ async def test_an_answer_that_was_overtaken_changes_nothing() -> None:
     assert stopped.ended
     told = await slow
 
-    assert told is not None and told.ended
+    assert told is not None
+    assert told.ended
     assert (await replica.calls.read(ANN, "call_1"))[1].ended
 
 
@@ -334,7 +336,8 @@ async def test_a_hint_is_not_satisfied_by_an_answer_that_is_on_its_way() -> None
     await replica.calls.hint("call_1")
 
     latest = replica.lookup.latest("call_1")
-    assert latest is not None and latest.ended
+    assert latest is not None
+    assert latest.ended
     assert (await slow) is not None
     assert len(house.oneinbox.asked) == 2
     assert house.oneinbox.most_under_way == 1
@@ -364,7 +367,8 @@ async def test_a_large_call_is_not_shared() -> None:
 
     assert await looks_after(other, 0) == [1]
     latest = other.lookup.latest("call_1")
-    assert latest is not None and len(latest.fields) > module.SHARED_BYTES
+    assert latest is not None
+    assert len(latest.fields) > module.SHARED_BYTES
 
 
 @pytest.mark.parametrize("skew", [-7200.0, -3.0, 3.0, 7200.0])
@@ -382,7 +386,8 @@ async def test_no_replicas_wrong_date_makes_old_news_fresh(skew: float) -> None:
             await asyncio.sleep(4.1)
             record["status"] = status
             snapshot = await reader.lookup.get("call_1", known=True)
-            assert snapshot is not None and f'"{status}"'.encode() in snapshot.fields
+            assert snapshot is not None
+            assert f'"{status}"'.encode() in snapshot.fields
 
 
 @in_own_time
@@ -396,7 +401,8 @@ async def test_a_clock_that_is_put_back_or_forward_does_not_stop_the_news() -> N
         record["status"] = status
         await asyncio.sleep(2.1)
         snapshot = await replica.lookup.get("call_1", known=True)
-        assert snapshot is not None and f'"{status}"'.encode() in snapshot.fields
+        assert snapshot is not None
+        assert f'"{status}"'.encode() in snapshot.fields
 
 
 @pytest.mark.parametrize("value", [b"", b"{}\n{}", b'{"etag": "x"}\n{}', b"[]\n", b"\xff", b'{"etag": 1, "more": 2}\n'])
@@ -446,7 +452,9 @@ async def test_the_end_lies_between_two_looks_whatever_oneinboxs_clock_says() ->
         await asyncio.sleep(10)
         later = await replica.lookup.get("call_1", known=True)
 
-        assert ended is not None and ended.ended_at is not None and later is not None
+        assert ended is not None
+        assert ended.ended_at is not None
+        assert later is not None
         assert seen_running <= ended.ended_at <= seen_running + 3
         assert later.ended_at == ended.ended_at
 
@@ -460,8 +468,10 @@ async def test_an_end_that_nobody_saw_is_when_oneinbox_says() -> None:
 
     old, new = await replica.lookup.get("call_1", known=True), await replica.lookup.get("call_2", known=True)
 
-    assert old is not None and old.ended_at == 978307200
-    assert new is not None and new.ended_at == new.seen
+    assert old is not None
+    assert old.ended_at == 978307200
+    assert new is not None
+    assert new.ended_at == new.seen
 
 
 @in_own_time

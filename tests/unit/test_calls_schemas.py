@@ -121,7 +121,8 @@ def test_a_state_is_named_by_what_is_seen_of_it(given_record: dict[str, Any], ex
     assert first.fields == second.fields
     assert Snapshot.from_bytes(first.to_bytes()) == first
     # One event of a stream is three lines.
-    assert b"\n" not in first.body("x") and b"\r" not in first.body("x")
+    assert b"\n" not in first.body("x")
+    assert b"\r" not in first.body("x")
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", "\u2028", "\x00", "\x85", "\x1e", "\n\nevent: end\ndata: "])
@@ -137,5 +138,6 @@ def test_no_text_breaks_out_of_its_event(separator: str) -> None:
     snapshot = Snapshot.of(record, seen=0, agent_names={}, expose={"summary", "transcript"})
 
     body = snapshot.body("call_1")
-    assert b"\n" not in body and b"\r" not in body
+    assert b"\n" not in body
+    assert b"\r" not in body
     assert json.loads(body)["status"] == f"x{separator}y"

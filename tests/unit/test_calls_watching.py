@@ -418,8 +418,10 @@ async def test_hours_of_failures_end_no_watch() -> None:
         house.oneinbox.failures.clear()
         house.oneinbox.records["call_1"]["status"] = "completed"
         await asyncio.sleep(60)
+        assert snapshot is not None
         with replica.watchers.watch(ANN, "call_1", snapshot) as watch:
-            assert watch.over and watch.latest.ended
+            assert watch.over
+            assert watch.latest.ended
     await finish([reader])
 
 

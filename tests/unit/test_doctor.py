@@ -15,7 +15,7 @@ from jwt.algorithms import ECAlgorithm
 
 from app.doctor import Finding, as_json, diagnose
 from app.doctor import diagnosis as module
-from app.doctor.bounded import within
+from app.doctor.bounded import DEADLINE, within
 from app.doctor.findings import fine
 from tests.harness import API_KEY, ENVIRON, Upstream
 
@@ -262,7 +262,7 @@ async def test_checks_that_do_not_depend_run_at_once() -> None:
 
 def test_time_in_all() -> None:
     """Two answers of OneInbox in a row, or a key set, or the store."""
-    assert 2 * module.LONGEST_ANSWER < module.DEADLINE < 20
+    assert 2 * module.LONGEST_ANSWER < DEADLINE < 20
 
 
 # Logins

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -52,6 +52,17 @@ def good(request: httpx.Request, path: str) -> httpx.Response:
     return problem("not-found")
 
 
+def mock(answer: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> httpx.MockTransport:
+    """A transport whose answers are still to be read, as those of a real one."""
+
+    async def streamed(request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        canned = await answer(request)
+        return httpx.Response(canned.status_code, headers=canned.headers, stream=canned.stream)
+
+    return httpx.MockTransport(streamed)
+
+
 class Server:
     """Answers as told, and keeps what it was sent. `paths`: targets as they went out."""
 
@@ -61,7 +72,6 @@ class Server:
         self._answer = answer
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
-        await request.aread()
         path = request.extensions["target"].decode()
         self.requests.append(request)
         self.paths.append(path)
@@ -70,7 +80,7 @@ class Server:
 
     async def probed(self, url: str = URL, **options: Any) -> dict[str, Finding]:
         """The findings, by name."""
-        found = await probe(url, transport=httpx.MockTransport(self), **options)
+        found = await probe(url, transport=mock(self), **options)
         return {finding.name: finding for finding in found}
 
 
@@ -158,7 +168,7 @@ async def test_nobody_there() -> None:
     async def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("hush")
 
-    (finding,) = await probe(URL, transport=httpx.MockTransport(refuse))
+    (finding,) = await probe(URL, transport=mock(refuse))
     assert finding.detail == "cannot be reached: no answer (ConnectError)"
 
 
@@ -167,7 +177,7 @@ async def test_it_comes_to_an_end() -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    (finding,) = await probe(URL, transport=httpx.MockTransport(hang), deadline=0.05)
+    (finding,) = await probe(URL, transport=mock(hang), deadline=0.05)
     assert finding.detail.startswith("no result within")
 
 
@@ -193,7 +203,7 @@ async def test_endless_answers_are_cut() -> None:
     async def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Endless())
 
-    (finding,) = await probe(URL, transport=httpx.MockTransport(answer))
+    (finding,) = await probe(URL, transport=mock(answer))
     assert not finding.ok
     assert sent <= 3 * 65536
 
@@ -302,6 +312,7 @@ def echoes(request: httpx.Request, path: str) -> httpx.Response:
     return httpx.Response(200, headers=HEADERS) if request.method == "TRACE" else good(request, path)
 
 
+DEAD = {"healthz", "forged Origin", "Origin null", "other methods"}
 FLAWS: Mapping[str, tuple[Answering, set[str]]] = {
     "any-origin": (any_origin, {"forged Origin"}),
     "null-origin": (null_origin, {"Origin null"}),
@@ -325,7 +336,7 @@ FLAWS: Mapping[str, tuple[Answering, set[str]]] = {
     "long-ids-fail": (but("/prefix/calls/" + "a" * 129, lambda _, path: problem("internal-error")), {"odd ids"}),
     "trace": (echoes, {"other methods"}),
     "metrics": (but("/prefix/metrics", lambda _, path: httpx.Response(200, headers=HEADERS)), {"metrics"}),
-    "dead": (but("/prefix/healthz", lambda request, path: problem("internal-error")), {"healthz", "forged Origin", "Origin null", "other methods"}),
+    "dead": (but("/prefix/healthz", lambda request, path: problem("internal-error")), DEAD),
     "not-ready": (but("/prefix/readyz", lambda _, path: problem("internal-error")), {"readyz"}),
     "no-csp": (without_header("content-security-policy"), {"security headers"}),
     "no-request-id": (without_header("x-request-id"), {"security headers"}),
@@ -460,13 +471,12 @@ async def test_readiness(status: str, http_status: int) -> None:
 )
 async def test_https(url: str, plain: int, level: str, words: str) -> None:
     async def answer(request: httpx.Request) -> httpx.Response:
-        await request.aread()
         if plain and request.url.scheme == "http":
             assert request.url.port is None
             return httpx.Response(plain)
         return good(request, request.extensions["target"].decode())
 
-    found = {finding.name: finding for finding in await probe(url, transport=httpx.MockTransport(answer))}
+    found = {finding.name: finding for finding in await probe(url, transport=mock(answer))}
     assert found["https"].level == level
     assert words in found["https"].detail
 

@@ -551,8 +551,14 @@ async def test_a_stream_whose_request_never_ends_is_cut(hurried_site: Site) -> N
 # Bodies that nobody reads
 
 
-async def test_an_endless_body_that_nobody_reads_is_cut(hurried_site: Site) -> None:
-    async with connected(hurried_site) as client:
+class OfFewWords(GuardedHttp):
+    """Patient with requests, not with bodies that nobody reads."""
+
+    LINGER_SECONDS = LINGER
+
+
+async def test_an_endless_body_that_nobody_reads_is_cut() -> None:
+    async with running(OfFewWords) as site, connected(site) as client:
         await client.send(post(CHUNKED, path="/early"))
         assert (await client.answer()) == (200, b"early")
         assert await took(client.flood(chunk(b"a" * 65536))) < LINGER + SLACK

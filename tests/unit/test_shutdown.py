@@ -69,7 +69,8 @@ async def test_a_drain_time_is_waited_for() -> None:
             signal.raise_signal(signal.SIGTERM)
             assert shutdown.draining
             await asyncio.sleep(0.1)
-            assert not server.told and not closed
+            assert not server.told
+            assert not closed
             async with asyncio.timeout(5):
                 await server.over.wait()
 

@@ -1,0 +1,102 @@
+"""`doctor --probe` against running brokers, well set up and badly: what it finds, and that no call is ever started."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from app.doctor import probe
+from app.sandbox.server import RunningEmulator, running_emulator
+from tests.integration.processes import run
+from tests.integration.test_limits_support import running_broker_process
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+JWT = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "a secret shared with the issuer, long enough"}
+HEADER = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}
+LISTED = {"BROKER_ALLOWED_ORIGINS": "https://www.example.com"}
+ANYBODY = {"BROKER_TRUSTED_PROXIES": "0.0.0.0/0,::/0"}
+
+BROKERS: dict[str, tuple[dict[str, str], set[str], set[str]]] = {
+    "anonymous": ({}, set(), {"no identity"}),
+    "listed-origins": (LISTED, set(), {"no identity"}),
+    "jwt": (JWT, set(), set()),
+    "jwt-cookie": ({**JWT, **LISTED, "BROKER_JWT_COOKIE": "login"}, set(), set()),
+    "header": (HEADER, set(), set()),
+    "wants-an-origin": ({"BROKER_REQUIRE_ORIGIN": "true"}, set(), {"no identity"}),
+    "challenge": ({"BROKER_CHALLENGE_SECRET": "secret"}, set(), {"no identity"}),
+    "under-a-prefix": ({"BROKER_ROOT_PATH": "/voice"}, set(), {"no identity"}),
+    "any-origin": ({"BROKER_ALLOWED_ORIGINS": "*"}, {"forged Origin"}, {"no identity"}),
+    "jwt-any-origin": ({**JWT, "BROKER_ALLOWED_ORIGINS": "*"}, {"forged Origin"}, set()),
+    "believes-any-address": (ANYBODY, {"forged address header"}, {"no identity"}),
+    "believes-any-user": ({**HEADER, **ANYBODY}, {"forged user header"}, set()),
+    "everything-open": (
+        {**ANYBODY, "BROKER_ALLOWED_ORIGINS": "*", "BROKER_LIMITS_MODE": "observe", "BROKER_ALLOWED_OVERRIDES": "llm.model"},
+        {"forged Origin", "forged address header"},
+        {"no identity"},
+    ),
+    "few-requests": (
+        {"BROKER_REQUEST_LIMITS": "1/minute"},
+        set(),
+        {"no identity", "forged identity", "forged user header", "forged address header", "large chunked body", "odd ids"},
+    ),
+}  # fmt: skip
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def emulator() -> AsyncIterator[RunningEmulator]:
+    async with running_emulator() as running:
+        yield running
+
+
+@pytest.mark.parametrize(("changes", "wrong", "warned"), BROKERS.values(), ids=BROKERS.keys())
+async def test_brokers(emulator: RunningEmulator, changes: dict[str, str], wrong: set[str], warned: set[str]) -> None:
+    async with running_broker_process(emulator.url, **changes) as broker:
+        url = str(broker.client.base_url).rstrip("/") + changes.get("BROKER_ROOT_PATH", "")
+        found = await probe(url)
+    assert {finding.name: finding for finding in found if not finding.ok}.keys() == wrong
+    assert {finding.name for finding in found if finding.level == "warning"} == warned
+    assert [request for request in emulator.emulator.requests if request.method != "GET"] == []
+
+
+async def test_the_command(emulator: RunningEmulator, tmp_path: Path) -> None:
+    async with running_broker_process(emulator.url, BROKER_ALLOWED_ORIGINS="*") as broker:
+        url = str(broker.client.base_url)
+        # No settings, not even readable ones: they are not needed.
+        environ = {"BROKER_NO_SUCH": "1"}
+        text = await asyncio.to_thread(run, "doctor", "--probe", url, cwd=tmp_path, environ=environ)
+        document = await asyncio.to_thread(run, "doctor", "--json", "--probe", url, cwd=tmp_path, environ=environ)
+    assert (text.code, text.err) == (1, "")
+    assert [line.partition(":")[0] for line in text.out.splitlines() if line.startswith("✗")] == ["✗ forged Origin"]
+    assert document.code == 1
+    assert json.loads(document.out)["ok"] is False
+    assert [request for request in emulator.emulator.requests if request.method != "GET"] == []
+
+
+async def test_a_oneinbox_is_no_broker(emulator: RunningEmulator, tmp_path: Path) -> None:
+    before = len(emulator.emulator.requests)
+    done = await asyncio.to_thread(run, "doctor", "--probe", emulator.url, cwd=tmp_path, environ={})
+    assert done.code == 1
+    assert done.out.startswith("✗ broker: this is no broker: ")
+    assert len(emulator.emulator.requests) == before + 1
+
+
+@pytest.mark.parametrize(
+    "url", ["voice.example.com", "ftp://a.example", "https://u:hush@a.example", "https://a/?b=hush"]
+)
+async def test_what_is_no_url_of_a_broker(tmp_path: Path, url: str) -> None:
+    done = await asyncio.to_thread(run, "doctor", "--probe", url, cwd=tmp_path, environ={})
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("--probe: ")
+    assert "takes a broker's public URL" in done.err
+    assert "hush" not in done.err
+
+
+async def test_nobody_there(tmp_path: Path) -> None:
+    done = await asyncio.to_thread(run, "doctor", "--probe", "http://127.0.0.1:1", cwd=tmp_path, environ={})
+    assert done.code == 1
+    assert "cannot be reached" in done.out
+    assert done.err == ""
