@@ -75,12 +75,6 @@ class GuardedHttp(HttpToolsProtocol):
         self._hang_up()  # uvicorn would tell only the newest of several pipelined requests
         super().connection_lost(exc)
 
-    def shutdown(self) -> None:
-        if self._refused:
-            self.transport.close()
-        else:
-            super().shutdown()
-
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         view = memoryview(data)

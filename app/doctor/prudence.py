@@ -83,9 +83,14 @@ def _proxies(settings: Settings) -> Finding:
     name, trusted = "trusted proxies", settings.trusted_proxies
     everybody = [str(network) for network in trusted if network.prefixlen == 0]
     if everybody:
+        meaning = (
+            "whoever reaches the broker is whatever user it writes into a header"
+            if settings.auth == "header"
+            else "no address counts as a client's, so that all users behind your proxy share its limits"
+        )
         return wrong(
             name,
-            f"{', '.join(everybody)}: every client is believed whatever address or user it writes into a header",
+            f"{', '.join(everybody)}: {meaning}",
             "list the networks of your own proxies in BROKER_TRUSTED_PROXIES",
         )
     wide = [str(network) for network in trusted if _is_wide(network)]

@@ -97,7 +97,7 @@ async def test_a_client_that_vanished_without_a_word_frees_its_place(record_prop
 
 
 def make_deaf(descriptor: int) -> None:
-    """Drop whatever arrives for a socket, as if its machine were gone: by a filter that takes 0 bytes (man 7 socket)."""
+    """Drop whatever arrives for a socket, as if its machine were gone: a filter that takes 0 bytes (man 7 socket)."""
     attach_filter = 26
     program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
     with socket.socket(fileno=socket.dup(descriptor)) as same:

@@ -113,4 +113,5 @@ async def test_an_odd_id_reaches_no_other_route(webhook_id: str, oneinbox: Runni
         await do(oneinbox.url, "remove", webhook_id)
 
     for request in oneinbox.emulator.requests:
-        assert request.method == "DELETE" and request.path.startswith("/v1/webhooks/"), request.path
+        assert request.method == "DELETE"
+        assert request.path.startswith("/v1/webhooks/"), request.path

@@ -19,6 +19,9 @@ JWT = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "a secret shared with the issu
 HEADER = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}
 LISTED = {"BROKER_ALLOWED_ORIGINS": "https://www.example.com"}
 ANYBODY = {"BROKER_TRUSTED_PROXIES": "0.0.0.0/0,::/0"}
+PROBER = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
+OPEN = {"BROKER_ALLOWED_ORIGINS": "*", "BROKER_LIMITS_MODE": "observe", "BROKER_ALLOWED_OVERRIDES": "llm.model"}
+AFTER_LOGIN = {"no identity", "forged identity", "forged user header", "forged address header", "odd ids"}
 
 BROKERS: dict[str, tuple[dict[str, str], set[str], set[str]]] = {
     "anonymous": ({}, set(), {"no identity"}),
@@ -31,17 +34,18 @@ BROKERS: dict[str, tuple[dict[str, str], set[str], set[str]]] = {
     "under-a-prefix": ({"BROKER_ROOT_PATH": "/voice"}, set(), {"no identity"}),
     "any-origin": ({"BROKER_ALLOWED_ORIGINS": "*"}, {"forged Origin"}, {"no identity"}),
     "jwt-any-origin": ({**JWT, "BROKER_ALLOWED_ORIGINS": "*"}, {"forged Origin"}, set()),
-    "believes-any-address": (ANYBODY, {"forged address header"}, {"no identity"}),
+    "believes-the-prober's-address": (PROBER, {"forged address header"}, {"no identity"}),
+    "takes-all-for-proxies": (ANYBODY, set(), {"no identity"}),  # then no hop is a client, and the peer counts
     "believes-any-user": ({**HEADER, **ANYBODY}, {"forged user header"}, set()),
     "everything-open": (
-        {**ANYBODY, "BROKER_ALLOWED_ORIGINS": "*", "BROKER_LIMITS_MODE": "observe", "BROKER_ALLOWED_OVERRIDES": "llm.model"},
+        {**PROBER, **OPEN},
         {"forged Origin", "forged address header"},
         {"no identity"},
     ),
     "few-requests": (
         {"BROKER_REQUEST_LIMITS": "1/minute"},
         set(),
-        {"no identity", "forged identity", "forged user header", "forged address header", "large chunked body", "odd ids"},
+        AFTER_LOGIN | {"large chunked body"},
     ),
 }  # fmt: skip
 

@@ -78,6 +78,15 @@ def test_a_public_broker_without_logins(host: str, changes: dict[str, str], warn
     assert names == (["anonymous_and_public"] if warned else [])
 
 
+def test_what_it_means_to_trust_everybody() -> None:
+    header = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "0.0.0.0/0"}
+    details = {finding.name: finding.detail for finding in review(settings(QUIET | header))}
+    assert "whatever user" in details["trusted proxies"]
+    del header["BROKER_AUTH"]
+    details = {finding.name: finding.detail for finding in review(settings(QUIET | header))}
+    assert "share its limits" in details["trusted proxies"]
+
+
 def test_memory_is_a_caution() -> None:
     (caution,) = cautions(settings(QUIET | {"BROKER_STORE_URL": "memory://"}), "127.0.0.1")
     assert caution.name == "store"

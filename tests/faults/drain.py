@@ -1,0 +1,329 @@
+"""The drain drill: attackers want to spend the operator's money, and five honest people want their calls.
+
+    python -m tests.faults.drain [--seconds 60] [--attackers 120] [--addresses 10000] [--replicas 1] [--run NAME]
+
+Three runs, each against a fresh broker behind a trusted proxy:
+
+- isolation: 120 addresses hammer POST /session as fast as they can, and hang half their calls up to get more. Limits:
+  10/minute and 15/hour per user, 5 calls at once. The global ones have room for all 125 users together (the attackers,
+  each within its own limit, are paying customers; 120 addresses that share an allowance with others would be the
+  operator's choice of a smaller global limit). Each honest user must get what its own limit allows, as if alone.
+- rotation: one attacker in 10,000 addresses, so that only the global limits stand: 600/minute, 700/hour, 400 at once.
+- hang-ups: an attacker who hangs up right after each POST, from the same 10,000 addresses.
+
+Billed calls are counted at OneInbox. What is per hour must hold exactly over the whole run. What is per minute must
+hold in any 59 seconds there: the broker counts when it asks, OneInbox when it is reached, and what lies between
+differs from call to call by less than a second.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from tests.faults import rig
+from tests.faults.rig import Browser, Lost, check
+
+HONEST = 5
+TRY_SECONDS = 5.0
+READ_SECONDS = 1.0
+SLACK_SECONDS = 1.0
+LONGEST_P99 = 0.25
+SETTLE_SECONDS = 20.0
+USER = {"minute": 10, "hour": 15, "live": 5}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows. Minutes and hours in sessions; `live` at once."""
+
+    all_minute: int
+    all_hour: int
+    all_live: int | None
+
+    def environ(self) -> dict[str, str]:
+        live = {} if self.all_live is None else {"BROKER_MAX_LIVE_CALLS_TOTAL": str(self.all_live)}
+        return {
+            "BROKER_SESSION_LIMITS": f"{USER['minute']}/minute;{USER['hour']}/hour",
+            "BROKER_MAX_LIVE_CALLS": str(USER["live"]),
+            "BROKER_GLOBAL_SESSION_LIMITS": f"{self.all_minute}/minute;{self.all_hour}/hour",
+            **live,
+        }
+
+
+RUNS = {
+    "isolation": Limits(2000, 2500, None),
+    "rotation": Limits(600, 700, 400),
+    "hang-ups": Limits(600, 700, 400),
+}
+
+
+@dataclass
+class Honest:
+    """One honest user. `tries`: when they asked, and the answer; `reads`: seconds that each look at a call took."""
+
+    tries: list[tuple[float, str]] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
+
+    @property
+    def got(self) -> int:
+        return sum(outcome == "201" for _, outcome in self.tries)
+
+    @property
+    def allowed(self) -> int:
+        """What their own limits would have let through, had they been alone."""
+        passed: list[float] = []
+        for at, _ in self.tries:
+            if sum(at - each < 60 for each in passed) < USER["minute"] and len(passed) < USER["hour"]:
+                passed.append(at)
+        return len(passed)
+
+
+def addresses(count: int) -> Iterator[str]:
+    """So many, over and over."""
+    return itertools.cycle(f"10.{number // 65536}.{number // 256 % 256}.{number % 256}" for number in range(count))
+
+
+# --- the attackers: a process of their own, so that their haste is not taken for the broker's slowness ---
+
+
+async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int, count: int) -> None:
+    """Attack until the time is over, and print what came of it."""
+    end = time.monotonic() + seconds
+    outcomes: Counter[str] = Counter()
+    rotating = addresses(count)
+
+    async def hammer(number: int) -> None:
+        dice = random.Random(number)
+        async with Browser(urls[number % len(urls)], f"192.0.2.{number}") as browser:
+            while time.monotonic() < end:
+                if kind != "isolation":
+                    browser.address = next(rotating)
+                try:
+                    answer = await browser.post()
+                    outcomes[answer.outcome] += 1
+                    if answer.call and dice.random() < 0.5:
+                        await browser.post(f"{answer.call}/stop")
+                except (Lost, OSError):
+                    outcomes["lost"] += 1
+
+    async def hang_up(number: int) -> None:
+        dice = random.Random(number)
+        browser = Browser(urls[number % len(urls)])
+        while time.monotonic() < end:
+            browser.address = next(rotating)
+            try:
+                await browser.send("POST", "/session")
+                await asyncio.sleep(dice.choice((0, 0, 0.002, 0.01, 0.03)))
+            except OSError:
+                outcomes["refused"] += 1
+                continue
+            given = browser.hang_up(reset=dice.random() < 0.9)
+            outcomes["answered before" if given else "hung up"] += 1
+
+    each = hang_up if kind == "hang-ups" else hammer
+    await asyncio.gather(*(each(number) for number in range(attackers)))
+    sys.stdout.write(json.dumps(outcomes))
+
+
+# --- the honest ---
+
+
+async def be_honest(url: str, number: int, seconds: float) -> Honest:
+    """Ask every few seconds, look at the call each second, hang up before the next try."""
+    user, path = Honest(), ""
+    began = time.monotonic()
+    async with Browser(url, f"203.0.113.{number}") as browser:
+        await asyncio.sleep(number * TRY_SECONDS / HONEST)
+        next_try = time.monotonic()
+        while time.monotonic() < began + seconds:
+            if time.monotonic() >= next_try:
+                next_try += TRY_SECONDS
+                if path:
+                    await browser.post(f"{path}/stop")
+                asked = time.monotonic()
+                answer = await browser.post()
+                path = answer.call
+                user.tries.append((asked, answer.outcome))
+            if path:
+                read = await browser.ask("GET", path)
+                check(read.status in (200, 503), f"a read was answered {read.status}")
+                user.reads.append(read.seconds)
+            await asyncio.sleep(READ_SECONDS)
+        if path:
+            await browser.post(f"{path}/stop")
+    return user
+
+
+# --- the count ---
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What OneInbox would ask money for."""
+
+    total: int
+    most_a_minute: int
+    most_of_one_user: int
+    most_of_one_user_a_minute: int
+    most_at_once: int
+    most_at_once_of_one_user: int
+    running: int
+
+
+def most_within(moments: Sequence[float], seconds: float) -> int:
+    """The most that lie in any window."""
+    most = first = 0
+    for last, at in enumerate(moments):
+        while moments[first] <= at - seconds:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
+
+
+def bill(calls: Sequence[Mapping[str, Any]], seen_at_once: Sequence[tuple[int, int]]) -> Bill:
+    """The count, out of OneInbox's book. `seen_at_once`: running calls in all and of one user, each time one looked."""
+    times: dict[str, list[float]] = {}
+    for call in calls:
+        at = datetime.fromisoformat(call["created_at"]).timestamp()
+        times.setdefault(call["metadata"]["broker_user"], []).append(at)
+    every = sorted(itertools.chain.from_iterable(times.values()))
+    window = 60 - SLACK_SECONDS
+    return Bill(
+        total=len(every),
+        most_a_minute=most_within(every, window),
+        most_of_one_user=max(map(len, times.values()), default=0),
+        most_of_one_user_a_minute=max((most_within(sorted(each), window) for each in times.values()), default=0),
+        most_at_once=max((in_all for in_all, _ in seen_at_once), default=0),
+        most_at_once_of_one_user=max((of_one for _, of_one in seen_at_once), default=0),
+        running=sum(call["running"] for call in calls),
+    )
+
+
+async def watch(oneinbox: rig.OneInbox, seen: list[tuple[int, int]]) -> None:
+    """Look at the running calls, now and then."""
+    while True:
+        running = Counter(call["metadata"]["broker_user"] for call in await oneinbox.calls() if call["running"])
+        seen.append((running.total(), max(running.values(), default=0)))
+        await asyncio.sleep(5)
+
+
+async def drill(kind: str, seconds: float, attackers: int, count: int, replicas: int) -> None:
+    """One run. Raises Failure."""
+    limits = RUNS[kind]
+    seen: list[tuple[int, int]] = []
+    async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
+        await oneinbox.faults([{"kind": "latency", "operation": "start", "seconds": 0.03}])
+        shared = {"BROKER_STORE_URL": valkey.url} if replicas > 1 else {}
+        environ = rig.broker_environ(oneinbox.url, {**limits.environ(), **shared})
+        async with rig.brokers(folder, replicas, environ) as running:
+            urls = [process.url for process in running]
+            plan = json.dumps({"kind": kind, "urls": urls, "seconds": seconds, "attackers": attackers, "count": count})
+            attacking = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.faults.drain", "--attack", plan),
+                stdout=asyncio.subprocess.PIPE,
+                env=rig.surroundings({}),
+            )
+            watching = asyncio.create_task(watch(oneinbox, seen))
+            try:
+                honest = await asyncio.gather(
+                    *(be_honest(urls[number % replicas], number, seconds) for number in range(HONEST))
+                )
+                printed, _ = await asyncio.wait_for(attacking.communicate(), seconds + rig.PATIENCE)
+            finally:
+                watching.cancel()
+                if attacking.returncode is None:
+                    attacking.kill()
+                    await attacking.wait()
+            outcomes = Counter(json.loads(printed))
+            unwanted = await settle(oneinbox) if kind == "hang-ups" else None
+            result = bill(await oneinbox.calls(), seen)
+            codes = [await process.end() for process in running]
+        report(kind, limits, outcomes, honest, result)
+        judge(kind, limits, honest, result)
+        check(codes == [0] * replicas, f"the brokers ended with {codes}")
+        if unwanted is not None:
+            check(unwanted <= outcomes["answered before"], f"{unwanted} calls run that nobody was given")
+
+
+async def settle(oneinbox: rig.OneInbox) -> int:
+    """The calls that run although everybody has hung up, when there are no fewer any more."""
+    end = time.monotonic() + SETTLE_SECONDS
+    while True:
+        running = sum(call["running"] for call in await oneinbox.calls())
+        if not running or time.monotonic() > end:
+            return running
+        await asyncio.sleep(0.5)
+
+
+def report(kind: str, limits: Limits, outcomes: Counter[str], honest: Sequence[Honest], result: Bill) -> None:
+    """Say what came of it."""
+    reads = [seconds for user in honest for seconds in user.reads]
+    said = ", ".join(f"{count:,} {name}" for name, count in outcomes.most_common())
+    rows: list[tuple[object, object, object]] = [
+        ("what", "measured", "allowed"),
+        ("attack", f"{outcomes.total():,} tries: {said}", ""),
+        ("calls billed, per hour", result.total, limits.all_hour),
+        ("  in any 59 s", result.most_a_minute, limits.all_minute),
+        ("  of one user, per hour", result.most_of_one_user, USER["hour"]),
+        ("  of one user, in any 59 s", result.most_of_one_user_a_minute, USER["minute"]),
+        ("calls at once", result.most_at_once, limits.all_live or "any"),
+        ("  of one user", result.most_at_once_of_one_user, USER["live"]),
+        ("calls still running", result.running, ""),
+        ("honest users' sessions", " ".join(f"{user.got}/{user.allowed}" for user in honest), "95%"),
+        ("honest users' reads", len(reads), ""),
+        ("  p50, p99, worst", " ".join(f"{each * 1000:.0f}" for each in _spread(reads)) + " ms", "p99 250 ms"),
+    ]
+    rig.table(f"drain: {kind}", rows)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return rig.percentile(values, 50), rig.percentile(values, 99), max(values, default=0.0)
+
+
+def judge(kind: str, limits: Limits, honest: Sequence[Honest], result: Bill) -> None:
+    """Raise Failure where a promise did not hold."""
+    check(result.total > 0, "nothing was attacked")
+    check(result.total <= limits.all_hour, "more calls were billed than all may have an hour")
+    check(result.most_a_minute <= limits.all_minute, "more calls were billed than all may have a minute")
+    check(result.most_of_one_user <= USER["hour"], "more calls were billed than one may have an hour")
+    check(result.most_of_one_user_a_minute <= USER["minute"], "more calls were billed than one may have a minute")
+    check(result.most_at_once <= (limits.all_live or result.most_at_once), "more calls at once than all may have")
+    check(result.most_at_once_of_one_user <= USER["live"], "more calls at once than one may have")
+    reads = [seconds for user in honest for seconds in user.reads]
+    check(not reads or rig.percentile(reads, 99) < LONGEST_P99, "reads were slow")
+    if kind == "isolation":
+        for number, user in enumerate(honest):
+            check(user.got >= 0.95 * user.allowed, f"honest user {number} got {user.got} of {user.allowed}")
+            check(user.allowed > 0, "nobody honest tried")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.drain", description="Attackers, and five honest users."
+    )
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--attackers", type=int, default=120)
+    parser.add_argument("--addresses", type=int, default=10_000)
+    parser.add_argument("--replicas", type=int, default=1, help="more than 1: on one Valkey")
+    parser.add_argument("--run", choices=RUNS, action="append")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.attack:
+        asyncio.run(attack(**json.loads(given.attack)))
+        return
+    for kind in given.run or RUNS:
+        asyncio.run(drill(kind, given.seconds, given.attackers, given.addresses, given.replicas))
+
+
+if __name__ == "__main__":
+    main()

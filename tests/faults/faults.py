@@ -1,0 +1,297 @@
+"""The fault drill: whatever breaks, no call runs that nobody was given, and no key gives two.
+
+    python -m tests.faults.faults [--sessions 10000] [--browsers 100] [--faulty 0.33] [--patience 240] [--seed 1]
+
+Two replicas on one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers. Browsers
+start sessions, half of them with a key; some hang up while they wait, some of those come back with their key; who gets
+no answer tries again, on any replica. A quarter through, and again at three quarters, Valkey is killed and comes back
+three seconds later; half-way a replica is killed and another one started.
+
+What a browser was given counts from what had reached its machine when it hung up. A call whose answer the killed
+replica had in hand is nobody's and cannot be told from a good one: those are counted, and bounded by the requests that
+were under way there (BROKER_JOIN_TIMEOUT is the remedy; the drill runs without).
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.faults import rig
+from tests.faults.rig import Browser, Lost, call_id, call_key, check
+
+TIMEOUT = 2.0
+ANSWER_SECONDS = TIMEOUT + 5
+WITH_KEY, HANGS_UP, COMES_BACK, STOPS = 0.5, 0.15, 0.5, 0.85
+TRIES = 4
+GONE_SECONDS = 3.0
+"""So long Valkey is gone."""
+
+
+def spoiled(share: float, seed: int) -> list[dict[str, Any]]:
+    """Rules that spoil this share of all answers, each kind about as often as the others."""
+    kinds: list[dict[str, Any]] = [
+        {"kind": "status", "status": 500, "takes_effect": True},
+        {"kind": "status", "status": 503},
+        {"kind": "status", "status": 408, "takes_effect": True},
+        {"kind": "drop", "takes_effect": True},
+        {"kind": "drop"},
+        {"kind": "truncated"},
+        {"kind": "broken_json"},
+        {"kind": "not_utf8"},
+        {"kind": "fields", "remove": ["id", "items"]},
+        {"kind": "fields", "set": {"server_url": "http://evil.example", "status": 7}},
+        {"kind": "latency", "seconds": TIMEOUT / 2},
+        {"kind": "hang", "takes_effect": True},
+    ]
+    each = 1 - (1 - share) ** (1 / len(kinds))
+    return [
+        {**kind, "operation": operation, "probability": each, "seed": seed * 1000 + number * 10 + at}
+        for at, operation in enumerate(("start", "get", "stop", "list"))
+        for number, kind in enumerate(kinds)
+    ]
+
+
+@dataclass
+class Book:
+    """What the browsers know. `given`: paths by OneInbox's id. `of_key`: ids by key. `waits`: seconds to each answer."""
+
+    given: dict[str, str] = field(default_factory=dict)
+    of_key: dict[str, set[str]] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    waits: list[float] = field(default_factory=list)
+    begun: int = 0
+    under_way: Counter[str] = field(default_factory=Counter)
+
+    def note(self, path: str, key: str) -> None:
+        """A browser was given a call."""
+        self.given[call_id(path)] = path
+        if key:
+            self.of_key.setdefault(key, set()).add(call_id(path))
+
+
+@dataclass
+class Drill:
+    """The load: sessions by turns, from as many browsers."""
+
+    replicas: list[rig.Process]
+    sessions: int
+    seed: int
+    book: Book = field(default_factory=Book)
+
+    async def browse(self, number: int) -> None:
+        """One browser: session after session, until all are done."""
+        dice = random.Random(f"{self.seed}/{number}")
+        while self.book.begun < self.sessions:
+            self.book.begun += 1
+            name = self.book.begun
+            key = f"key-{self.seed}-{name:08}-of-the-drill" if dice.random() < WITH_KEY else ""
+            address = f"10.{name // 65536}.{name // 256 % 256}.{name % 256}"
+            await self._session(dice, address, key)
+
+    async def _session(self, dice: random.Random, address: str, key: str) -> None:
+        leaves = dice.random() < HANGS_UP
+        path = await self._hang_up(dice, address, key) if leaves else ""
+        if leaves and not path and not (key and dice.random() < COMES_BACK):
+            return
+        for _ in range(TRIES if not path else 0):
+            path = await self._ask(dice, address, key)
+            if path:
+                break
+            await asyncio.sleep(dice.uniform(0.1, 1.0))
+        if path and dice.random() < STOPS:
+            await self._stop(dice, address, path)
+
+    async def _ask(self, dice: random.Random, address: str, key: str) -> str:
+        """One POST; the path of the call it gave."""
+        url = dice.choice(self.replicas).url
+        began = time.monotonic()
+        path = ""
+        async with Browser(url, address) as browser:
+            self.book.under_way[url] += 1
+            try:
+                answer = await asyncio.wait_for(browser.post(key=key), 10 * ANSWER_SECONDS)
+                path = answer.call
+                self.book.outcomes[answer.outcome] += 1
+                replayed = "idempotency-replayed" in answer.headers
+                self.book.outcomes["(replayed)"] += replayed
+            except Lost as lost:
+                path = lost.call
+                self.book.outcomes["connection lost"] += 1
+            except OSError:
+                self.book.outcomes["no connection"] += 1
+            finally:
+                self.book.under_way[url] -= 1
+        self.book.waits.append(time.monotonic() - began)
+        if path:
+            self.book.note(path, key)
+        return path
+
+    async def _hang_up(self, dice: random.Random, address: str, key: str) -> str:
+        """One POST, and no patience; the path of the call, should it have come before."""
+        browser = Browser(dice.choice(self.replicas).url, address)
+        self.book.outcomes["hung up"] += 1
+        try:
+            await browser.send("POST", "/session", b"", {"Idempotency-Key": key} if key else {})
+            await asyncio.sleep(dice.choice((0.0, 0.005, 0.02, 0.1, 0.5, 1.5)))
+        except OSError:
+            return ""
+        path = browser.hang_up(reset=dice.random() < 0.5)
+        if path:
+            self.book.note(path, key)
+        return path
+
+    async def _stop(self, dice: random.Random, address: str, path: str) -> None:
+        for _ in range(TRIES):
+            async with Browser(dice.choice(self.replicas).url, address) as browser:
+                with contextlib.suppress(Lost, OSError):
+                    if (await browser.post(f"{path}/stop")).status == 200:
+                        return
+            await asyncio.sleep(dice.uniform(0.1, 1.0))
+
+    async def progress(self, share: float) -> None:
+        """Wait until so much is begun."""
+        while self.book.begun < share * self.sessions:
+            await asyncio.sleep(0.05)
+
+
+async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Any) -> int:
+    """All that happens to the machines; how many requests were under way at the replica that was killed."""
+    await drill.progress(0.25)
+    await lose(valkey)
+    await drill.progress(0.5)
+    victim = drill.replicas.pop(0)
+    under_way = drill.book.under_way[victim.url]
+    victim.kill()
+    await victim.popen.wait()
+    drill.replicas.append(await start_another())
+    await drill.progress(0.75)
+    await lose(valkey)
+    return under_way
+
+
+async def lose(valkey: rig.Valkey) -> None:
+    """Valkey dies and comes back, with its data."""
+    await asyncio.to_thread(valkey.kill)
+    await asyncio.sleep(GONE_SECONDS)
+    await asyncio.to_thread(valkey.restart)
+
+
+async def drill(sessions: int, browsers: int, faulty: float, patience: float, seed: int) -> None:
+    """The whole. Raises Failure."""
+    began = time.monotonic()
+    async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
+        environ = rig.broker_environ(
+            oneinbox.url,
+            {**rig.ROOMY, "BROKER_STORE_URL": valkey.url, "ONEINBOX_TIMEOUT": str(TIMEOUT)},
+        )
+        async with rig.brokers(folder, 2, environ) as running:
+            load = Drill(list(running), sessions, seed)
+            await oneinbox.faults(spoiled(faulty, seed))
+
+            async def start_another() -> rig.Process:
+                running.append(await rig.start_broker(folder, environ))
+                return running[-1]
+
+            mishaps = asyncio.create_task(accidents(load, valkey, start_another))
+            await asyncio.gather(*(load.browse(number) for number in range(browsers)))
+            in_hand = await mishaps
+            loaded = time.monotonic() - began
+            waited, history = await settle(oneinbox, load.book, in_hand, patience)
+            calls = await oneinbox.calls()
+            codes = [await process.end() for process in running[1:]]
+        report(load.book, calls, in_hand, loaded, waited, history)
+        found = rig.leaks(folder, {*map(call_key, load.book.given.values()), *load.book.of_key})
+        unwanted = [call["id"] for call in calls if call["running"] and call["id"] not in load.book.given]
+        twice = [key for key, ids in load.book.of_key.items() if len(ids) > 1]
+        tracebacks = sum(log.read_text(errors="replace").count("Traceback") for log in folder.glob("broker-*.log"))
+        rig.table(
+            "promises",
+            [
+                ("promise", "broken"),
+                (f"no call runs that nobody was given (at most {in_hand} of the killed replica)", len(unwanted)),
+                ("no key gives two calls", len(twice)),
+                (f"an answer within {ANSWER_SECONDS:.0f} s", sum(each > ANSWER_SECONDS for each in load.book.waits)),
+                ("no secret in any log", len(found)),
+                ("no traceback in any log", tracebacks),
+            ],
+        )
+        check(len(unwanted) <= in_hand, f"running, and nobody's: {unwanted[:5]}")
+        check(not twice, f"two calls for one key: {twice[:5]}")
+        check(max(load.book.waits) <= ANSWER_SECONDS, f"an answer took {max(load.book.waits):.1f} s")
+        check(not found, f"in a log: {found[:5]}")
+        check(codes == [0, 0], f"the brokers ended with {codes}")
+        check(not tracebacks, "there is a traceback in a log")
+
+
+async def settle(
+    oneinbox: rig.OneInbox, book: Book, in_hand: int, patience: float
+) -> tuple[float, list[tuple[int, int]]]:
+    """Wait until no unwanted call runs; the seconds that took, and how many there were by the time."""
+    began = time.monotonic()
+    history: list[tuple[int, int]] = []
+    still = 0
+    while True:
+        unwanted = sum(call["running"] and call["id"] not in book.given for call in await oneinbox.calls())
+        waited = time.monotonic() - began
+        history.append((round(waited), unwanted))
+        # What the killed replica had in hand stays; whether it is that shows when nothing changes for a sweep and a scan.
+        still = still + 1 if len(history) > 1 and unwanted == history[-2][1] and unwanted <= in_hand else 0
+        if unwanted == 0 or waited > patience or still > 60:
+            return waited, history
+        await asyncio.sleep(2)
+
+
+def report(
+    book: Book,
+    calls: list[Mapping[str, Any]] | list[dict[str, Any]],
+    in_hand: int,
+    loaded: float,
+    waited: float,
+    history: list[tuple[int, int]],
+) -> None:
+    """Say what came of it."""
+    falling = [
+        history[0],
+        *(later for before, later in zip(history, history[1:], strict=False) if before[1] != later[1]),
+    ]
+    step = max(1, len(falling) // 12)
+    rows: list[tuple[object, object]] = [
+        ("what", "measured"),
+        ("sessions asked for, browsers' answers", f"{book.begun:,}, {len(book.waits):,}"),
+        *((f"  {outcome}", f"{count:,}") for outcome, count in book.outcomes.most_common()),
+        ("answers: p50, p99, worst", " ".join(f"{each:.2f}" for each in _spread(book.waits)) + " s"),
+        ("calls at OneInbox", f"{len(calls):,}"),
+        ("  given to a browser", f"{len(book.given):,}"),
+        ("  running", f"{sum(call['running'] for call in calls):,}"),
+        ("  running, and nobody's", sum(call["running"] and call["id"] not in book.given for call in calls)),
+        ("under way at the killed replica", in_hand),
+        ("seconds of load, until nothing unwanted ran", f"{loaded:.0f}, {waited:.0f}"),
+        ("unwanted by second after the load", " ".join(f"{at}:{count}" for at, count in falling[::step])),
+    ]
+    rig.table("faults", rows)
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return rig.percentile(values, 50), rig.percentile(values, 99), max(values, default=0.0)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.faults", description="Whatever breaks.")
+    parser.add_argument("--sessions", type=int, default=10_000)
+    parser.add_argument("--browsers", type=int, default=100)
+    parser.add_argument("--faulty", type=float, default=0.33)
+    parser.add_argument("--patience", type=float, default=240)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    asyncio.run(drill(given.sessions, given.browsers, given.faulty, given.patience, given.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Terminal manners of the commands: help, colour, Ctrl-C, broken pipes, closed and full outputs."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from typer.main import get_group
+
+from app import __version__
+from app.cli import EXIT_STATUS, cli
+from tests.integration.processes import PATIENCE, run, running, surroundings
+
+REQUIRED = {"ONEINBOX_API_KEY": "oi_sk_terminal", "ONEINBOX_AGENT_ID": "agt_terminal"}
+DEAD = {**REQUIRED, "ONEINBOX_BASE_URL": "http://127.0.0.1:1"}
+
+
+def every_command() -> list[tuple[str, ...]]:
+    """The words of each command, of groups as well."""
+    words: list[tuple[str, ...]] = [()]
+    for name, command in get_group(cli).commands.items():
+        words.append((name,))
+        words += [(name, inner) for inner in getattr(command, "commands", {})]
+    return words
+
+
+@pytest.fixture
+def environ() -> dict[str, str]:
+    """Nothing that switches colour on or off."""
+    return surroundings({"TERM": "xterm", "NO_COLOR": ""})
+
+
+def helped(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli([*words, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", every_command(), ids=lambda words: "-".join(words) or "all")
+def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    text = helped(words, capsys)
+    assert "\n  Example" in text or "\nExample" in text
+    assert f"oneinbox-broker {' '.join(words)}".rstrip() in text
+    assert EXIT_STATUS in " ".join(text.split())
+    assert text.isascii()
+    assert "\x1b" not in text
+
+
+def test_examples_are_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in every_command():
+        for line in helped(words, capsys).splitlines():
+            if line.strip().startswith("oneinbox-broker "):
+                first = line.split()[1]
+                assert first in get_group(cli).commands
+
+
+def test_version(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path, environ={})
+    assert (done.code, done.out, done.err) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("no-such",), ("serve", "--no-such"), ("block",), ("doctor", "--probe")])
+def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments, cwd=tmp_path, environ={})
+    assert (done.code, done.out) == (2, "")
+    assert "Error: " in done.err
+    assert "\x1b" not in done.err
+
+
+def on_terminal(arguments: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> str:
+    """What a command prints when its stdout is a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "app", *arguments], cwd=cwd, env=environ, stdout=theirs, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(theirs)
+        output = b""
+        try:
+            while piece := os.read(ours, 4096):
+                output += piece
+        except OSError:  # how a terminal ends on Linux
+            pass
+        process.wait(PATIENCE)
+    os.close(ours)
+    return output.decode()
+
+
+def test_colour_on_a_terminal_only(tmp_path: Path, environ: dict[str, str]) -> None:
+    environ |= DEAD
+    shown = on_terminal(("doctor",), tmp_path, environ)
+    assert "\x1b[31m✗\x1b[0m oneinbox" in shown
+    assert "\x1b" not in on_terminal(("doctor",), tmp_path, environ | {"NO_COLOR": "1"})
+    assert "\x1b" not in on_terminal(("doctor",), tmp_path, environ | {"TERM": "dumb"})
+    assert "\x1b" not in on_terminal(("doctor", "--json"), tmp_path, environ)
+    piped = run("doctor", cwd=tmp_path, environ=DEAD)
+    assert piped.code == 1
+    assert "✗ oneinbox" in piped.out
+    assert "\x1b" not in piped.out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_plain_words_where_stdout_has_no_check_mark(tmp_path: Path, encoding: str) -> None:
+    done = run("doctor", cwd=tmp_path, environ=DEAD | {"PYTHONIOENCODING": encoding})
+    assert done.code == 1
+    assert "X  oneinbox: " in done.out
+    assert " -> " in done.out
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("openapi",), ("doctor",), ("doctor", "--json"), ("--help",), ("--version",), ("sandbox", "--port", "0")],
+)
+def test_a_reader_that_has_gone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """As in `oneinbox-broker openapi | head -1`."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "app", *arguments],
+            cwd=tmp_path,
+            env=surroundings(DEAD),
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", ["openapi", "--version", "doctor"])
+def test_closed_streams(tmp_path: Path, arguments: str) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&- <&-"):
+        line = f'exec "$0" -m app {arguments} {closed}'
+        done = subprocess.run(
+            ["sh", "-c", line, sys.executable],
+            cwd=tmp_path,
+            env=surroundings(DEAD),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == (1 if arguments == "doctor" else 0), closed
+        assert done.stderr == ""
+
+
+def test_a_server_without_any_stream(tmp_path: Path) -> None:
+    """Its sockets must not take the streams' places."""
+    line = 'exec "$0" -m app serve --port 0 >&- <&-'
+    with subprocess.Popen(
+        ["sh", "-c", line, sys.executable], cwd=tmp_path, env=surroundings(DEAD), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert '"listening"' in process.stderr.readline()
+        process.terminate()
+        process.stderr.read()
+        assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", ["openapi", "doctor"])
+def test_a_full_disk(tmp_path: Path, arguments: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "app", arguments],
+            cwd=tmp_path,
+            env=surroundings(DEAD),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "stdout: cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("arguments", "sign"),
+    [
+        (("serve", "--port", "0"), '"listening"'),
+        (("sandbox", "--port", "0"), "Ctrl-C ends both."),
+        (("emulator", "--port", "0"), "ONEINBOX_BASE_URL="),
+    ],
+    ids=["serve", "sandbox", "emulator"],
+)
+def test_servers_end_well(tmp_path: Path, arguments: tuple[str, ...], sign: str, number: signal.Signals) -> None:
+    with running(*arguments, cwd=tmp_path, environ=DEAD) as process:
+        process.wait_for(sign)
+        process.popen.send_signal(number)
+        assert process.end() == 0
+        assert not [line for line in process.err if "Traceback" in line]
+
+
+def test_ctrl_c_of_a_command_that_waits(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        environ = REQUIRED | {"ONEINBOX_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        with running("doctor", cwd=tmp_path, environ=environ) as process:
+            connection, _ = silent.accept()
+            process.popen.send_signal(signal.SIGINT)
+            assert process.end() == 130
+            connection.close()
+        assert process.err == []
+
+
+# What `serve` says at its start
+
+
+def said(tmp_path: Path, *arguments: str, **changes: str) -> dict[str, dict[str, object]]:
+    """The log's first lines: `listening`, and the cautions by what they are about."""
+    environ = {**DEAD, "BROKER_ALLOWED_ORIGINS": "https://www.example.com", "BROKER_ALLOWED_VARIABLES": "a", **changes}
+    with running("serve", "--port", "0", *arguments, cwd=tmp_path, environ=environ) as process:
+        process.wait_for('"listening"')
+        assert process.terminate() == 0
+    return {str(record.get("about", record["event"])): record for record in process.records}
+
+
+def test_what_serve_says(tmp_path: Path) -> None:
+    records = said(tmp_path, BROKER_ALLOWED_VARIABLES="*", BROKER_ALLOWED_ORIGINS="")
+    listening = records["listening"]
+    assert listening["auth"] == "anonymous"
+    assert listening["limits"] == "5/minute;50/day"
+    assert listening["global_limits"] == "60/minute;1000/day"
+    assert {"allowed origins", "variables", "store", "secret"} <= records.keys()
+    assert "anonymous_and_public" not in records
+    for about in ("allowed origins", "variables"):
+        assert records[about]["level"] == "warning"
+        assert records[about]["remedy"]
+
+
+def test_a_public_broker_without_logins_is_warned_about(tmp_path: Path) -> None:
+    records = said(tmp_path, "--host", "0.0.0.0")
+    assert "you pay for" in str(records["anonymous_and_public"]["meaning"])
+    assert "anonymous_and_public" not in said(tmp_path, "--host", "0.0.0.0", BROKER_CHALLENGE_SECRET="secret")
