@@ -71,9 +71,9 @@ async def diagnose(
         return [*lines, warning("the rest", "not checked, as it takes settings that can be read")]
     findings = [fine("settings", "none is wrong"), *_parts(settings), _key_shape(settings)]
     network = await asyncio.gather(
-        within(deadline, _oneinbox(settings, transport, now), ("oneinbox", "agents", "clock")),
-        within(deadline, _store(settings), ("store",)),
-        within(deadline, _logins(settings), ("logins",)),
+        within(deadline, lambda: _oneinbox(settings, transport, now), ("oneinbox", "agents", "clock")),
+        within(deadline, lambda: _store(settings), ("store",)),
+        within(deadline, lambda: _logins(settings), ("logins",)),
     )
     return [*findings, *(finding for group in network for finding in group), *prudence.review(settings)]
 

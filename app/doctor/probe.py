@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 from urllib.parse import urlsplit
@@ -75,7 +76,7 @@ async def probe(
     """
     asker = Asker(url.rstrip("/"), transport)
     try:
-        return await within(deadline, _probe(asker), ["probe"])
+        return await within(deadline, lambda: _probe(asker), ["probe"])
     finally:
         await asker.aclose()
 
@@ -85,7 +86,9 @@ async def _probe(asker: Asker) -> list[Finding]:
     if not broker.ok:
         return [broker]
     deployment = await _meet(asker)
-    found = await asyncio.gather(*(within(DEADLINE, each(deployment), [name]) for name, each in PROBES.items()))
+    found = await asyncio.gather(
+        *(within(DEADLINE, partial(each, deployment), [name]) for name, each in PROBES.items())
+    )
     return [broker, *(finding for findings in found for finding in findings)]
 
 

@@ -98,17 +98,19 @@ class LiveCalls:
 
     async def stop(self, start: Start, call_id: str, why: str) -> None:
         """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
+        await self._store.leave([UNSTOPPED], _unfound(start))
         await self.begin(start, call_id, unwanted=why)
         with contextlib.suppress(OneInboxError):  # said and remembered by now
             await self._hang_up(LiveCall(start.member, call_id, why), why)
 
     async def abandon(self, start: Start) -> None:
         """Free the slots of a start that became no call."""
+        await self._store.leave([UNSTOPPED], _unfound(start))
         await self._store.leave(start.sets, start.member)
 
     async def give_up(self, start: Start) -> None:
         """Note that a call may run which nobody could find."""
-        await self._store.enter(UNSTOPPED, f"of the request {start.request_id}", UNSTOPPED_SECONDS)
+        await self._store.enter(UNSTOPPED, _unfound(start), UNSTOPPED_SECONDS)
 
     async def is_pending(self, start: Start) -> bool:
         """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
@@ -253,6 +255,11 @@ class LiveCalls:
         await self._store.set(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY))
         if not call.unwanted:
             await self._store.push(_list_of(start.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
+
+
+def _unfound(start: Start) -> str:
+    """Name of a call that may run, in a list for an operator."""
+    return f"of the request {start.request_id}"
 
 
 def _list_of(user: str) -> str:

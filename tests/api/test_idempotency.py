@@ -17,7 +17,7 @@ from app.limits import LiveCalls, Start, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
 from app.sessions.caller import Caller
-from app.sessions.idempotency import Idempotency, Started
+from app.sessions.idempotency import LOOK_SECONDS, Idempotency, Started
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.harness import ONEINBOX, Upstream, post_session, started
@@ -270,6 +270,22 @@ async def test_all_who_come_while_the_first_runs_get_its_answer(broker: httpx.As
     assert upstream.start.call_count == 1
     assert sum(map(is_replay, responses)) == 49
     assert len({response.content for response in responses}) == 1
+
+
+async def test_a_repeat_waits_as_long_as_the_first_takes(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+    asked = asyncio.Event()
+
+    async def start(_: httpx.Request) -> httpx.Response:
+        asked.set()
+        await asyncio.sleep(3 * LOOK_SECONDS)  # so that a repeat looks more than once
+        return httpx.Response(201, json=started())
+
+    upstream.start.mock(side_effect=start)
+    first = asyncio.create_task(keyed(broker))
+    await asyncio.wait_for(asked.wait(), 5)
+    assert is_replay(await keyed(broker))
+    assert_session(await first)
+    assert upstream.start.call_count == 1
 
 
 async def test_all_who_come_while_the_first_fails_try_one_after_the_other(

@@ -31,9 +31,10 @@ class Ticks:
 
     async def __call__(self) -> None:
         """End one waiting, and wait for the look that follows."""
-        await self._waits.acquire()
-        self._over.release()
-        await self._waits.acquire()
+        async with asyncio.timeout(10):
+            await self._waits.acquire()
+            self._over.release()
+            await self._waits.acquire()
         self._waits.release()
 
 

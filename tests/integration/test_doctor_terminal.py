@@ -2,10 +2,15 @@
 
 import os
 import pty
+import re
 import signal
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,6 +37,14 @@ def every_command() -> list[tuple[str, ...]]:
 def environ() -> dict[str, str]:
     """Nothing that switches colour on or off."""
     return surroundings({"TERM": "xterm", "NO_COLOR": ""})
+
+
+def wait_until_up(line: str) -> None:
+    """Wait for an answer of the server whose first URL stands in this line: before, signals are not its own yet."""
+    match = re.search(r"http://[0-9.]+:[0-9]+", line)
+    assert match is not None, line
+    with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{match[0]}/healthz", timeout=PATIENCE):
+        pass
 
 
 def helped(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
@@ -159,7 +172,7 @@ def test_a_server_without_any_stream(tmp_path: Path) -> None:
         ["sh", "-c", line, sys.executable], cwd=tmp_path, env=surroundings(DEAD), stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        assert '"listening"' in process.stderr.readline()
+        wait_until_up(process.stderr.readline())
         process.terminate()
         process.stderr.read()
         assert process.wait(PATIENCE) == 0
@@ -188,22 +201,20 @@ def test_a_full_disk(tmp_path: Path, arguments: str) -> None:
     ("arguments", "sign"),
     [
         (("serve", "--port", "0"), '"listening"'),
-        (("sandbox", "--port", "0"), "Ctrl-C ends both."),
-        (("emulator", "--port", "0"), "ONEINBOX_BASE_URL="),
+        (("sandbox", "--port", "0"), "The broker listens on"),
+        (("emulator", "--port", "0"), "The emulated OneInbox listens on"),
     ],
     ids=["serve", "sandbox", "emulator"],
 )
 def test_servers_end_well(tmp_path: Path, arguments: tuple[str, ...], sign: str, number: signal.Signals) -> None:
     with running(*arguments, cwd=tmp_path, environ=DEAD) as process:
-        process.wait_for(sign)
+        wait_until_up(process.wait_for(sign))
         process.popen.send_signal(number)
         assert process.end() == 0
         assert not [line for line in process.err if "Traceback" in line]
 
 
 def test_ctrl_c_of_a_command_that_waits(tmp_path: Path) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(PATIENCE)
         environ = REQUIRED | {"ONEINBOX_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
@@ -222,7 +233,7 @@ def said(tmp_path: Path, *arguments: str, **changes: str) -> dict[str, dict[str,
     """The log's first lines: `listening`, and the cautions by what they are about."""
     environ = {**DEAD, "BROKER_ALLOWED_ORIGINS": "https://www.example.com", "BROKER_ALLOWED_VARIABLES": "a", **changes}
     with running("serve", "--port", "0", *arguments, cwd=tmp_path, environ=environ) as process:
-        process.wait_for('"listening"')
+        wait_until_up(process.wait_for('"listening"'))
         assert process.terminate() == 0
     return {str(record.get("about", record["event"])): record for record in process.records}
 

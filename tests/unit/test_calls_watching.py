@@ -408,7 +408,7 @@ async def test_hours_of_failures_end_no_watch() -> None:
     await asyncio.sleep(1)
     house.oneinbox.failures, house.oneinbox.fails_on = [httpx.Response(500)], True
     with capture_logs():
-        for _ in range(12):  # watchers relieve each other: one watch, twelve hours and 1,300 failures
+        for _ in range(15):  # watchers relieve each other: one watch, twelve hours and 1,300 failures
             await asyncio.sleep(3000)
             # Whoever comes now cannot read the call; the watch goes on.
             snapshot = replica.lookup.latest("call_1")

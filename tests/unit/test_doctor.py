@@ -256,7 +256,7 @@ async def test_checks_that_do_not_depend_run_at_once() -> None:
         await both.wait()
         return [fine(name, "")]
 
-    await asyncio.gather(within(5, work("a"), ["a"]), within(5, work("b"), ["b"]))
+    await asyncio.gather(within(5, lambda: work("a"), ["a"]), within(5, lambda: work("b"), ["b"]))
     assert met == ["a", "b"]
 
 

@@ -519,7 +519,8 @@ async def test_blank_lines_keep_no_connection(hurried_site: Site) -> None:
         await client.send(get())
         await client.answer()
         async with dripping(client, b"\r\n"):
-            assert await client.rest() == b""
+            with contextlib.suppress(ConnectionResetError):  # closed just as it sent
+                assert await client.rest() == b""
 
 
 async def test_an_idle_connection_is_kept_as_long_as_uvicorn_says(hurried_site: Site) -> None:
@@ -574,12 +575,12 @@ async def test_a_connection_lives_on_after_a_body_that_nobody_read(site: Site) -
         assert (await client.answer())[0] == 200
 
 
-async def test_a_connection_does_not_live_for_ever_after_a_body_that_nobody_read(hurried_site: Site) -> None:
+async def test_a_connection_is_kept_as_long_as_any_after_a_body_that_nobody_read(hurried_site: Site) -> None:
     async with connected(hurried_site) as client:
         await client.send(post(b"Content-Length: 3", path="/early"))
         await client.answer()
         await client.send(b"abc")
-        assert await took(client.rest()) < KEEP_ALIVE + SLACK
+        assert KEEP_ALIVE / 2 < await took(client.rest()) < KEEP_ALIVE + SLACK
 
 
 async def test_expect_continue(site: Site) -> None:

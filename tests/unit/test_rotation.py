@@ -308,13 +308,15 @@ class Ticks:
 
     async def begin(self) -> None:
         """End one waiting."""
-        await self._waits.acquire()
+        async with asyncio.timeout(10):
+            await self._waits.acquire()
         self._over.release()
 
     async def tick(self) -> None:
         """End one waiting, and wait for the look that follows."""
         await self.begin()
-        await self._waits.acquire()
+        async with asyncio.timeout(10):
+            await self._waits.acquire()
         self._waits.release()
 
 
