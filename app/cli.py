@@ -194,7 +194,10 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check settings, store, OneInbox and key, and say what to do; starts no call."""
+    """Check settings, store, OneInbox and key, and say what to do; starts no call.
+
+    Looks at settings, agents, key, clock, store, logins and limits, and says what to do. Prints no secret.
+    """
     configure_logging("error")
     if probe_url is not None:
         _check_probe_url(probe_url)

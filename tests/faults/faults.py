@@ -19,7 +19,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +32,12 @@ TIMEOUT = 2.0
 ANSWER_SECONDS = TIMEOUT + 5
 WITH_KEY, HANGS_UP, COMES_BACK, STOPS = 0.5, 0.15, 0.5, 0.85
 TRIES = 4
+OPERATIONS = ("start", "get", "stop", "list")
 GONE_SECONDS = 3.0
 """So long Valkey is gone."""
 
 
-def spoiled(share: float, seed: int) -> list[dict[str, Any]]:
+def spoiled(share: float, seed: int, operations: Sequence[str]) -> list[dict[str, Any]]:
     """Rules that spoil this share of all answers, each kind about as often as the others."""
     kinds: list[dict[str, Any]] = [
         {"kind": "status", "status": 500, "takes_effect": True},
@@ -55,7 +56,7 @@ def spoiled(share: float, seed: int) -> list[dict[str, Any]]:
     each = 1 - (1 - share) ** (1 / len(kinds))
     return [
         {**kind, "operation": operation, "probability": each, "seed": seed * 1000 + number * 10 + at}
-        for at, operation in enumerate(("start", "get", "stop", "list"))
+        for at, operation in enumerate(operations)
         for number, kind in enumerate(kinds)
     ]
 
@@ -88,6 +89,7 @@ class Drill:
     replicas: list[rig.Process]
     sessions: int
     seed: int
+    short: bool
     book: Book = field(default_factory=Book)
 
     async def browse(self, number: int) -> None:
@@ -101,7 +103,7 @@ class Drill:
             await self._session(dice, address, key)
 
     async def _session(self, dice: random.Random, address: str, key: str) -> None:
-        leaves = dice.random() < HANGS_UP
+        leaves = dice.random() < HANGS_UP and not (key and self.short)
         path = await self._hang_up(dice, address, key) if leaves else ""
         if leaves and not path and not (key and dice.random() < COMES_BACK):
             return
@@ -166,10 +168,14 @@ class Drill:
             await asyncio.sleep(0.05)
 
 
-async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Any) -> int:
+async def accidents(
+    drill: Drill, valkey: rig.Valkey, start_another: Callable[[], Awaitable[rig.Process]] | None
+) -> int:
     """All that happens to the machines; how many requests were under way at the replica that was killed."""
     await drill.progress(0.25)
     await lose(valkey)
+    if start_another is None:
+        return 0
     await drill.progress(0.5)
     victim = drill.replicas.pop(0)
     under_way = drill.book.under_way[victim.url]
@@ -196,8 +202,20 @@ class Settled:
     history: list[tuple[int, int]] = field(default_factory=list)
 
 
-async def drill(sessions: int, browsers: int, faulty: float, patience: float, seed: int) -> None:
-    """The whole. Raises Failure."""
+async def drill(
+    *,
+    sessions: int,
+    browsers: int,
+    faulty: float,
+    patience: float,
+    seed: int,
+    operations: Sequence[str] = OPERATIONS,
+    short: bool = False,
+) -> None:
+    """The whole. `operations`: whose answers are spoiled. Raises Failure.
+
+    `short`: without what takes half a minute and more to be mended: no replica is killed, who hangs up has no key.
+    """
     began = time.monotonic()
     async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
         environ = rig.broker_environ(
@@ -205,20 +223,20 @@ async def drill(sessions: int, browsers: int, faulty: float, patience: float, se
             {**rig.ROOMY, "BROKER_STORE_URL": valkey.url, "ONEINBOX_TIMEOUT": str(TIMEOUT)},
         )
         async with rig.brokers(folder, 2, environ) as running:
-            load = Drill(list(running), sessions, seed)
-            await oneinbox.faults(spoiled(faulty, seed))
+            load = Drill(list(running), sessions, seed, short)
+            await oneinbox.faults(spoiled(faulty, seed, operations))
 
             async def start_another() -> rig.Process:
                 running.append(await rig.start_broker(folder, environ))
                 return running[-1]
 
-            mishaps = asyncio.create_task(accidents(load, valkey, start_another))
+            mishaps = asyncio.create_task(accidents(load, valkey, None if short else start_another))
             await asyncio.gather(*(load.browse(number) for number in range(browsers)))
             under_way = await mishaps
             loaded = time.monotonic() - began
             settled = await settle(oneinbox, load.book, valkey, patience)
             calls = await oneinbox.calls()
-            codes = [await process.end() for process in running[1:]]
+            codes = [await process.end() for process in running[not short :]]
             in_hand, unwanted = told_apart(calls, load.book, valkey)
         rows = [("under way at the killed replica, of which in hand", f"{under_way}, {len(in_hand)}")]
         report(load.book, calls, settled, [*rows, ("seconds of load", f"{loaded:.0f}")])
@@ -262,7 +280,9 @@ async def settle(oneinbox: rig.OneInbox, book: Book, valkey: rig.Valkey, patienc
         in_hand, unwanted = told_apart(await oneinbox.calls(), book, valkey)
         settled.seconds = time.monotonic() - began
         settled.history.append((round(settled.seconds), len(in_hand) + len(unwanted)))
-        if not unwanted or settled.seconds > patience:
+        with redis.Redis(port=valkey.port) as client:
+            waits_for_collection = client.zcard("oib:s:uncollected")
+        if (not unwanted and not waits_for_collection) or settled.seconds > patience:
             return settled
         await asyncio.sleep(2)
 
@@ -303,7 +323,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    asyncio.run(drill(given.sessions, given.browsers, given.faulty, given.patience, given.seed))
+    asyncio.run(drill(**vars(given)))
 
 
 if __name__ == "__main__":

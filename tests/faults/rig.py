@@ -316,6 +316,19 @@ class Browser:
             lines += ["Content-Type: application/json"]
         self._writer.write("\r\n".join([*lines, "", ""]).encode() + body)
 
+    async def rest(self, seconds: float) -> bytes:
+        """All that comes until the last chunk, or for so long. Raises Lost, OSError."""
+        assert self._reader is not None
+        read = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not read.endswith(b"0\r\n\r\n"):
+                    more = await self._reader.read(65536)
+                    if not more:
+                        raise Lost
+                    read += more
+        return read
+
     def hang_up(self, *, reset: bool = True) -> str:
         """Close the connection; the call in what had arrived by then, if any."""
         if self._writer is None or self._reader is None:

@@ -2,19 +2,23 @@
 
     python -m tests.faults.schema [--examples 1000] [--seed 1]
 
-schemathesis asks every route, so many times each and phase, with all its checks on: no 5xx that is not documented, statuses,
-content types, headers and bodies as documented, wrong requests refused, right ones not, unknown methods 405 with Allow.
+schemathesis asks every route, so many times each and phase, with all its checks on: no 5xx that is not documented;
+statuses, content types, headers and bodies as documented; wrong requests refused, right ones not; unknown methods 405
+with Allow. A second round asks for a call that exists.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.faults import rig
-from tests.faults.rig import check
+from tests.faults.rig import Browser, check
 
 WEBHOOK = "a-webhook-secret-of-the-drill"
 CONFIG = """
@@ -24,39 +28,80 @@ positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "403", "404",
 """
 
 
+@dataclass(frozen=True)
+class Round:
+    """One run of schemathesis. `parameters`: parts of paths that are given and not made up; `only`: of the routes."""
+
+    name: str
+    parameters: Mapping[str, str]
+    only: Sequence[str] = ()
+
+
 async def drill(examples: int, seed: int, seconds: float) -> None:
     """The whole. Raises Failure."""
     async with rig.workshop() as folder, rig.oneinbox(folder, in_progress=0.2, transcript_delay=0.1) as oneinbox:
         environ = rig.broker_environ(
             oneinbox.url, {**rig.ROOMY, "BROKER_WEBHOOK_SECRET": WEBHOOK, "BROKER_EXPOSE": "transcript,summary"}
         )
-        async with rig.brokers(folder, 1, environ) as (broker,):
-            (folder / "schemathesis.toml").write_text(CONFIG)
-            testing = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "schemathesis.cli", "run", f"{broker.url}/openapi.json"),
-                *("--checks", "all", "--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure"),
-                *("--request-timeout", "20", "--report", "json", "--report-json-path", "report.json"),
-                *("--generation-database", "none", "--no-color"),
-                cwd=folder,
-                env=rig.surroundings({}),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-            )
-            try:
-                printed, _ = await asyncio.wait_for(testing.communicate(), seconds)
-            finally:
-                if testing.returncode is None:
-                    testing.kill()
-                    await testing.wait()
+        async with rig.brokers(folder, 1, environ) as (broker,), Browser(broker.url) as browser:
+            call = (await browser.post()).call.rpartition("/")[2]
+            rounds = [
+                Round("all made up", {}),
+                Round(
+                    "a real call", {"call": call, "secret": WEBHOOK}, ("--include-path-regex", "^/(calls/|webhooks)")
+                ),
+            ]
+            results = [
+                await play(each, folder, broker.url, examples=examples, seed=seed, seconds=seconds) for each in rounds
+            ]
             code = await broker.end()
-        said = printed.decode(errors="replace")
-        (folder / "schemathesis.txt").write_text(said)
-        sys.stdout.write(said[said.find("= FAILURES =") :] if testing.returncode else said[-1500:])
         statuses = answers(broker.log)
-        rig.table("schema", [("route", "answers"), *sorted(statuses.items())])
-        check(testing.returncode == 0, f"schemathesis: {testing.returncode}")
+        rig.table("schema: routes", [("route", "answers"), *sorted(statuses.items())])
+        rows = [(each.name, result.cases, result.failures) for each, result in zip(rounds, results, strict=True)]
+        rig.table("schema", [("round", "cases", "failures"), *rows])
+        check(not any(result.failures for result in results), "schemathesis found something")
         check(code == 0, f"the broker ended with {code}")
         check("Traceback" not in broker.log.read_text(), "there is a traceback in the log")
+        for text in ("GET /calls/{call}", "POST /calls/{call}/stop"):
+            check("× 200" in statuses[text], f"{text} was never answered")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a round found."""
+
+    cases: int
+    failures: int
+
+
+async def play(each: Round, folder: Path, url: str, *, examples: int, seed: int, seconds: float) -> Result:
+    """One run of schemathesis, and its words where it found something."""
+    given = "".join(f'"path.{name}" = {json.dumps(value)}\n' for name, value in each.parameters.items())
+    (folder / "schemathesis.toml").write_text(f"{CONFIG}\n[parameters]\n{given}" if given else CONFIG)
+    testing = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *each.only),
+        *("--checks", "all", "--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure"),
+        *("--request-timeout", "20", "--generation-database", "none", "--no-color", "--warnings", "off"),
+        cwd=folder,
+        env=rig.surroundings({}),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        printed, _ = await asyncio.wait_for(testing.communicate(), seconds)
+    finally:
+        if testing.returncode is None:
+            testing.kill()
+            await testing.wait()
+    said = printed.decode(errors="replace")
+    if testing.returncode:
+        sys.stdout.write(said)
+    cases = re.search(r"([0-9,]+) generated(?:, ([0-9,]+) found)?", said)
+    check(cases is not None, f"schemathesis did nothing: {said[-2000:]}")
+    assert cases is not None
+    failures = int((cases[2] or "0").replace(",", ""))
+    check(testing.returncode == 0 or failures > 0, f"schemathesis ended with {testing.returncode}: {said[-2000:]}")
+    return Result(int(cases[1].replace(",", "")), failures)
 
 
 def answers(log: Path) -> dict[str, str]:
@@ -75,7 +120,9 @@ def answers(log: Path) -> dict[str, str]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.schema", description="Requests made from the document.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.schema", description="Requests made from the document."
+    )
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1800)

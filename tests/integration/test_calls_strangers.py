@@ -4,11 +4,11 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
 
 import jwt
 
 from app.sandbox.server import running_emulator
+from tests.integration.test_calls_support import figure
 from tests.integration.test_limits_support import LONG_CALLS, asked, running_broker_process
 
 ISSUER = "an issuer's secret of more than 32 characters"
@@ -47,7 +47,7 @@ async def invent(host: str, port: int, number: int, until: float, told: Counter[
     writer.close()
 
 
-async def test_invented_ids(record_property: Callable[[str, object], None]) -> None:
+async def test_invented_ids() -> None:
     async with running_emulator(LONG_CALLS) as oneinbox, running_broker_process(oneinbox.url, **SETTINGS) as broker:
         client, ann = broker.client, signed("ann")
         known = [(await client.post("/session", json={}, headers=ann)).headers["location"] for _ in range(5)]
@@ -76,9 +76,9 @@ async def test_invented_ids(record_property: Callable[[str, object], None]) -> N
         mine = {path.removeprefix("/calls/") for path in known}
         looks = sorted(r.at for r in asked(oneinbox.emulator, "get") if r.path.split("/")[3] not in mine)
         busiest = max(sum(at <= later < at + 1 for later in looks) for at in looks)
-        record_property("ids asked for in a second", round(told.total() / seconds))
-        record_property("looks in a second", round(len(looks) / seconds, 1))
-        record_property("slowest session, seconds", round(max(waits), 3))
+        figure("ids asked for in a second", round(told.total() / seconds))
+        figure("looks in a second", round(len(looks) / seconds, 1))
+        figure("slowest session, seconds", round(max(waits), 3))
         assert told.keys() == {"404", "503"}
         assert told["404"] == len(looks)
         # Twenty by the broker's clock; on their way, those of one second may meet those of the next.

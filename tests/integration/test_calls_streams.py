@@ -6,7 +6,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
 
 import httpx
 import jwt
@@ -14,7 +13,7 @@ import jwt
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.schemas import CallOverride
 from app.sandbox.server import running_emulator
-from tests.integration.test_calls_support import Watcher, memory, open_many
+from tests.integration.test_calls_support import Watcher, figure, memory, open_many
 from tests.integration.test_limits_support import (
     LONG_CALLS,
     PATIENCE,
@@ -28,9 +27,6 @@ from tests.shapes import assert_problem
 
 ISSUER = "an issuer's secret of more than 32 characters"
 VANISHED_SECONDS = 20
-
-Recorder = Callable[[str, object], None]
-"""pytest's `record_property`: figures for the report."""
 
 
 async def start(broker: BrokerProcess, **headers: str) -> str:
@@ -80,7 +76,7 @@ async def has_room(broker: BrokerProcess, path: str) -> bool:
         return response.status_code == 200
 
 
-async def test_a_client_that_vanished_without_a_word_frees_its_place(record_property: Recorder) -> None:
+async def test_a_client_that_vanished_without_a_word_frees_its_place() -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_process(oneinbox.url, BROKER_MAX_STREAMS="1") as broker,
@@ -92,7 +88,7 @@ async def test_a_client_that_vanished_without_a_word_frees_its_place(record_prop
 
         seconds = await eventually(lambda: has_room(broker, path), within=VANISHED_SECONDS)
 
-        record_property("seconds until its place is free", round(seconds, 1))
+        figure("seconds until its place is free", round(seconds, 1))
         await watcher.hang_up()
 
 
@@ -104,7 +100,7 @@ def make_deaf(descriptor: int) -> None:
         same.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
-async def test_a_reader_that_never_reads_is_kept_nothing(record_property: Recorder) -> None:
+async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
     """Its states are large and many; what it does not read is not stored for it."""
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     async with (
@@ -137,7 +133,7 @@ async def test_a_reader_that_never_reads_is_kept_nothing(record_property: Record
         for number in range(10, 50):
             await tell(number)
         grown = memory(broker.process.pid) - before
-        record_property("bytes kept for five who did not read 8 MB each", grown)
+        figure("bytes kept for five who did not read 8 MB each", grown)
         assert grown < 10_000_000
         oneinbox.emulator.override(call, CallOverride(status="completed"))
         await reading.over()
@@ -162,7 +158,7 @@ async def test_a_stream_ends_with_its_token() -> None:
         assert_problem(await broker.client.get(path, headers=signed), "unauthenticated")
 
 
-async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end(record_property: Recorder) -> None:
+async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -> None:
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     with running_valkey() as valkey:
         settings = {"BROKER_STORE_URL": valkey.url, "BROKER_MAX_STREAMS": "1000"}
@@ -178,7 +174,7 @@ async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end(rec
             leaving.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*(watcher.over(within=5) for watcher in watchers))
             seconds = asyncio.get_running_loop().time() - began
-            record_property("seconds until 200 streams ended", round(seconds, 2))
+            figure("seconds until 200 streams ended", round(seconds, 2))
             assert all(watcher.clean for watcher in watchers)
             assert not any(watcher.ended for watcher in watchers)
             # The call ends while everybody is on the way to the other replica.

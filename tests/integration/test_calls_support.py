@@ -8,6 +8,7 @@ await watcher.over()
 import asyncio
 import json
 import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -128,6 +129,11 @@ def room_for_sockets() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 8192:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+
+
+def figure(name: str, value: float) -> None:
+    """Say what was measured; `pytest -s` shows it."""
+    sys.stdout.write(f"\n{name}: {value:g}\n")
 
 
 def memory(pid: int) -> int:

@@ -4,24 +4,22 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
 
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Latency
 from app.sandbox.schemas import CallOverride, RegisterWebhook
 from app.sandbox.server import running_emulator
-from tests.integration.test_calls_support import Watcher, memory, open_many, room_for_sockets
+from tests.integration.test_calls_support import Watcher, figure, memory, open_many, room_for_sockets
 from tests.integration.test_limits_support import asked, running_broker_process, running_broker_processes
 from tests.integration.valkey import running_valkey
 
 WATCHERS = 1000
 STREAMS = {"BROKER_MAX_STREAMS": "2000"}
 HOOK = "a-webhook-secret-of-the-tests-0123456789"
-Recorder = Callable[[str, object], None]
 STATES = ("queued", "initiated", "in_progress", "completed")
 
 
-async def test_a_thousand_watchers_of_one_call(record_property: Recorder) -> None:
+async def test_a_thousand_watchers_of_one_call() -> None:
     room_for_sockets()
     options = EmulatorOptions(queued=3600, transcript_delay=0.2)
     async with (
@@ -50,8 +48,8 @@ async def test_a_thousand_watchers_of_one_call(record_property: Recorder) -> Non
         seconds = time.monotonic() - began
 
         polls = len([request for request in asked(oneinbox.emulator, "get") if call.id in request.path])
-        record_property("polls per second", round(polls / seconds, 2))
-        record_property("bytes per watcher", round(each))
+        figure("polls per second", round(polls / seconds, 2))
+        figure("bytes per watcher", round(each))
         # Nobody missed anything, and everybody was let go.
         seen = Counter(tuple(dict.fromkeys(watcher.statuses)) for watcher in watchers)
         assert seen == {STATES: WATCHERS}
@@ -65,7 +63,7 @@ async def test_a_thousand_watchers_of_one_call(record_property: Recorder) -> Non
         await again.hang_up()
 
 
-async def test_the_polling_replica_may_be_killed(record_property: Recorder) -> None:
+async def test_the_polling_replica_may_be_killed() -> None:
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     with running_valkey() as valkey:
         async with (
@@ -100,13 +98,13 @@ async def test_the_polling_replica_may_be_killed(record_property: Recorder) -> N
             [left] = watchers.values()
             await asyncio.gather(*(each.over() for each in left))
             seconds = time.monotonic() - killed
-            record_property("seconds until the others saw the end", round(seconds, 2))
+            figure("seconds until the others saw the end", round(seconds, 2))
             assert all(each.ended and each.statuses == ["in_progress", "completed"] for each in left)
             # The dead one's lease (3 s), and a tick.
             assert seconds < 5
 
 
-async def test_a_webhook_reaches_the_watchers_of_all_replicas_at_once(record_property: Recorder) -> None:
+async def test_a_webhook_reaches_the_watchers_of_all_replicas_at_once() -> None:
     # Calls that are ten minutes old: polled every five seconds.
     options = EmulatorOptions(queued=3600, initiated=0, in_progress=3600, now=lambda: time.time() - 600)
     loop = asyncio.get_running_loop()
@@ -140,8 +138,8 @@ async def test_a_webhook_reaches_the_watchers_of_all_replicas_at_once(record_pro
 
     took.sort()
     p99 = took[math.ceil(len(took) * 0.99) - 1]
-    record_property("p50 seconds", round(took[len(took) // 2], 3))
-    record_property("p99 seconds", round(p99, 3))
+    figure("p50 seconds", round(took[len(took) // 2], 3))
+    figure("p99 seconds", round(p99, 3))
     assert p99 < 0.3
 
 

@@ -229,7 +229,7 @@ async def test_store_that_keeps_nothing(environ: dict[str, str]) -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         found = await examine(environ | {"BROKER_STORE_URL": f"redis://127.0.0.1:{port}"})
-    assert not found["store"].ok
+    assert found["store"].detail == "does not do what it is asked"
 
 
 async def test_agents_that_had_calls(environ: dict[str, str], emulator: RunningEmulator) -> None:

@@ -800,3 +800,14 @@ async def test_a_clock_that_is_put_forward_stops_nobody() -> None:
     first.idempotency._now = look
     async with asyncio.timeout(60):
         await first.post(life=1000)
+
+
+@in_own_time
+async def test_a_repeat_waits_for_a_slow_first() -> None:
+    house = House()
+    first, second = Replica(house), Replica(house)
+    asking = asyncio.create_task(first.post(takes=10))
+    await asyncio.sleep(0.1)
+    call, replayed = await second.post()
+    assert replayed
+    assert await asking == (call, False)

@@ -1,6 +1,7 @@
 """Following a call: what watchers are told and when, and how often OneInbox is asked."""
 
 import asyncio
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -407,14 +408,13 @@ async def test_hours_of_failures_end_no_watch() -> None:
     reader = follow(replica)
     await asyncio.sleep(1)
     house.oneinbox.failures, house.oneinbox.fails_on = [httpx.Response(500)], True
-    with capture_logs():
-        for _ in range(15):  # watchers relieve each other: one watch, twelve hours and 1,300 failures
+    with capture_logs(), ExitStack() as places:
+        for _ in range(13):  # watchers relieve each other: one watch, twelve hours and 1,300 failures
             await asyncio.sleep(3000)
             # Whoever comes now cannot read the call; the watch goes on.
             snapshot = replica.lookup.latest("call_1")
             assert snapshot is not None
-            place = replica.watchers.watch(ANN, "call_1", snapshot)
-            place.__enter__()
+            places.enter_context(replica.watchers.watch(ANN, "call_1", snapshot))
         house.oneinbox.failures.clear()
         house.oneinbox.records["call_1"]["status"] = "completed"
         await asyncio.sleep(60)

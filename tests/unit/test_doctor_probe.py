@@ -181,6 +181,19 @@ async def test_it_comes_to_an_end() -> None:
     assert finding.detail.startswith("no result within")
 
 
+async def test_what_takes_too_long_hides_nothing_else() -> None:
+    server = Server(good)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/prefix" and request.extensions["target"] == b"/prefix/metrics":
+            await asyncio.Event().wait()
+        return await server(request)
+
+    found = {finding.name: finding for finding in await probe(URL, transport=mock(answer), deadline=2)}
+    assert [name for name, finding in found.items() if not finding.ok] == ["metrics"]
+    assert found["metrics"].detail.startswith("no result within")
+
+
 async def test_what_a_server_says_is_not_repeated() -> None:
     """Its words could be anything, escape sequences included."""
     evil = {"type": "/problems/\x1b[2Jevil", "slug": "\x1b[2Jevil", "title": "evil"}

@@ -1,0 +1,224 @@
+"""The soak: mixed load for a long time; what the broker needs stays what it was.
+
+    python -m tests.faults.soak [--seconds 1800] [--browsers 20] [--pace 5] [--seed 1]
+
+Sessions with and without keys and repeats of those, reads, streams that are read to their end and streams that are
+left, hang-ups at every stage, stops, nonsense; OneInbox fails now and then. Calls end by themselves. Memory may grow by
+what every call is remembered with for a day, and by nothing else once it is warm; open files and tasks, when the load
+is over, are what they were before it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tests.faults import rig
+from tests.faults.rig import Browser, Lost, check
+
+BYTES_A_CALL = 8 * 1024
+"""What a call may be remembered with: four names in the store and a snapshot in the cache."""
+ELBOW_MIB = 12.0
+"""What the allocator may keep for itself, for a short run's sake."""
+QUIET_SECONDS = 30.0
+POOLED = 12
+"""Idle connections to OneInbox that the sweep may have left."""
+NONSENSE = (
+    ("POST", "/session", b"{", {}),
+    ("POST", "/session", b"[]", {}),
+    ("POST", "/session", b'{"agent": "nobody"}', {}),
+    ("POST", "/session", b"x" * 20_000, {}),
+    ("POST", "/session", b"", {"Idempotency-Key": "short"}),
+    ("POST", "/session", b"", {"Origin": "https://evil.example"}),
+    ("GET", "/calls/none.none", b"", {}),
+    ("GET", "/nowhere", b"", {}),
+    ("DELETE", "/session", b"", {}),
+    ("GET", "/problems/rate-limited", b"", {}),
+    ("GET", "/openapi.json", b"", {}),
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the broker holds at one moment. `calls`: started until then."""
+
+    at: float
+    rss: float
+    descriptors: int
+    tasks: int
+    objects: int
+    calls: int
+
+
+@dataclass
+class Soak:
+    """The load."""
+
+    broker: rig.Process
+    end: float
+    seed: int
+    pace: float
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+
+    async def browse(self, number: int) -> None:
+        """One browser, doing one thing after the other."""
+        dice = random.Random(f"{self.seed}/{number}")
+        while time.monotonic() < self.end:
+            address = f"10.1.{dice.randrange(256)}.{dice.randrange(256)}"
+            what = dice.choices(
+                (self.talk, self.follow, self.leave, self.hang_up, self.nonsense), weights=(4, 2, 2, 2, 4)
+            )[0]
+            async with Browser(self.broker.url, address) as browser:
+                with contextlib.suppress(Lost, OSError):
+                    await what(browser, dice)
+            self.outcomes[what.__name__] += 1
+            await asyncio.sleep(dice.expovariate(self.pace))
+
+    async def talk(self, browser: Browser, dice: random.Random) -> None:
+        """A session, perhaps twice by its key, some reads, perhaps a stop."""
+        key = f"soak-{dice.getrandbits(64):016x}" if dice.random() < 0.5 else ""
+        for _ in range(2 if key else 1):
+            path = self.note((await browser.post(key=key)).call)
+        if path:
+            etag = (await browser.ask("GET", path)).headers.get("etag", "")
+            await browser.ask("GET", path, b"", {"If-None-Match": etag})
+            if dice.random() < 0.5:
+                await browser.post(f"{path}/stop")
+
+    async def follow(self, browser: Browser, _: random.Random) -> None:
+        """A stream, to its end."""
+        path = self.note((await browser.post()).call)
+        if path:
+            await browser.send("GET", f"{path}/events")
+            await browser.rest(10)
+
+    async def leave(self, browser: Browser, dice: random.Random) -> None:
+        """A stream that is left."""
+        path = self.note((await browser.post()).call)
+        if path:
+            await browser.send("GET", f"{path}/events")
+            await asyncio.sleep(dice.choice((0, 0.01, 0.5)))
+            browser.hang_up(reset=dice.random() < 0.5)
+
+    async def hang_up(self, browser: Browser, dice: random.Random) -> None:
+        """A session that nobody waits for."""
+        await browser.send("POST", "/session")
+        await asyncio.sleep(dice.choice((0, 0.002, 0.02)))
+        browser.hang_up(reset=dice.random() < 0.5)
+        self.note("hung up")
+
+    async def nonsense(self, browser: Browser, dice: random.Random) -> None:
+        """Something else."""
+        method, path, body, headers = dice.choice(NONSENSE)
+        answer = await browser.ask(method, path, body, headers)
+        if answer.status >= 500:
+            self.failed.append(f"{method} {path}: {answer.status}")
+
+    def note(self, path: str) -> str:
+        """Count a started call."""
+        self.outcomes["calls"] += bool(path)
+        return path
+
+
+async def look(broker: rig.Process, port: int, began: float, calls: int) -> Look:
+    """Look into the broker."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    inside = json.loads(await reader.readline())
+    writer.close()
+    await writer.wait_closed()
+    return Look(time.monotonic() - began, broker.rss, broker.descriptors, inside["tasks"], inside["objects"], calls)
+
+
+async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
+    """The whole. Raises Failure."""
+    async with rig.workshop() as folder, rig.oneinbox(folder, in_progress=2, transcript_delay=0.2) as oneinbox:
+        await oneinbox.faults(
+            [
+                {"kind": "latency", "operation": "start", "seconds": 0.01, "probability": 0.5},
+                {"kind": "status", "status": 500, "operation": "start", "probability": 0.02, "takes_effect": True},
+                {"kind": "drop", "operation": "get", "probability": 0.02},
+            ]
+        )
+        environ = rig.broker_environ(oneinbox.url, {**rig.ROOMY, "BROKER_EXPOSE": "transcript"})
+        broker = await rig.start("tests.faults.broker", environ=environ, log=folder / "broker-1.log")
+        try:
+            (port,) = [json.loads(line)["look"] for line in broker.log.read_text().splitlines() if '"look"' in line]
+            began = time.monotonic()
+            soak = Soak(broker, began + seconds, seed, pace)
+            looks = [await look(broker, port, began, 0)]
+            load = asyncio.gather(*(soak.browse(number) for number in range(browsers)))
+            while not load.done():
+                await asyncio.wait([load], timeout=seconds / 24)
+                looks.append(await look(broker, port, began, soak.outcomes["calls"]))
+            load.result()
+            after = looks[-1]
+            quiet = time.monotonic() + QUIET_SECONDS
+            while time.monotonic() < quiet:
+                after = await look(broker, port, began, soak.outcomes["calls"])
+                if (after.tasks, after.descriptors) <= (looks[0].tasks, looks[0].descriptors + POOLED):
+                    break
+                await asyncio.sleep(0.5)
+            looks.append(after)
+        finally:
+            code = await broker.end()
+        report(soak, looks)
+        judge(soak, looks)
+        check(code == 0, f"the broker ended with {code}")
+        check("Traceback" not in broker.log.read_text(), "there is a traceback in the log")
+
+
+def report(soak: Soak, looks: list[Look]) -> None:
+    """Say what came of it."""
+    head = ("second", "MiB", "open files", "tasks", "objects", "calls so far")
+    rows = [
+        (f"{each.at:.0f}", f"{each.rss:.1f}", each.descriptors, each.tasks, f"{each.objects:,}", f"{each.calls:,}")
+        for each in [*looks[:-1:3], looks[-1]]
+    ]
+    rig.table("soak: " + ", ".join(f"{count:,} {name}" for name, count in soak.outcomes.most_common()), [head, *rows])
+
+
+def judge(soak: Soak, looks: list[Look]) -> None:
+    """Raise Failure where something grew."""
+    first, last = looks[0], looks[-1]
+    warm = looks[len(looks) // 3]
+    grown = (last.rss - warm.rss) * 1024 * 1024
+    calls = last.calls - warm.calls
+    rig.table(
+        "what grew",
+        [
+            ("what", "before", "after", "allowed"),
+            ("open files", first.descriptors, last.descriptors, first.descriptors + POOLED),
+            ("tasks", first.tasks, last.tasks, first.tasks),
+            ("memory since warm, MiB", f"{warm.rss:.1f}", f"{last.rss:.1f}", f"{warm.rss + allowed(calls):.1f}"),
+            ("  a call", "", f"{grown / max(calls, 1):,.0f} bytes", f"{BYTES_A_CALL:,} bytes"),
+        ],
+    )
+    check(not soak.failed, f"answered with a 5xx: {soak.failed[:5]}")
+    check(last.descriptors <= first.descriptors + POOLED, "files stay open")
+    check(last.tasks <= first.tasks, "tasks stay")
+    check(last.rss <= warm.rss + allowed(calls), "memory grows")
+
+
+def allowed(calls: int) -> float:
+    """MiB that so many calls may be remembered with."""
+    return ELBOW_MIB + calls * BYTES_A_CALL / 1024 / 1024
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description="Mixed load for a long time.")
+    parser.add_argument("--seconds", type=float, default=1800)
+    parser.add_argument("--browsers", type=int, default=20)
+    parser.add_argument("--pace", type=float, default=5, help="turns a second of each browser, while none takes time")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    asyncio.run(drill(given.seconds, given.browsers, given.pace, given.seed))
+
+
+if __name__ == "__main__":
+    main()

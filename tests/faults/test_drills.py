@@ -1,0 +1,40 @@
+"""Every drill in its short form. The full ones are commands: see each module's first lines."""
+
+import os
+
+import pytest
+
+from tests.faults import drain, faults, schema, soak
+
+SOAK_SECONDS = 60 if os.environ.get("CI") else 15
+
+
+@pytest.mark.parametrize("kind", drain.RUNS)
+async def test_drain(kind: str) -> None:
+    # How fast reads are is for a machine of its own to say.
+    await drain.drill(kind, seconds=6, attackers=40, count=10_000, replicas=1, p99=10)
+
+
+async def test_drain_of_two_replicas() -> None:
+    await drain.drill("rotation", seconds=6, attackers=40, count=10_000, replicas=2, p99=10)
+
+
+async def test_faults() -> None:
+    # Without stops that fail, which only the next sweep mends.
+    await faults.drill(
+        sessions=200,
+        browsers=30,
+        faulty=0.33,
+        patience=70,
+        seed=1,
+        operations=("start", "get"),
+        short=True,
+    )
+
+
+async def test_soak() -> None:
+    await soak.drill(SOAK_SECONDS, browsers=20, pace=5, seed=1)
+
+
+async def test_schema() -> None:
+    await schema.drill(examples=12, seed=1, seconds=120)
