@@ -78,9 +78,14 @@ class Broker:
 
 
 def check(settings: Settings) -> None:
-    """What only the parts themselves can check: the agents file, and keys against algorithms. Raises SettingsError."""
+    """What only the parts themselves can check: agents file, keys against algorithms, store URL. Raises SettingsError."""
     agents_of(settings)
     _keys(settings)
+    try:
+        open_store(settings.store_url.get_secret_value())
+    except ValueError:
+        line = f"BROKER_STORE_URL: is not the URL of a store; takes {takes('BROKER_STORE_URL')}"
+        raise SettingsError([line]) from None
 
 
 @asynccontextmanager

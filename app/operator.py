@@ -29,9 +29,10 @@ class Operator:
         """A user as a request would make them: by id, in anonymous mode by address. Raises SettingsError."""
         if self.settings.auth != "anonymous":
             return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
-        if parse_address(name) is None:
+        address = parse_address(name)  # which reads an IPv4 address out of ::ffff:192.0.2.1, as requests' are
+        if address is None:
             raise SettingsError([f"USER {name!r}: is no address; takes an IPv4 or IPv6 address"])
-        return User(mode="anonymous", id=limit_key(name))
+        return User(mode="anonymous", id=limit_key(str(address)))
 
     async def status(self) -> str:
         """The counters and what is stopped, a line each."""

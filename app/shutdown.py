@@ -34,6 +34,9 @@ class Shutdown:
             servers_own = before[signal.Signals(number)]
             if callable(servers_own):
                 servers_own(number, frame)
+            elif servers_own == signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
         def begin(number: int, frame: FrameType | None) -> None:
             if self.draining or not self._drain_seconds or number != signal.SIGTERM:

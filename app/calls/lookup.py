@@ -213,6 +213,8 @@ class Lookup:
             record = await self._oneinbox.get_call(call_id)
         except nothing:
             self._keep(call_id, None, since, ours=known)
+            if known:
+                await self._live.see_gone(call_id)
             return None
         return await self.take(record, since)
 

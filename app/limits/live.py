@@ -96,6 +96,13 @@ class LiveCalls:
             if record.ended and (call := await self._find(request_id)) is not None:
                 await self._end(call, record)
 
+    async def see_gone(self, call_id: str) -> None:
+        """Free the slots of a call that OneInbox does not know (any more)."""
+        with contextlib.suppress(StoreUnavailable):
+            request_id = await self._request_id(call_id)
+            if request_id is not None and (call := await self._find(request_id)) is not None:
+                await self._end(call, None)
+
     async def stop(self, start: Start, call_id: str, why: str) -> None:
         """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
         await self._store.leave([UNSTOPPED], _unfound(start))

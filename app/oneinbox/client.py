@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -29,8 +29,10 @@ from app.oneinbox.transport import surely_not_sent
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_ANSWER = 8 * 1024 * 1024
+MAX_ANSWER = 2 * 1024 * 1024
 """Bytes of an answer at most: a long call's record with all its messages has room, an endless answer has not."""
+MAX_STARTED = 256 * 1024
+"""The same for a started call, of which a thousand may be waited for at once."""
 MAX_TOKEN = 16 * 1024
 
 
@@ -95,7 +97,7 @@ class OneInbox:
         if overrides:
             body["overrides"] = overrides
         with self.cooldown.turn():
-            status, answer = await self._send("POST", self._web_calls, body)
+            status, answer = await self._send("POST", self._web_calls, body, limit=MAX_STARTED)
         _raise_for_status(status, answer, not_found=_misconfigured(404))
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
@@ -143,10 +145,10 @@ class OneInbox:
         return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
 
     async def remove_webhook(self, webhook_id: str) -> None:
-        """Remove a webhook. The route is not documented; raises Misconfigured for a 404."""
-        status, answer = await self._send(
-            "DELETE", httpx.URL(f"{self._base_url}/v1/webhooks/{quote(webhook_id, safe='')}")
-        )
+        """Remove a webhook. The route is not documented; raises Misconfigured for a 404, and for what is no id."""
+        if not CALL_ID.fullmatch(webhook_id):
+            raise _misconfigured(404)  # such as `..`, which would name another route
+        status, answer = await self._send("DELETE", httpx.URL(f"{self._base_url}/v1/webhooks/{webhook_id}"))
         _raise_for_status(status, answer, not_found=_misconfigured(404))
 
     async def aclose(self) -> None:
@@ -161,19 +163,21 @@ class OneInbox:
             raise Invalid("answered another call", may_have_acted=True, status=status)
         return record
 
-    async def _send(self, method: str, url: httpx.URL, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+    async def _send(
+        self, method: str, url: httpx.URL, body: Mapping[str, Any] | None = None, *, limit: int = MAX_ANSWER
+    ) -> tuple[int, Any]:
         """Status and JSON of the answer (None where it is no JSON); bounded in time and size."""
         content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         headers = self._headers
         request = self._request(method, url, content)
         try:
             async with asyncio.timeout(self._timeout):
-                response, raw = await self._exchange(request)
+                response, raw = await self._exchange(request, limit)
                 if response.status_code == 401:
                     request.extensions["sent"] = False  # refused, it did nothing, and a POST started no call
                     if await self._has_another_key(headers):
                         request = self._request(method, url, content)
-                        response, raw = await self._exchange(request)
+                        response, raw = await self._exchange(request, limit)
         except TimeoutError:
             sent = not surely_not_sent(request, httpx.ReadTimeout(""))
             raise TimedOut("did not answer in time", may_have_acted=sent) from None
@@ -195,10 +199,10 @@ class OneInbox:
         headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
         return httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
 
-    async def _exchange(self, request: httpx.Request) -> tuple[httpx.Response, bytes]:
+    async def _exchange(self, request: httpx.Request, limit: int) -> tuple[httpx.Response, bytes]:
         response = await self._transport.handle_async_request(request)
         try:
-            return response, await _read(response)
+            return response, await _read(response, limit)
         finally:
             await response.aclose()
 
@@ -209,8 +213,8 @@ class OneInbox:
         return headers is not self._headers
 
 
-async def _read(response: httpx.Response) -> bytes:
-    """The whole body; nothing when it is encoded or larger than MAX_ANSWER, which no later step can use."""
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """The whole body; nothing when it is encoded or larger than `limit`, which no later step can use."""
     if response.headers.get("content-encoding", "identity") != "identity":
         return b""
     body = bytearray()
@@ -219,7 +223,7 @@ async def _read(response: httpx.Response) -> bytes:
     assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - of an async transport
     async for chunk in stream:
         body += chunk
-        if len(body) > MAX_ANSWER:
+        if len(body) > limit:
             return b""
     return bytes(body)
 

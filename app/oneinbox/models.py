@@ -38,7 +38,10 @@ def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
     moment = _or_none(value, handler)
     if not isinstance(moment, datetime):
         return None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:  # the first or last hours that there are
+        return None
 
 
 Text = Annotated[str | None, WrapValidator(_or_none)]

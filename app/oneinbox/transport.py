@@ -2,16 +2,24 @@
 
 import contextvars
 import ssl
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
 from httpx_aiohttp import AiohttpTransport
 
 # The request that this task sends, so that aiohttp's trace can mark it. Judging by exceptions would bill twice:
 # the transport reports "sent, then connection lost" as a connect error.
 _under_way: contextvars.ContextVar[httpx.Request] = contextvars.ContextVar("request under way to OneInbox")
+
+PIECE = 4096
+MAX_INTERIM = 20
+"""Answers (1xx) before the answer."""
 
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
@@ -39,6 +47,38 @@ class PooledTransport(AiohttpTransport):
             raise httpx.RemoteProtocolError(type(error).__name__) from error
 
 
+class _Connection(ResponseHandler):
+    """Bounds what aiohttp parses at once: a flood of interim answers would hold the event loop up for seconds."""
+
+    _interim = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes from the wire."""
+        if len(data) <= PIECE:
+            super().data_received(data)
+            return
+        for start in range(0, len(data), PIECE):
+            if self._interim > MAX_INTERIM:
+                return
+            super().data_received(data[start : start + PIECE])
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        """Take a parsed head."""
+        self._interim = self._interim + 1 if 100 <= data[0].code < 200 else 0
+        if self._interim > MAX_INTERIM:
+            if self.transport is not None:
+                self.transport.abort()
+            self.set_exception(HttpProcessingError(message="too many interim answers"))
+            return
+        super().feed_data(data, size)
+
+
+class _Connector(aiohttp.TCPConnector):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # takes no factory
+
+
 def open_transport(base_url: str, *, pool_size: int) -> PooledTransport:
     """A transport for one upstream; must be called inside the event loop.
 
@@ -48,7 +88,7 @@ def open_transport(base_url: str, *, pool_size: int) -> PooledTransport:
     trace.on_request_headers_sent.append(_mark_sent)
     tls = ssl.create_default_context()
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=pool_size, keepalive_timeout=15, ssl=tls),
+        connector=_Connector(limit=pool_size, keepalive_timeout=15, ssl=tls),
         cookie_jar=aiohttp.DummyCookieJar(),
         trace_configs=[trace],
         auto_decompress=False,

@@ -31,7 +31,7 @@ class Hub:
         queue: asyncio.Queue[bytes] = asyncio.Queue(BACKLOG)
         self._queues.setdefault(channel, set()).add(queue)
         try:
-            yield _messages(queue)
+            yield _Messages(queue)
         finally:
             listeners = self._queues[channel]
             listeners.discard(queue)
@@ -39,6 +39,11 @@ class Hub:
                 del self._queues[channel]
 
 
-async def _messages(queue: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
-    while True:
-        yield await queue.get()
+class _Messages(AsyncIterator[bytes]):
+    """A listener's messages. No generator: one that is cancelled while it waits would be over for good."""
+
+    def __init__(self, queue: asyncio.Queue[bytes]) -> None:
+        self._queue = queue
+
+    async def __anext__(self) -> bytes:
+        return await self._queue.get()

@@ -24,6 +24,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from app.store import scripts
 from app.store.hub import Hub
 from app.store.listener import Listener
+from app.store.patience import Patience
 from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable
 
 PREFIX = "oib:"
@@ -52,7 +53,7 @@ class ValkeyStore:
         self._options = options | {
             "retry": Retry(NoBackoff(), 0),
             "socket_timeout": None,
-            "socket_connect_timeout": TIMEOUT,
+            "socket_connect_timeout": None,  # one bound for all of an operation, below
             "health_check_interval": 0,
             "decode_responses": False,
             "encoding": "utf-8",
@@ -200,7 +201,7 @@ class ValkeyStore:
 
     async def _bounded(self, work: Awaitable[Any]) -> Any:
         try:
-            async with asyncio.timeout(TIMEOUT):
+            with Patience(TIMEOUT):
                 return await work
         except TimeoutError:
             raise StoreUnavailable(f"no answer within {TIMEOUT * 1000:.0f} ms") from None

@@ -1,6 +1,7 @@
 """Structured logs on stderr: JSON off a terminal, readable on one."""
 
 import logging
+import os
 import sys
 from typing import Literal
 
@@ -25,7 +26,7 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
     ]
     renderer: Processor = (
         # repr of every text: nobody's line break becomes a log line of its own
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), repr_native_str=True)
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ, repr_native_str=True)
         if as_text
         else structlog.processors.JSONRenderer()
     )

@@ -102,7 +102,7 @@ async def test_api2_a_login_ends(open_broker: OpenBroker) -> None:
 # --- API3:2023 Broken object property level authorization ---
 
 
-async def test_api3_a_new_call_shows_two_fields_whatever_onneinbox_adds(
+async def test_api3_a_new_call_shows_two_fields_whatever_oneinbox_adds(
     broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     more = {"api_key": API_KEY, "cost_cents": 12, "room_name": "r", "agent": {"system_prompt": "secret"}}
@@ -387,7 +387,7 @@ async def test_api10_an_answer_that_is_no_session_is_not_passed_on(
     assert "location" not in response.headers
 
 
-async def test_api10_texts_of_onneinbox_stay_texts(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_api10_texts_of_oneinbox_stay_texts(open_broker: OpenBroker, upstream: Upstream) -> None:
     broker = await open_broker(BROKER_EXPOSE="summary")
     path = assert_session(await post_session(broker))
     upstream.has_call("call_1", ai_summary="<script>alert(1)</script>\r\nX: y", status="</pre>", end_reason="\x00")
@@ -397,7 +397,7 @@ async def test_api10_texts_of_onneinbox_stay_texts(open_broker: OpenBroker, upst
     assert json.loads(response.content)["summary"] == "<script>alert(1)</script>\r\nX: y"
 
 
-async def test_api10_errors_of_onneinbox_are_not_repeated(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_api10_errors_of_oneinbox_are_not_repeated(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     for status in (400, 401, 402, 403, 404, 500, 503):
         upstream.start.respond(status, json={"detail": f"SQL error near {API_KEY} for {AGENT_ID}"})
         response = await post_session(broker)

@@ -118,12 +118,11 @@ async def test_what_a_user_is_made_of() -> None:
     assert user == User(
         mode="jwt",
         id="user-1",
-        issuer="https://issuer.example/",
+        issuer="",  # what a token says of its issuer counts only where it was checked
         claims=claims_of(iss="https://issuer.example/", plan="pro"),
         expires_at=NOW + 600,
         address="203.0.113.9",
     )
-    assert (await login(identity_of(), bearer(token_of()))).issuer == ""
 
 
 async def test_address_is_the_forwarded_one() -> None:
@@ -207,9 +206,6 @@ async def test_bearer_is_read_as_rfc_9110_says(scheme: str) -> None:
         ({"sub": "a\x1fb"}, "names no user"),
         ({"sub": "a\x85b"}, "names no user"),
         ({"sub": "a\ud800b"}, "names no user"),
-        ({"iss": "a\x1fb"}, "iss is malformed"),
-        ({"iss": 5}, "iss is malformed"),
-        ({"iss": ""}, "iss is malformed"),
     ],
 )
 async def test_bad_claims(changes: dict[str, Any], detail: str) -> None:
