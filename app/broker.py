@@ -19,7 +19,7 @@ from app.calls.lookup import Lookup
 from app.calls.ownership import Ownership
 from app.calls.service import Calls
 from app.calls.watching import Watchers
-from app.config import Settings, SettingsError, is_loopback
+from app.config import Settings, SettingsError, is_loopback, takes
 from app.identity import (
     Anonymous,
     FixedKey,
@@ -78,7 +78,7 @@ class Broker:
 
 
 def check(settings: Settings) -> None:
-    """What only the parts themselves can check: agents file, keys against algorithms, store URL. Raises SettingsError."""
+    """What only the parts can check: the agents file, keys against algorithms, the store's URL. Raises SettingsError."""
     agents_of(settings)
     _keys(settings)
     try:

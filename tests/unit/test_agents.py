@@ -9,8 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.agents import Agent, Agents, AgentsError, read_agents, single_agent
-from app.oneinbox.overrides import is_leaf_value
-from app.oneinbox.overrides import OVERRIDE_LEAVES
+from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
 
 LEAVES = ", ".join(OVERRIDE_LEAVES)
 KEYS = (
