@@ -78,7 +78,7 @@ class Broker:
 
 
 def check(settings: Settings) -> None:
-    """What only the parts can check: the agents file, keys against algorithms, the store's URL. Raises SettingsError."""
+    """What only the parts can check: agents file, keys against algorithms, the store's URL. Raises SettingsError."""
     agents_of(settings)
     _keys(settings)
     try:
