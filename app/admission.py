@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from app.calls.ownership import Ownership
 from app.identity import Identity, User
@@ -21,6 +21,8 @@ class Admission:
     async def admit(self, request: Request) -> User:
         """The request's user, counted. Raises 401, 403 and 429 problems, and 503 while no login can be checked."""
         state = request.scope["state"]
+        if request.client is None and (request.scope.get("server") or ("", None))[1] is not None:
+            raise ClientDisconnect  # a connection over TCP without a peer was reset before anybody looked at it
         try:
             user = await self.identity.identify(request)
         except Problem as problem:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from slowapi.errors import RateLimitExceeded
 from starlette.middleware import Middleware
 
-from app import __version__, docs, health, openapi, problems
+from app import __version__, docs, health, openapi, problem_pages, problems
 from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
 from app.config import Settings, SettingsError, load_settings, origin_of
@@ -78,7 +78,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     app.include_router(calls.router)
     app.include_router(calls.webhooks)
     app.include_router(health.router)
-    app.include_router(problems.router)
+    app.include_router(problem_pages.router)
     if settings.docs:
         app.include_router(docs.router)
     return app

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 Mode = Literal["anonymous", "jwt", "header"]
@@ -34,4 +35,9 @@ class User:
     @property
     def store_name(self) -> str:
         """The user's name in the store. Keyless, so that rotating BROKER_SECRET resets no limit."""
-        return hashlib.sha256(self.canonical).hexdigest()[:32]
+        return _store_name(self.canonical)
+
+
+@lru_cache(4096)
+def _store_name(canonical: bytes) -> str:
+    return hashlib.sha256(canonical).hexdigest()[:32]

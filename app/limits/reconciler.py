@@ -18,6 +18,7 @@ from app.limits.live import SWEEP_SECONDS, LiveCalls
 from app.limits.starts import Start
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
+from app.oneinbox.models import CallPage
 from app.store import StoreUnavailable
 
 SCAN_AFTER = (2.0, 5.0, 15.0, 60.0)
@@ -31,6 +32,10 @@ MOST_FETCHES = 200
 MOST_REMEMBERED = 10_000
 """Calls whose metadata is remembered, so that the next scan fetches others: it never changes."""
 STOPS_AT_ONCE = 8
+TRIES = 3
+"""Times that one page is asked for before the scan breaks off."""
+RUNNING = ("queued", "initiated", "in_progress")
+"""Statuses of calls that have to be stopped; their lists are short, whatever an account's day was like."""
 
 log = structlog.get_logger(__name__)
 
@@ -121,13 +126,23 @@ class Reconciler:
         for agent in {loss.start.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.start.agent == agent}
             findings = Findings()
-            try:
-                await self._find(self._agent_ids.get(agent, ""), of_agent, findings)
-            except OneInboxError as error:
-                log.warning("scan_broke_off", agent=agent, reason=error.reason)
-                findings.complete = False
+            await self._scan_agent(agent, of_agent, findings)
             for request_id, loss in of_agent.items():
                 await self._settle(loss, findings.found.get(request_id), complete=findings.complete)
+
+    async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], findings: Findings) -> None:
+        """Look through an agent's running calls; for the last time also through all, whose status may be a new one."""
+        agent_id = self._agent_ids.get(agent, "")
+        for status in RUNNING:
+            try:
+                await self._find(agent_id, status, losses, findings)
+            except OneInboxError as error:
+                log.warning("scan_broke_off", agent=agent, status=status, reason=error.reason)
+                findings.complete = False
+        if any(loss.scans + 1 == len(SCAN_AFTER) for loss in losses.values()):
+            beyond = Findings(found=findings.found)
+            with contextlib.suppress(OneInboxError):
+                await self._find(agent_id, None, losses, beyond)
 
     def _add(self, loss: Loss) -> None:
         if loss.start.request_id not in self._losses:
@@ -180,11 +195,11 @@ class Reconciler:
         self._stops.add(task)
         task.add_done_callback(self._stops.discard)
 
-    async def _find(self, agent_id: str, losses: Mapping[str, Loss], findings: Findings) -> None:
-        """Look through one agent's calls, newest first, until all are found or too old. Raises OneInboxError."""
+    async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], findings: Findings) -> None:
+        """Look through one list of calls, newest first, until all are found or too old. Raises OneInboxError."""
         oldest = min(loss.start.since for loss in losses.values()) - CLOCKS_APART
         for page in range(MOST_PAGES):
-            calls = await self._oneinbox.list_calls(agent_id=agent_id, limit=PAGE, offset=page * PAGE)
+            calls = await self._page(agent_id, status, page)
             for listed in calls.items:
                 record = await self._whole(listed, losses, findings)
                 loss = losses.get(record.request_id) if record is not None else None
@@ -194,6 +209,12 @@ class Reconciler:
             if calls.listed < PAGE or len(findings.found) == len(losses) or (ages and min(ages) < oldest):
                 return
         findings.complete = False
+
+    async def _page(self, agent_id: str, status: str | None, page: int) -> CallPage:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(OneInboxError):
+                return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=page * PAGE)
+        return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=page * PAGE)
 
     async def _whole(self, listed: CallRecord, losses: Mapping[str, Loss], findings: Findings) -> CallRecord | None:
         """A listed call with its metadata; None where it cannot be one of the lost ones, or cannot be had."""

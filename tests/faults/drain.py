@@ -33,6 +33,7 @@ from typing import Any
 
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, check
+from tests.integration.processes import surroundings
 
 HONEST = 5
 TRY_SECONDS = 5.0
@@ -231,7 +232,7 @@ async def drill(kind: str, *, seconds: float, attackers: int, count: int, replic
             attacking = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.faults.drain", "--attack", plan),
                 stdout=asyncio.subprocess.PIPE,
-                env=rig.surroundings({}),
+                env=surroundings({}),
             )
             watching = asyncio.create_task(watch(oneinbox, seen))
             try:
@@ -261,7 +262,7 @@ async def settle(oneinbox: rig.OneInbox) -> int:
     """The calls that run although everybody has hung up, when there are no fewer any more."""
     end = time.monotonic() + SETTLE_SECONDS
     while True:
-        running = sum(call["running"] for call in await oneinbox.calls())
+        running = len([call for call in await oneinbox.calls() if call["running"]])
         if not running or time.monotonic() > end:
             return running
         await asyncio.sleep(0.5)

@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.faults import rig
 from tests.faults.rig import Browser, check
+from tests.integration.processes import surroundings
 
 WEBHOOK = "a-webhook-secret-of-the-drill"
 CONFIG = """
@@ -83,7 +84,7 @@ async def play(each: Round, folder: Path, url: str, *, examples: int, seed: int,
         *("--checks", "all", "--max-examples", str(examples), "--seed", str(seed), "--continue-on-failure"),
         *("--request-timeout", "20", "--generation-database", "none", "--no-color", "--warnings", "off"),
         cwd=folder,
-        env=rig.surroundings({}),
+        env=surroundings({}),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

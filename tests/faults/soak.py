@@ -27,7 +27,7 @@ ELBOW_MIB = 12.0
 QUIET_SECONDS = 30.0
 POOLED = 12
 """Idle connections to OneInbox that the sweep may have left."""
-NONSENSE = (
+NONSENSE: tuple[tuple[str, str, bytes, dict[str, str]], ...] = (
     ("POST", "/session", b"{", {}),
     ("POST", "/session", b"[]", {}),
     ("POST", "/session", b'{"agent": "nobody"}', {}),
