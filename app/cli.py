@@ -22,6 +22,7 @@ from app.operator import Operator, WebhookOperator, operate, operate_webhooks
 from app.server import Server, create_server, listen, serve_with_workers, url_of
 from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
+from app.telemetry.memory import settle_memory
 
 log = structlog.get_logger(__name__)
 
@@ -115,6 +116,7 @@ def serve(
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(host, port)
     _announce(settings, host, url=url_of(listener), workers=workers)
+    settle_memory()
     if workers > 1:
         serve_with_workers(listener, workers)
     else:

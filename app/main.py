@@ -22,6 +22,7 @@ from app.middleware.root_path import RootPath
 from app.sessions import routes as sessions
 from app.sessions.schemas import SessionRequest
 from app.telemetry.logging import configure_logging
+from app.telemetry.memory import settle_memory
 from app.telemetry.requests import RequestLog
 
 
@@ -95,4 +96,5 @@ def __getattr__(name: str) -> Any:
         sys.stderr.write("".join(f"{line}\n" for line in error.lines))
         raise SystemExit(2) from None
     configure_logging(settings.log_level, settings.log_format)
+    settle_memory()
     return made
