@@ -40,6 +40,12 @@ class Caller:
                 step.close()  # type: ignore[attr-defined]
         return self._gone
 
+    async def has_left(self) -> bool:
+        """As `has_gone`, after the event loop has had a look at the connection: for the moment before an answer."""
+        for _ in range(2):  # one turn reads what the kernel knows, the next tells the server's connection
+            await asyncio.sleep(0)
+        return self.has_gone()
+
     async def _notice(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass

@@ -154,7 +154,7 @@ class Idempotency:
             await self._forget(name, mark)
             raise
         await self._keep(name, mark, fingerprint, started)
-        if caller.has_gone():
+        if await caller.has_left():
             await self._leave_for_collection(name, started)
             raise ClientDisconnect
         return started.call, False

@@ -89,7 +89,7 @@ class Sessions:
         key = read_key(asked.keys, user)
         if key is None:
             started = await self._start(user, asked, order)
-            if asked.caller.has_gone():
+            if await asked.caller.has_left():
                 await self._live.stop(started.start, started.call.id, "its caller hung up")
                 raise ClientDisconnect
             return started.call, False
