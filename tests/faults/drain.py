@@ -1,7 +1,7 @@
 """The drain drill: attackers want to spend the operator's money, and five honest people want their calls.
 
     python -m tests.faults.drain [--seconds 60] [--attackers 120] [--addresses 10000] [--replicas 1] [--p99 0.25]
-                                 [--run NAME]
+                                 [--setting NAME=VALUE] [--run NAME]
 
 Three runs, each against a fresh broker behind a trusted proxy:
 
@@ -218,14 +218,25 @@ async def watch(oneinbox: rig.OneInbox, seen: list[tuple[int, int]]) -> None:
         await asyncio.sleep(5)
 
 
-async def drill(kind: str, *, seconds: float, attackers: int, count: int, replicas: int, p99: float) -> None:
-    """One run. Raises Failure."""
+async def drill(
+    kind: str,
+    *,
+    seconds: float,
+    attackers: int,
+    count: int,
+    replicas: int,
+    p99: float,
+    more: Sequence[str] = (),
+) -> None:
+    """One run. `more`: settings, NAME=VALUE. Raises Failure."""
     limits = RUNS[kind]
     seen: list[tuple[int, int]] = []
     async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
         await oneinbox.faults([{"kind": "latency", "operation": "start", "seconds": 0.03}])
         shared = {"BROKER_STORE_URL": valkey.url} if replicas > 1 else {}
-        environ = rig.broker_environ(oneinbox.url, {**limits.environ(), **shared})
+        environ = rig.broker_environ(
+            oneinbox.url, {**limits.environ(), **shared, **dict(each.split("=", 1) for each in more)}
+        )
         async with rig.brokers(folder, replicas, environ) as running:
             urls = [process.url for process in running]
             plan = json.dumps({"kind": kind, "urls": urls, "seconds": seconds, "attackers": attackers, "count": count})
@@ -319,6 +330,7 @@ def main() -> None:
     parser.add_argument("--addresses", type=int, default=10_000)
     parser.add_argument("--replicas", type=int, default=1, help="more than 1: on one Valkey")
     parser.add_argument("--p99", type=float, default=0.25, help="of the honest users' reads, in seconds")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the brokers")
     parser.add_argument("--run", choices=RUNS, action="append")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -336,6 +348,7 @@ def main() -> None:
                     count=given.addresses,
                     replicas=given.replicas,
                     p99=given.p99,
+                    more=given.setting,
                 )
             )
         except rig.Failure as failure:

@@ -32,6 +32,8 @@ TIMEOUT = 2.0
 ANSWER_SECONDS = TIMEOUT + 5
 WITH_KEY, HANGS_UP, COMES_BACK, STOPS = 0.5, 0.15, 0.5, 0.85
 TRIES = 4
+TOO_LATE = 0.01
+"""Share of hang-ups that may cross the answer on the wire."""
 OPERATIONS = ("start", "get", "stop", "list")
 GONE_SECONDS = 3.0
 """So long Valkey is gone."""
@@ -238,8 +240,15 @@ async def drill(
             calls = await oneinbox.calls()
             codes = [await process.end() for process in running[not short :]]
             in_hand, unwanted = told_apart(calls, load.book, valkey)
-        rows = [("under way at the killed replica, of which in hand", f"{under_way}, {len(in_hand)}")]
-        report(load.book, calls, settled, [*rows, ("seconds of load", f"{loaded:.0f}")])
+        answered = rig.answered(folder)
+        too_late = [each for each in in_hand if each in answered]
+        rows: list[tuple[object, object]] = [
+            ("  that the store takes for given", len(in_hand)),
+            ("    answered to who had just hung up", len(too_late)),
+            ("under way at the killed replica", under_way),
+            ("seconds of load", f"{loaded:.0f}"),
+        ]
+        report(load.book, calls, settled, rows)
         found = rig.leaks(folder, {*map(call_key, load.book.given.values()), *load.book.of_key})
         twice = [key for key, ids in load.book.of_key.items() if len(ids) > 1]
         tracebacks = sum(log.read_text(errors="replace").count("Traceback") for log in folder.glob("broker-*.log"))
@@ -255,7 +264,9 @@ async def drill(
             ],
         )
         check(not unwanted, f"running, and nobody's: {unwanted[:5]}")
-        check(len(in_hand) <= under_way, f"more are nobody's than the killed replica had: {in_hand[:5]}")
+        dead = len(in_hand) - len(too_late)
+        check(dead <= under_way, f"more are nobody's than the killed replica had: {in_hand[:5]}")
+        check(len(too_late) <= TOO_LATE * load.book.outcomes["hung up"], f"hang-ups went unnoticed: {too_late[:5]}")
         check(not twice, f"two calls for one key: {twice[:5]}")
         check(max(load.book.waits) <= ANSWER_SECONDS, f"an answer took {max(load.book.waits):.1f} s")
         check(not found, f"in a log: {found[:5]}")

@@ -399,3 +399,13 @@ def leaks(folder: Path, secrets: Iterable[str]) -> list[str]:
         words = set(re.findall(r"[A-Za-z0-9_-]{20,}", text))
         found |= wanted & words | {each for each in (API_KEY, SECRET) if each in text} | set(JWT.findall(text))
     return [f"{each[:12]}…" for each in sorted(found)]
+
+
+def answered(folder: Path) -> set[str]:
+    """OneInbox's ids of the calls that a broker has answered with a 201, as it says in its log."""
+    found: set[str] = set()
+    for log in folder.glob("broker-*.log"):
+        for line in log.read_text(errors="replace").splitlines():
+            if '"/session"' in line and '"status": 201' in line:
+                found.add(json.loads(line)["call"])
+    return found
