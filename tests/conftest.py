@@ -9,8 +9,16 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
+
+# How long an example takes is for a busy machine to say; what it shows is not.
+hypothesis_settings.register_profile(
+    "broker", parent=hypothesis_settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("broker")
 
 Logs = list[MutableMapping[str, Any]]
 
