@@ -449,6 +449,9 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     except UnicodeDecodeError:
         raise SettingsError([f"{env_file}: is not UTF-8 text"]) from None
     lines: dict[str, str] = {}
+    for name in [name for name, text in given.items() if not _is_text(text)]:
+        lines[name] = f"{name}: is not UTF-8 text; takes {takes(name) if name in KNOWN else 'text'}"
+        del given[name]
     for name in sorted(given.keys() - KNOWN):
         lines[name] = f"{name}: is not a setting of the broker" + _nearest(name)
     values = {name: text for name, text in given.items() if name in FIELDS}
@@ -560,6 +563,15 @@ def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterab
         yield "BROKER_SECRET", "is required with ONEINBOX_API_KEY_FILE"
     elif values.get("BROKER_STORE_URL", "memory://") != "memory://":
         yield "BROKER_SECRET", "is required with a shared BROKER_STORE_URL"
+
+
+def _is_text(value: str) -> bool:
+    """Whether a variable's bytes were UTF-8; Python reads others as lone surrogates (PEP 383)."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _nearest(name: str) -> str:

@@ -80,7 +80,7 @@ class Lookup:
         self._budgets = MemoryStore(clock)
         self._cache: OrderedDict[str, Cached] = OrderedDict()
         self._cached_bytes = 0
-        self._looking: dict[str, asyncio.Task[Snapshot | None]] = {}
+        self._looking: dict[str, asyncio.Future[Snapshot | None]] = {}
         self._lease = secrets.token_bytes(8)
 
     def remembered(self, call_id: str) -> Snapshot | None:
@@ -127,13 +127,30 @@ class Lookup:
 
     async def look(self, call_id: str, *, known: bool = True) -> Snapshot | None:
         """Ask OneInbox now; all who ask meanwhile get the same answer. None: there is no such call."""
-        task = self._looking.get(call_id)
-        if task is None:
-            task = asyncio.create_task(self._look(call_id, known), name="look")
-            self._looking[call_id] = task
-            task.add_done_callback(lambda _: self._looked(call_id))
-        # A caller who hangs up must not take the answer away from the others.
-        return await asyncio.shield(task)
+        while (under_way := self._looking.get(call_id)) is not None:
+            try:
+                return await asyncio.shield(under_way)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not under_way.cancelled() or (task is not None and task.cancelling()):
+                    raise  # we were given up; else whoever looked was, and somebody else has to
+        # By the first who asks, and not in a task of its own: under an attack each turn of the event loop is long.
+        answer: asyncio.Future[Snapshot | None] = asyncio.get_running_loop().create_future()
+        self._looking[call_id] = answer
+        try:
+            snapshot = await self._look(call_id, known)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        except Exception as error:
+            answer.set_exception(error)
+            answer.exception()  # looked at, even if nobody else waits for it
+            raise
+        else:
+            answer.set_result(snapshot)
+            return snapshot
+        finally:
+            del self._looking[call_id]
 
     async def look_anew(self, call_id: str) -> Snapshot | None:
         """Ask OneInbox for what has just happened: an answer that is already on its way does not know of it."""
@@ -199,11 +216,6 @@ class Lookup:
         if before is None or before.etag != snapshot.etag:
             await self._store.publish(CHANNEL, record.id.encode())
         return self.latest(record.id) or snapshot
-
-    def _looked(self, call_id: str) -> None:
-        task = self._looking.pop(call_id)
-        if not task.cancelled():
-            task.exception()  # whoever asked may be gone: that is no error that nobody looked at
 
     async def _look(self, call_id: str, known: bool) -> Snapshot | None:
         since = self.clock()

@@ -77,6 +77,8 @@ async def running_emulator(
         finally:
             server.should_exit = True
             await serving
+            for _ in range(3):  # connections that were cut close their sockets in the loop's next turns
+                await asyncio.sleep(0)
 
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
