@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter, Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from app.problems import Problem
 
@@ -41,6 +41,14 @@ async def explorer(request: Request) -> Response:
     """The page; the prefix is a checked setting."""
     page = PAGE.format(prefix=request.scope.get("root_path", ""))
     return HTMLResponse(page, headers={"Content-Security-Policy": CSP})
+
+
+@router.get("/openapi.json")
+async def document(request: Request) -> Response:
+    """The OpenAPI document; behind a prefix it says so."""
+    prefix = request.scope.get("root_path", "")
+    servers = {"servers": [{"url": prefix}]} if prefix else {}
+    return JSONResponse({**request.app.openapi(), **servers})
 
 
 @router.get("/docs/{asset}")

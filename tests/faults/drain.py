@@ -38,6 +38,8 @@ from tests.integration.processes import surroundings
 HONEST = 5
 TRY_SECONDS = 5.0
 READ_SECONDS = 1.0
+HEAD_START = 1.5
+"""Seconds before the attack, in which the honest get the first of their calls, to look at."""
 SLACK_SECONDS = 1.0
 SETTLE_SECONDS = 20.0
 USER = {"minute": 10, "hour": 15, "live": 5}
@@ -140,20 +142,20 @@ async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int,
 
 
 async def be_honest(url: str, number: int, seconds: float) -> Honest:
-    """Ask every few seconds, look at the call each second, hang up before the next try."""
+    """Ask every few seconds, look at the last call each second, hang it up when there is a next one."""
     user, path = Honest(), ""
     began = time.monotonic()
     async with Browser(url, f"203.0.113.{number}") as browser:
-        await asyncio.sleep(number * TRY_SECONDS / HONEST)
+        await asyncio.sleep(number * HEAD_START / HONEST)
         next_try = time.monotonic()
         while time.monotonic() < began + seconds:
             if time.monotonic() >= next_try:
                 next_try += TRY_SECONDS
-                if path:
-                    await browser.post(f"{path}/stop")
                 asked = time.monotonic()
                 answer = await browser.post()
-                path = answer.call
+                if path and answer.call:
+                    await browser.post(f"{path}/stop")
+                path = answer.call or path
                 user.tries.append((asked, answer.outcome))
             if path:
                 read = await browser.ask("GET", path)
@@ -240,6 +242,10 @@ async def drill(
         async with rig.brokers(folder, replicas, environ) as running:
             urls = [process.url for process in running]
             plan = json.dumps({"kind": kind, "urls": urls, "seconds": seconds, "attackers": attackers, "count": count})
+            being_honest = asyncio.gather(
+                *(be_honest(urls[number % replicas], number, seconds + HEAD_START) for number in range(HONEST))
+            )
+            await asyncio.sleep(HEAD_START)
             attacking = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.faults.drain", "--attack", plan),
                 stdout=asyncio.subprocess.PIPE,
@@ -247,11 +253,10 @@ async def drill(
             )
             watching = asyncio.create_task(watch(oneinbox, seen))
             try:
-                honest = await asyncio.gather(
-                    *(be_honest(urls[number % replicas], number, seconds) for number in range(HONEST))
-                )
+                honest = await being_honest
                 printed, _ = await asyncio.wait_for(attacking.communicate(), seconds + rig.PATIENCE)
             finally:
+                being_honest.cancel()
                 watching.cancel()
                 if attacking.returncode is None:
                     attacking.kill()

@@ -3,9 +3,9 @@
     python -m tests.faults.faults [--sessions 10000] [--browsers 100] [--faulty 0.33] [--patience 240] [--seed 1]
 
 Two replicas on one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers. Browsers
-start sessions, half of them with a key; some hang up while they wait, some of those come back with their key; who gets
-no answer tries again, on any replica. A quarter through, and again at three quarters, Valkey is killed and comes back
-three seconds later; half-way a replica is killed and another one started.
+start sessions, half of them with a key, some of those twice at once or again; some hang up while they wait, some of
+those come back with their key; who gets no answer tries again, on any replica. A quarter through, and again at three
+quarters, Valkey is killed and comes back three seconds later; half-way a replica is killed and another one started.
 
 What a browser was given counts from what had reached its machine when it hung up. A call whose answer the killed
 replica had in hand is nobody's and cannot be told from a good one: those are counted apart, and bounded by the requests
@@ -30,7 +30,7 @@ from tests.faults.rig import Browser, Lost, call_id, call_key, check
 
 TIMEOUT = 2.0
 ANSWER_SECONDS = TIMEOUT + 5
-WITH_KEY, HANGS_UP, COMES_BACK, STOPS = 0.5, 0.15, 0.5, 0.85
+WITH_KEY, HANGS_UP, COMES_BACK, REPEATS, STOPS = 0.5, 0.15, 0.5, 0.2, 0.85
 TRIES = 4
 TOO_LATE = 0.01
 """Share of hang-ups that may cross the answer on the wire."""
@@ -110,10 +110,13 @@ class Drill:
         if leaves and not path and not (key and dice.random() < COMES_BACK):
             return
         for _ in range(TRIES if not path else 0):
-            path = await self._ask(dice, address, key)
+            asking = [self._ask(dice, address, key) for _ in range(2 if key and dice.random() < REPEATS else 1)]
+            path = max(await asyncio.gather(*asking))  # a double click
             if path:
                 break
             await asyncio.sleep(dice.uniform(0.1, 1.0))
+        if path and key and dice.random() < REPEATS:
+            await self._ask(dice, address, key)
         if path and dice.random() < STOPS:
             await self._stop(dice, address, path)
 

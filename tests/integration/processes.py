@@ -106,6 +106,10 @@ class Process:
         return [json.loads(line) for line in self.err]
 
 
+def _mind_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(
     *arguments: str, cwd: Path, environ: Mapping[str, str], module: str = "app", fds: tuple[int, ...] = ()
@@ -119,6 +123,8 @@ def running(
         stderr=subprocess.PIPE,
         text=True,
         pass_fds=fds,
+        # Ctrl-C means something, even where the tests run in a shell's background, which ignores it.
+        preexec_fn=_mind_interrupts,  # noqa: PLW1509 - it takes no lock
     )
     process = Process(popen)
     process.read()

@@ -59,7 +59,7 @@ KEY = "0123456789abcdef"
 NOTICED_SECONDS = 1.0
 ANSWER_SECONDS = 0.4
 """OneInbox starts a call at once and says so this much later."""
-SOON = 10.0
+SOON = 60.0
 """Seconds for what takes a moment, on a busy machine."""
 
 
