@@ -345,7 +345,7 @@ def main() -> None:
     failures = 0
     for kind in given.run or RUNS:
         try:
-            asyncio.run(
+            rig.run(
                 drill(
                     kind,
                     seconds=given.seconds,

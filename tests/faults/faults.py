@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    asyncio.run(drill(**vars(given)))
+    rig.run(drill(**vars(given)))
 
 
 if __name__ == "__main__":

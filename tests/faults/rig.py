@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,18 @@ def percentile(values: Sequence[float], percent: int) -> float:
     if len(values) < 2:
         return max(values, default=0.0)
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def run(drill: Coroutine[Any, Any, None]) -> None:
+    """Run a drill to its end; a SIGTERM ends it, too, with all of its processes."""
+
+    async def interruptible() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await drill
+
+    asyncio.run(interruptible())
 
 
 async def eventually(holds: Callable[[], bool], within: float, every: float = 0.1) -> float | None:
@@ -133,7 +145,11 @@ async def start(*module: str, environ: Mapping[str, str], log: Path) -> Process:
                 process.url = json.loads(line)["url"]
         return bool(process.url)
 
-    check(await eventually(listens, PATIENCE, 0.05) is not None, f"{module} does not listen")
+    try:
+        check(await eventually(listens, PATIENCE, 0.05) is not None, f"{module} does not listen")
+    except BaseException:
+        await process.end()
+        raise
     return process
 
 

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1800)
     given = parser.parse_args()
-    asyncio.run(drill(given.examples, given.seed, given.seconds))
+    rig.run(drill(given.examples, given.seed, given.seconds))
 
 
 if __name__ == "__main__":

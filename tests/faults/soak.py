@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=5, help="turns a second of each browser, while none takes time")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    asyncio.run(drill(given.seconds, given.browsers, given.pace, given.seed))
+    rig.run(drill(given.seconds, given.browsers, given.pace, given.seed))
 
 
 if __name__ == "__main__":
