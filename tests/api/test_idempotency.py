@@ -298,7 +298,7 @@ async def test_all_who_come_while_the_first_fails_try_one_after_the_other(
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # OneInbox takes a while, in which a second one could begin
         running -= 1
         return next(failures, httpx.Response(201, json=started()))
 
@@ -429,7 +429,7 @@ async def test_a_running_mark_dies_by_itself() -> None:
     running = asyncio.create_task(desk.ask(until=asyncio.Event()))
     async with asyncio.timeout(5):
         while not desk.starts:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # until it runs, within the bound above
     desk.clock.now += 25.01  # OneInbox's 15 s, and 10
     assert await desk.ask() == ("call_2", False)
     running.cancel()

@@ -188,7 +188,7 @@ async def test_api4_waiting_is_bounded(open_broker: OpenBroker, upstream: Upstre
     asking = [asyncio.create_task(post_session(broker)) for _ in range(3)]
     async with asyncio.timeout(5):
         while waiting < 3:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # until all three are under way, within the bound above
     assert_problem(await post_session(broker), "at-capacity")
     go_on.set()
     assert [response.status_code for response in await asyncio.gather(*asking)] == [201] * 3

@@ -126,7 +126,7 @@ async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int,
             browser.address = next(rotating)
             try:
                 await browser.send("POST", "/session")
-                await asyncio.sleep(dice.choice((0, 0, 0.002, 0.01, 0.03)))
+                await asyncio.sleep(dice.choice((0, 0, 0.002, 0.01, 0.03)))  # when it hangs up
             except OSError:
                 outcomes["refused"] += 1
                 continue
