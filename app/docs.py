@@ -19,7 +19,8 @@ CSP = (
 ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>OneInbox token broker: API</title><link rel="stylesheet" href="{prefix}/docs/swagger-ui.css"></head>
+<title>OneInbox token broker: API</title><link rel="icon" href="data:,">
+<link rel="stylesheet" href="{prefix}/docs/swagger-ui.css"></head>
 <body><div id="explorer" data-document="{prefix}/openapi.json"></div>
 <script src="{prefix}/docs/swagger-ui-bundle.js"></script>
 <script src="{prefix}/docs/explorer.js"></script></body></html>

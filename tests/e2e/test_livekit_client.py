@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.needs import node
 
 HERE = Path(__file__).parent
 PATIENCE = 30
@@ -40,11 +41,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
-    node = shutil.which("node")
-    if node is None:
-        _cannot("there is no node")
-    if not (HERE / "node_modules" / "livekit-client").is_dir():
-        _cannot("livekit-client is not installed: npm install --prefix tests/e2e")
+    path = node("livekit-client")
     empty = tmp_path_factory.mktemp("livekit")
     with ExitStack() as stack:
         emulator = stack.enter_context(_running(empty, "emulator"))
@@ -55,7 +52,7 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
             "BROKER_MAX_LIVE_CALLS": "10",
         }
         broker = stack.enter_context(_running(empty, "serve", settings))
-        command = [str(node), str(HERE / "livekit_client.mjs"), f"{broker}/session"]
+        command = [path, str(HERE / "livekit_client.mjs"), f"{broker}/session"]
         client = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
         assert client.returncode == 0, client.stderr
         yield Visit(json.loads(client.stdout), emulator)
@@ -123,9 +120,3 @@ def _running(directory: Path, command: str, settings: Mapping[str, str] | None =
         finally:
             process.terminate()
             process.wait(PATIENCE)
-
-
-def _cannot(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)

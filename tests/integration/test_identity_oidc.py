@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import json
-import os
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from app.sandbox.server import running_emulator
 from tests.integration.processes import PATIENCE
 from tests.integration.test_limits_support import LONG_CALLS, running_broker_process
+from tests.needs import node
 from tests.shapes import assert_problem
 
 SCRIPT = Path(__file__).parents[1] / "e2e" / "oidc_provider.mjs"
@@ -54,13 +52,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 @asynccontextmanager
 async def running_provider() -> AsyncIterator[Provider]:
-    node = shutil.which("node")
-    if node is None:
-        _cannot("there is no node")
-    if not (SCRIPT.parent / "node_modules" / "oidc-provider").is_dir():
-        _cannot("oidc-provider is not installed: npm install --prefix tests/e2e")
     process = await asyncio.create_subprocess_exec(
-        *(str(node), str(SCRIPT), CLIENT, SECRET, AUDIENCE),
+        *(node("oidc-provider"), str(SCRIPT), CLIENT, SECRET, AUDIENCE),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -123,9 +116,3 @@ def _changed(token: str, **claims: Any) -> str:
     head, payload, signature = token.split(".")
     said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4))) | claims
     return f"{head}.{base64.urlsafe_b64encode(json.dumps(said).encode()).rstrip(b'=').decode()}.{signature}"
-
-
-def _cannot(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)  # a plain machine need not have Node; CI fails, above
