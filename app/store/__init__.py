@@ -8,12 +8,11 @@ from app.store.valkey import ValkeyStore
 __all__ = ["Decision", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "open_store"]
 
 
-def open_store(url: str, *, fallback: bool = True) -> Store:
+def open_store(url: str) -> Store:
     """The store behind a URL: `memory://`, or `redis://`, `rediss://`, `valkey://`, `valkeys://`.
 
-    Nothing connects before it is entered (`async with`). With `fallback`, decisions are taken locally while a shared
-    store is gone; without, they raise StoreUnavailable. Raises ValueError, without the URL in it, for any other URL.
+    Nothing connects before it is entered (`async with`). Raises ValueError, without the URL in it, for any other URL.
     """
     if url == "memory://":
         return MemoryStore()
-    return FailoverStore(ValkeyStore(url), MemoryStore(), fallback=fallback)
+    return FailoverStore(ValkeyStore(url), MemoryStore())

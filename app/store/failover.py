@@ -7,8 +7,8 @@ for it, until a probe succeeds.
 
 What is answered while it is down, and why:
 
-- `decide`: locally, marked `local` (or StoreUnavailable, without `fallback`). A caller is better off with this
-  replica's own count than with none; the overshoot is at most the limit times the replicas.
+- `decide`: locally, marked `local`. A caller is better off with this replica's own count than with none; the overshoot
+  is at most the limit times the replicas.
 - `give_back`, `enter`, `leave`, `members`: locally; sets as this replica filled them. What entered or left meanwhile is
   told to the shared store when it is back, so that no call is forgotten that must be hung up later, and no slot stays
   taken until its lease ends. What was counted in the shared store stays counted there: the safe side.
@@ -57,10 +57,9 @@ class FailoverStore:
 
     shared = True
 
-    def __init__(self, shared: ValkeyStore, local: MemoryStore, *, fallback: bool = True) -> None:
+    def __init__(self, shared: ValkeyStore, local: MemoryStore) -> None:
         self._shared = shared
         self._local = local
-        self._fallback = fallback
         self._down_since: float | None = None
         self._probe: asyncio.Task[None] | None = None
         self._missed: dict[tuple[str, str], float | None] = {}
@@ -98,8 +97,6 @@ class FailoverStore:
         except StoreUnavailable:
             if sent:  # a frozen server may let the member in yet
                 self._miss([slot.name for slot in slots], member, None)
-            if not self._fallback:
-                raise
             alone = await self._local.decide(rates, slots, member=member, lease=lease, cost=cost, enforce=enforce)
             if alone.counted:
                 self._miss([slot.name for slot in slots], member, lease)
@@ -209,7 +206,7 @@ class FailoverStore:
     def _lost(self, error: StoreUnavailable) -> None:
         if self._down_since is None:
             self._down_since = time.monotonic()
-            log.error("store_lost", reason=str(error), fallback=self._fallback)
+            log.error("store_lost", reason=str(error))
 
     def _miss(self, names: Sequence[str], member: str, ttl: float | None) -> None:
         for name in names:

@@ -15,8 +15,7 @@ from app.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.conftest import OpenBroker
 from tests.harness import settings
-from tests.integration.processes import Finished, run
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     environ_of,
@@ -26,6 +25,7 @@ from tests.integration.test_limits_support import (
     post_many,
     running_broker_processes,
 )
+from tests.integration.processes import Finished, run
 from tests.integration.valkey import Valkey, running_valkey
 
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}

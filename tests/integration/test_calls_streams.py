@@ -13,8 +13,7 @@ import jwt
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.schemas import CallOverride
 from app.sandbox.server import running_emulator
-from tests.integration.test_calls_support import Watcher, figure, memory, open_many
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     PATIENCE,
     BrokerProcess,
@@ -23,6 +22,7 @@ from tests.integration.test_limits_support import (
     running_broker_processes,
 )
 from tests.integration.valkey import running_valkey
+from tests.integration.watchers import Watcher, figure, memory, open_many
 from tests.shapes import assert_problem
 
 ISSUER = "an issuer's secret of more than 32 characters"

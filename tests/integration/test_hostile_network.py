@@ -19,14 +19,14 @@ import pytest_asyncio
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.server import KEEP_ALIVE
-from tests.integration.processes import running
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
     eventually,
     running_broker_process,
 )
+from tests.integration.processes import running
 from tests.integration.valkey import running_valkey
 from tests.shapes import assert_session
 

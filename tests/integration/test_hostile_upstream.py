@@ -31,7 +31,7 @@ from app.sandbox.faults import (
 )
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.harness import TOKEN
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,

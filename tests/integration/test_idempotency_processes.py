@@ -12,7 +12,7 @@ from app.oneinbox.transport import open_transport
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.harness import running_broker
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     asked,
     eventually,

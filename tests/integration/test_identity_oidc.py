@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 
 from app.sandbox.server import running_emulator
+from tests.integration.brokers import LONG_CALLS, running_broker_process
 from tests.integration.processes import PATIENCE
-from tests.integration.test_limits_support import LONG_CALLS, running_broker_process
 from tests.needs import node
 from tests.shapes import assert_problem
 

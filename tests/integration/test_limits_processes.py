@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from app.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,

@@ -43,7 +43,7 @@ from app.store import Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
 from tests.harness import ONEINBOX
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
@@ -53,7 +53,7 @@ from tests.integration.test_limits_support import (
 )
 from tests.integration.valkey import Valkey, running_valkey
 from tests.shapes import assert_problem, assert_session
-from tests.unit.test_calls_support import in_own_time
+from tests.unit.following import in_own_time
 
 KEY = "0123456789abcdef"
 NOTICED_SECONDS = 1.0

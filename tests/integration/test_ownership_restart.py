@@ -10,7 +10,7 @@ import pytest
 from app.oneinbox.transport import open_transport
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.harness import running_broker
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     SECRET,
     from_address,

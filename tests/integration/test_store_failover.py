@@ -193,16 +193,6 @@ async def test_what_is_missed_is_bounded(store: FailoverStore, valkey: Valkey) -
     assert len(store._missed) == MISSED
 
 
-async def test_without_fallback_a_decision_is_an_error(valkey: Valkey) -> None:
-    async with FailoverStore(ValkeyStore(valkey.url), MemoryStore(), fallback=False) as store:
-        assert (await store.decide([Rate("r", 1, 60)])).allowed
-        valkey.kill()
-        for _ in range(2):
-            with pytest.raises(StoreUnavailable):
-                await store.decide([Rate("r", 1, 60)])
-        assert store.state == "down"
-
-
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [

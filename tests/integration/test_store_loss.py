@@ -16,7 +16,7 @@ from app.store.memory import MemoryStore
 from app.store.protocol import Rate
 from app.store.valkey import ValkeyStore
 from tests.harness import running_broker
-from tests.integration.test_limits_support import (
+from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,

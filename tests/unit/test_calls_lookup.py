@@ -10,7 +10,7 @@ from app.calls import lookup as module
 from app.calls.snapshots import Snapshot
 from app.oneinbox.errors import OneInboxError
 from app.problems import Problem
-from tests.unit.test_calls_support import (
+from tests.unit.following import (
     ANN,
     BEN,
     DATE,

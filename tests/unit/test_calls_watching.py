@@ -14,7 +14,7 @@ from app.calls import hints as hints_module
 from app.calls.hints import Hints
 from app.identity import User
 from app.problems import Problem
-from tests.unit.test_calls_support import (
+from tests.unit.following import (
     ANN,
     BEN,
     DATE,

@@ -31,8 +31,8 @@ from app.sessions.policy import Order
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import _of_the_browser
 from tests.harness import AGENT_ID, ONEINBOX
+from tests.unit.following import outcome
 from tests.unit.test_agents import SUPPORT
-from tests.unit.test_calls_support import outcome
 
 ANN, NOBODY = User(mode="jwt", id="ann"), User(mode="anonymous", id="192.0.2.1")
 MARKER = "PLANTED-0123456789"

@@ -23,7 +23,7 @@ from app.store import Slot, StoreUnavailable
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
 from tests.harness import ONEINBOX
-from tests.unit.test_calls_support import in_own_time
+from tests.unit.following import in_own_time
 
 DATE = 1_800_000_000.0
 AGENTS = {"main": "agt_main", "side": "agt_side"}

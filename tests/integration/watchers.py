@@ -1,4 +1,4 @@
-"""Watchers of calls over raw sockets, cheap enough for a thousand of them. Holds no test itself.
+"""Watchers of calls over raw sockets, cheap enough for a thousand of them.
 
 watcher = await Watcher.open(url, path)
 await watcher.has("completed")

@@ -1,4 +1,4 @@
-"""Brokers as processes of their own in front of an emulator in the test's event loop. Holds no test itself.
+"""Brokers as processes of their own in front of an emulator in the test's event loop.
 
 async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
     responses = await post_many(brokers, 200)

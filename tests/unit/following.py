@@ -1,4 +1,4 @@
-"""A house of replicas that follow calls, in a time of its own. Holds no test itself.
+"""A house of replicas that follow calls, in a time of its own.
 
 @in_own_time
 async def test_something() -> None:
