@@ -1,0 +1,39 @@
+"""The shortest FastAPI brokers: what a tutorial shows, done well, and nothing at all."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+
+@asynccontextmanager
+async def _client(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    async with httpx.AsyncClient(headers={"Authorization": "Bearer oi_sk_benchmark"}, timeout=15) as client:
+        app.state.client = client
+        yield {}
+
+
+shared = FastAPI(lifespan=_client)
+"""One shared httpx client; no limits, no checks, no logs."""
+
+empty = FastAPI()
+"""The framework's floor."""
+
+
+@shared.post("/session", status_code=201)
+async def start_call() -> dict[str, str]:
+    """Start a call."""
+    url = f"{os.environ['UPSTREAM']}/v1/calls/web"
+    answer = await shared.state.client.post(url, json={"agent_id": "agt_benchmark"})
+    call = answer.json()
+    return {"server_url": call["server_url"], "participant_token": call["participant_token"]}
+
+
+@empty.post("/session", status_code=201)
+@empty.get("/session")
+async def answer() -> dict[str, str]:
+    """Answer."""
+    return {}
