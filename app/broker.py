@@ -20,6 +20,7 @@ from app.calls.ownership import Ownership
 from app.calls.service import Calls
 from app.calls.watching import Watchers
 from app.config import Settings, SettingsError, is_loopback, takes
+from app.gauges import Gauges
 from app.identity import (
     Anonymous,
     FixedKey,
@@ -36,6 +37,7 @@ from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.sweep import sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport
+from app.problems import KINDS
 from app.rotation import Rotation, Taker
 from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
@@ -43,6 +45,7 @@ from app.sessions.policy import Policy
 from app.sessions.service import Sessions
 from app.shutdown import Shutdown
 from app.store import Store, open_store
+from app.telemetry.metrics import Metrics
 
 LEASE_GRACE = 300
 """Seconds that a live slot outlives the longest call: the time to hang it up in."""
@@ -57,7 +60,8 @@ class Broker:
     `admission`: who is asking, and how often. `brake`: what the operator stopped. `ownership`: names calls and knows
     whose they are. `sessions`: starts calls. `calls`: reads them. `store`: the shared memory, for the readiness check.
     `hints`: looks at calls that a webhook named. `rotation`: the secrets in force. `shutdown`: whether the end is near.
-    `root_path`: prefix of every path that is handed out.
+    `metrics`: what was counted. `gauges`: what is true now, for them. `root_path`: prefix of every path that is handed
+    out.
     """
 
     admission: Admission
@@ -69,12 +73,19 @@ class Broker:
     hints: Hints
     rotation: Rotation
     shutdown: Shutdown
+    metrics: Metrics
+    gauges: Gauges
     root_path: str
 
     @property
     def webhook_secret(self) -> SecretStr | None:
         """What a webhook's path must hold."""
         return self.rotation.settings.webhook_secret
+
+    @property
+    def metrics_token(self) -> SecretStr | None:
+        """What whoever reads the metrics must know."""
+        return self.rotation.settings.metrics_token
 
 
 def check(settings: Settings) -> None:
@@ -99,19 +110,21 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
     keyring = Keyring(secret_lines(settings))
     rotation = Rotation(settings)
     ownership = Ownership(keyring)
+    metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
-        oneinbox = open_oneinbox(settings, transport, rotation.look)
+        oneinbox = open_oneinbox(settings, transport, rotation.look, metrics)
         stack.push_async_callback(oneinbox.aclose)
         stack.push_async_callback(identity.aclose)
         await identity.start()
-        limits = open_limits(settings, agents, store, lease)
+        limits = open_limits(settings, agents, store, lease, metrics)
         talk = TalkTime(
             store,
             minutes=settings.talk_minutes,
             minutes_total=settings.global_talk_minutes,
             enforce=settings.limits_mode == "enforce",
+            metrics=metrics,
         )
         live = LiveCalls(
             store,
@@ -120,16 +133,18 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
             lease=lease,
+            metrics=metrics,
         )
         reconciler = Reconciler(
             oneinbox,
             live,
             agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
             timeout=settings.oneinbox_timeout,
+            metrics=metrics,
         )
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
         brake = Brake(store)
-        challenge = _challenge(settings, store, transport, stack)
+        challenge = _challenge(settings, store, transport, stack, metrics)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
             limits=limits,
@@ -142,6 +157,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             challenge=challenge,
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
+            metrics=metrics,
         )
         lookup = Lookup(
             oneinbox=oneinbox,
@@ -152,13 +168,18 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             expose=frozenset(settings.expose),
         )
         watchers = Watchers(
-            lookup, store, max_streams=settings.max_streams, max_streams_total=settings.max_streams_total
+            lookup,
+            store,
+            max_streams=settings.max_streams,
+            max_streams_total=settings.max_streams_total,
+            metrics=metrics,
         )
         calls = Calls(oneinbox, ownership, lookup, watchers, live)
         hints = Hints(calls.hint)
         stack.push_async_callback(hints.aclose)
         shutdown = Shutdown(settings.drain_seconds, watchers.close)
         stack.enter_context(shutdown.on_signals())
+        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, watchers, settings.max_live_calls_total)
         rotation.hand_to(takers(oneinbox, keyring, keys, challenge))
         await brake.read()
         for work in (
@@ -167,6 +188,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             idempotency.run(),
             brake.run(),
             watchers.run(),
+            gauges.run(),
             rotation.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
@@ -180,6 +202,8 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             hints=hints,
             rotation=rotation,
             shutdown=shutdown,
+            metrics=metrics,
+            gauges=gauges,
             root_path=settings.root_path,
         )
 
@@ -206,7 +230,9 @@ def takers(oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: C
         "BROKER_JWT_SECRET": verify_logins,
         "BROKER_JWT_PUBLIC_KEY": verify_logins,
         "BROKER_CHALLENGE_SECRET": ask_challenges,
-        "BROKER_WEBHOOK_SECRET": lambda _: None,  # each request reads it where it is in force
+        # Each request reads these where they are in force.
+        "BROKER_WEBHOOK_SECRET": lambda _: None,
+        "BROKER_METRICS_TOKEN": lambda _: None,
         "BROKER_STORE_URL": wait_for_restart,
     }
 
@@ -215,6 +241,7 @@ def open_oneinbox(
     settings: Settings,
     transport: httpx.AsyncBaseTransport | None = None,
     reread_key: Callable[[], Awaitable[None]] | None = None,
+    metrics: Metrics | None = None,
 ) -> OneInbox:
     """The client of the configured account; inside the event loop, to be closed by the caller.
 
@@ -228,10 +255,13 @@ def open_oneinbox(
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
         reread_key=reread_key,
+        metrics=metrics,
     )
 
 
-def open_limits(settings: Settings, agents: Agents, store: Store, lease: float) -> Limits:
+def open_limits(
+    settings: Settings, agents: Agents, store: Store, lease: float, metrics: Metrics | None = None
+) -> Limits:
     """The configured limits on a store."""
     return Limits(
         store,
@@ -244,6 +274,7 @@ def open_limits(settings: Settings, agents: Agents, store: Store, lease: float) 
         lease=lease,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",
+        metrics=metrics,
     )
 
 
@@ -317,7 +348,11 @@ def _fixed_key(settings: Settings) -> VerifyingKey | None:
 
 
 def _challenge(
-    settings: Settings, store: Store, transport: httpx.AsyncBaseTransport | None, stack: AsyncExitStack
+    settings: Settings,
+    store: Store,
+    transport: httpx.AsyncBaseTransport | None,
+    stack: AsyncExitStack,
+    metrics: Metrics,
 ) -> Challenge | None:
     if settings.challenge_secret is None:
         return None
@@ -330,7 +365,7 @@ def _challenge(
         if "*" in sites or not sites
         else frozenset(urlsplit(site.removesuffix(":*")).hostname or "" for site in sites)
     )
-    return Challenge(settings.challenge_verify_url, settings.challenge_secret, hosts, transport, store)
+    return Challenge(settings.challenge_verify_url, settings.challenge_secret, hosts, transport, store, metrics=metrics)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

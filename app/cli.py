@@ -118,7 +118,7 @@ def serve(
     _announce(settings, host, url=url_of(listener), workers=workers)
     settle_memory()
     if workers > 1:
-        serve_with_workers(listener, workers)
+        serve_with_workers(listener, workers, metrics=settings.metrics_token is not None)
     else:
         create_server(app).run(sockets=[listener])
 

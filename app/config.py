@@ -182,6 +182,12 @@ def _long_enough(value: SecretStr) -> SecretStr:
     return value
 
 
+def _at_least_16(value: SecretStr) -> SecretStr:
+    if len(_token_text(value).get_secret_value()) < 16:
+        raise ValueError("is shorter than 16 characters")
+    return value
+
+
 def _url_safe(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[A-Za-z0-9._~-]{22,}", value.get_secret_value()):
         raise ValueError("is shorter, or not URL-safe")
@@ -382,6 +388,11 @@ class Settings(BaseSettings):
     )
     share_user_id: bool = setting(
         False, "Also write the plain user id on OneInbox's call record, as `broker_user_id`", "true or false"
+    )
+    metrics_token: Annotated[Secret, AfterValidator(_at_least_16)] | None = setting(
+        None,
+        "Bearer token that `/metrics` wants; unset: there is no such path",
+        "at least 16 characters without spaces",
     )
     webhook_secret: Annotated[Secret, AfterValidator(_url_safe)] | None = setting(
         None,

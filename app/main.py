@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from slowapi.errors import RateLimitExceeded
 from starlette.middleware import Middleware
 
-from app import __version__, docs, health, openapi, problem_pages, problems
+from app import __version__, docs, health, metrics_page, openapi, problem_pages, problems
 from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
 from app.config import Settings, SettingsError, load_settings, origin_of
@@ -23,6 +23,7 @@ from app.sessions import routes as sessions
 from app.sessions.schemas import SessionRequest
 from app.telemetry.logging import configure_logging
 from app.telemetry.memory import settle_memory
+from app.telemetry.metrics import Metrics
 from app.telemetry.requests import RequestLog
 
 
@@ -30,6 +31,7 @@ class State(TypedDict):
     """What the lifespan hands to every request as `request.state`."""
 
     broker: Broker
+    metrics: Metrics
 
 
 def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
@@ -44,7 +46,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with open_broker(settings, transport) as broker:
-            yield {"broker": broker}
+            yield {"broker": broker, "metrics": broker.metrics}
 
     app = FastAPI(
         title="OneInbox token broker",
@@ -79,6 +81,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     app.include_router(calls.router)
     app.include_router(calls.webhooks)
     app.include_router(health.router)
+    app.include_router(metrics_page.router)
     app.include_router(problem_pages.router)
     if settings.docs:
         app.include_router(docs.router)

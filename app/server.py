@@ -2,13 +2,14 @@
 
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
 from app.http_guard import GuardedHttp
+from app.telemetry.metrics import forget_all_but, shared_counts
 
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
@@ -28,10 +29,22 @@ class Server(uvicorn.Server):
             self._captured_signals.clear()
 
 
-def serve_with_workers(listener: socket.socket, workers: int) -> None:
-    """Run several processes on one socket; each makes the app from the environment's settings."""
-    config = _config("app.main:app", workers=workers)
-    Multiprocess(config, sockets=[listener]).run()
+class Supervisor(Multiprocess):
+    """Starts workers, and others for those that die; what a dead one said of itself is no metric any more."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace dead workers; called twice a second."""
+        super().keep_subprocess_alive()
+        forget_all_but({process.pid for process in self.processes})
+
+
+def serve_with_workers(listener: socket.socket, workers: int, *, metrics: bool) -> None:
+    """Run several processes on one socket; each makes the app from the environment's settings.
+
+    `metrics`: whether they are counted for all workers together. Raises OSError when there is no room for the counts.
+    """
+    with shared_counts() if metrics else nullcontext():
+        Supervisor(_config("app.main:app", workers=workers), sockets=[listener]).run()
 
 
 def create_server(app: ASGIApp) -> Server:

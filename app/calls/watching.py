@@ -15,6 +15,7 @@ from app.identity import User
 from app.oneinbox.errors import Busy, OneInboxError
 from app.problems import Problem
 from app.store import Store
+from app.telemetry.metrics import Metrics
 
 TICK_SECONDS = 1.0
 """How often a replica looks at what the others have seen, and at a young call itself."""
@@ -60,7 +61,7 @@ class Watch:
 class Watchers:
     """All watches of this process, and who may have how many.
 
-    `clock`: monotonic seconds; `now`: Unix time.
+    `clock`: monotonic seconds; `now`: Unix time. `metrics`: count what is refused.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Watchers:
         max_streams_total: int,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
         self._lookup = lookup
         self._store = store
@@ -79,6 +81,7 @@ class Watchers:
         self._max_streams_total = max_streams_total
         self._clock = clock
         self._now = now
+        self._metrics = metrics or Metrics()
         self._watches: dict[str, Watch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._streams: Counter[str] = Counter()
@@ -87,6 +90,16 @@ class Watchers:
     def watches(self, call_id: str) -> bool:
         """Whether anybody in this process watches the call."""
         return call_id in self._watches
+
+    @property
+    def streams(self) -> int:
+        """Open streams."""
+        return self._streams.total()
+
+    @property
+    def watched(self) -> int:
+        """Calls that are watched."""
+        return len(self._watches)
 
     def finished(self, snapshot: Snapshot) -> bool:
         """Whether nothing new will come of a call."""
@@ -97,8 +110,10 @@ class Watchers:
         """Watch a call for as long as the context lasts. Raises `too-many-streams` and `at-capacity`."""
         wait = {"Retry-After": str(RETRY_AFTER)}
         if self._streams[user.store_name] >= self._max_streams:
+            self._metrics.refused(["user-streams"])
             raise Problem("too-many-streams", headers=wait)
         if self._closed or self._streams.total() >= self._max_streams_total:
+            self._metrics.refused(["process-streams"])
             raise Problem("at-capacity", headers=wait)
         watch = self._watches.get(call_id)
         if watch is None:

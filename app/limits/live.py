@@ -16,6 +16,7 @@ from app.limits.talk import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
 from app.store import Rate, Store, StoreUnavailable
+from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
 LOOK_SECONDS = 10
@@ -27,6 +28,24 @@ DAY = 86400
 LISTED_CALLS = 50
 AT_ONCE = 8
 """Look-ups of one sweep under way at once."""
+
+# Why a call is hung up: in logs and in the store, and what metrics call it.
+HUNG_UP = "its caller hung up"
+NOT_COLLECTED = "its caller hung up and did not come back"
+NOT_KEPT = "its answer could not be kept"
+UNUSABLE = "its answer was not usable"
+LOST = "its answer was lost"
+TOO_LONG = "it ran too long"
+UNJOINED = "nobody joined it"
+REASONS = {
+    HUNG_UP: "caller-gone",
+    NOT_COLLECTED: "not-collected",
+    NOT_KEPT: "not-kept",
+    UNUSABLE: "unusable-answer",
+    LOST: "lost-answer",
+    TOO_LONG: "too-long",
+    UNJOINED: "not-joined",
+}
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +77,7 @@ class LiveCalls:
     """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
 
     `max_seconds`: longest life of a call; 0: any. `join_timeout`: seconds to stay unjoined; 0: any. `lease`: seconds
-    after which a slot is free whatever became of its call. `now`: Unix time.
+    after which a slot is free whatever became of its call. `now`: Unix time. `metrics`: count what is hung up.
     """
 
     def __init__(
@@ -71,6 +90,7 @@ class LiveCalls:
         join_timeout: float,
         lease: float,
         now: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
         self._store = store
         self._oneinbox = oneinbox
@@ -79,6 +99,7 @@ class LiveCalls:
         self._join_timeout = join_timeout
         self._lease = lease
         self._now = now
+        self._metrics = metrics or Metrics()
         # Calls that a shared store could not be told of; the next sweep tells it.
         self._untold: dict[str, LiveCall] = {}
 
@@ -204,9 +225,9 @@ class LiveCalls:
         if call.unwanted:
             return call.unwanted
         if self._max_seconds and age > self._max_seconds:
-            return "it ran too long"
+            return TOO_LONG
         if self._join_timeout and age > self._join_timeout and record.status in ("queued", "initiated"):
-            return "nobody joined it"
+            return UNJOINED
         return ""
 
     async def _hang_up(self, call: LiveCall, why: str) -> CallRecord:
@@ -219,8 +240,12 @@ class LiveCalls:
             raise
         except OneInboxError as error:
             log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
+            self._metrics.hung_up(REASONS.get(why, "other"), done=False)
             await self._store.enter(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
             raise
+        self._metrics.hung_up(REASONS.get(why, "other"), done=True)
+        if why == LOST:
+            self._metrics.orphan("stopped")
         await self._store.leave([UNSTOPPED], call.call_id)
         if record.ended:
             await self._end(call, record)

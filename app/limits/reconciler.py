@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from app.limits.live import SWEEP_SECONDS, LiveCalls
+from app.limits.live import LOST, SWEEP_SECONDS, LiveCalls
 from app.limits.starts import Start
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import CallPage
 from app.store import StoreUnavailable
+from app.telemetry.metrics import Metrics
 
 SCAN_AFTER = (2.0, 5.0, 15.0, 60.0)
 """Seconds after the loss at which is looked; after the last, there was no call."""
@@ -70,7 +71,8 @@ class Findings:
 class Reconciler:
     """Looks for lost calls, all in one scan.
 
-    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
+    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
+    count lost calls, and what became of them.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class Reconciler:
         agent_ids: Mapping[str, str],
         timeout: float,
         now: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
     ) -> None:
         self._oneinbox = oneinbox
         self._live = live
         self._agent_ids = agent_ids
         self._timeout = timeout
         self._now = now
+        self._metrics = metrics or Metrics()
         self._losses: dict[str, Loss] = {}
         self._news = asyncio.Event()
         self._remembered: OrderedDict[str, CallRecord] = OrderedDict()
@@ -147,6 +151,7 @@ class Reconciler:
     def _add(self, loss: Loss) -> None:
         if loss.start.request_id not in self._losses:
             self._losses[loss.start.request_id] = loss
+            self._metrics.orphan("lost")
             self._news.set()
 
     async def _until_due(self) -> None:
@@ -172,16 +177,19 @@ class Reconciler:
         loss.scans += 1
         if record is not None:
             log.warning("lost_call_found", call=record.id, request_id=start.request_id, scans=loss.scans)
+            self._metrics.orphan("found")
             del self._losses[start.request_id]
             self._stop(start, record.id)
         elif loss.scans == len(SCAN_AFTER):
             del self._losses[start.request_id]
             if complete:
                 log.warning("lost_call_not_found", request_id=start.request_id)
+                self._metrics.orphan("not-found")
                 await self._live.abandon(start)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep begins anew.
                 log.error("lost_call_given_up", request_id=start.request_id)
+                self._metrics.orphan("given-up")
                 await self._live.give_up(start)
 
     def _stop(self, start: Start, call_id: str) -> None:
@@ -189,7 +197,7 @@ class Reconciler:
 
         async def stop() -> None:
             async with self._places:
-                await self._live.stop(start, call_id, "its answer was lost")
+                await self._live.stop(start, call_id, LOST)
 
         task = asyncio.create_task(stop(), name="stop")
         self._stops.add(task)

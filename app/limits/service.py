@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -20,6 +20,7 @@ from app.limits.headers import policy_name, rate_limit_headers
 from app.limits.starts import ALL_CALLS, Start, calls_of_agent, calls_of_user
 from app.problems import Problem, problem_response
 from app.store import Decision, Rate, RateState, Slot, Store
+from app.telemetry.metrics import Metrics
 
 FAILED_LOGINS = 60
 """Failed logins a minute from one address, after which further ones are told to wait."""
@@ -29,6 +30,9 @@ STORE_RETRY_AFTER = 5
 """Seconds to wait for the shared store: it is taken up again within so many of its return."""
 NEARLY = 0.8
 """Share of a global limit that an operator should know about."""
+
+SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
+"""Names of a session's slots, in the order in which they are asked for."""
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +86,13 @@ class Question:
     slots: Sequence[Slot]
     owners: Sequence[Owner]
 
+    def names(self, indices: Iterable[int]) -> list[str]:
+        """Names of these limits, rates first; the same for all users and agents."""
+        prefixes = {"user": "user", "agent": "agent", "all": "global"}
+        rates = [policy_name(prefixes[owner], rate) for owner, rate in zip(self.owners, self.rates, strict=False)]
+        every = [*rates, *SLOT_NAMES]
+        return [every[index] for index in indices]
+
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
@@ -100,7 +111,8 @@ class Limits:
     """Declares the limits once, and asks the store about all of them in one question.
 
     `enforce` False: what would be refused is logged and let through. `count_locally` False: while the shared store is
-    gone, sessions are refused. `lease`: seconds after which a live slot is free whatever became of its call.
+    gone, sessions are refused. `lease`: seconds after which a live slot is free whatever became of its call. `metrics`:
+    count what is refused.
     """
 
     def __init__(
@@ -117,6 +129,7 @@ class Limits:
         enforce: bool = True,
         count_locally: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self._store = store
         user, everybody = declare(session_limits, for_user, "user"), declare(global_session_limits, for_all, "all")
@@ -134,6 +147,7 @@ class Limits:
         self._enforce = enforce
         self._count_locally = count_locally
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._nearly_until: dict[str, float] = {}
 
     async def count_request(self, user: User) -> dict[str, str]:
@@ -143,6 +157,9 @@ class Limits:
         headers = rate_limit_headers(
             [(policy_name("request", rate), rate, state) for rate, state in zip(rates, decision.rates, strict=True)]
         )
+        if decision.refused:
+            names = [policy_name("request", rate) for rate in rates]
+            self._metrics.refused((names[index] for index in decision.refused), enforced=self._enforce)
         if decision.refused and not self._observed(decision, [rate.name for rate in rates]):
             wait = max(decision.rates[index].reset for index in decision.refused)
             raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
@@ -157,6 +174,7 @@ class Limits:
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
         decision = await self._store.decide([Rate(f"rate:{kind}:{digest}:60", most, 60)])
         if decision.refused:
+            self._metrics.refused([f"failed-{kind}"])
             raise _wait("rate-limited", decision.rates[0].reset, {})
 
     async def reserve(self, user: User, agent: Agent, start: Start) -> Reservation:
@@ -173,6 +191,8 @@ class Limits:
             raise _wait("at-capacity", STORE_RETRY_AFTER, {})
         self._warn_when_nearly_used_up(question, decision)
         headers = self._headers(question, decision.rates)
+        if decision.refused:
+            self._metrics.refused(question.names(decision.refused), enforced=self._enforce)
         names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
         if decision.refused and not self._observed(decision, names):
             raise self._refusal(question, decision, headers)

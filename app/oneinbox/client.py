@@ -26,6 +26,7 @@ from app.oneinbox.errors import (
 )
 from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import surely_not_sent
+from app.telemetry.metrics import Metrics
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -35,6 +36,10 @@ MAX_STARTED = 256 * 1024
 """The same for a started call, of which a thousand may be waited for at once."""
 MAX_TOKEN = 16 * 1024
 
+# Paths as metrics and traces name them.
+START, CALL, STOP, CALLS = "/v1/calls/web", "/v1/calls/{call}", "/v1/calls/{call}/stop", "/v1/calls"
+WEBHOOKS, WEBHOOK = "/v1/webhooks", "/v1/webhooks/{webhook}"
+
 
 class OneInbox:
     """Client of one OneInbox account; holds the key and one pooled transport for the whole process.
@@ -42,7 +47,7 @@ class OneInbox:
     `timeout`: seconds for a whole answer, connecting included. `connect_timeout`: seconds for connecting.
     Every method raises OneInboxError. A request is sent once; again only after a 401, when the key has changed.
 
-    `cooldown`: when no call is started; reads are neither refused by it nor do they begin it.
+    `cooldown`: when no call is started; reads are neither refused by it nor do they begin it. `metrics`: count.
     """
 
     def __init__(
@@ -56,14 +61,16 @@ class OneInbox:
         insecure_media: bool = False,
         reread_key: Callable[[], Awaitable[None]] | None = None,
         cooldown: Cooldown | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback).
 
         `reread_key`: gives a changed key to `use_key`, if there is one.
         """
-        self.cooldown = cooldown or Cooldown()
+        self._metrics = metrics or Metrics()
+        self.cooldown = cooldown or Cooldown(metrics=self._metrics)
         self._base_url = base_url
-        self._web_calls = httpx.URL(f"{base_url}/v1/calls/web")
+        self._web_calls = httpx.URL(f"{base_url}{START}")
         self._transport = transport
         self._timeout = timeout
         self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
@@ -97,7 +104,7 @@ class OneInbox:
         if overrides:
             body["overrides"] = overrides
         with self.cooldown.turn():
-            status, answer = await self._send("POST", self._web_calls, body, limit=MAX_STARTED)
+            status, answer = await self._send("POST", START, self._web_calls, body, limit=MAX_STARTED)
         _raise_for_status(status, answer, not_found=_misconfigured(404))
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
@@ -115,11 +122,11 @@ class OneInbox:
 
     async def get_call(self, call_id: str) -> CallRecord:
         """One call; raises NoSuchCall. `call_id` must be a valid one."""
-        return await self._call("GET", f"/v1/calls/{call_id}", call_id)
+        return await self._call("GET", CALL, call_id)
 
     async def stop_call(self, call_id: str) -> CallRecord:
         """Hang up; raises NoSuchCall. `call_id` must be a valid one."""
-        return await self._call("POST", f"/v1/calls/{call_id}/stop", call_id)
+        return await self._call("POST", STOP, call_id)
 
     async def list_calls(
         self, *, agent_id: str | None = None, status: str | None = None, limit: int = 20, offset: int = 0
@@ -127,20 +134,20 @@ class OneInbox:
         """A page of the account's calls, newest first. `limit`: 1 to 100."""
         filters = {"agent_id": agent_id, "status": status, "limit": limit, "offset": offset}
         query = urlencode({name: value for name, value in filters.items() if value is not None})
-        code, answer = await self._send("GET", httpx.URL(f"{self._base_url}/v1/calls?{query}"))
+        code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
         _raise_for_status(code, answer, not_found=_misconfigured(404))
         return _model(CallPage, answer, code)
 
     async def register_webhook(self, *, name: str, url: str, events: Sequence[str]) -> Webhook:
         """Have events delivered to a URL."""
         body = {"name": name, "url": url, "events": list(events)}
-        status, answer = await self._send("POST", httpx.URL(f"{self._base_url}/v1/webhooks"), body)
+        status, answer = await self._send("POST", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS), body)
         _raise_for_status(status, answer, not_found=_misconfigured(404))
         return _model(Webhook, answer, status)
 
     async def list_webhooks(self) -> list[Webhook]:
         """All webhooks of the account. The route is not documented; its answer is taken as a list or a page."""
-        status, answer = await self._send("GET", httpx.URL(f"{self._base_url}/v1/webhooks"))
+        status, answer = await self._send("GET", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS))
         _raise_for_status(status, answer, not_found=_misconfigured(404))
         return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
 
@@ -148,7 +155,8 @@ class OneInbox:
         """Remove a webhook. The route is not documented; raises Misconfigured for a 404, and for what is no id."""
         if not CALL_ID.fullmatch(webhook_id):
             raise _misconfigured(404)  # such as `..`, which would name another route
-        status, answer = await self._send("DELETE", httpx.URL(f"{self._base_url}/v1/webhooks/{webhook_id}"))
+        url = httpx.URL(f"{self._base_url}{WEBHOOKS}/{webhook_id}")
+        status, answer = await self._send("DELETE", WEBHOOK, url)
         _raise_for_status(status, answer, not_found=_misconfigured(404))
 
     async def aclose(self) -> None:
@@ -156,7 +164,7 @@ class OneInbox:
         await self._transport.aclose()
 
     async def _call(self, method: str, path: str, call_id: str) -> CallRecord:
-        status, answer = await self._send(method, httpx.URL(self._base_url + path))
+        status, answer = await self._send(method, path, httpx.URL(self._base_url + path.format(call=call_id)))
         _raise_for_status(status, answer, not_found=NoSuchCall())
         record = _model(CallRecord, answer, status)
         if record.id != call_id:
@@ -164,20 +172,23 @@ class OneInbox:
         return record
 
     async def _send(
-        self, method: str, url: httpx.URL, body: Mapping[str, Any] | None = None, *, limit: int = MAX_ANSWER
+        self, method: str, path: str, url: httpx.URL, body: Mapping[str, Any] | None = None, *, limit: int = MAX_ANSWER
     ) -> tuple[int, Any]:
-        """Status and JSON of the answer (None where it is no JSON); bounded in time and size."""
+        """Status and JSON of the answer (None where it is no JSON); bounded in time and size.
+
+        `path`: the URL's, with names for what varies.
+        """
         content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         headers = self._headers
         request = self._request(method, url, content)
         try:
             async with asyncio.timeout(self._timeout):
-                response, raw = await self._exchange(request, limit)
+                response, raw = await self._exchange(request, path, limit)
                 if response.status_code == 401:
                     request.extensions["sent"] = False  # refused, it did nothing, and a POST started no call
                     if await self._has_another_key(headers):
                         request = self._request(method, url, content)
-                        response, raw = await self._exchange(request, limit)
+                        response, raw = await self._exchange(request, path, limit)
         except TimeoutError:
             sent = not surely_not_sent(request, httpx.ReadTimeout(""))
             raise TimedOut("did not answer in time", may_have_acted=sent) from None
@@ -199,12 +210,22 @@ class OneInbox:
         headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
         return httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
 
-    async def _exchange(self, request: httpx.Request, limit: int) -> tuple[httpx.Response, bytes]:
-        response = await self._transport.handle_async_request(request)
+    async def _exchange(self, request: httpx.Request, path: str, limit: int) -> tuple[httpx.Response, bytes]:
+        begun = time.perf_counter()
+        status, failure = None, ""
         try:
-            return response, await _read(response, limit)
+            response = await self._transport.handle_async_request(request)
+            status = response.status_code
+            try:
+                return response, await _read(response, limit)
+            finally:
+                await response.aclose()
+        except BaseException as error:
+            # That is how asyncio.timeout ends what takes too long.
+            failure = "TimeoutError" if isinstance(error, asyncio.CancelledError) else type(error).__name__
+            raise
         finally:
-            await response.aclose()
+            self._metrics.exchanged(request.method, path, status, failure, time.perf_counter() - begun)
 
     async def _has_another_key(self, headers: Mapping[str, str]) -> bool:
         """Whether the key is another by now than when a request with these headers was made."""

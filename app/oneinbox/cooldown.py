@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 import structlog
 
 from app.oneinbox.errors import Busy, CoolingDown, OneInboxError
+from app.telemetry.metrics import Metrics
 
 DEFAULT_PAUSE, LONGEST_PAUSE = 5, 60
 """Seconds of a pause where OneInbox does not say how long, and at most."""
@@ -31,11 +32,12 @@ class Cooldown:
     of it: an answer, whichever (a 5xx came over a connection that works), ends the cool-down; a 429 or none begins it
     anew; a probe whose caller was cancelled found out nothing, and the next request is the probe.
 
-    `clock`: monotonic seconds.
+    `clock`: monotonic seconds. `metrics`: count the pauses.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None) -> None:
         self._clock = clock
+        self._metrics = metrics or Metrics()
         self._until: float | None = None
         self._probing = False
         self._failures = 0
@@ -86,6 +88,7 @@ class Cooldown:
     def _pause(self, seconds: float, why: str) -> None:
         if self._until is None:
             log.warning("oneinbox_cooling_down", seconds=seconds, why=why)
+            self._metrics.paused(why.replace(" ", "-"))
         self._until = max(self._until or 0.0, self._clock() + seconds)
         self._failures = 0
         self._pauses += 1

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from app.identity.addresses import limit_key, parse_address
 from app.problems import Problem
 from app.store import Rate, Store, StoreUnavailable
+from app.telemetry.metrics import Metrics
 
 FAILURES, FAILURE_SECONDS = 10, 60
 """Failed challenges of an address at most, in any window of so many seconds."""
@@ -35,7 +36,7 @@ class Challenge:
 
     `secret` goes into the body of that question and nowhere else. `hosts`: host names, in lower case, that the
     challenge may have been solved on; None: any. `transport`: to the service; follows no redirect. `timeout`: seconds
-    for its whole answer.
+    for its whole answer. `metrics`: count what is refused.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class Challenge:
         store: Store,
         *,
         timeout: float = 3,
+        metrics: Metrics | None = None,
     ) -> None:
         self._url = httpx.URL(verify_url)
         self._secret = secret
         self._hosts = hosts
         self._transport = transport
         self._store = store
+        self._metrics = metrics or Metrics()
         self._timeout = timeout
         self._timeouts = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
 
@@ -83,6 +86,7 @@ class Challenge:
             raise _unavailable() from None
         (state,) = decision.rates
         if not decision.allowed or (cost == 0 and state.remaining == 0):
+            self._metrics.refused(["failed-challenge"])
             headers = {"Retry-After": str(max(1, math.ceil(state.reset)))}
             raise Problem("rate-limited", "Too many challenges failed.", headers)
 

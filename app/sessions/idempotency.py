@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from app.identity import User
 from app.keyring import Keyring
 from app.limits import LiveCalls, Start
+from app.limits.live import HUNG_UP, NOT_COLLECTED
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request
 from app.sessions.caller import Caller
@@ -169,7 +170,7 @@ class Idempotency:
             # Whoever takes it out of the set decides: one replica, once, or the repeat that collects it.
             if await self._store.leave([UNCOLLECTED], name) and await self._withdraw(name):
                 start = Start.of_member(uncollected.member)
-                await self._live.stop(start, uncollected.call_id, "its caller hung up and did not come back")
+                await self._live.stop(start, uncollected.call_id, NOT_COLLECTED)
 
     async def run(self) -> None:
         """Stop uncollected calls, and take back doubtful answers, for ever."""
@@ -253,7 +254,7 @@ class Idempotency:
             await self._wait_for_collection(name, uncollected)
         except StoreUnavailable:
             # Nobody could stop it in time; and a repeat is refused while the store is gone.
-            await self._live.stop(started.start, started.call.id, "its caller hung up")
+            await self._live.stop(started.start, started.call.id, HUNG_UP)
             await self._forget(name, None)
 
     async def _wait_for_collection(self, name: str, uncollected: Uncollected) -> None:

@@ -76,6 +76,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     with caller.watched():
         call, replayed = await broker.sessions.start(user, asked)
     state["call"] = call.id
+    state["outcome"] = "replayed" if replayed else "started"
     headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
     if replayed:
         headers["Idempotency-Replayed"] = "true"

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from app.calls.ownership import Ownership
 from app.identity import User
 from app.limits import Limits, LiveCalls, Reconciler, Start, TalkTime
+from app.limits.live import HUNG_UP, NOT_KEPT, UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
@@ -21,6 +22,7 @@ from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency, NotKept, Started, read_key
 from app.sessions.policy import Order, Policy
 from app.sessions.schemas import SessionRequest
+from app.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +48,7 @@ class Sessions:
     """Starts calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
     `max_waiting`: sessions that may wait for OneInbox at once. `share_user_id`: whether OneInbox's record names the
-    user plainly. `challenge`: None where none is asked for. `now`: Unix time.
+    user plainly. `challenge`: None where none is asked for. `metrics`: count what is refused. `now`: Unix time.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Sessions:
         challenge: Challenge | None,
         max_waiting: int,
         share_user_id: bool,
+        metrics: Metrics,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
@@ -76,8 +79,14 @@ class Sessions:
         self._challenge = challenge
         self._max_waiting = max_waiting
         self._share_user_id = share_user_id
+        self._metrics = metrics
         self._now = now
         self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that wait for OneInbox."""
+        return self._waiting
 
     async def start(self, user: User, asked: Asked) -> tuple[WebCall, bool]:
         """The user's new call, and False; or the call that this request started before, and True.
@@ -90,7 +99,7 @@ class Sessions:
         if key is None:
             started = await self._start(user, asked, order)
             if await asked.caller.has_left():
-                await self._live.stop(started.start, started.call.id, "its caller hung up")
+                await self._live.stop(started.start, started.call.id, HUNG_UP)
                 raise ClientDisconnect
             return started.call, False
 
@@ -100,13 +109,14 @@ class Sessions:
         try:
             return await self._idempotency.once(user, key, asked.body, asked.caller, run)
         except NotKept as unkept:
-            await self._live.stop(unkept.started.start, unkept.started.call.id, "its answer could not be kept")
+            await self._live.stop(unkept.started.start, unkept.started.call.id, NOT_KEPT)
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
 
     async def _start(self, user: User, asked: Asked, order: Order) -> Started:
         if self._challenge is not None:
             await self._challenge.check(asked.proof, user.address)
         if self._waiting >= self._max_waiting:
+            self._metrics.refused(["waiting"])
             raise Problem("at-capacity", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
@@ -146,7 +156,7 @@ class Sessions:
             if not error.may_have_acted:
                 await self._limits.release(reservation)
             elif error.call_id is not None:
-                await self._live.stop(start, error.call_id, "its answer was not usable")
+                await self._live.stop(start, error.call_id, UNUSABLE)
             else:
                 self._reconciler.lose(start)
             if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, asked.request, order)):

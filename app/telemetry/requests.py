@@ -1,11 +1,14 @@
-"""Outermost middleware: a request id, and one log line per request."""
+"""Outermost middleware: a request id, one log line and one count per request."""
 
 import re
 import secrets
 import time
 
 import structlog
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -19,6 +22,7 @@ class RequestLog:
     """Gives each request an id (the client's own, when it is a safe one), sends it back, and logs the request.
 
     Routes add to the line through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug).
+    `outcome`: of a session, where it is no problem.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -43,11 +47,13 @@ class RequestLog:
             await self.app(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - started
+            self._count(scope, route, status, seconds)
             line = {
                 "method": scope["method"],
                 "route": route,
                 "status": status,
-                "ms": round((time.perf_counter() - started) * 1000, 1),
+                "ms": round(seconds * 1000, 1),
                 "request_id": request_id,
             }
             for name in ("user", "call", "problem"):
@@ -57,6 +63,17 @@ class RequestLog:
                 log.debug("request", **line)
             else:
                 log.info("request", **line)
+
+    @staticmethod
+    def _count(scope: Scope, route: str, status: int, seconds: float) -> None:
+        state = scope["state"]
+        metrics: Metrics | None = state.get("metrics")
+        if metrics is None:
+            return  # no lifespan runs
+        metrics.answered(scope["method"], route, status, seconds)
+        # By path: what is refused before it is routed was a request for a session all the same.
+        if scope["method"] == "POST" and get_route_path(scope) == "/session":
+            metrics.session(state.get("problem") or state.get("outcome", "hung-up"))
 
 
 def _request_id(scope: Scope) -> str:

@@ -91,7 +91,7 @@ BELOW = {
     "store": {"store"},
     "keyring": {"keyring"},
     "telemetry": {"telemetry"},
-    "oneinbox": {"oneinbox"},
+    "oneinbox": {"oneinbox", "telemetry"},
 }
 
 
