@@ -1,0 +1,180 @@
+"""What a request costs, counted: function calls, which are the same on every machine, and CPU beside an empty route.
+
+    python -m tests.benchmarks.counting
+
+In process: the broker behind no server and in front of a canned OneInbox, so that only its own work counts.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from types import FrameType
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp, Message
+
+from app.config import load_settings
+from app.main import create_app
+from app.telemetry.logging import configure_logging
+from app.telemetry.memory import settle_memory
+from tests.benchmarks import rig
+from tests.benchmarks.peers import plain
+
+WARM_UP = 300
+COUNTED = 50
+TIMED = 300
+ROUNDS = 7
+
+Ask = Callable[[], Awaitable[None]]
+
+
+class Canned(httpx.AsyncBaseTransport):
+    """A OneInbox that answers at once."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Start a call, or tell of one."""
+        if request.method == "POST":
+            self._calls += 1
+            call = {
+                "id": f"call_{self._calls}",
+                "server_url": "wss://voice.oneinbox.ai",
+                "participant_token": rig.TOKEN,
+            }
+            return self._answer(201, call)
+        call = {"id": request.url.path.rpartition("/")[2], "agent_id": "agt_benchmark", "status": "in_progress"}
+        return self._answer(200, call)
+
+    @staticmethod
+    def _answer(status: int, body: Mapping[str, Any]) -> httpx.Response:
+        return httpx.Response(status, stream=_Body(json.dumps(body).encode()))
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._content
+
+
+class Client:
+    """Asks an ASGI application as a server would, with no server between."""
+
+    def __init__(self, app: ASGIApp, state: Mapping[str, Any]) -> None:
+        self._app, self._state = app, state
+        self.headers: dict[bytes, bytes] = {}
+
+    async def ask(self, method: str, path: str, body: bytes, expect: int) -> None:
+        """One request. Raises AssertionError for another status."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "server": ("127.0.0.1", 8000),
+            "client": ("127.0.0.1", 50000),
+            "scheme": "http",
+            "method": method,
+            "root_path": "",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [
+                (b"host", b"127.0.0.1:8000"),
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+            ],
+            "state": dict(self._state),
+        }
+        arrived = False
+        status = 0
+
+        async def receive() -> Message:
+            nonlocal arrived
+            if arrived:
+                await asyncio.Event().wait()  # the client stays and says no more
+            arrived = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self.headers = dict(message["headers"])
+
+        await self._app(scope, receive, send)
+        assert status == expect, f"{method} {path} should answer {expect}: {status}"
+
+
+async def count_calls(ask: Ask) -> int:
+    """Function calls of one request, Python's and C's: of the quietest of several, with nothing else going on."""
+    fewest = sys.maxsize
+    for _ in range(COUNTED):
+        calls = 0
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(profile)
+        try:
+            await ask()
+        finally:
+            sys.setprofile(None)
+        fewest = min(fewest, calls)
+    return fewest
+
+
+async def time_cpu(asks: Mapping[str, Ask]) -> dict[str, float]:
+    """Microseconds of CPU per request: of the quietest of several rounds, each asking all in turn."""
+    least = dict.fromkeys(asks, float("inf"))
+    for _ in range(ROUNDS):
+        for name, ask in asks.items():
+            before = time.process_time()
+            for _ in range(TIMED):
+                await ask()
+            least[name] = min(least[name], (time.process_time() - before) / TIMED * 1e6)
+    return least
+
+
+async def count() -> dict[str, dict[str, float]]:
+    """Calls and CPU of a session, of a read of a call that is in the cache, and of an empty route."""
+    app = create_app(load_settings({**rig.BROKER}, env_file=None), Canned())
+    async with AsyncExitStack() as stack:
+        state = await stack.enter_async_context(app.router.lifespan_context(app))
+        broker, empty = Client(app, state or {}), Client(plain.empty, {})
+        await broker.ask("POST", "/session", b"{}", 201)
+        path = broker.headers[b"location"].decode()
+        asks: dict[str, Ask] = {
+            "session": lambda: broker.ask("POST", "/session", b"{}", 201),
+            "read": lambda: broker.ask("GET", path, b"", 200),
+            "empty": lambda: empty.ask("POST", "/session", b"{}", 201),
+        }
+        for ask in asks.values():
+            for _ in range(WARM_UP):
+                await ask()
+        settle_memory()
+        calls = {name: await count_calls(ask) for name, ask in asks.items()}
+        cpu = await time_cpu(asks)
+    return {name: {"calls": calls[name], "cpu": round(cpu[name], 1)} for name in asks}
+
+
+def main() -> None:
+    """Count, and print as JSON."""
+    # The log is written, and thrown away.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        configure_logging("info", "json")
+        found = asyncio.run(count())
+    rig.say(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
