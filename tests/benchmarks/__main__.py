@@ -50,7 +50,7 @@ class Contender:
 
 @contextmanager
 def _with_valkey(upstream: Server, core: int) -> Iterator[Server]:
-    with rig.valkey() as store, rig.broker(upstream.url, core=core, BROKER_STORE_URL=store.url) as server:
+    with rig.valkey() as store, rig.broker(upstream.url, core=core, environ={"BROKER_STORE_URL": store.url}) as server:
         yield server
 
 

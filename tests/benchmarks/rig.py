@@ -238,11 +238,11 @@ def valkey() -> Iterator[Server]:
 
 
 @contextmanager
-def broker(upstream: str, *, core: int, workers: int = 1, **environ: str) -> Iterator[Server]:
+def broker(upstream: str, *, core: int, workers: int = 1, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
     """The broker as it ships, in front of an upstream."""
     port = free_port()
     command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--workers", str(workers)]
-    settings = {**BROKER, "ONEINBOX_BASE_URL": upstream, **environ}
+    settings = {**BROKER, "ONEINBOX_BASE_URL": upstream, **(environ or {})}
     with running(command, port=port, environ=settings, core=core, ready="/healthz") as server:
         yield server
 
@@ -280,6 +280,7 @@ class Load:
     `busy`: share of a core that the server used; well under 1 at many connections, something else was the bottleneck.
     """
 
+    requests: float
     per_second: float
     p50: float
     p99: float
@@ -309,6 +310,7 @@ def load(
     if found["unexpected"] or found["errors"] or not found["requests"]:
         raise AssertionError(f"{method} {server.url}{path} should answer {expect}: {found}")
     return Load(
+        requests=found["requests"],
         per_second=found["requests"] / found["seconds"],
         p50=found["p50"] / 1000,
         p99=found["p99"] / 1000,

@@ -1,0 +1,71 @@
+"""Two workers beside one, on a Valkey: what a session costs, and how far one Valkey goes.
+
+    python -m tests.benchmarks.scaling [--rounds 3] [--seconds 3] [--json FILE]
+
+Both have the same load and, together, the same core: what is compared is CPU per session.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.benchmarks import rig
+from tests.benchmarks.rig import Missing, say
+
+CONNECTIONS = 32
+FULL = 0.7
+"""Share of a core that a Valkey, or a replica, may use where answers are still to be quick."""
+
+
+def measure(upstream: str, core: int, workers: int, seconds: float) -> tuple[float, float]:
+    """Microseconds of CPU per session: the broker's, and Valkey's."""
+    with (
+        rig.valkey() as store,
+        rig.broker(upstream, core=core, workers=workers, environ={"BROKER_STORE_URL": store.url}) as broker,
+    ):
+        rig.load(broker, connections=CONNECTIONS, seconds=seconds)
+        before = store.cpu
+        found = rig.load(broker, connections=CONNECTIONS, seconds=seconds)
+        return found.cpu, (store.cpu - before) / found.requests * 1e6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print. The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--seconds", type=float, default=3, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        core, _ = rig.pin()
+        found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+        with rig.oneinbox() as upstream:
+            for _ in range(options.rounds):
+                for workers, costs in found.items():
+                    costs.append(measure(upstream.url, core, workers, options.seconds))
+    except (Missing, AssertionError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    one, two = (statistics.median(broker for broker, _ in found[workers]) for workers in found)
+    store = statistics.median(store for costs in found.values() for _, store in costs)
+    replica, carried = FULL * 1e6 / one, FULL * 1e6 / store
+    report = {
+        "CPU per session, 1 worker, µs": round(one),
+        "CPU per session, 2 workers, µs": round(two),
+        "2 workers ÷ 1": round(two / one, 2),
+        "Valkey's CPU per session, µs": round(store),
+        f"on paper: sessions/s of one replica, a core {FULL:.0%} full": round(replica),
+        f"on paper: sessions/s of one Valkey, a core {FULL:.0%} full": round(carried),
+        "on paper: replicas until Valkey is full": int(carried / replica),
+    }
+    say(rig.table([(f"scaling, medians of {options.rounds}", ""), *report.items()]))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
