@@ -5,8 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter, Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from pydantic_core import to_json
+from starlette.responses import FileResponse, HTMLResponse, Response
 
+from app.broker import BrokerDep
+from app.openapi import of_broker
 from app.problems import Problem
 
 router = APIRouter(include_in_schema=False)
@@ -16,10 +19,10 @@ CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "favicon.png": "image/png"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>OneInbox token broker: API</title><link rel="icon" href="data:,">
+<title>OneInbox token broker: API</title><link rel="icon" href="{prefix}/docs/favicon.png">
 <link rel="stylesheet" href="{prefix}/docs/swagger-ui.css"></head>
 <body><div id="explorer" data-document="{prefix}/openapi.json"></div>
 <script src="{prefix}/docs/swagger-ui-bundle.js"></script>
@@ -45,11 +48,12 @@ async def explorer(request: Request) -> Response:
 
 
 @router.get("/openapi.json")
-async def document(request: Request) -> Response:
-    """The OpenAPI document; behind a prefix it says so."""
-    prefix = request.scope.get("root_path", "")
-    servers = {"servers": [{"url": prefix}]} if prefix else {}
-    return JSONResponse({**request.app.openapi(), **servers})
+async def document(request: Request, broker: BrokerDep) -> Response:
+    """The OpenAPI document, as it holds for this broker; made once."""
+    state = request.app.state
+    if not hasattr(state, "document"):
+        state.document = to_json(of_broker(request.app.openapi(), broker.rotation.settings))
+    return Response(state.document, media_type="application/json")
 
 
 @router.get("/docs/{asset}")

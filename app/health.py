@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from app.broker import BrokerDep
+from app.openapi import answer, problems
 
 router = APIRouter(tags=["service"])
 
@@ -25,7 +26,12 @@ class Readiness(BaseModel):
     checks: dict[str, str] = Field(description="Each part: `ok` or `down`.", examples=[{"store": "ok"}])
 
 
-@router.get("/healthz", operation_id="getHealth", summary="Is the process alive?")
+@router.get(
+    "/healthz",
+    operation_id="getHealth",
+    summary="Is the process alive?",
+    responses={200: answer("It is.", examples={"Alive": {"status": "ok"}}), **problems("forbidden-origin")},
+)
 async def healthz() -> Health:
     """200 while the process runs; asks nobody."""
     return Health()
@@ -35,7 +41,18 @@ async def healthz() -> Health:
     "/readyz",
     operation_id="getReadiness",
     summary="Can it serve?",
-    responses={503: {"model": Readiness, "description": "It is about to end."}},
+    responses={
+        200: answer(
+            "It serves.",
+            examples={
+                "All is well": {"status": "ok", "checks": {"store": "ok"}},
+                "Without its store": {"status": "degraded", "checks": {"store": "down"}},
+            },
+        ),
+        503: {"model": Readiness}
+        | answer("It is about to end.", examples={"About to end": {"status": "draining", "checks": {"store": "ok"}}}),
+        **problems("forbidden-origin"),
+    },
 )
 async def readyz(broker: BrokerDep, response: Response) -> Readiness:
     """200 for `ok` and `degraded`: without its store the broker counts locally, and taking it out would help nobody.

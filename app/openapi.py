@@ -1,45 +1,143 @@
-"""Pieces of the OpenAPI document that FastAPI cannot read off a signature."""
+"""The OpenAPI document, where FastAPI cannot read it off a signature: words, examples, headers and logins.
 
+A route says which problems it answers and shows its good answers; what follows from that is added here, when the
+document is first asked for.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from app.config import Settings
 from app.problems import KINDS, MEDIA_TYPE, ProblemDetails
 
-_REF = "#/components/schemas/{model}"
+JSON = "application/json"
+ABOUT = """
+The broker stands between a browser and the OneInbox voice API. It keeps the API key on the server, knows who is
+calling, and bounds what each of them may spend.
+
+**Start a call** with `POST /session`, and join it with the two fields of the answer. `Location` names the call; under
+that path it can be read, followed and stopped.
+
+**Who is calling** is for the operator to choose: everybody (`anonymous`: limits go by address, and whoever holds a
+call's `Location` may follow and stop it), users with a signed token (`jwt`), or users whom a proxy has signed in
+(`header`).
+
+**Errors** are RFC 9457 problem details, each with a `type` that leads to a page about it, and a `request_id` that the
+operator finds in the log. A method that a path does not take is 405 `method-not-allowed`, with `Allow`; a path that
+does not exist is 404 `not-found`. What is not HTTP at all is refused without a body.
+
+**Limits** are told in `RateLimit-Policy` and `RateLimit`. Who meets one gets `Retry-After`, in seconds.
+"""
+TAGS = {
+    "sessions": "Start a call, and get what a browser needs to join it.",
+    "calls": "A call after it has started: read it, follow it, hang up. Each caller sees their own calls only.",
+    "webhooks": "For OneInbox itself.",
+    "service": "For whoever runs the broker, and whoever reads its errors. No identity is needed.",
+}
+
+# Who may be asked for in which mode. A caller needs one of them.
+LOGINS: Mapping[str, Mapping[str, Any]] = {
+    "token": {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "JWT",
+        "description": "`jwt` mode: the user's token, from your own sign-in. Never OneInbox's key.",
+    },
+    "cookie": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": "BROKER_JWT_COOKIE",
+        "description": "`jwt` mode, where the operator names a cookie: the same token, which the browser sends by "
+        "itself. It cannot be set here; being signed in is enough.",
+    },
+    "proxy": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-Forwarded-User",
+        "description": "`header` mode: the user, as the proxy in front names them. It counts from that proxy alone.",
+    },
+}
+
+# What headers mean, with a value: of requests, and of answers.
+ASKED: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "X-Request-ID": (
+        "Your own name for this request; it comes back and stands in the log. 1 to 128 of `A-Z a-z 0-9 . _ -`, "
+        "anything else is ignored and one is made up.",
+        {},
+    ),
+    "Idempotency-Key": (
+        "Makes it safe to send the request again: for 10 minutes the same key with the same body gets the first "
+        "answer, and no second call. Take a new random one for each call, such as `crypto.randomUUID()`. 1 to 255 "
+        "printable characters, at least 16 where nobody signs in.",
+        {"minLength": 1, "maxLength": 255},
+    ),
+    "X-Challenge-Token": ("The answer to the bot challenge, where the operator asks for one. It works once.", {}),
+}
+ANSWERED: Mapping[str, tuple[str, Any]] = {
+    "X-Request-ID": ("Names this request in the broker's log.", "3f9c1c2ab7d04e5f"),
+    "Location": ("The path of the call: read it, follow it at `/events`, hang up at `/stop`.", "/calls/call_abc123"),
+    "Idempotency-Replayed": ("`true`: this is the first answer again, no new call was started.", "true"),
+    "ETag": ("Names this state of the call, for `If-None-Match`.", '"5d41402abc4b2a76"'),
+    "Retry-After": ("Seconds to wait before trying once more.", 12),
+    "RateLimit-Policy": (
+        "Your limits: `q` times in `w` seconds each (draft-ietf-httpapi-ratelimit-headers-10).",
+        '"user-minute";q=5;w=60, "user-day";q=50;w=86400',
+    ),
+    "RateLimit": (
+        "What is left of them, the closest first: `r` times, and in `t` seconds the first of the used ones is free "
+        "again. Absent where a request is refused before it is counted.",
+        '"user-minute";r=4;t=60, "user-day";r=49;t=86400',
+    ),
+    "WWW-Authenticate": ("How to sign in.", "Bearer"),
+}
+PROBLEM_HEADERS = {401: "WWW-Authenticate", 409: "Retry-After", 429: "Retry-After", 503: "Retry-After"}
+PROBLEM_ERRORS = {
+    "invalid-request": [{"loc": ["body", "room"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}],
+    "upstream-rejected": [{"loc": ["body", "variables", "plan"], "msg": "Unknown variable", "type": "value_error"}],
+}
 
 
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """An optional JSON body of a model's shape, for a route that reads and parses its body itself."""
-    return {"required": False, "content": {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}}
+def reads(model: type[BaseModel] | None, *headers: str, examples: Mapping[str, Any]) -> dict[str, Any]:
+    """`openapi_extra=` of a route that reads its optional JSON body and `headers` (names out of ASKED) by itself.
+
+    `model`: of the body; None: it may be anything.
+    """
+    body = {"schema": _ref("schemas", model.__name__) if model else {}, "examples": _named(examples)}
+    return {
+        "requestBody": {"required": False, "content": {JSON: body}},
+        "parameters": [_ref("parameters", name) for name in headers],
+    }
+
+
+def answer(
+    description: str,
+    *headers: str,
+    examples: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """One of a route's good answers.
+
+    `headers`: names out of ANSWERED. `examples`: of the JSON, by what they show. `texts`: an example for each other
+    media type.
+    """
+    content: dict[str, Any] = {JSON: {"examples": _named(examples)}} if examples else {}
+    for media_type, text in (texts or {}).items():
+        content[media_type] = {"schema": {"type": "string"}, "example": text}
+    return {"description": description, "headers": _headers(headers)} | ({"content": content} if content else {})
 
 
 def problems(*slugs: str) -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route: each problem by status, with an example."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    for slug in slugs:
-        kind = KINDS[slug]
-        entry = responses.setdefault(
-            kind.status,
-            {
-                "description": "",
-                "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}, "examples": {}}},
-            },
-        )
-        entry["description"] = "; ".join(filter(None, [entry["description"], kind.title]))
-        entry["content"][MEDIA_TYPE]["examples"][slug] = {
-            "summary": kind.title,
-            "value": {
-                "type": f"/problems/{slug}",
-                "title": kind.title,
-                "status": kind.status,
-                "detail": kind.meaning,
-                "request_id": "3f9c1c2ab7d04e5f",
-            },
-        }
-    return responses
+    """`responses=` of a route: each problem by status, with an example. Any route may meet a bug."""
+    by_status: dict[int, list[str]] = {}
+    for slug in (*slugs, "internal-error"):
+        by_status.setdefault(KINDS[slug].status, []).append(slug)
+    return {status: _problem_answer(status, each) for status, each in by_status.items()}
 
 
 def install(app: FastAPI, *models: type[BaseModel]) -> None:
@@ -51,30 +149,123 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
                 title=app.title,
                 version=app.version,
                 summary=app.summary,
-                description=app.description,
+                description=_flowing(ABOUT),
+                license_info={"name": "MIT", "identifier": "MIT"},
                 routes=app.routes,
-                tags=app.openapi_tags,
-                servers=app.servers,
+                tags=[{"name": name, "description": text} for name, text in TAGS.items()],
+                servers=[{"url": "/"}],
             )
-            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-            every: tuple[type[BaseModel], ...] = (ProblemDetails, *models)
-            for model in every:
-                own = model.model_json_schema(ref_template=_REF)
-                schemas.update(own.pop("$defs", {}))
-                schemas[own.get("title", model.__name__)] = own
-            _drop_frameworks_errors(schema)
+            schema["security"] = [{}, *({name: []} for name in LOGINS)]
+            components = schema.setdefault("components", {})
+            _add_models(components.setdefault("schemas", {}), (ProblemDetails, *models))
+            # A method that a path does not take has no operation whose answer it could be.
+            components["examples"] = {slug: _problem_example(slug) for slug in KINDS if slug != "method-not-allowed"}
+            components["headers"] = {name: _header(*about) for name, about in ANSWERED.items()}
+            components["parameters"] = {name: _parameter(name, *about) for name, about in ASKED.items()}
+            components.setdefault("securitySchemes", {}).update(LOGINS)
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    _complete(operation)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
 
-def _drop_frameworks_errors(schema: dict[str, Any]) -> None:
-    """FastAPI documents an error shape of its own, which is never answered."""
-    for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
-    for path in schema["paths"].values():
-        for operation in path.values():
-            content = operation["responses"].get("422", {}).get("content", {})
-            if "application/json" in content:
-                del operation["responses"]["422"]
+def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The document as one broker serves it: under its prefix, with the logins that it takes."""
+    names = {"anonymous": [], "jwt": ["token", "cookie"], "header": ["proxy"]}[settings.auth]
+    logins = {name: dict(LOGINS[name]) for name in names if name != "cookie" or settings.jwt_cookie}
+    if "cookie" in logins:
+        logins["cookie"]["name"] = settings.jwt_cookie
+    if "proxy" in logins:
+        logins["proxy"]["name"] = settings.user_header
+    schemes = {name: each for name, each in document["components"]["securitySchemes"].items() if name not in LOGINS}
+    return {
+        **document,
+        "servers": [{"url": settings.root_path or "/"}],
+        "security": [{name: []} for name in logins],
+        "components": {**document["components"], "securitySchemes": {**schemes, **logins}},
+    }
+
+
+def _complete(operation: dict[str, Any]) -> None:
+    """Add what follows from an operation's answers."""
+    answers = operation["responses"]
+    operation["description"] = _flowing(operation["description"])
+    operation.setdefault("parameters", []).append(_ref("parameters", "X-Request-ID"))
+    if "401" not in answers:
+        operation["security"] = []
+    if JSON in answers.get("422", {}).get("content", {}):
+        del answers["422"]  # an error shape of FastAPI's own, which is never answered
+    limited = "rate-limited" in answers.get("429", {}).get("content", {}).get(MEDIA_TYPE, {}).get("examples", {})
+    always = ("X-Request-ID", "RateLimit-Policy", "RateLimit") if limited else ("X-Request-ID",)
+    for each in answers.values():
+        each["headers"] = {**each.get("headers", {}), **_headers(always)}
+    for each in (operation.get("requestBody", {}), *answers.values()):
+        for example in each.get("content", {}).get(JSON, {}).get("examples", {}).values():
+            example["value"] = json.loads(example["value"])
+
+
+def _add_models(schemas: dict[str, Any], models: Iterable[type[BaseModel]]) -> None:
+    for name in ("HTTPValidationError", "ValidationError"):  # of FastAPI's own error shape
+        schemas.pop(name, None)
+    for model in models:
+        own = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(own.pop("$defs", {}))
+        schemas[own["title"]] = own
+
+
+def _problem_answer(status: int, slugs: list[str]) -> dict[str, Any]:
+    about = [f"`{slug}`: {KINDS[slug].title}." for slug in slugs]
+    content = {"schema": _ref("schemas", "Problem"), "examples": {slug: _ref("examples", slug) for slug in slugs}}
+    return {
+        "description": about[0] if len(about) == 1 else "\n".join(f"- {line}" for line in about),
+        "headers": _headers(PROBLEM_HEADERS[status] for _ in range(status in PROBLEM_HEADERS)),
+        "content": {MEDIA_TYPE: content},
+    }
+
+
+def _problem_example(slug: str) -> dict[str, Any]:
+    kind = KINDS[slug]
+    value: dict[str, Any] = {
+        "type": f"/problems/{slug}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": kind.meaning,
+        "request_id": ANSWERED["X-Request-ID"][1],
+    }
+    if slug in PROBLEM_ERRORS:
+        value["errors"] = PROBLEM_ERRORS[slug]
+    return {"summary": kind.title, "value": value}
+
+
+def _parameter(name: str, description: str, bounds: dict[str, Any]) -> dict[str, Any]:
+    # No example: the explorer would send it, and one key for everybody's calls is no key.
+    return {"name": name, "in": "header", "description": description, "schema": {"type": "string", **bounds}}
+
+
+def _header(description: str, example: Any) -> dict[str, Any]:
+    return {
+        "description": description,
+        "schema": {"type": "integer" if isinstance(example, int) else "string"},
+        "example": example,
+    }
+
+
+def _headers(names: Iterable[str]) -> dict[str, Any]:
+    return {name: _ref("headers", name) for name in names}
+
+
+def _named(examples: Mapping[str, Any]) -> dict[str, Any]:
+    # As JSON until FastAPI has passed them on: it drops every null.
+    return {name: {"value": json.dumps(value)} for name, value in examples.items()}
+
+
+def _ref(kind: str, name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs on one line each: Swagger UI keeps the line breaks of a docstring."""
+    return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text.strip())

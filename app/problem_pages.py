@@ -1,12 +1,12 @@
 """/problems/{slug}: what an error means, so that the `type` of an answer is a page a developer can read."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from app.openapi import problems
+from app.openapi import answer, problems
 from app.problems import KINDS, Problem
 
 router = APIRouter(tags=["service"])
@@ -22,26 +22,36 @@ class ProblemPage(BaseModel):
     remedy: str
 
 
+def _explained(slug: str) -> dict[str, Any]:
+    kind = KINDS[slug]
+    return {"slug": slug, "status": kind.status, "title": kind.title, "meaning": kind.meaning, "remedy": kind.remedy}
+
+
 @router.get(
     "/problems/{slug}",
     operation_id="explainProblem",
     summary="Explain an error",
     response_model=ProblemPage,
-    responses=problems("not-found"),
+    responses={
+        200: answer(
+            "What the error means.",
+            examples={slug: _explained(slug) for slug in KINDS},
+            texts={"text/html": "<!doctype html>…"},
+        ),
+        **problems("not-found", "forbidden-origin"),
+    },
 )
 async def explain_problem(
-    slug: Annotated[str, Path(description="Last part of a problem's `type`.")], request: Request
+    slug: Annotated[str, Path(description="Last part of a problem's `type`.", json_schema_extra={"enum": [*KINDS]})],
+    request: Request,
 ) -> Response:
     """Say what an error means and what to do: a page where HTML is asked for, JSON otherwise."""
-    kind = KINDS.get(slug)
-    if kind is None:
+    if slug not in KINDS:
         raise Problem("not-found")
+    explained = _explained(slug)
     if "text/html" in request.headers.get("accept", ""):
-        page = _PAGE.format(slug=slug, status=kind.status, title=kind.title, meaning=kind.meaning, remedy=kind.remedy)
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_CSP})
-    return JSONResponse(
-        {"slug": slug, "status": kind.status, "title": kind.title, "meaning": kind.meaning, "remedy": kind.remedy}
-    )
+        return HTMLResponse(_PAGE.format(**explained), headers={"Content-Security-Policy": _PAGE_CSP})
+    return JSONResponse(explained)
 
 
 _PAGE_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

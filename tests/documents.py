@@ -1,8 +1,10 @@
 """Writes the parts of the documentation that the code already says: `python -m tests.documents`.
 
-In README.md they stand between `<!-- name -->` and `<!-- /name -->`; `.env.example` is written as a whole.
+In README.md they stand between `<!-- name -->` and `<!-- /name -->`; `.env.example` and `deploy/openapi.json` are
+written as a whole.
 """
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +32,7 @@ def commands_table() -> str:
 
 def routes_table() -> str:
     """Every route of the OpenAPI document."""
-    settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}, env_file=None)
-    paths = create_app(settings).openapi()["paths"]
+    paths = document()["paths"]
     rows = [
         [f"`{method.upper()} {path}`", operation["summary"]]
         for path, operations in paths.items()
@@ -75,6 +76,13 @@ def env_example() -> str:
             comment = textwrap.wrap(about, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
             lines += ["", *comment, f"{'' if name in needed else '#'}{name}={default_text(FIELDS[name])}"]
     return "\n".join(lines) + "\n"
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}, env_file=None)
+    return create_app(settings).openapi()
 
 
 @cache
@@ -130,7 +138,11 @@ def readme(text: str) -> str:
 def documents() -> dict[Path, str]:
     """Every file with generated parts, and what it should hold."""
     path = ROOT / "README.md"
-    return {path: readme(path.read_text(encoding="utf-8")), ROOT / ".env.example": env_example()}
+    return {
+        path: readme(path.read_text(encoding="utf-8")),
+        ROOT / ".env.example": env_example(),
+        ROOT / "deploy" / "openapi.json": json.dumps(document(), indent=2, ensure_ascii=False) + "\n",
+    }
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[list[str]]:

@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from app.bodies import read_body
 from app.broker import Broker, BrokerDep
-from app.calls.schemas import Call, CallList
+from app.calls.schemas import CALLS, ENDED, EVENTS, Call, CallList
 from app.identity import User
 from app.oneinbox.models import CALL_ID
-from app.openapi import problems
+from app.openapi import answer, problems, reads
 from app.problems import Problem
 
 MAX_WEBHOOK = 1_000_000
@@ -20,9 +20,7 @@ MAX_WEBHOOK = 1_000_000
 router = APIRouter(prefix="/calls", tags=["calls"])
 webhooks = APIRouter(tags=["webhooks"])
 
-CallPath = Annotated[
-    str, Path(description="The call, as the last part of POST /session's Location.", examples=["call_abc123"])
-]
+CallPath = Annotated[str, Path(description="The call: the last part of the Location that POST /session answered.")]
 FOR_EVERYBODY = ("unauthenticated", "forbidden-origin", "not-found", "rate-limited", "at-capacity")
 FROM_ONEINBOX = (
     "upstream-busy",
@@ -39,7 +37,10 @@ FROM_ONEINBOX = (
     operation_id="listCalls",
     summary="List your calls",
     response_model=CallList,
-    responses=problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
+    responses={
+        200: answer("Your calls.", examples={"Two calls": {"items": [*CALLS.values()]}}),
+        **problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
+    },
 )
 async def list_calls(request: Request, broker: BrokerDep) -> Response:
     """List your own calls of the last day, the newest first, at most 50; where nobody signs in there is no list."""
@@ -54,7 +55,8 @@ async def list_calls(request: Request, broker: BrokerDep) -> Response:
     summary="Read a call",
     response_model=Call,
     responses={
-        304: {"description": "Nothing changed since the ETag given."},
+        200: answer("The call as it is now.", "ETag", examples=CALLS),
+        304: answer("Nothing changed since the ETag that you sent.", "ETag"),
         **problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
     },
 )
@@ -62,9 +64,12 @@ async def get_call(
     call: CallPath,
     request: Request,
     broker: BrokerDep,
-    if_none_match: Annotated[str | None, Header(description="An ETag of an earlier answer.")] = None,
+    if_none_match: Annotated[str | None, Header(description="The ETag of an earlier answer; unchanged: 304.")] = None,
 ) -> Response:
-    """Read your own call: its state, its times, and what the operator exposes beyond them."""
+    """Read your own call: its state, its times, and what the operator exposes beyond them.
+
+    Somebody else's call, a wrong key and a call that does not exist are the same 404.
+    """
     user = await _admit(request, broker, call)
     _, snapshot = await broker.calls.read(user, call)
     if if_none_match is not None and _matches(if_none_match, snapshot.etag):
@@ -78,11 +83,8 @@ async def get_call(
     summary="Follow a call",
     response_class=Response,
     responses={
-        200: {
-            "description": "`call` events, each with the call as data, then `end`.",
-            "content": {"text/event-stream": {}},
-        },
-        204: {"description": "Nothing will come after the event that Last-Event-ID names."},
+        200: answer("Events, for as long as the call lasts.", texts={"text/event-stream": EVENTS}),
+        204: answer("You have seen the last event; an EventSource does not come back after this."),
         **problems(*FOR_EVERYBODY, "too-many-streams", *FROM_ONEINBOX),
     },
 )
@@ -90,9 +92,16 @@ async def follow_call(
     call: CallPath,
     request: Request,
     broker: BrokerDep,
-    last_event_id: Annotated[str | None, Header(description="Id of the last event seen; EventSource sends it.")] = None,
+    last_event_id: Annotated[str | None, Header(description="The last event's id; an EventSource sends it.")] = None,
 ) -> Response:
-    """Follow your own call as Server-Sent Events: its state at once, then each new one, then `end`."""
+    """Follow your own call as Server-Sent Events: its state at once, then each new one, then `end`.
+
+    - `call`: the call as `GET /calls/{call}` answers it; its id is the ETag.
+    - `end`: nothing more will come.
+
+    A comment every 15 seconds keeps the connection alive. It closes without `end` after an hour, at the end of the
+    token you signed in with, and when the broker stops: an EventSource then connects again by itself.
+    """
     user = await _admit(request, broker, call)
     stream = await broker.calls.follow(user, call, last_event_id)
     return Response(status_code=204) if stream is None else stream
@@ -103,10 +112,13 @@ async def follow_call(
     operation_id="stopCall",
     summary="Hang up",
     response_model=Call,
-    responses=problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
+    responses={
+        200: answer("The call, which has ended.", "ETag", examples={ENDED: CALLS[ENDED]}),
+        **problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
+    },
 )
 async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Response:
-    """End your own call; one that has ended already is answered all the same."""
+    """End your own call. One that has ended already is answered all the same, so asking twice does no harm."""
     user = await _admit(request, broker, call)
     snapshot = await broker.calls.stop(user, call)
     return Response(snapshot.body(call), headers={"ETag": snapshot.etag}, media_type="application/json")
@@ -117,7 +129,8 @@ async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Resp
     operation_id="receiveWebhook",
     summary="Take an event of OneInbox",
     status_code=204,
-    responses=problems("not-found", "body-too-large"),
+    openapi_extra=reads(None, examples={"A call has ended": {"event": "call.ended", "call_id": "call_abc123"}}),
+    responses={204: answer("Taken, whatever it was."), **problems("not-found", "body-too-large")},
 )
 async def receive_webhook(
     secret: Annotated[str, Path(description="BROKER_WEBHOOK_SECRET.")], request: Request, broker: BrokerDep

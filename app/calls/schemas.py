@@ -1,5 +1,6 @@
 """What a browser may see of a call: an allow-list, whatever OneInbox adds to its records."""
 
+import json
 import re
 from collections.abc import Collection
 from datetime import datetime
@@ -56,6 +57,45 @@ class CallList(BaseModel):
     """Your calls of the last day, the newest first."""
 
     items: list[Call] = Field(description="At most 50.")
+
+
+RUNNING, ENDED = "It runs", "It has ended"
+# The second has some of what BROKER_EXPOSE may add.
+CALLS: dict[str, Any] = {
+    RUNNING: {
+        "id": "call_abc123",
+        "agent": "default",
+        "status": "in_progress",
+        "created_at": "2026-01-05T10:00:00Z",
+        "started_at": "2026-01-05T10:00:02Z",
+        "ended_at": None,
+        "duration_seconds": None,
+        "end_reason": None,
+    },
+    ENDED: {
+        "id": "call_abc122",
+        "agent": "default",
+        "status": "completed",
+        "created_at": "2026-01-05T09:30:00Z",
+        "started_at": "2026-01-05T09:30:02Z",
+        "ended_at": "2026-01-05T09:31:14Z",
+        "duration_seconds": 72,
+        "end_reason": "user_hangup",
+        "transcript": [
+            {"role": "agent", "content": "Hello! How can I help?"},
+            {"role": "user", "content": "Where is my order?"},
+        ],
+        "summary": "The customer asked about an order.",
+    },
+}
+EVENTS = "".join(
+    f'event: {name}\nid: "{etag}"\ndata: {json.dumps(data)}\n\n'
+    for name, etag, data in (
+        ("call", "5d41402abc4b2a76", CALLS[RUNNING]),
+        ("call", "b9719d911017c592", {**CALLS[ENDED], "id": "call_abc123"}),
+        ("end", "b9719d911017c592", {}),
+    )
+)
 
 
 def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -> BasicCall:

@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from app.bodies import check_declared, read_json
 from app.broker import BrokerDep
-from app.openapi import json_body, problems
+from app.openapi import answer, problems, reads
 from app.problems import invalid_request
 from app.sessions.caller import Caller
-from app.sessions.schemas import MAX_BODY, Session, SessionRequest
+from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
 from app.sessions.service import Asked
 
 router = APIRouter(tags=["sessions"])
@@ -24,40 +24,45 @@ router = APIRouter(tags=["sessions"])
     summary="Start a call",
     status_code=201,
     response_model=Session,
-    openapi_extra={"requestBody": json_body(SessionRequest)},
-    responses=problems(
-        "malformed-json",
-        "unauthenticated",
-        "forbidden-origin",
-        "variable-not-allowed",
-        "override-not-allowed",
-        "agent-not-allowed",
-        "identity-mismatch",
-        "challenge-failed",
-        "blocked",
-        "in-progress",
-        "idempotency-mismatch",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-request",
-        "upstream-rejected",
-        "rate-limited",
-        "too-many-live-calls",
-        "talk-time-used-up",
-        "at-capacity",
-        "upstream-error",
-        "upstream-unreachable",
-        "upstream-invalid",
-        "upstream-misconfigured",
-        "upstream-busy",
-        "upstream-timeout",
-    ),
+    openapi_extra=reads(SessionRequest, "Idempotency-Key", "X-Challenge-Token", examples=REQUESTS),
+    responses={
+        201: answer("The call has been started.", "Location", "Idempotency-Replayed", examples=ANSWERS),
+        **problems(
+            "malformed-json",
+            "unauthenticated",
+            "forbidden-origin",
+            "variable-not-allowed",
+            "override-not-allowed",
+            "agent-not-allowed",
+            "identity-mismatch",
+            "challenge-failed",
+            "blocked",
+            "in-progress",
+            "idempotency-mismatch",
+            "body-too-large",
+            "unsupported-media-type",
+            "invalid-request",
+            "upstream-rejected",
+            "rate-limited",
+            "too-many-live-calls",
+            "talk-time-used-up",
+            "at-capacity",
+            "upstream-error",
+            "upstream-unreachable",
+            "upstream-invalid",
+            "upstream-misconfigured",
+            "upstream-busy",
+            "upstream-timeout",
+        ),
+    },
 )
 async def create_session(request: Request, broker: BrokerDep) -> Response:
     """Start a call and get what the browser needs to join it: `server_url` and `participant_token`, nothing else.
 
-    The body may be empty, hold the broker's own fields, or be LiveKit's standard token request. `Location` names the
-    call, for following it.
+    Give both to OneInbox's Web SDK or to a LiveKit client. The body may be empty, hold the broker's own fields, or be
+    LiveKit's standard token request. `Location` names the call, for following it and hanging up.
+
+    Send an `Idempotency-Key` if you may send the request again: nobody wants two calls out of one click.
     """
     state = request.scope["state"]
     check_declared(request, MAX_BODY)

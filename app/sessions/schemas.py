@@ -110,10 +110,32 @@ class SessionRequest(_Strict):
         return self
 
 
+# A broker with the default settings takes each of them.
+REQUESTS: dict[str, Any] = {
+    "Nothing: the default agent": {},
+    "Values for the agent's prompt": {
+        "variables": {"customer_name": "Ada", "order_count": 3, "premium": True},
+        "metadata": {"page": "/pricing"},
+    },
+    "LiveKit's standard token request": {
+        "participant_name": "Ada",
+        "participant_metadata": "came from the pricing page",
+        "participant_attributes": {"plan": "gold"},
+        "room_config": {"agents": [{"agent_name": "default", "metadata": "from the page"}]},
+    },
+}
+
+
 class Session(BaseModel):
     """What a browser needs to join the call: exactly what LiveKit's standard token endpoint answers."""
 
-    server_url: str = Field(description="Where to connect.", examples=["wss://voice.oneinbox.ai"])
-    participant_token: str = Field(
-        description="A short-lived token for this one call.", examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.e30.c2ln"]
-    )
+    server_url: str = Field(description="Where to connect.")
+    participant_token: str = Field(description="A short-lived token for this one call.")
+
+
+ANSWERS = {
+    "A call to join": {
+        "server_url": "wss://voice.oneinbox.ai",
+        "participant_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.e30.c2lnbmF0dXJl",
+    }
+}

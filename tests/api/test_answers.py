@@ -210,7 +210,7 @@ async def test_the_explorer_works_without_the_internet(broker: httpx.AsyncClient
     assert all("unsafe-inline" not in scripts for scripts in re.findall(r"script-src [^;]*", policy))
     assert not re.search(r"<script>|\son[a-z]+=|<style", page.text), "nothing inline, which the policy would stop"
     assert not re.search("https?://", page.text)
-    types = {"js": "text/javascript", "css": "text/css"}
+    types = {"js": "text/javascript", "css": "text/css", "png": "image/png"}
     links = re.findall(r'(?:href|src)="([^"]*)"', page.text)
     assert len(links) >= 3
     for link in links:

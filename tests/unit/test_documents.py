@@ -15,7 +15,7 @@ from tests.documents import COMMAND, ROOT, documents, required
 PIN = re.compile(r"^([a-z0-9-]+)==([^ ]+)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", ".env.example"])
+@pytest.mark.parametrize("name", ["README.md", ".env.example", "deploy/openapi.json"])
 def test_generated_parts_are_what_the_code_says(name: str) -> None:
     path = ROOT / name
     assert path.read_text(encoding="utf-8") == documents()[path], f"{name} is out of date; mend it with: {COMMAND}"
