@@ -7,10 +7,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.broker import BrokerDep
-from app.openapi import problems
+from app.openapi import answer, problems
 from app.problems import Problem
 
 router = APIRouter(tags=["service"])
+
+EXAMPLE = """# HELP broker_streams Open event streams.
+# TYPE broker_streams gauge
+broker_streams 3.0
+"""
 
 
 @router.get(
@@ -18,9 +23,13 @@ router = APIRouter(tags=["service"])
     operation_id="getMetrics",
     summary="Prometheus metrics",
     response_class=Response,
+    openapi_extra={"security": [{"metrics": []}]},
     responses={
-        200: {"description": "Text format, or OpenMetrics where Accept asks for it.", "content": {"text/plain": {}}},
-        **problems("unauthenticated", "not-found"),
+        200: answer(
+            "Text format, or OpenMetrics where Accept asks for it.",
+            texts={"text/plain": EXAMPLE, "application/openmetrics-text": f"{EXAMPLE}# EOF\n"},
+        ),
+        **problems("unauthenticated", "forbidden-origin", "not-found"),
     },
 )
 async def metrics(request: Request, broker: BrokerDep) -> Response:

@@ -63,6 +63,11 @@ LOGINS: Mapping[str, Mapping[str, Any]] = {
         "description": "`header` mode: the user, as the proxy in front names them. It counts from that proxy alone.",
     },
 }
+METRICS_LOGIN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "For `/metrics` alone: `BROKER_METRICS_TOKEN`.",
+}
 
 # What headers mean, with a value: of requests, and of answers.
 ASKED: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -162,7 +167,7 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
             components["examples"] = {slug: _problem_example(slug) for slug in KINDS if slug != "method-not-allowed"}
             components["headers"] = {name: _header(*about) for name, about in ANSWERED.items()}
             components["parameters"] = {name: _parameter(name, *about) for name, about in ASKED.items()}
-            components.setdefault("securitySchemes", {}).update(LOGINS)
+            components["securitySchemes"] = {**LOGINS, "metrics": METRICS_LOGIN}
             for path in schema["paths"].values():
                 for operation in path.values():
                     _complete(operation)
@@ -180,12 +185,11 @@ def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
         logins["cookie"]["name"] = settings.jwt_cookie
     if "proxy" in logins:
         logins["proxy"]["name"] = settings.user_header
-    schemes = {name: each for name, each in document["components"]["securitySchemes"].items() if name not in LOGINS}
     return {
         **document,
         "servers": [{"url": settings.root_path or "/"}],
         "security": [{name: []} for name in logins],
-        "components": {**document["components"], "securitySchemes": {**schemes, **logins}},
+        "components": {**document["components"], "securitySchemes": {**logins, "metrics": METRICS_LOGIN}},
     }
 
 

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.config import Settings, load_settings
 from app.main import create_app
+from tests.shapes import assert_documented
 
 API_KEY = "oi_sk_test_5d1f0c9a77e34b22"
 AGENT_ID = "agt_test"
@@ -118,7 +119,9 @@ async def running_broker(
     await up
     asgi = httpx.ASGITransport(with_state, client=(peer, 50000))
     try:
-        async with httpx.AsyncClient(transport=asgi, base_url=base_url) as client:
+        # Whatever a test is about: every answer has to be a documented one.
+        hooks = {"response": [assert_documented]}
+        async with httpx.AsyncClient(transport=asgi, base_url=base_url, event_hooks=hooks) as client:
             yield client
     finally:
         over.set()

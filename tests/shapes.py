@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from tests.documents import document
+
 # The contract's table of errors.
 STATUS = {
     "malformed-json": 400,
@@ -60,6 +62,26 @@ def assert_safe_headers(response: httpx.Response) -> None:
     assert "server" not in headers
     for name in ("x-request-id", "cache-control", "content-security-policy", "vary", "access-control-allow-origin"):
         assert len(headers.get_list(name)) <= 1, name
+
+
+async def assert_documented(response: httpx.Response) -> None:
+    """An answer, its type, its problem and its headers stand in the OpenAPI document, where its route does."""
+    paths = document()["paths"]
+    path = response.request.url.path.removeprefix("/voice")
+    route = next((each for each in paths if re.fullmatch(re.sub(r"{[a-z]+}", "[^/]+", each), path)), None)
+    operation = paths[route].get(response.request.method.lower()) if route else None
+    if operation is None:
+        return
+    where = f"{operation['operationId']}, {response.status_code}"
+    assert str(response.status_code) in operation["responses"], where
+    described = operation["responses"][str(response.status_code)]
+    media_type = response.headers.get("content-type", "").partition(";")[0]
+    assert media_type in described.get("content", {"": {}}), where
+    if media_type == "application/problem+json":
+        slug = json.loads(await response.aread())["type"].rpartition("/")[2]
+        assert slug in described["content"][media_type]["examples"], f"{where}, {slug}"
+    for name in document()["components"]["headers"]:
+        assert name not in response.headers or name in described["headers"], f"{where}, {name}"
 
 
 def assert_problem(response: httpx.Response, slug: str, *, prefix: str = "") -> dict[str, Any]:
