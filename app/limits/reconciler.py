@@ -27,6 +27,8 @@ SCAN_AFTER = (2.0, 5.0, 15.0, 60.0)
 CLOCKS_APART = 300.0
 """OneInbox's clock and ours may differ by so many seconds."""
 PAGE = 100
+OVERLAP = 10
+"""Calls that a page repeats from the one before: calls that end meanwhile move all others up in a list by status."""
 MOST_PAGES = 20
 MOST_FETCHES = 200
 """Calls that one scan fetches one by one, where a list does not say enough."""
@@ -206,8 +208,12 @@ class Reconciler:
     async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], findings: Findings) -> None:
         """Look through one list of calls, newest first, until all are found or too old. Raises OneInboxError."""
         oldest = min(loss.start.since for loss in losses.values()) - CLOCKS_APART
-        for page in range(MOST_PAGES):
-            calls = await self._page(agent_id, status, page)
+        offset, seen = 0, set[str]()
+        for _ in range(MOST_PAGES):
+            calls = await self._page(agent_id, status, offset)
+            if offset and seen.isdisjoint(each.id for each in calls.items):
+                offset = max(0, offset - PAGE // 2)  # more ended than pages overlap; between lies what nobody has seen
+                continue
             for listed in calls.items:
                 record = await self._whole(listed, losses, findings)
                 loss = losses.get(record.request_id) if record is not None else None
@@ -216,13 +222,15 @@ class Reconciler:
             ages = [record.created_at.timestamp() for record in calls.items if record.created_at is not None]
             if calls.listed < PAGE or len(findings.found) == len(losses) or (ages and min(ages) < oldest):
                 return
+            seen.update(each.id for each in calls.items)
+            offset += PAGE - OVERLAP
         findings.complete = False
 
-    async def _page(self, agent_id: str, status: str | None, page: int) -> CallPage:
+    async def _page(self, agent_id: str, status: str | None, offset: int) -> CallPage:
         for _ in range(TRIES - 1):
             with contextlib.suppress(OneInboxError):
-                return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=page * PAGE)
-        return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=page * PAGE)
+                return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
+        return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
 
     async def _whole(self, listed: CallRecord, losses: Mapping[str, Loss], findings: Findings) -> CallRecord | None:
         """A listed call with its metadata; None where it cannot be one of the lost ones, or cannot be had."""

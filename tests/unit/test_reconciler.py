@@ -389,6 +389,30 @@ async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
         assert len(house.asked("list")) == 3 + len(RUNNING) - 1
 
 
+@pytest.mark.parametrize("ended", [1, 9, 10, 30, 80, 140])
+@in_own_time
+async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -> None:
+    """A list by status gets shorter: what stood on the next page may have moved to the one that was read."""
+    house = House()
+    house.others(150)
+    start = await house.reserve("lost")
+    call = house.arrives(start)
+    newer = house.others(140)
+    honest = house.oneinbox.list_calls
+
+    async def list_calls(**options: Any) -> Any:
+        page = await honest(**options)
+        for each in newer[-ended:] if page.items else ():
+            house.emulator.calls.stop(each)
+        return page
+
+    house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
+    async with house.at_work():
+        house.first.reconciler.lose(start)
+        await asyncio.sleep(SCAN_AFTER[0] + 0.5)
+    assert not house.runs(call)
+
+
 @in_own_time
 async def test_pages_are_bounded() -> None:
     house = House()
