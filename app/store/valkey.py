@@ -1,9 +1,10 @@
 """The store of several replicas: Valkey or Redis (6 or newer, one primary; no cluster), through redis-py's connections.
 
-Every operation has 250 ms in all: waiting for a connection, connecting, logging in, asking, answering. One timer around
-the whole does that; redis-py's timers (one for each of these) would add CPU and sum up. Whatever goes wrong is a
-`StoreUnavailable` that tells neither address nor password. A question cut short may still be carried out by a server
-that thaws later: then too much is counted, never too little.
+Every operation has 250 ms in all: waiting for a connection, connecting, logging in, asking, answering. (A process that
+is itself too busy to listen gives a server that answers more: patience.py.) One timer around the whole does that;
+redis-py's timers (one for each of these) would add CPU and sum up. Whatever goes wrong is a `StoreUnavailable` that
+tells neither address nor password. A question cut short may still be carried out by a server that thaws later: then too
+much is counted, never too little.
 
 Connections are kept here and not in redis-py's pool, which costs 10 to 25 µs of CPU more per question and whose
 waiters can lose their turn when others are cancelled. redis-py's client above it costs as much again.
@@ -67,6 +68,7 @@ class ValkeyStore:
             raise ValueError("the URL has a parameter that is unknown") from None
         self._room = asyncio.Semaphore(connections)
         self._idle: list[Connection] = []
+        self._heard = 0.0
         self.hub = Hub()
         self._listener = Listener(self._connection, self.hub, PREFIX + "c:")
 
@@ -201,7 +203,7 @@ class ValkeyStore:
 
     async def _bounded(self, work: Awaitable[Any]) -> Any:
         try:
-            with Patience(TIMEOUT):
+            with Patience(TIMEOUT, lambda: self._heard):
                 return await work
         except TimeoutError:
             raise StoreUnavailable(f"no answer within {TIMEOUT * 1000:.0f} ms") from None
@@ -225,13 +227,18 @@ class ValkeyStore:
                 await connection.send_command(*command)
                 answer = await connection.read_response()
             except ResponseError:
-                self._idle.append(connection)
+                self._hear(connection)
                 raise
             except BaseException:  # also when cancelled: an answer that is still to come must meet nobody
                 await connection.disconnect(nowait=True)
                 raise
-            self._idle.append(connection)
+            self._hear(connection)
             return answer
+
+    def _hear(self, connection: Connection) -> None:
+        """Take note of an answer; the connection is free for the next question."""
+        self._heard = asyncio.get_running_loop().time()
+        self._idle.append(connection)
 
     def _connection(self) -> Connection:
         return self._kind(**self._options)

@@ -66,6 +66,10 @@ class OwnTime(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._leaping.now
 
+    def pass_time(self, seconds: float) -> None:
+        """As if a callback took so long."""
+        self._leaping.now += seconds
+
 
 def in_own_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     """Run a test in time of its own; what nobody caught, and what is left running, fails it."""
