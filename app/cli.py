@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, NoReturn, TypeVar
 
 import structlog
@@ -23,6 +24,7 @@ from app.server import Server, create_server, listen, serve_with_workers, url_of
 from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
 from app.telemetry.memory import settle_memory
+from app.telemetry.metrics import count_together
 
 log = structlog.get_logger(__name__)
 
@@ -118,7 +120,8 @@ def serve(
     _announce(settings, host, url=url_of(listener), workers=workers)
     settle_memory()
     if workers > 1:
-        serve_with_workers(listener, workers, metrics=settings.metrics_token is not None)
+        with nullcontext() if settings.metrics_token is None else _count_together():
+            serve_with_workers(listener, workers)
     else:
         create_server(app).run(sockets=[listener])
 
@@ -371,6 +374,15 @@ def _announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
     )
     for caution in cautions(settings, host):
         log.warning("caution", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
+
+
+def _count_together() -> AbstractContextManager[str]:
+    try:
+        return count_together()
+    except OSError as error:
+        _refuse(
+            f"BROKER_METRICS_TOKEN: several workers need a directory for temporary files ({error.strerror})", status=1
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

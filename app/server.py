@@ -2,14 +2,14 @@
 
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
 from app.http_guard import GuardedHttp
-from app.telemetry.metrics import forget_all_but, shared_counts
+from app.telemetry.metrics import forget_all_but
 
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
@@ -38,13 +38,9 @@ class Supervisor(Multiprocess):
         forget_all_but({process.pid for process in self.processes})
 
 
-def serve_with_workers(listener: socket.socket, workers: int, *, metrics: bool) -> None:
-    """Run several processes on one socket; each makes the app from the environment's settings.
-
-    `metrics`: whether they are counted for all workers together. Raises OSError when there is no room for the counts.
-    """
-    with shared_counts() if metrics else nullcontext():
-        Supervisor(_config("app.main:app", workers=workers), sockets=[listener]).run()
+def serve_with_workers(listener: socket.socket, workers: int) -> None:
+    """Run several processes on one socket; each makes the app from the environment's settings."""
+    Supervisor(_config("app.main:app", workers=workers), sockets=[listener]).run()
 
 
 def create_server(app: ASGIApp) -> Server:

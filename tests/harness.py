@@ -54,7 +54,8 @@ class Upstream(httpx.AsyncBaseTransport):
         self.start = self.router.post("/v1/calls/web")
         self.start.mock(side_effect=self._start)
         self._calls = 0
-        self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$").mock(side_effect=self._stop)
+        self.stop = self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$")
+        self.stop.mock(side_effect=self._stop)
         self.router.get("/v1/calls").respond(json={"items": [], "total": 0, "limit": 20, "offset": 0})
 
     @staticmethod

@@ -6,8 +6,7 @@ words of ours.
 
 import os
 import platform
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
@@ -24,7 +23,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from app import __version__
 
@@ -199,6 +200,7 @@ class Metrics:
         if self.shared:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            registry.register(_Workers())
         try:
             encode, media_type = choose_encoder(accept)
         except TypeError:  # a version that is none
@@ -206,28 +208,40 @@ class Metrics:
         return encode(registry), media_type
 
 
-@contextmanager
-def shared_counts() -> Iterator[None]:
-    """Have the processes that are started in this context count together, in a directory of their own.
+def count_together() -> TemporaryDirectory[str]:
+    """Have the processes that this one starts count together, in a directory of their own; to be cleaned up at the end.
 
     In memory where there is a place for files in memory; that one is there, too, where nothing else can be written
     (a container with a read-only root). Raises OSError.
     """
     memory = "/dev/shm"  # noqa: S108 - the directory made in there has a random name, and is its owner's alone
     place = memory if os.access(memory, os.W_OK | os.X_OK) else None
-    with TemporaryDirectory(prefix="oneinbox-broker-", dir=place) as directory:
-        os.environ[DIRECTORY] = directory
-        try:
-            yield
-        finally:
-            del os.environ[DIRECTORY]
+    directory = TemporaryDirectory(prefix="oneinbox-broker-", dir=place)
+    os.environ[DIRECTORY] = directory.name
+    return directory
 
 
 def forget_all_but(pids: Collection[int | None]) -> None:
     """Drop what dead workers said of themselves, which nobody will mend; what they counted has happened, and stays."""
-    directory = os.environ.get(DIRECTORY)
-    if directory is None:
-        return
-    for file in Path(directory).glob("gauge_live*_*.db"):
-        if (pid := int(file.stem.rpartition("_")[2])) not in pids:
+    if DIRECTORY in os.environ:
+        for pid in _pids() - set(pids):
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _pids() -> set[int]:
+    """The processes that said something of themselves."""
+    files = Path(os.environ[DIRECTORY]).glob("gauge_live*_*.db")
+    return {int(file.stem.rpartition("_")[2]) for file in files}
+
+
+class _Workers(Collector):
+    """Memory, processor time and files of each worker: by process id, as what one has used ends with it."""
+
+    def collect(self) -> Iterable[Metric]:
+        together: dict[str, Metric] = {}
+        for pid in sorted(_pids()):
+            for one in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+                metric = together.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+                for sample in one.samples:
+                    metric.add_sample(sample.name, {"pid": str(pid)}, sample.value)
+        return together.values()

@@ -24,6 +24,7 @@ from tests.integration.processes import Process, serving
 KEY = "oi_sk_PLANTEDKEY_b3f1"
 TOKEN = "PLANTEDTOKEN.c0ffee.d00d"
 SECRET = "PLANTEDSECRET-of-more-than-thirty-two-characters"
+METRICS_TOKEN = "PLANTEDSECRET-of-whoever-reads-metrics"
 MARKER = "PLANTEDBODY"
 USER = "198.51.100."
 TIMEOUT = "0.3"
@@ -71,6 +72,7 @@ class Findings:
     locations: list[str] = field(default_factory=list)
     struck: dict[str, int] = field(default_factory=dict)
     process: Process | None = None
+    metrics: httpx.Response | None = None
 
     @property
     def call_keys(self) -> list[str]:
@@ -120,6 +122,7 @@ async def found(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Findi
             "ONEINBOX_AGENT_ID": options.agents[0],
             "ONEINBOX_TIMEOUT": TIMEOUT,
             "BROKER_SECRET": SECRET,
+            "BROKER_METRICS_TOKEN": METRICS_TOKEN,
             "BROKER_TRUSTED_PROXIES": "127.0.0.0/8",
             "BROKER_LOG_LEVEL": "debug",
             "BROKER_GLOBAL_SESSION_LIMITS": "10000/minute",
@@ -128,7 +131,11 @@ async def found(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Findi
         with serving(tmp_path_factory.mktemp("secrets"), environ) as (process, url):
             found.process = process
             async with httpx.AsyncClient(base_url=url, timeout=10) as client:
-                await drive(Driver(client, found), oneinbox)
+                driver = Driver(client, found)
+                await drive(driver, oneinbox)
+                found.metrics = await driver.ask(
+                    "GET", "/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}
+                )
             assert await asyncio.to_thread(process.terminate) == 0
     yield found
 
@@ -219,6 +226,18 @@ async def test_what_a_browser_sent_is_in_no_log_and_no_answer(found: Findings) -
     told = [response for response in found.responses if MARKER in response.text]
     assert all(MARKER in json.dumps([error["loc"] for error in response.json()["errors"]]) for response in told)
     assert all(MARKER not in json.dumps([error["msg"] for error in response.json()["errors"]]) for response in told)
+
+
+async def test_metrics_counted_all_of_it_and_name_nobody(found: Findings) -> None:
+    assert found.metrics is not None
+    text = found.metrics.text
+
+    assert 'broker_sessions_total{outcome="started"} ' in text
+    assert 'url_template="/v1/calls/{call}"' in text
+    for told in (*found.call_keys, *(location.partition(".")[0].rpartition("/")[2] for location in found.locations)):
+        assert told not in text
+    for told in (KEY, SECRET, METRICS_TOKEN, TOKEN, MARKER, USER, "PLANTED"):
+        assert told not in text
 
 
 async def test_the_log_has_no_traceback_and_is_whole(found: Findings) -> None:

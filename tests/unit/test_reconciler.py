@@ -1,6 +1,7 @@
 """Lost answers: looked for at set times, found by what the broker wrote, stopped; and nobody else's call ever."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from app.sandbox.faults import Hang, Operation, Status
 from app.sandbox.schemas import StartCall
 from app.store import Slot, StoreUnavailable
 from app.store.memory import MemoryStore
+from app.telemetry.metrics import ORPHANS, Metrics
 from tests.conftest import Logs
 from tests.harness import ONEINBOX
 from tests.unit.following import in_own_time
@@ -79,6 +81,7 @@ class House:
     store: Losable = field(init=False)
     emulator: Emulator = field(init=False)
     oneinbox: OneInbox = field(init=False)
+    metrics: Metrics = field(init=False)
     first: Books = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class House:
         key = SecretStr(options.api_key)
         transport = httpx.ASGITransport(account)
         self.oneinbox = OneInbox(ONEINBOX, key, transport, timeout=TIMEOUT, connect_timeout=1)
+        self.metrics = Metrics()
         self.first = self.replica()
 
     @staticmethod
@@ -101,8 +105,20 @@ class House:
     def replica(self) -> Books:
         """One more process."""
         talk = TalkTime(self.store, minutes=None, minutes_total=None, now=self.now)
-        live = LiveCalls(self.store, self.oneinbox, talk, max_seconds=3600, join_timeout=0, lease=LEASE, now=self.now)
-        return Books(live, Reconciler(self.oneinbox, live, agent_ids=AGENTS, timeout=TIMEOUT, now=self.now))
+        live = LiveCalls(
+            self.store,
+            self.oneinbox,
+            talk,
+            max_seconds=3600,
+            join_timeout=0,
+            lease=LEASE,
+            now=self.now,
+            metrics=self.metrics,
+        )
+        reconciler = Reconciler(
+            self.oneinbox, live, agent_ids=AGENTS, timeout=TIMEOUT, now=self.now, metrics=self.metrics
+        )
+        return Books(live, reconciler)
 
     async def reserve(self, name: str, agent: str = "main") -> Start:
         """A POST is about to be sent; its slots are taken."""
@@ -131,6 +147,12 @@ class House:
     async def live(self) -> set[str]:
         """The request ids that hold slots."""
         return {Start.of_member(member).request_id for member in await self.store.members(ALL_CALLS)}
+
+    def fates(self) -> dict[str, int]:
+        """What became of lost calls, as metrics say."""
+        text = self.metrics.text("")[0].decode()
+        counts = {fate: re.search(rf'broker_orphans_total{{fate="{fate}"}} (\d+)', text) for fate in ORPHANS}
+        return {fate: int(count[1]) for fate, count in counts.items() if count is not None and count[1] != "0"}
 
     @asynccontextmanager
     async def at_work(self, *books: Books) -> AsyncIterator[None]:
@@ -665,3 +687,20 @@ async def test_a_call_that_the_store_was_not_told_of_in_time_is_nobody_elses_to_
         await first.sweep()
         await asyncio.sleep(100)
     assert house.runs(call)
+
+
+@in_own_time
+async def test_what_becomes_of_lost_calls_is_counted() -> None:
+    house = House()
+    found, absent, hidden = [await house.reserve(name) for name in ("found", "absent", "hidden")]
+    async with house.at_work():
+        house.arrives(found)
+        house.first.reconciler.lose(found)
+        house.first.reconciler.lose(absent)
+        house.first.reconciler.lose(absent)
+        await asyncio.sleep(61)
+        assert house.fates() == {"lost": 2, "found": 1, "stopped": 1, "not-found": 1}
+        house.emulator.faults.add(Status(operation="list", status=500))
+        house.first.reconciler.lose(hidden)
+        await asyncio.sleep(61)
+    assert house.fates() == {"lost": 3, "found": 1, "stopped": 1, "not-found": 1, "given-up": 1}
