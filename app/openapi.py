@@ -216,8 +216,11 @@ def _add_models(schemas: dict[str, Any], models: Iterable[type[BaseModel]]) -> N
         schemas.pop(name, None)
     for model in models:
         own = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(own.pop("$defs", {}))
-        schemas[own["title"]] = own
+        for each in (*own.pop("$defs", {}).values(), own):
+            schemas[each["title"]] = each
+            for value in each["properties"].values():
+                if value.get("default", ...) is None:
+                    del value["default"]  # absent is not null: to openapi-typescript, what has a default is required
 
 
 def _problem_answer(status: int, slugs: list[str]) -> dict[str, Any]:

@@ -64,7 +64,9 @@ async def get_call(
     call: CallPath,
     request: Request,
     broker: BrokerDep,
-    if_none_match: Annotated[str | None, Header(description="The ETag of an earlier answer; unchanged: 304.")] = None,
+    if_none_match: Annotated[
+        str | None, Header(alias="If-None-Match", description="The ETag of an earlier answer; unchanged: 304.")
+    ] = None,
 ) -> Response:
     """Read your own call: its state, its times, and what the operator exposes beyond them.
 
@@ -92,7 +94,9 @@ async def follow_call(
     call: CallPath,
     request: Request,
     broker: BrokerDep,
-    last_event_id: Annotated[str | None, Header(description="The last event's id; an EventSource sends it.")] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", description="The last event's id; an EventSource sends it.")
+    ] = None,
 ) -> Response:
     """Follow your own call as Server-Sent Events: its state at once, then each new one, then `end`.
 

@@ -1,5 +1,6 @@
 """The OpenAPI document is whole: everything is described, and every example is what its schema says."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -156,3 +157,8 @@ def test_a_broker_offers_the_logins_it_takes(environ: dict[str, str], logins: di
     assert served["security"] == [{name: []} for name in logins]
     assert schemes.keys() & {"token", "cookie", "proxy"} == logins.keys()
     assert "BROKER_JWT_COOKIE" in str(DOCUMENT["components"]["securitySchemes"]), "the document itself stays as it is"
+
+
+def test_what_may_be_left_out_has_no_default() -> None:
+    """openapi-typescript takes a field with a default for one that is always there."""
+    assert '"default": null' not in json.dumps(DOCUMENT)
