@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -207,7 +208,7 @@ server {
     }
     location ~ ^/v1/calls/(?<call>call_[^/]+) {
         return 200 '{"id":"$call","agent_id":"agt_benchmark","type":"web","status":"in_progress",\
-"room_name":"web-2006ff52","created_at":"2026-01-01T12:00:00Z","started_at":"2026-01-01T12:00:02Z","ended_at":null,\
+"room_name":"web-2006ff52","created_at":"$now","started_at":"$now","ended_at":null,\
 "duration_seconds":$seconds,"end_reason":null,"transcript":null,"messages":[],"metadata":{}}';
     }
     location / { return 200 '{"items":[],"total":0,"limit":20,"offset":0}'; }
@@ -218,7 +219,8 @@ server {
 @contextmanager
 def oneinbox(*, core: int | None = None, changing: bool = False) -> Iterator[Server]:
     """A canned OneInbox that is never the bottleneck. `changing`: a call is another one each time it is read."""
-    with nginx(ONEINBOX, core=core, token=TOKEN, seconds="$msec" if changing else "null") as server:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with nginx(ONEINBOX, core=core, token=TOKEN, now=now, seconds="$msec" if changing else "null") as server:
         yield server
 
 
