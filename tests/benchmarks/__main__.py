@@ -1,6 +1,6 @@
 """The broker beside what a user would pick instead.
 
-    python -m tests.benchmarks [--all | --quick] [--rounds 3] [--seconds 3] [--json FILE] [--chart FILE]
+    python -m tests.benchmarks [--all | --quick] [--rounds 3] [--seconds 2] [--json FILE] [--chart FILE]
 
 All contenders in turn, round after round, each alone on one core; medians at the end. Ends with status 1 when an answer
 was not the expected one, or what it needs is missing.
@@ -80,10 +80,10 @@ class Result:
     one: Load
 
 
-def measure(contender: Contender, upstream: Server, core: int, *, seconds: float) -> Result:
+def measure(contender: Contender, upstream: Server, core: int, *, seconds: int) -> Result:
     """Start a contender, warm it up, and measure it."""
     with contender.open(upstream, core) as server:
-        rig.load(server, contender.path, connections=MANY, seconds=seconds * 2 / 3)
+        rig.load(server, contender.path, connections=MANY, seconds=seconds)
         return Result(
             many=rig.load(server, contender.path, connections=MANY, seconds=seconds),
             one=rig.load(server, contender.path, connections=1, seconds=seconds),
@@ -95,7 +95,7 @@ def median(loads: Sequence[Load]) -> Load:
     return Load(*(statistics.median(getattr(each, field.name) for each in loads) for field in fields(Load)))
 
 
-def contest(names: Sequence[str], *, rounds: int, seconds: float) -> tuple[dict[str, Result], list[str]]:
+def contest(names: Sequence[str], *, rounds: int, seconds: int) -> tuple[dict[str, Result], list[str]]:
     """The medians of each contender, and why the others are not among them."""
     core, _ = rig.pin()
     found: dict[str, list[Result]] = {}
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. The exit status."""
     options = _options(arguments)
     names = QUICK if options.quick else tuple(CONTENDERS) if options.all else USUAL
-    rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or (2 if options.quick else 3)
+    rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or 2
     try:
         results, missing = contest(names, rounds=rounds, seconds=seconds)
     except (Missing, AssertionError) as error:
@@ -217,9 +217,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="also Fastify + undici, and nginx as a reverse proxy")
-    which.add_argument("--quick", action="store_true", help=f"one round of two seconds, and only {', '.join(QUICK)}")
+    which.add_argument("--quick", action="store_true", help=f"one round, and only {', '.join(QUICK)}")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender has its turn")
-    parser.add_argument("--seconds", type=float, metavar="N", help="how long each measurement takes")
+    parser.add_argument("--seconds", type=int, metavar="N", help="how long each measurement takes")
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks/results.json"), metavar="FILE")
     parser.add_argument("--chart", type=Path, default=Path("build/benchmarks/chart.png"), metavar="FILE")
     return parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from tests.benchmarks.rig import Load, Missing, Server, say
 CONNECTIONS = 32
 
 
-def read(broker: Server, empty: Server, seconds: float) -> dict[str, Load]:
+def read(broker: Server, empty: Server, seconds: int) -> dict[str, Load]:
     """Reads answered 200 and 304, and the empty route."""
     path = rig.ask(f"{broker.url}/session", "POST").headers["Location"]
     etag = rig.ask(broker.url + path).headers["ETag"]
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print. The exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.reading")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--seconds", type=float, default=3, metavar="N")
+    parser.add_argument("--seconds", type=int, default=3, metavar="N")
     parser.add_argument("--watchers", type=int, default=1000, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds = [read(broker, empty, options.seconds) for _ in range(options.rounds)]
         many = {"BROKER_MAX_STREAMS": str(options.watchers), "BROKER_MAX_STREAMS_TOTAL": str(options.watchers)}
         with rig.oneinbox(changing=True) as upstream, rig.broker(upstream.url, core=core, environ=many) as broker:
-            streams = uvloop.run(fan_out(broker, options.watchers, max(10, options.seconds)))
+            streams = uvloop.run(fan_out(broker, options.watchers, 3 * options.seconds))
     except (Missing, AssertionError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -297,12 +297,12 @@ def load(
     *,
     method: str = "POST",
     connections: int,
-    seconds: float,
+    seconds: int,
     expect: int = 201,
     headers: Mapping[str, str] | None = None,
 ) -> Load:
     """Ask as fast as the server answers. Raises AssertionError for any answer that is not the expected one."""
-    command = [program("wrk", "wrk"), "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "10s"]
+    command = [program("wrk", "wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
     command += ["-s", str(HERE / "load.lua"), server.url + path, "--", method, str(expect)]
     command += [word for each in (headers or {}).items() for word in each]
     before, began = server.cpu, time.monotonic()

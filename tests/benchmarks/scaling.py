@@ -20,7 +20,7 @@ FULL = 0.7
 """Share of a core that a Valkey, or a replica, may use where answers are still to be quick."""
 
 
-def measure(upstream: str, core: int, workers: int, seconds: float) -> tuple[float, float]:
+def measure(upstream: str, core: int, workers: int, seconds: int) -> tuple[float, float]:
     """Microseconds of CPU per session: the broker's, and Valkey's."""
     with (
         rig.valkey() as store,
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print. The exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--seconds", type=float, default=3, metavar="N")
+    parser.add_argument("--seconds", type=int, default=3, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
