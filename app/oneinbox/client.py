@@ -1,7 +1,6 @@
 """OneInbox's API, as far as the broker uses it."""
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from urllib.parse import urlencode
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from app.oneinbox.cooldown import Cooldown, pause_asked_for
 from app.oneinbox.errors import (
@@ -75,7 +74,12 @@ class OneInbox:
         self._timeout = timeout
         self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
         self._media_url = re.compile(rf"wss{'?' if insecure_media else ''}://[A-Za-z0-9\[][!-~]{{0,2048}}")
-        self._headers = {
+        self.use_key(api_key)
+        self._reread_key = reread_key
+
+    def use_key(self, api_key: SecretStr) -> None:
+        """Send another key from the next request on. Those under way keep theirs."""
+        headers = {
             "host": self._web_calls.netloc.decode(),
             "authorization": f"Bearer {api_key.get_secret_value()}",
             "accept": "application/json",
@@ -83,11 +87,9 @@ class OneInbox:
             "accept-encoding": "identity",
             "user-agent": "oneinbox-broker",
         }
-        self._reread_key = reread_key
-
-    def use_key(self, api_key: SecretStr) -> None:
-        """Send another key from the next request on. Those under way keep theirs."""
-        self._headers = {**self._headers, "authorization": f"Bearer {api_key.get_secret_value()}"}
+        # Made once: httpx would put the same together for each request.
+        self._headers = httpx.Headers(headers)
+        self._headers_with_body = httpx.Headers({**headers, "content-type": "application/json"})
 
     async def start_web_call(
         self,
@@ -178,7 +180,7 @@ class OneInbox:
 
         `path`: the URL's, with names for what varies.
         """
-        content = None if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        content = None if body is None else to_json(body)
         headers = self._headers
         request = self._request(method, url, content)
         try:
@@ -195,7 +197,6 @@ class OneInbox:
         except httpx.TransportError as error:
             if surely_not_sent(request, error):
                 raise Unreachable(f"cannot be reached ({type(error).__name__})", may_have_acted=False) from error
-            # Not ConnectTimeout: once sent, that is how the pool reports a lost connection.
             if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
@@ -207,8 +208,10 @@ class OneInbox:
             return response.status_code, None
 
     def _request(self, method: str, url: httpx.URL, content: bytes | None) -> httpx.Request:
-        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
-        return httpx.Request(method, url, headers=headers, content=content, extensions=dict(self._timeouts))
+        headers = self._headers if content is None else self._headers_with_body
+        # As a stream, it is not looked at again; the transport sees its length.
+        stream = httpx.ByteStream(content or b"")
+        return httpx.Request(method, url, headers=headers, stream=stream, extensions=dict(self._timeouts))
 
     async def _exchange(self, request: httpx.Request, path: str, limit: int) -> tuple[httpx.Response, bytes]:
         begun = time.perf_counter()
@@ -227,7 +230,7 @@ class OneInbox:
         finally:
             self._metrics.exchanged(request.method, path, status, failure, time.perf_counter() - begun)
 
-    async def _has_another_key(self, headers: Mapping[str, str]) -> bool:
+    async def _has_another_key(self, headers: httpx.Headers) -> bool:
         """Whether the key is another by now than when a request with these headers was made."""
         if headers is self._headers and self._reread_key is not None:
             await self._reread_key()

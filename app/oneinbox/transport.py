@@ -1,25 +1,23 @@
-"""The pooled connection to OneInbox, as an httpx transport, and the mark that tells whether a request was sent."""
+"""The pooled connections to one upstream, as an httpx transport, and the mark that tells whether a request was sent."""
 
-import contextvars
+import asyncio
+import base64
+import socket
 import ssl
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import AsyncIterator
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import httpx
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.http_exceptions import HttpProcessingError
-from httpx_aiohttp import AiohttpTransport
+from aiohappyeyeballs import AddrInfoType, start_connection
 
-# The request that this task sends, so that aiohttp's trace can mark it. Judging by exceptions would bill twice:
-# the transport reports "sent, then connection lost" as a connect error.
-_under_way: contextvars.ContextVar[httpx.Request] = contextvars.ContextVar("request under way to OneInbox")
+from app.oneinbox.connection import Connection
 
-PIECE = 4096
-MAX_INTERIM = 20
-"""Answers (1xx) before the answer."""
+IDLE_SECONDS = 15
+"""An unused connection is closed after this long: servers close theirs after longer, and must not do it first."""
+ADDRESS_SECONDS = 10
+"""So long a resolved name is not resolved again."""
+NEXT_ADDRESS_SECONDS = 0.25
+"""After this long without an answer the next address of a name is tried as well (RFC 8305, section 5)."""
 
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
@@ -31,76 +29,204 @@ def surely_not_sent(request: httpx.Request, error: Exception) -> bool:
     return isinstance(error, NEVER_SENT)
 
 
-class PooledTransport(AiohttpTransport):
-    """aiohttp's connection pool behind httpx's interface.
-
-    Follows no redirect, keeps no cookie, decodes no content, and resends no POST.
-    """
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; raises httpx.TransportError only."""
-        request.extensions["sent"] = False
-        _under_way.set(request)
-        try:
-            return await super().handle_async_request(request)
-        except aiohttp.ClientError as error:  # those without a counterpart in httpx
-            raise httpx.RemoteProtocolError(type(error).__name__) from error
-
-
-class _Connection(ResponseHandler):
-    """Bounds what aiohttp parses at once: a flood of interim answers would hold the event loop up for seconds."""
-
-    _interim = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes from the wire."""
-        if len(data) <= PIECE:
-            super().data_received(data)
-            return
-        for start in range(0, len(data), PIECE):
-            if self._interim > MAX_INTERIM:
-                return
-            super().data_received(data[start : start + PIECE])
-
-    def feed_data(self, data: Any, size: int = 0) -> None:
-        """Take a parsed head."""
-        self._interim = self._interim + 1 if 100 <= data[0].code < 200 else 0
-        if self._interim > MAX_INTERIM:
-            if self.transport is not None:
-                self.transport.abort()
-            self.set_exception(HttpProcessingError(message="too many interim answers"))
-            return
-        super().feed_data(data, size)
-
-
-class _Connector(aiohttp.TCPConnector):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # takes no factory
-
-
-def open_transport(base_url: str, *, pool_size: int) -> PooledTransport:
-    """A transport for one upstream; must be called inside the event loop.
+def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
+    """A transport to the host of a URL; must be called inside the event loop.
 
     `pool_size`: connections at most. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured for https.
     """
-    trace = aiohttp.TraceConfig()
-    trace.on_request_headers_sent.append(_mark_sent)
-    tls = ssl.create_default_context()
-    session = aiohttp.ClientSession(
-        connector=_Connector(limit=pool_size, keepalive_timeout=15, ssl=tls),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trace_configs=[trace],
-        auto_decompress=False,
-        trust_env=False,  # aiohttp would read .netrc too, and the proxy for each request anew
-    )
-    return PooledTransport(verify=tls, client=session, proxy=_proxy_for(httpx.URL(base_url)))
+    url = httpx.URL(base_url)
+    return PooledTransport(url, pool_size=pool_size, proxy=_proxy_for(url))
 
 
-async def _mark_sent(
-    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceRequestHeadersSentParams
-) -> None:
-    _under_way.get().extensions["sent"] = True
+class PooledTransport(httpx.AsyncBaseTransport):
+    """Keeps connections to one host open between requests, and sends requests to no other.
+
+    `url`: of the host. `pool_size`: connections at most; further requests wait. `proxy`: an HTTP proxy to tunnel
+    through (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts here; whoever asks bounds the
+    whole. Follows no redirect, keeps no cookie, decodes nothing. A request is marked in
+    `request.extensions["sent"]` just before it is written, and written again only where it is a GET that met a kept
+    connection at its end.
+    """
+
+    def __init__(self, url: httpx.URL, *, pool_size: int, proxy: httpx.Proxy | None = None) -> None:
+        self._origin = (url.raw_scheme, url.raw_host, url.port)
+        self._host = url.raw_host.decode()
+        self._port = url.port or (443 if url.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._proxy = proxy
+        self._room = asyncio.Semaphore(pool_size)
+        self._idle: list[Connection] = []
+        self._loop = asyncio.get_running_loop()
+        self._closing: asyncio.TimerHandle | None = None
+        self._addresses: asyncio.Task[list[AddrInfoType]] | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request; raises httpx.TransportError only."""
+        url = request.url
+        request.extensions["sent"] = False
+        if (url.raw_scheme, url.raw_host, url.port) != self._origin:
+            raise httpx.UnsupportedProtocol("another host than this transport is for")
+        content = await request.aread()
+        message = _head(request, len(content)) + content
+        await self._room.acquire()
+        try:
+            kept = self._kept()
+            try:
+                return await self._exchange(request, message, kept)
+            except httpx.ReadError:
+                if kept is None or kept.has_answered or request.method != "GET":
+                    raise
+                return await self._exchange(request, message, None)
+        except BaseException:
+            self._room.release()
+            raise
+
+    async def aclose(self) -> None:
+        """Close all connections that are not in use."""
+        if self._closing is not None:
+            self._closing.cancel()
+        if self._addresses is not None:
+            self._addresses.cancel()
+        for connection in self._idle:
+            connection.abort()
+        self._idle.clear()
+
+    def take_back(self, connection: Connection) -> None:
+        """Keep a connection for the next request, if it can take one."""
+        self._room.release()
+        if not connection.is_reusable:
+            connection.abort()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+        if self._closing is None:
+            self._closing = self._loop.call_later(IDLE_SECONDS, self._close_idle)
+
+    async def _exchange(self, request: httpx.Request, message: bytes, kept: Connection | None) -> httpx.Response:
+        connection = kept or await self._connect(request.extensions.get("timeout", {}).get("connect"))
+        try:
+            request.extensions["sent"] = True
+            connection.send(message)
+            status, fields = await connection.head()
+        except BaseException:
+            connection.abort()
+            raise
+        return httpx.Response(status, headers=fields, stream=_Body(self, connection))
+
+    def _kept(self) -> Connection | None:
+        """The connection that was used last, if it can still take a request."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_reusable:
+                return connection
+            connection.abort()
+        return None
+
+    def _close_idle(self) -> None:
+        """Close what has been idle for long; the list is in that order."""
+        long_ago = self._loop.time() - IDLE_SECONDS
+        stale = 0
+        while stale < len(self._idle) and self._idle[stale].idle_since <= long_ago:
+            self._idle[stale].abort()
+            stale += 1
+        del self._idle[:stale]
+        self._closing = None
+        if self._idle:
+            self._closing = self._loop.call_later(self._idle[0].idle_since - long_ago, self._close_idle)
+
+    async def _connect(self, seconds: float | None) -> Connection:
+        try:
+            async with asyncio.timeout(seconds):
+                if self._proxy is None:
+                    return await self._dial(self._host, self._port, self._tls)
+                return await self._tunnel(self._proxy)
+        except TimeoutError:
+            raise httpx.ConnectTimeout("no connection in time") from None
+        except (OSError, UnicodeError) as error:  # no such name, no name at all, a refusal, a certificate that is wrong
+            raise httpx.ConnectError(type(error).__name__) from error
+
+    async def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
+        sock = await start_connection(
+            await self._resolve(host, port), happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, loop=self._loop
+        )
+        name = host if tls else None
+        _, connection = await self._loop.create_connection(Connection, sock=sock, ssl=tls, server_hostname=name)
+        return connection
+
+    async def _tunnel(self, proxy: httpx.Proxy) -> Connection:
+        """A connection through the proxy, which sees nothing but the host's name."""
+        host, port = proxy.url.raw_host.decode(), proxy.url.port or 80
+        plain = await self._dial(host, port, None)
+        try:
+            target = f"{self._host}:{self._port}"
+            lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+            if proxy.raw_auth is not None:
+                lines.append("Proxy-Authorization: Basic " + base64.b64encode(b":".join(proxy.raw_auth)).decode())
+            plain.send("\r\n".join([*lines, "", ""]).encode())
+            status, _ = await plain.head()
+            if not 200 <= status < 300:
+                raise httpx.ProxyError(f"the proxy answered {status}")
+            assert self._tls is not None  # noqa: S101 - only https goes through a proxy
+            connection = Connection()
+            below = await self._loop.start_tls(plain.transport, connection, self._tls, server_hostname=self._host)
+            assert below is not None  # noqa: S101 - it raises, or there is one
+            connection.connection_made(below)
+        except httpx.ReadError as error:
+            plain.abort()
+            raise httpx.ProxyError("the proxy closed the connection") from error
+        except BaseException:
+            plain.abort()
+            raise
+        return connection
+
+    async def _resolve(self, host: str, port: int) -> list[AddrInfoType]:
+        """The addresses of a name; who asks meanwhile waits for the same answer."""
+        if self._addresses is None:
+            self._addresses = self._loop.create_task(self._look_up(host, port), name="addresses")
+            self._addresses.add_done_callback(self._forget_addresses)
+        return await asyncio.shield(self._addresses)
+
+    async def _look_up(self, host: str, port: int) -> list[AddrInfoType]:
+        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return list(found)
+
+    def _forget_addresses(self, done: asyncio.Task[list[AddrInfoType]]) -> None:
+        def forget() -> None:
+            self._addresses = None
+
+        if done.cancelled() or done.exception() is not None:
+            forget()
+        else:
+            self._loop.call_later(ADDRESS_SECONDS, forget)
+
+
+class _Body(httpx.AsyncByteStream):
+    """An answer's body as it comes; closing it gives the connection back."""
+
+    def __init__(self, pool: PooledTransport, connection: Connection) -> None:
+        self._pool = pool
+        self._connection: Connection | None = connection
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while self._connection is not None and (piece := await self._connection.read()):
+            yield piece
+
+    async def aclose(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._pool.take_back(connection)
+
+
+def _head(request: httpx.Request, length: int) -> bytes:
+    """Request line and header fields (RFC 9112, section 3). Raises httpx.LocalProtocolError for a line break in one."""
+    lines = [request.method.encode() + b" " + request.url.raw_path + b" HTTP/1.1"]
+    lines += [name + b": " + value for name, value in request.headers.raw]
+    if request.method != "GET" and "content-length" not in request.headers:
+        lines.append(b"content-length: %d" % length)
+    head = b"\r\n".join([*lines, b"", b""])
+    if head.count(b"\n") > len(lines) + 1:
+        raise httpx.LocalProtocolError("a line break in a header field")
+    return head
 
 
 def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:

@@ -1,0 +1,196 @@
+"""One HTTP/1.1 connection to an upstream: a request out, its answer in, every part of the answer bounded (RFC 9112).
+
+httptools parses, as in the server. A client library's connection does more per request than all the rest of the broker
+(redirects, cookies, tracing, decoding: nothing that is wanted here), and tells less about what was sent.
+"""
+
+import asyncio
+from typing import cast
+
+import httptools
+import httpx
+
+MAX_FIELDS = 200
+MAX_OVERHEAD = 64 * 1024
+"""Bytes of an answer that are not its body: head, interim answers, chunk sizes, trailers."""
+OVERHEAD_PER_BYTE = 8
+"""So many more for each byte of the body: a chunk of one byte takes six."""
+MAX_INTERIM = 20
+"""Answers (1xx) before the answer."""
+BUFFERED = 64 * 1024
+"""Bytes of a body from which on no more are read from the wire before these are."""
+
+Fields = list[tuple[bytes, bytes]]
+
+
+class Connection(asyncio.Protocol):
+    """Carries one exchange at a time: `send`, then `head`, then `read` until it is empty. Waits without a bound.
+
+    Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (what came is no answer).
+    """
+
+    def __init__(self) -> None:
+        self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: httpx.TransportError | None = None
+        self._busy = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._status = 0
+        self._fields: Fields = []
+        self._pieces: list[bytes] = []
+        self._buffered = 0
+        self._body = 0
+        self._received = 0
+        self._interim = 0
+        self._answered = False
+        self._complete = False
+        self._paused = False
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another request may be sent: open, and the last answer came to its end and allows it."""
+        return self._transport is not None and self._failure is None and (self._complete or not self._busy)
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether any byte came since the request was sent."""
+        return self._received > 0
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The open connection below. Raises httpx.ReadError where it has ended."""
+        if self._transport is None:
+            raise self._failure or httpx.ReadError("connection closed")
+        return self._transport
+
+    def send(self, request: bytes) -> None:
+        """Write a whole request. Raises httpx.ReadError, with nothing sent, where the connection has ended."""
+        transport = self.transport
+        if self._busy:
+            self._begin()
+        self._busy = True
+        transport.write(request)
+
+    async def head(self) -> tuple[int, Fields]:
+        """Status and header fields of the answer; names as they came."""
+        while not self._answered:
+            await self._news()
+        return self._status, self._fields
+
+    async def read(self) -> bytes:
+        """What has come of the body since the last time, waiting for some; empty at its end."""
+        while not self._pieces:
+            if self._complete:
+                return b""
+            await self._news()
+        piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._buffered = 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return piece
+
+    def abort(self) -> None:
+        """Close at once, whatever is under way."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- from the wire
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is open."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended: fine for an answer that says nothing else about its own end (RFC 9112, 6.3)."""
+        self._transport = None
+        if self._answered and not self._complete and self._ends_with_connection():
+            self._complete = True
+            self._failure = httpx.ReadError("connection closed")  # for the next request
+            self._wake()
+        else:
+            self._fail(httpx.ReadError("connection closed"))
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if not self._busy or self._complete:
+            self._fail(httpx.RemoteProtocolError("an answer that nobody asked for"))
+            return
+        self._received += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._fail(httpx.RemoteProtocolError("no HTTP answer, or one beyond all bounds"))
+            return
+        if self._received - self._body > MAX_OVERHEAD + OVERHEAD_PER_BYTE * self._body:
+            self._fail(httpx.RemoteProtocolError("an answer beyond all bounds"))
+            return
+        if self._buffered > BUFFERED and not self._complete and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    # --- from the parser; what these raise, it raises as an HttpParserError
+
+    def on_message_begin(self) -> None:
+        """An answer begins."""
+        if self._complete:
+            raise ValueError("more than one answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header field, or a trailer, which has no use here."""
+        if not self._answered:
+            self._fields.append((name, value))
+            if len(self._fields) > MAX_FIELDS:
+                raise ValueError("too many fields")
+
+    def on_headers_complete(self) -> None:
+        """A head is complete, maybe an interim answer's."""
+        self._status = self._parser.get_status_code()
+        if self._status >= 200:
+            self._answered = True
+            return
+        self._fields = []
+        self._interim += 1
+        if self._interim > MAX_INTERIM:
+            raise ValueError("too many interim answers")
+
+    def on_body(self, piece: bytes) -> None:
+        """Some of the body."""
+        self._pieces.append(piece)
+        self._buffered += len(piece)
+        self._body += len(piece)
+
+    def on_message_complete(self) -> None:
+        """The answer came to its end."""
+        if self._answered:
+            self._complete = True
+            if not self._parser.should_keep_alive():
+                self._failure = httpx.ReadError("connection closed")  # for the next request
+
+    def _ends_with_connection(self) -> bool:
+        return not any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._fields)
+
+    async def _news(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _fail(self, failure: httpx.TransportError) -> None:
+        self._failure = self._failure or failure
+        self.abort()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
