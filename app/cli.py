@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import structlog
 import typer
@@ -29,6 +29,8 @@ from app.telemetry.metrics import count_together
 log = structlog.get_logger(__name__)
 
 SANDBOX_KEY = "oi_sk_sandbox"
+LIVEKIT_CALL = 600
+"""Seconds that the sandbox's calls last when there is a room to talk in."""
 LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
 
 EXIT_STATUS = "Exit status: 0 fine, 1 something is wrong, 2 wrong usage or settings."
@@ -126,19 +128,42 @@ def serve(
         create_server(app).run(sockets=[listener])
 
 
-@cli.command(epilog=ending("sandbox --port 0"))
-def sandbox(host: Host = "127.0.0.1", port: Port = 8000) -> None:
-    """Run a broker in front of an offline OneInbox: no key, no network."""
+@cli.command(epilog=ending("sandbox --port 0", "sandbox --livekit-url ws://127.0.0.1:7880 --livekit-key devkey"))
+def sandbox(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    livekit_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Hand out tokens for this LiveKit server; the demo page offers to join."),
+    ] = None,
+    livekit_key: Annotated[str | None, typer.Option(metavar="KEY", help="Its API key.")] = None,
+    livekit_secret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECRET",
+            envvar="LIVEKIT_API_SECRET",
+            help="Its API secret; better in the environment, since everybody on this machine can read arguments.",
+        ),
+    ] = None,
+) -> None:
+    """Run a broker and a demo page in front of an offline OneInbox: no key, no network."""
+    livekit: dict[str, Any] = {}
+    if livekit_url or livekit_key:
+        if not (livekit_url and livekit_key and livekit_secret):
+            _refuse("--livekit-url, --livekit-key, --livekit-secret: belong together; takes all three or none")
+        livekit = {"server_url": livekit_url, "livekit_key": livekit_key, "livekit_secret": livekit_secret}
+        livekit["in_progress"] = LIVEKIT_CALL
     configure_logging("info")
-    asyncio.run(_sandbox(host, port))
+    asyncio.run(_sandbox(host, port, livekit))
 
 
-async def _sandbox(host: str, port: int) -> None:
-    from app.sandbox.emulator import EmulatorOptions  # noqa: PLC0415 - the broker itself never loads its neighbour
+async def _sandbox(host: str, port: int, livekit: dict[str, Any]) -> None:
+    from app.sandbox.demo import DemoPage  # noqa: PLC0415 - the broker itself never loads its neighbour
+    from app.sandbox.emulator import EmulatorOptions  # noqa: PLC0415
     from app.sandbox.server import running_emulator  # noqa: PLC0415
 
+    options = EmulatorOptions(api_key=SANDBOX_KEY, **livekit)
     listener = _listen(host, port)
-    options = EmulatorOptions(api_key=SANDBOX_KEY)
     async with running_emulator(options) as emulator:
         settings = load_settings(
             {
@@ -146,22 +171,26 @@ async def _sandbox(host: str, port: int) -> None:
                 "ONEINBOX_BASE_URL": emulator.url,
                 "ONEINBOX_AGENT_ID": options.agents[0],
                 "BROKER_ALLOWED_ORIGINS": LOOPBACK_ORIGINS,
-                # Enough to play with, and soon used up when one wants to see that.
-                "BROKER_SESSION_LIMITS": "20/minute",
+                # Enough to play with, soon used up when one wants to see that, and soon there again.
+                "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
             },
             env_file=None,
         )
+        try:
+            app = DemoPage(create_app(settings), livekit.get("server_url"))
+        except ValueError as error:
+            _refuse(f"--livekit-url: {error}")
         url = url_of(listener)
         _say(
-            f"The broker listens on {url}, in front of an emulated OneInbox on {emulator.url}.\n\n"
-            f"Explore it:       {url}/docs\n"
+            f"Open {url}/ and talk.\n\n"
+            f"Explore the API:  {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
             f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: as the answer says)\n\n"
-            "Ctrl-C ends both."
+            f"No key, no network: OneInbox is emulated, on {emulator.url}. Ctrl-C ends both."
         )
-        await create_server(create_app(settings)).serve(sockets=[listener])
+        await create_server(app).serve(sockets=[listener])
 
 
 @cli.command(epilog=ending("emulator --api-key oi_sk_of_my_tests"))
