@@ -13,7 +13,7 @@ const $ = (id) => document.getElementById(id);
 const livekitClient = document.body.dataset.livekitClient;
 
 let call = null; // { url, events, startedAt, endedAt } of the call on the page
-let budget = null; // { quota, window, back: [when each spent one comes back] }
+let budget = null; // { name, quota, window, back: [when each spent one comes back] }
 let expires = null;
 let retryAt = null;
 let joining = null; // join.js, where there is a LiveKit server
@@ -28,7 +28,7 @@ async function startCall(body) {
   const answer = await send("/session", request);
   if (!answer) return null;
   if (answer.status === 201) spentAt.push(Date.now());
-  readBudget(answer.headers);
+  readBudget(answer);
   if (!answer.ok) {
     await showProblem(answer, request.body);
     return null;
@@ -86,7 +86,7 @@ async function askTooOften() {
 
 async function badRequest() {
   clearTrouble();
-  await startCall({ colour: "green", variables: { "customer name": ["Ada"] } });
+  await startCall({ colour: "green", variables: "Ada" });
 }
 
 function onClick(button, action) {
@@ -251,10 +251,11 @@ function rows(members, kind, prefix = "") {
 
 // --- The budget: RateLimit-Policy: "name";q=10;w=30 and RateLimit: "name";r=9;t=30, the closest limit first
 
-function readBudget(headers) {
+function readBudget({ status, headers }) {
+  if (status !== 201 && status !== 429) return; // refused before calls were counted: that is another limit's state
   const state = /"([^"]+)";r=(\d+);t=(\d+)/.exec(headers.get("RateLimit") ?? "");
   const policy = state && new RegExp(`"${state[1]}";q=(\\d+);w=(\\d+)`).exec(headers.get("RateLimit-Policy") ?? "");
-  if (!policy) return;
+  if (!policy || (status === 429 && budget && budget.name !== state[1])) return;
   const [remaining, reset] = [Number(state[2]), Number(state[3])];
   const [quota, window] = [Number(policy[1]), Number(policy[2])];
   const now = Date.now();
@@ -263,7 +264,7 @@ function readBudget(headers) {
   // address asked for, only the soonest to come back is known, in `t` seconds.
   const own = spentAt.map((at) => at + window * 1000).filter((back) => back > now).slice(-spent || Infinity);
   const others = Array(Math.max(0, spent - own.length)).fill(now + reset * 1000);
-  budget = { quota, window, back: [...others, ...own] };
+  budget = { name: state[1], quota, window, back: [...others, ...own] };
   $("no-budget").hidden = true;
   $("budget").hidden = false;
   $("meter").setAttribute("aria-valuemax", String(quota));
