@@ -24,6 +24,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",  # a microphone, and nobody who has to allow it
+    "--use-fake-ui-for-media-stream",
 )
 
 OpenPage = Callable[..., Page]

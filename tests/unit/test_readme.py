@@ -55,9 +55,13 @@ def test_there_are_curl_examples() -> None:
     assert len(CURLS) >= 3
 
 
-def test_browser_examples_name_a_route() -> None:
-    urls = re.findall(r'"(http://127[^"]*)"', "".join(block for language, block in BLOCKS if language == "js"))
-    assert {urlsplit(url).path for url in urls} == {"/session"}
+def test_recipes_are_files_that_find_each_other() -> None:
+    """They run in tests/e2e/test_recipes.py."""
+    scripts = [block for language, block in BLOCKS if language in ("js", "jsx", "ts")]
+    names = [block.partition("\n")[0].removeprefix("// ") for block in scripts]
+    assert len(set(names)) == len(names) >= 8
+    assert all(re.fullmatch(r"[\w-]+\.(js|jsx|ts)", name) for name in names)
+    assert set(re.findall(r'from "\./([^"]+)"', "".join(scripts))) <= set(names)
 
 
 def test_every_variable_named_exists() -> None:

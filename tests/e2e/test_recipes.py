@@ -1,0 +1,452 @@
+"""README's recipes, as printed there: in a page of another origin than the broker's, in Chromium.
+
+Only the broker's address in them is replaced. What plays LiveKit's server takes connections and says nothing.
+"""
+
+import base64
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from playwright.sync_api import Page, Request, Route, expect
+
+from app.problems import KINDS
+from tests.e2e.conftest import OpenPage
+from tests.harness import ROOMY
+from tests.integration.processes import ROOT, running, serving
+from tests.needs import NODE_MODULES, node
+
+PRINTED_BROKER = "http://127.0.0.1:8000"
+LIVEKIT = "127.0.0.1:7880"
+"""Where the emulator sends participants."""
+JWT_SECRET = "a secret of tests, 32 characters or more"
+PACKAGES = ("@livekit/components-react", "@types/react", "esbuild", "livekit-client", "react-dom", "typescript")
+
+PLAIN_PAGE = """
+import * as broker from "./broker.js";
+import * as patiently from "./patiently.js";
+import * as follow from "./follow.js";
+import * as followWithToken from "./follow-with-token.js";
+import * as livekit from "./livekit.js";
+import * as oneinbox from "./oneinbox.ts";
+Object.assign(window, broker, patiently, follow, followWithToken, { livekit, oneinbox });
+"""
+REACT_PAGE = """
+import { StrictMode } from "react";
+import { createRoot } from "react-dom/client";
+import { Talk } from "./Talk.jsx";
+createRoot(document.querySelector("main")).render(<StrictMode><Talk /></StrictMode>);
+"""
+HTML = """<!doctype html><meta charset="utf-8"><title>{0}</title><link rel="icon" href="data:,">
+<main></main><script type="module" src="{0}.js"></script>"""
+WEB_SDK = """
+declare module "@oneinbox/web-sdk" {
+  export class OneInbox {
+    start(options: { token: string; serverUrl: string }): Promise<void>;
+  }
+}
+"""
+"""What OneInbox documents of its Web SDK, as far as the recipe uses it: the package is not on the public registry."""
+
+
+def recipes() -> dict[str, str]:
+    """The code blocks of README.md that name a file in their first line, by that name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:js|jsx|ts)\n(// (\S+\.(?:js|jsx|ts))\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {name: block for block, name in blocks}
+
+
+def write_recipes(folder: Path) -> None:
+    for name, block in recipes().items():
+        (folder / name).write_text(block, encoding="utf-8")
+    (folder / "node_modules").symlink_to(NODE_MODULES)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Pages `plain.html` and `react.html` with the recipes, at an origin of their own."""
+    program = node(*PACKAGES)
+    folder = tmp_path_factory.mktemp("site")
+    write_recipes(folder)
+    for name, source, text in (("plain", "plain.in.js", PLAIN_PAGE), ("react", "react.in.jsx", REACT_PAGE)):
+        (folder / source).write_text(text, encoding="utf-8")
+        (folder / f"{name}.html").write_text(HTML.format(name), encoding="utf-8")
+        options = ("--bundle", "--format=esm", "--jsx=automatic", "--log-level=warning", f"--outfile={name}.js")
+        command = [program, str(NODE_MODULES / "esbuild/bin/esbuild"), source, *options]
+        subprocess.run(command, cwd=folder, check=True, timeout=120)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietFiles, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class _QuietFiles(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@dataclass
+class Visit:
+    """A page with the recipes, and what it asked for."""
+
+    page: Page
+    posts: list[Request] = field(default_factory=list)
+    """Of POST /session."""
+    stops: list[str] = field(default_factory=list)
+    """Calls that were hung up."""
+    rooms: list[str] = field(default_factory=list)
+    """Rooms that LiveKit's client wanted to join."""
+
+    def watch(self) -> None:
+        """Begin to note what is asked, and take LiveKit's connections."""
+
+        def on_request(request: Request) -> None:
+            if request.method == "POST" and request.url.endswith("/session"):
+                self.posts.append(request)
+            if request.method == "POST" and request.url.endswith("/stop"):
+                self.stops.append(request.url.removesuffix("/stop"))
+
+        self.page.on("request", on_request)
+        self.page.route(
+            f"http://{LIVEKIT}/**", lambda route: route.fulfill(headers={"Access-Control-Allow-Origin": "*"})
+        )
+        self.page.route_web_socket(
+            re.compile(f"^ws://{LIVEKIT}/"), lambda socket: self.rooms.append(room_of(token_in(socket.url)))
+        )
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Let the page go on until the condition holds."""
+        for _ in range(600):
+            if condition():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"{self.posts=} {self.stops=} {self.rooms=}")
+
+    @property
+    def locations(self) -> list[str]:
+        """The addresses of the calls that were started."""
+        base = self.posts[0].url.removesuffix("/session")
+        return [base + response.headers["location"] for post in self.posts if (response := post.response())]
+
+
+def token_in(url: str) -> str:
+    """The participant token in the address that LiveKit's client connects to."""
+    found = re.search(r"access_token=([^&]+)", url)
+    assert found is not None, url
+    return found[1]
+
+
+def room_of(token: str) -> str:
+    """The room a participant token is for."""
+    payload = token.split(".")[1]
+    room: str = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["video"]["room"]
+    return room
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running("emulator", "--port", "0", cwd=tmp_path_factory.mktemp("emulator"), environ={}) as process:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.wait_for("The emulated OneInbox listens on"))
+        assert url is not None
+        yield url[0]
+
+
+@pytest.fixture(scope="module")
+def environ(emulator: str) -> dict[str, str]:
+    """Settings of a broker in front of the emulator."""
+    return {
+        "ONEINBOX_API_KEY": "oi_sk_sandbox",
+        "ONEINBOX_BASE_URL": emulator,
+        "ONEINBOX_AGENT_ID": "agt_sandbox",
+        "BROKER_ALLOWED_ORIGINS": "http://127.0.0.1:*",
+        "BROKER_SESSION_LIMITS": "1000/minute",
+        **ROOMY,
+    }
+
+
+@pytest.fixture(scope="module")
+def broker(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("broker"), environ) as (_, url):
+        yield url
+
+
+OpenRecipes = Callable[..., Visit]
+
+
+@pytest.fixture
+def open_recipes(
+    open_page: OpenPage, site: str, broker: str, environ: dict[str, str], tmp_path: Path
+) -> Iterator[OpenRecipes]:
+    """Opens a page with the recipes: `open_recipes("plain")`; with settings, in front of a broker of its own."""
+    with ExitStack() as stack:
+
+        def opens(name: str, complaints_expected: str | None = None, **settings: str) -> Visit:
+            url = stack.enter_context(serving(tmp_path, environ | settings))[1] if settings else broker
+            visit = Visit(open_page(complaints_expected=complaints_expected))
+
+            def with_its_address(route: Route) -> None:
+                answer = route.fetch()
+                route.fulfill(response=answer, body=answer.text().replace(PRINTED_BROKER, url))
+
+            visit.page.route("**/*.js", with_its_address)
+            visit.watch()
+            visit.page.goto(f"{site}/{name}.html")
+            visit.page.wait_for_load_state("networkidle")
+            stack.callback(visit.page.goto, "about:blank")  # before a broker goes: no stream is cut
+            return visit
+
+        yield opens
+
+
+def starts(emulator: str, page: Page) -> int:
+    """Calls that OneInbox was asked for, ever."""
+    answer = page.request.get(f"{emulator}/_emulator/requests").json()
+    return sum((each["method"], each["path"]) == ("POST", "/v1/calls/web") for each in answer)
+
+
+def test_plain_fetch(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain").page
+    started = page.evaluate("startCall({ variables: { customer_name: 'Ada' }, metadata: { page: '/pricing' } })")
+    assert started.keys() == {"server_url", "participant_token", "call"}
+    assert started["server_url"] == f"ws://{LIVEKIT}"
+    assert room_of(started["participant_token"])
+    assert page.evaluate("async (call) => (await (await fetch(call)).json()).status", started["call"]) == "queued"
+    page.evaluate("hangUp", started["call"])
+    assert page.evaluate("async (call) => (await (await fetch(call)).json()).end_reason", started["call"])
+
+
+def test_plain_fetch_says_what_is_wrong(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain", "the server responded with a status of 4", BROKER_SESSION_LIMITS="1/hour").page
+    caught = "startCall(%s).catch((error) => ({ ...error, message: error.message }))"
+    refused = page.evaluate(caught % "{ room_name: 'mine' }")
+    assert (refused["status"], refused["retryAfter"]) == (422, None)
+    assert refused["type"].endswith("/problems/invalid-request")
+    assert refused["message"] == refused["title"]
+    page.evaluate("startCall()")
+    limited = page.evaluate(caught % "")
+    assert limited["status"] == 429
+    assert 3000 < limited["retryAfter"] <= 3600
+    assert page.evaluate("problemOf(new Response('<html>', { status: 502 }))") is not None
+
+
+def test_asking_patiently(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("plain", "status of 429", BROKER_SESSION_LIMITS="1/second")
+    visit.page.evaluate("startCall()")
+    visit.page.evaluate("startCallPatiently()")
+    answers = [response.status for post in visit.posts if (response := post.response())]
+    assert sorted(set(answers)) in ([201], [201, 429])
+    assert answers[-1] == 201
+    assert len({post.headers.get("idempotency-key") for post in visit.posts[1:]}) == 1
+
+
+def test_waiting_too_long_is_no_patience(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("plain", "status of 429", BROKER_SESSION_LIMITS="1/hour")
+    visit.page.evaluate("startCall()")
+    assert visit.page.evaluate("startCallPatiently().catch((error) => error.status)") == 429
+    assert len(visit.posts) == 2
+
+
+def test_a_lost_answer_starts_no_second_call(open_recipes: OpenRecipes, emulator: str) -> None:
+    visit = open_recipes("plain", "ERR_FAILED")
+    before = starts(emulator, visit.page)
+    lost: list[str] = []
+
+    def lose_the_first(route: Route) -> None:
+        if route.request.method == "POST" and not lost:
+            lost.append(route.fetch().json()["participant_token"])
+            route.abort()
+        else:
+            route.continue_()
+
+    visit.page.route("**/session", lose_the_first)
+    started = visit.page.evaluate("startCallPatiently()")
+    assert [started["participant_token"]] == lost
+    assert starts(emulator, visit.page) == before + 1
+
+
+FOLLOW = """async (call) => {
+  const seen = [];
+  await new Promise((resolve, reject) => {
+    follow(call, (state) => seen.push(state.status) && state.ended_at && resolve(), reject);
+    setTimeout(() => hangUp(call), 500);
+  });
+  return seen;
+}"""
+
+
+def test_following(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain").page
+    seen = page.evaluate(FOLLOW, page.evaluate("startCall()")["call"])
+    assert seen[0] == "queued"
+    assert seen[-1] == "completed"
+
+
+def test_following_what_is_not_there(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain", "status of 404").page
+    call = page.evaluate("startCall()")["call"] + "x"
+    assert (
+        page.evaluate("(call) => new Promise((resolve) => follow(call, resolve, () => resolve('lost')))", call)
+        == "lost"
+    )
+
+
+def with_login(user: str = "ada", *, life: int = 600) -> dict[str, str]:
+    token = jwt.encode({"sub": user, "exp": int(time.time()) + life}, JWT_SECRET, "HS256")
+    return {"Authorization": f"Bearer {token}"}
+
+
+FOLLOW_WITH_TOKEN = """async (headers) => {
+  const token = headers.Authorization.slice(7), seen = [];
+  const { call } = await startCall({}, headers);
+  setTimeout(() => hangUp(call, headers), 500);
+  await followWithToken(call, async () => token, (state) => seen.push(state));
+  return seen;
+}"""
+
+
+def test_following_with_a_token(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain", BROKER_AUTH="jwt", BROKER_JWT_SECRET=JWT_SECRET).page
+    seen = page.evaluate(FOLLOW_WITH_TOKEN, with_login())
+    assert seen[0]["status"] == "queued"
+    assert seen[-1]["status"] == "completed"
+
+
+def test_following_with_a_token_goes_on_where_a_stream_was_closed(open_recipes: OpenRecipes) -> None:
+    """A stream lasts as long as its token: here 3 s, of a call that goes on for 6."""
+    visit = open_recipes("plain", BROKER_AUTH="jwt", BROKER_JWT_SECRET=JWT_SECRET)
+    streams: list[Request] = []
+    visit.page.on("request", lambda request: streams.append(request) if request.url.endswith("/events") else None)
+    script = """async ([short, long]) => {
+      const tokens = [short, long], seen = [];
+      const { call } = await startCall({}, { Authorization: `Bearer ${long}` });
+      setTimeout(() => hangUp(call, { Authorization: `Bearer ${long}` }), 6000);
+      await followWithToken(call, async () => tokens.shift() ?? long, (state) => seen.push(state.status));
+      return seen;
+    }"""
+    tokens = [with_login(life=life)["Authorization"][7:] for life in (3, 600)]
+    seen = visit.page.evaluate(script, tokens)
+    assert seen[-1] == "completed"
+    gets = [request for request in streams if request.method == "GET"]
+    assert len(gets) == 2
+    assert "last-event-id" in gets[1].all_headers()
+
+
+def test_following_with_a_token_says_who_may_not(open_recipes: OpenRecipes) -> None:
+    page = open_recipes("plain", "status of 40", BROKER_AUTH="jwt", BROKER_JWT_SECRET=JWT_SECRET).page
+    call = page.evaluate("(headers) => startCall({}, headers)", with_login())["call"]
+    script = "([call, token]) => followWithToken(call, () => token, () => {}).catch((error) => error.status)"
+    assert page.evaluate(script, [call, with_login("eve")["Authorization"][7:]]) == 404
+    assert page.evaluate(script, [call, "no token"]) == 401
+
+
+def test_following_with_a_cookie(open_recipes: OpenRecipes) -> None:
+    settings = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET, "BROKER_JWT_COOKIE": "login"}
+    visit = open_recipes("plain", **settings)
+    call = visit.page.evaluate("(headers) => startCall({}, headers)", with_login())["call"]
+    cookie = {"name": "login", "value": with_login()["Authorization"][7:], "domain": "127.0.0.1", "path": "/"}
+    visit.page.context.add_cookies([cookie])  # type: ignore[list-item]
+    script = "(call) => new Promise((resolve, reject) => follow(call, (state) => resolve(state.id), reject, true))"
+    assert call.endswith(visit.page.evaluate(script, call))
+
+
+def test_oneinbox_web_sdk(open_recipes: OpenRecipes) -> None:
+    """With an object of the documented shape: the SDK itself is not to be had."""
+    visit = open_recipes("plain")
+    script = """async () => {
+      const told = [];
+      const call = await oneinbox.talk({ start: async (options) => { told.push(options); } });
+      return { call, told };
+    }"""
+    joined = visit.page.evaluate(script)
+    [told] = joined["told"]
+    assert told.keys() == {"token", "serverUrl"}
+    assert room_of(told["token"])
+    assert joined["call"] == visit.locations[0]
+    failing = (
+        "oneinbox.talk({ start: async () => { throw new Error('no microphone'); } }).catch((error) => error.message)"
+    )
+    assert visit.page.evaluate(failing) == "no microphone"
+    assert visit.stops == visit.locations[1:]
+
+
+def test_livekit_starts_a_call_of_its_own_each_time(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("plain")
+    assert visit.posts == []
+    options = "{ agentName: 'default', participantAttributes: { plan: 'gold' } }"
+    calls = [visit.page.evaluate(f"livekit.newCall({options})") for _ in range(2)]
+    assert [call["call"] for call in calls] == visit.locations
+    assert len({room_of(call["participantToken"]) for call in calls}) == 2
+    assert json.loads(visit.posts[0].post_data or "") == {"agent": "default", "variables": {"plan": "gold"}}
+
+
+def test_livekit_joins_and_hangs_up_what_cannot_be_joined(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("plain", "")
+    visit.page.evaluate("void (window.talking = livekit.talk().catch((error) => error.message))")
+    visit.wait_for(lambda: len(visit.rooms) == 1)
+    assert visit.stops == []
+    assert visit.page.evaluate("talking")  # LiveKit's client gives up after 15 s of silence
+    assert set(visit.stops) == set(visit.locations)
+
+
+def test_react(open_recipes: OpenRecipes) -> None:
+    """Under StrictMode, which runs every effect twice."""
+    visit = open_recipes("react", "user initiated disconnect")
+    talk = visit.page.get_by_role("button", name="Talk")
+    expect(talk).to_be_visible()
+    assert visit.posts == []  # an idle page starts no call
+
+    talk.click()
+    expect(visit.page.get_by_text("queued")).to_be_visible()
+    visit.wait_for(lambda: len(visit.rooms) >= 1)
+    assert len(visit.posts) == 1
+
+    visit.page.get_by_role("button", name="Hang up").click()
+    expect(talk).to_be_visible()
+    expect(visit.page.get_by_role("alert")).to_be_empty()
+    visit.wait_for(lambda: visit.stops == visit.locations)
+
+    first = set(visit.rooms)
+    talk.click()
+    visit.wait_for(lambda: len(set(visit.rooms)) == 2)
+    visit.page.get_by_role("button", name="Hang up").click()
+    expect(talk).to_be_visible()
+    assert len(first) == 1
+    assert len(visit.posts) == 2
+    visit.wait_for(lambda: set(visit.stops) == set(visit.locations))
+
+
+def test_react_shows_a_refusal_and_the_end_of_a_call(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("react", "status of 429|user initiated disconnect", BROKER_SESSION_LIMITS="1/hour")
+    talk, alert = visit.page.get_by_role("button", name="Talk"), visit.page.get_by_role("alert")
+    talk.click()
+    visit.wait_for(lambda: len(visit.rooms) >= 1)
+    assert visit.page.request.post(f"{visit.locations[0]}/stop").ok  # not by the page
+    expect(alert).to_have_text("The call has ended.")
+    talk.click()
+    expect(alert).to_have_text(KINDS["rate-limited"].title)
+    expect(talk).to_be_enabled()
+
+
+def test_types(tmp_path: Path) -> None:
+    """TypeScript knows every name the recipes use, of OneInbox's Web SDK by its documentation."""
+    program = node(*PACKAGES)
+    write_recipes(tmp_path)
+    (tmp_path / "web-sdk.d.ts").write_text(WEB_SDK, encoding="utf-8")
+    given = "--noEmit --skipLibCheck --allowJs --checkJs --jsx react-jsx --target es2023 --module esnext"
+    options = [*given.split(), "--moduleResolution", "bundler", "web-sdk.d.ts", *recipes()]
+    command = [program, str(NODE_MODULES / "typescript/bin/tsc"), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
