@@ -40,6 +40,7 @@ STATUSES = frozenset({*range(200, 209), *range(300, 309), *range(400, 418), 422,
 OTHER = "_OTHER"
 """What OpenTelemetry calls a value outside a list."""
 
+PAUSES = ("asked-for", "no-answers")
 ORPHANS = ("lost", "found", "stopped", "not-found", "given-up")
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -152,6 +153,8 @@ class Metrics:
             GCCollector(registry=registry)
         for outcome in outcomes:
             self._sessions[(outcome,)]
+        for reason in PAUSES:
+            self._pauses[(reason,)]
         for fate in ORPHANS:
             self._orphans[(fate,)]
 
