@@ -24,7 +24,7 @@ def test_curl_lines(tmp_path: Path) -> None:
     program("curl", "curl")
     lines = [line for line in LINES if "curl" in line]
     with running("sandbox", "--port", "0", cwd=tmp_path, environ={}) as sandbox:
-        url = re.search(r"http://127\.0\.0\.1:\d+", sandbox.wait_for("listens on"))
+        url = re.search(r"http://127\.0\.0\.1:\d+", sandbox.wait_for("-X POST"))
         assert url is not None
         script = "set -euo pipefail\n" + "\n".join(lines).replace("http://127.0.0.1:8000", url[0])
         done = subprocess.run(
