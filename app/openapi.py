@@ -133,7 +133,9 @@ def answer(
     """
     content: dict[str, Any] = {JSON: {"examples": _named(examples)}} if examples else {}
     for media_type, text in (texts or {}).items():
-        content[media_type] = {"schema": {"type": "string"}, "example": text}
+        # Before OpenAPI 3.2 it is nobody's to say whether a schema here is of a stream or of each of its events.
+        schema = {} if media_type == "text/event-stream" else {"schema": {"type": "string"}}
+        content[media_type] = {**schema, "example": text}
     return {"description": description, "headers": _headers(headers)} | ({"content": content} if content else {})
 
 

@@ -199,7 +199,7 @@ class Watchers:
         if snapshot.ended:
             pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))
         # A little apart, so that replicas and calls do not all look at the same moment.
-        return pause * random.uniform(1, 1.1)  # noqa: S311
+        return pause * random.uniform(1, 1.1)  # noqa: S311 - spreads polls, no secret
 
     def _late_left(self, snapshot: Snapshot) -> float:
         """Seconds that an ended call is still watched for."""

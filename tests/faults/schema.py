@@ -22,7 +22,11 @@ from tests.faults.rig import Browser, check
 from tests.integration.processes import surroundings
 
 WEBHOOK = "a-webhook-secret-of-the-drill"
-CONFIG = """
+METRICS = "a-metrics-token-of-the-drill"
+CONFIG = f"""
+[auth.openapi.metrics]
+bearer = "{METRICS}"
+
 [checks]
 # What a schema cannot say: templates in variables, an agent that is not configured, a call that is somebody else's.
 positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "403", "404", "415", "422"]
@@ -42,7 +46,13 @@ async def drill(examples: int, seed: int, seconds: float) -> None:
     """The whole. Raises Failure."""
     async with rig.workshop() as folder, rig.oneinbox(folder, in_progress=0.2, transcript_delay=0.1) as oneinbox:
         environ = rig.broker_environ(
-            oneinbox.url, {**rig.ROOMY, "BROKER_WEBHOOK_SECRET": WEBHOOK, "BROKER_EXPOSE": "transcript,summary"}
+            oneinbox.url,
+            {
+                **rig.ROOMY,
+                "BROKER_WEBHOOK_SECRET": WEBHOOK,
+                "BROKER_METRICS_TOKEN": METRICS,
+                "BROKER_EXPOSE": "transcript,summary",
+            },
         )
         async with rig.brokers(folder, 1, environ) as (broker,), Browser(broker.url) as browser:
             call = (await browser.post()).call.rpartition("/")[2]
