@@ -374,9 +374,10 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _broker(request: Request) -> Broker:
+async def broker_of(request: Request) -> Broker:
+    """The broker that a request came to."""
     broker: Broker = request.state.broker
     return broker
 
 
-BrokerDep = Annotated[Broker, Depends(_broker)]
+BrokerDep = Annotated[Broker, Depends(broker_of)]

@@ -52,8 +52,8 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
         title="OneInbox token broker",
         version=__version__,
         summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and bounds the spending.",
-        # Its traces would hold paths, and paths hold call keys.
-        telemetry={"tracing": False},
+        # Its traces would hold paths, and paths hold call keys; the metrics and logs here are the broker's own.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -77,9 +77,9 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     problems.install(app)
     app.add_exception_handler(RateLimitExceeded, on_refused)
     openapi.install(app, SessionRequest)
-    app.include_router(sessions.router)
-    app.include_router(calls.router)
-    app.include_router(calls.webhooks)
+    # The routes themselves: an included router would be matched twice for each request.
+    for router in (sessions.router, calls.router, calls.webhooks):
+        app.router.routes.extend(router.routes)
     app.include_router(health.router)
     app.include_router(metrics_page.router)
     app.include_router(problem_pages.router)

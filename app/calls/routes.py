@@ -14,11 +14,12 @@ from app.identity import User
 from app.oneinbox.models import CALL_ID
 from app.openapi import answer, problems, reads
 from app.problems import Problem
+from app.routing import DirectRoute
 
 MAX_WEBHOOK = 1_000_000
 
-router = APIRouter(prefix="/calls", tags=["calls"])
-webhooks = APIRouter(tags=["webhooks"])
+router = APIRouter(prefix="/calls", tags=["calls"], route_class=DirectRoute)
+webhooks = APIRouter(tags=["webhooks"], route_class=DirectRoute)
 
 CallPath = Annotated[str, Path(description="The call: the last part of the Location that POST /session answered.")]
 FOR_EVERYBODY = ("unauthenticated", "forbidden-origin", "not-found", "rate-limited", "at-capacity")

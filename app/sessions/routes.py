@@ -11,11 +11,12 @@ from app.bodies import check_declared, read_json
 from app.broker import BrokerDep
 from app.openapi import answer, problems, reads
 from app.problems import invalid_request
+from app.routing import DirectRoute
 from app.sessions.caller import Caller
 from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
 from app.sessions.service import Asked
 
-router = APIRouter(tags=["sessions"])
+router = APIRouter(tags=["sessions"], route_class=DirectRoute)
 
 
 @router.post(
