@@ -70,17 +70,15 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     user = await broker.admission.admit(request)
     broker.brake.check(user)
     body = await read_json(request, MAX_BODY)
-    caller = Caller(request.receive)
     asked = Asked(
         request=_parse(body),
         body=body,
         keys=request.headers.getlist("idempotency-key"),
         proof=request.headers.get("x-challenge-token"),
-        caller=caller,
+        caller=Caller(request.receive),
         answer_headers=state["limit_headers"],
     )
-    with caller.watched():
-        call, replayed = await broker.sessions.start(user, asked)
+    call, replayed = await broker.sessions.start(user, asked)
     state["call"] = call.id
     state["outcome"] = "replayed" if replayed else "started"
     headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}

@@ -4,8 +4,6 @@ import asyncio
 import gc
 from typing import Any
 
-import pytest
-
 from app.sessions.caller import Caller
 
 GONE = {"type": "http.disconnect"}
@@ -49,106 +47,69 @@ async def turn() -> None:
 
 
 async def test_a_caller_who_stays_is_there() -> None:
-    server = Server()
-    caller = Caller(server.receive)
+    caller = Caller(Server().receive)
+
     assert not caller.has_gone()
-    with caller.watched():
-        await turn()
-        assert not caller.has_gone()
-    assert not caller.has_gone()
+    assert not await caller.has_left()
 
 
 async def test_a_hang_up_is_known_by_this_moment_and_not_by_the_last_turn() -> None:
     server = Server()
     caller = Caller(server.receive)
-    with caller.watched():
-        await turn()
-        server.hang_up()
-        assert caller.has_gone(), "no task has had a turn since"
+    await turn()
 
-
-async def test_a_hang_up_is_known_without_a_watch() -> None:
-    server = Server()
-    caller = Caller(server.receive)
     server.hang_up()
-    assert caller.has_gone()
+
+    assert caller.has_gone(), "no task has had a turn since"
+
+
+async def test_a_hang_up_that_the_loop_has_yet_to_see_is_known_before_an_answer() -> None:
+    server = Server()
+    asyncio.get_running_loop().call_soon(server.hang_up)
+
+    assert await Caller(server.receive).has_left()
 
 
 async def test_who_has_gone_stays_gone() -> None:
     server = Server()
     caller = Caller(server.receive)
-    with caller.watched():
-        server.hang_up()
-        await turn()
-        server.gone = False
-        assert caller.has_gone()
+    server.hang_up()
+    assert caller.has_gone()
+
+    server.gone = False
+
     assert caller.has_gone()
 
 
 async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
     server = Server()
     caller = Caller(server.receive)
-    with caller.watched():
-        server.say(MORE)
-        server.say(MORE)
-        await turn()
-        assert not caller.has_gone()
-        server.say(MORE)
-        assert not caller.has_gone()
-        server.hang_up()
-        await turn()
-        assert caller.has_gone()
+    server.say(MORE)
+    server.say(MORE)
+
+    assert not caller.has_gone()
+    assert server.messages == []
+
+    server.say(MORE)
+    server.hang_up()
+
+    assert caller.has_gone()
 
 
-async def test_asking_often_leaves_nobody_waiting_and_takes_no_news_from_the_watch() -> None:
+async def test_asking_often_leaves_nobody_waiting() -> None:
     server = Server()
     caller = Caller(server.receive)
-    with caller.watched():
-        await turn()
-        for _ in range(100):
-            assert not caller.has_gone()
-        assert server.waiting == 1, "the watch alone"
-        server.hang_up()
-        await turn()
-        assert server.waiting == 0
-        assert caller.has_gone()
 
+    for _ in range(100):
+        assert not caller.has_gone()
 
-async def test_the_watch_ends_with_its_context() -> None:
-    server = Server()
-    before = asyncio.all_tasks()
-    with caller_watched(server):
-        await turn()
-        assert len(asyncio.all_tasks() - before) == 1
-    await turn()
-    assert asyncio.all_tasks() == before
     assert server.waiting == 0
 
 
-async def test_the_watch_ends_with_its_context_whatever_happens_there() -> None:
-    before = asyncio.all_tasks()
-
-    async def handle() -> None:
-        with caller_watched(Server()):
-            await turn()
-            raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        await handle()
-    await turn()
-    assert asyncio.all_tasks() == before
-
-
 async def test_nothing_is_left_to_complain_about() -> None:
-    """No coroutine that was never awaited, no task that was never asked for its exception: warnings are errors."""
-    server = Server()
-    caller = Caller(server.receive)
-    with caller.watched():
-        caller.has_gone()
+    """No coroutine that was never awaited: warnings are errors."""
+    caller = Caller(Server().receive)
+    caller.has_gone()
     await turn()
-    del caller, server
+    del caller
     gc.collect()
-
-
-def caller_watched(server: Server) -> Any:
-    return Caller(server.receive).watched()
