@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import structlog
+from pydantic_core import from_json, to_json
 
 from app.identity import User
 from app.limits.starts import ALL_CALLS, Start, calls_of_user
@@ -60,12 +60,12 @@ class LiveCall:
 
     def to_bytes(self) -> bytes:
         """For the store."""
-        return json.dumps(asdict(self)).encode()
+        return to_json(self)
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Self:
         """What `to_bytes` made."""
-        return cls(**json.loads(value))
+        return cls(**from_json(value))
 
     @property
     def start(self) -> Start:

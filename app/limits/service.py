@@ -3,8 +3,9 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, cast
 
 import structlog
@@ -34,27 +35,30 @@ NEARLY = 0.8
 SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
 """Names of a session's slots, in the order in which they are asked for."""
 
+QUESTIONS = 4096
+"""Users whose questions are kept."""
+
 log = structlog.get_logger(__name__)
 
 Owner = Literal["user", "agent", "all"]
 
 
-def for_user(user: User, agent: Agent) -> str:
-    """Key function: a budget for each user."""
-    return user.store_name
+def for_user(user: str, agent: str) -> str:
+    """Key function: a budget for each user. Users by their names in the store, agents by theirs."""
+    return user
 
 
-def for_user_and_agent(user: User, agent: Agent) -> str:
+def for_user_and_agent(user: str, agent: str) -> str:
     """Key function: a budget for each user of each agent."""
-    return f"{agent.name}:{user.store_name}"
+    return f"{agent}:{user}"
 
 
-def for_all(user: User, agent: Agent) -> str:
+def for_all(user: str, agent: str) -> str:
     """Key function: one budget for everybody."""
     return "all"
 
 
-def declare(limits: str, key_function: Callable[[User, Agent], str], scope: Owner | Literal["request"]) -> list[Limit]:
+def declare(limits: str, key_function: Callable[[str, str], str], scope: Owner | Literal["request"]) -> list[Limit]:
     """Limits in slowapi's terms, read from a string such as `5/minute;50/day`.
 
     slowapi only declares. It would decide one limit after the other, in fixed windows, and block the event loop on a
@@ -79,19 +83,22 @@ async def on_refused(request: Request, error: Exception) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """All that one session asks for at once. `owners`: whose each rate is, then whose each slot is."""
+    """All that is asked for at once.
+
+    `owners`: whose each rate is, then whose each slot is. `names`: what each is called, the same for all users.
+    `own`: the places of the user's own rates.
+    """
 
     limits: Sequence[Limit]
     rates: Sequence[Rate]
     slots: Sequence[Slot]
     owners: Sequence[Owner]
+    names: Sequence[str]
+    own: Sequence[int]
 
-    def names(self, indices: Iterable[int]) -> list[str]:
-        """Names of these limits, rates first; the same for all users and agents."""
-        prefixes = {"user": "user", "agent": "agent", "all": "global"}
-        rates = [policy_name(prefixes[owner], rate) for owner, rate in zip(self.owners, self.rates, strict=False)]
-        every = [*rates, *SLOT_NAMES]
-        return [every[index] for index in indices]
+    def headers(self, states: Sequence[RateState]) -> dict[str, str]:
+        """What is left of the user's own rates; the global ones are nobody's business."""
+        return rate_limit_headers([(self.names[index], self.rates[index], states[index]) for index in self.own])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +148,7 @@ class Limits:
         }
         self._requests = declare(request_limits, for_user, "request")
         self._global = everybody
+        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in agents}
         self._max_live_calls = max_live_calls
         self._max_live_calls_total = max_live_calls_total
         self._lease = lease
@@ -149,18 +157,16 @@ class Limits:
         self._clock = clock
         self._metrics = metrics or Metrics()
         self._nearly_until: dict[str, float] = {}
+        # Made once for each user: what is asked is the same every time.
+        self._session_question = lru_cache(QUESTIONS)(self._make_session_question)
+        self._request_question = lru_cache(QUESTIONS)(self._make_request_question)
 
     async def count_request(self, user: User) -> dict[str, str]:
         """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
-        rates = [_rate(limit, user.store_name) for limit in self._requests]
-        decision = await self._store.decide(rates, enforce=self._enforce)
-        headers = rate_limit_headers(
-            [(policy_name("request", rate), rate, state) for rate, state in zip(rates, decision.rates, strict=True)]
-        )
-        if decision.refused:
-            names = [policy_name("request", rate) for rate in rates]
-            self._metrics.refused((names[index] for index in decision.refused), enforced=self._enforce)
-        if decision.refused and not self._observed(decision, [rate.name for rate in rates]):
+        question = self._request_question(user.store_name)
+        decision = await self._store.decide(question.rates, enforce=self._enforce)
+        headers = question.headers(decision.rates)
+        if decision.refused and not self._is_observed(question, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
             raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
         return headers
@@ -182,7 +188,7 @@ class Limits:
 
         Raises Refused and Problem, the user's own limits first.
         """
-        question, member = self._question(user, agent), start.member
+        question, member = self._session_question(user.store_name, agent.name), start.member
         decision = await self._store.decide(
             question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
         )
@@ -190,11 +196,8 @@ class Limits:
             await self._store.give_back(question.rates, decision, question.slots, member=member)
             raise _wait("at-capacity", STORE_RETRY_AFTER, {})
         self._warn_when_nearly_used_up(question, decision)
-        headers = self._headers(question, decision.rates)
-        if decision.refused:
-            self._metrics.refused(question.names(decision.refused), enforced=self._enforce)
-        names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
-        if decision.refused and not self._observed(decision, names):
+        headers = question.headers(decision.rates)
+        if decision.refused and not self._is_observed(question, decision):
             raise self._refusal(question, decision, headers)
         return Reservation(question, decision, member, headers)
 
@@ -212,26 +215,24 @@ class Limits:
             for rate, state in zip(rates, decision.rates, strict=True)
         ]
 
-    def _question(self, user: User, agent: Agent) -> Question:
-        limits = self._sessions[agent.name]
+    def _make_session_question(self, user: str, agent: str) -> Question:
+        limits = self._sessions[agent]
         rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
+        owners = [cast("Owner", limit.scope) for limit in limits]
         slots = [
-            Slot(calls_of_user(user.store_name), self._max_live_calls),
-            Slot(calls_of_agent(agent.name), agent.max_live_calls),
+            Slot(calls_of_user(user), self._max_live_calls),
+            Slot(calls_of_agent(agent), self._max_live_calls_of[agent]),
             Slot(ALL_CALLS, self._max_live_calls_total),
         ]
-        owners = [cast("Owner", limit.scope) for limit in limits]
-        return Question(limits, rates, slots, [*owners, "user", "all", "all"])
+        prefixes = ["global" if owner == "all" else owner for owner in owners]
+        names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
+        own = [index for index, owner in enumerate(owners) if owner != "all"]
+        return Question(limits, rates, slots, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
 
-    def _headers(self, question: Question, states: Sequence[RateState]) -> dict[str, str]:
-        """What is left of the user's own limits; the global ones are nobody's business."""
-        return rate_limit_headers(
-            [
-                (policy_name(owner, rate), rate, state)
-                for owner, rate, state in zip(question.owners, question.rates, states, strict=False)
-                if owner != "all"
-            ]
-        )
+    def _make_request_question(self, user: str) -> Question:
+        rates = [_rate(limit, user) for limit in self._requests]
+        names = [policy_name("request", rate) for rate in rates]
+        return Question(self._requests, rates, (), ["user"] * len(rates), names, range(len(rates)))
 
     def _refusal(self, question: Question, decision: Decision, headers: dict[str, str]) -> Exception:
         count = len(question.rates)
@@ -244,10 +245,12 @@ class Limits:
         waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
         return _wait("at-capacity", max(waits), headers)
 
-    def _observed(self, decision: Decision, names: Sequence[str]) -> bool:
-        """Whether a refusal is only watched; says in the log which limit would have refused."""
+    def _is_observed(self, question: Question, decision: Decision) -> bool:
+        """Whether a refusal is only watched. Counts it, and says in the log which limit would have refused."""
+        self._metrics.refused([question.names[index] for index in decision.refused], enforced=self._enforce)
         if self._enforce:
             return False
+        names = [each.name for each in (*question.rates, *question.slots)]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
         return True
 
