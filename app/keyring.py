@@ -4,9 +4,13 @@ import base64
 import hashlib
 import hmac
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Literal
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+PSEUDONYMS = 4096
+"""Users whose pseudonyms are kept."""
 
 Purpose = Literal["call-key", "pseudonym", "stored-answer"]
 
@@ -25,12 +29,14 @@ class Keyring:
         """Sign with the first of these from now on, and verify with these only."""
         signing: tuple[Purpose, ...] = ("call-key", "pseudonym")
         self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
+        # A user's pseudonym is asked for with each of their requests.
+        self._pseudonym = lru_cache(PSEUDONYMS)(partial(_mac, self._keys["pseudonym"][0]))
         stored = _derive(secrets, "stored-answer")
         self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
 
     def sign(self, purpose: Purpose, message: bytes) -> str:
         """A URL-safe MAC of 43 characters under the newest secret."""
-        return _mac(self._keys[purpose][0], message)
+        return self._pseudonym(message) if purpose == "pseudonym" else _mac(self._keys[purpose][0], message)
 
     def verify(self, purpose: Purpose, message: bytes, mac: str) -> bool:
         """Whether any secret made this MAC; each comparison takes constant time."""

@@ -250,7 +250,7 @@ class Limits:
         self._metrics.refused([question.names[index] for index in decision.refused], enforced=self._enforce)
         if self._enforce:
             return False
-        names = [each.name for each in (*question.rates, *question.slots)]
+        names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
         return True
 

@@ -34,6 +34,7 @@ MAX_ANSWER = 2 * 1024 * 1024
 MAX_STARTED = 256 * 1024
 """The same for a started call, of which a thousand may be waited for at once."""
 MAX_TOKEN = 16 * 1024
+TOKEN = re.compile(r"[!-~]+")
 
 # Paths as metrics and traces name them.
 START, CALL, STOP, CALLS = "/v1/calls/web", "/v1/calls/{call}", "/v1/calls/{call}/stop", "/v1/calls"
@@ -107,7 +108,7 @@ class OneInbox:
             body["overrides"] = overrides
         with self.cooldown.turn():
             status, answer = await self._send("POST", START, self._web_calls, body, limit=MAX_STARTED)
-        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        _raise_for_status(status, answer)
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
             raise Invalid("started a call without a usable id", may_have_acted=True, status=status)
@@ -116,7 +117,7 @@ class OneInbox:
             raise Invalid(
                 "started a call without a usable server_url", may_have_acted=True, status=status, call_id=call_id
             )
-        if not isinstance(token, str) or len(token) > MAX_TOKEN or not re.fullmatch(r"[!-~]+", token):
+        if not isinstance(token, str) or len(token) > MAX_TOKEN or not TOKEN.fullmatch(token):
             raise Invalid(
                 "started a call without a usable participant_token", may_have_acted=True, status=status, call_id=call_id
             )
@@ -137,20 +138,20 @@ class OneInbox:
         filters = {"agent_id": agent_id, "status": status, "limit": limit, "offset": offset}
         query = urlencode({name: value for name, value in filters.items() if value is not None})
         code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
-        _raise_for_status(code, answer, not_found=_misconfigured(404))
+        _raise_for_status(code, answer)
         return _model(CallPage, answer, code)
 
     async def register_webhook(self, *, name: str, url: str, events: Sequence[str]) -> Webhook:
         """Have events delivered to a URL."""
         body = {"name": name, "url": url, "events": list(events)}
         status, answer = await self._send("POST", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS), body)
-        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        _raise_for_status(status, answer)
         return _model(Webhook, answer, status)
 
     async def list_webhooks(self) -> list[Webhook]:
         """All webhooks of the account. The route is not documented; its answer is taken as a list or a page."""
         status, answer = await self._send("GET", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS))
-        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        _raise_for_status(status, answer)
         return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
 
     async def remove_webhook(self, webhook_id: str) -> None:
@@ -159,7 +160,7 @@ class OneInbox:
             raise _misconfigured(404)  # such as `..`, which would name another route
         url = httpx.URL(f"{self._base_url}{WEBHOOKS}/{webhook_id}")
         status, answer = await self._send("DELETE", WEBHOOK, url)
-        _raise_for_status(status, answer, not_found=_misconfigured(404))
+        _raise_for_status(status, answer)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -167,7 +168,7 @@ class OneInbox:
 
     async def _call(self, method: str, path: str, call_id: str) -> CallRecord:
         status, answer = await self._send(method, path, httpx.URL(self._base_url + path.format(call=call_id)))
-        _raise_for_status(status, answer, not_found=NoSuchCall())
+        _raise_for_status(status, answer, NoSuchCall)
         record = _model(CallRecord, answer, status)
         if record.id != call_id:
             raise Invalid("answered another call", may_have_acted=True, status=status)
@@ -261,12 +262,13 @@ def _model(model: type[M], answer: Any, status: int) -> M:
         raise Invalid(f"answered no {model.__name__}", may_have_acted=True, status=status) from None
 
 
-def _raise_for_status(status: int, answer: Any, *, not_found: OneInboxError) -> None:
+def _raise_for_status(status: int, answer: Any, not_found: type[OneInboxError] | None = None) -> None:
+    """`not_found`: what a 404 means where it is not the operator's business."""
     if 200 <= status < 300:
         return  # what it says counts, not which of these it is
-    if status == 404:
+    if status == 404 and not_found is not None:
         raise not_found
-    if status in (401, 402, 403):
+    if status in (401, 402, 403, 404):
         raise _misconfigured(status)
     if status == 422:
         errors = answer.get("detail") if isinstance(answer, dict) else None

@@ -1,7 +1,6 @@
 """What a browser may ask of an agent: everything not allowed is refused, but for what LiveKit sends by itself."""
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +129,9 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings in one; where both have a leaf, `above` wins."""
-    merged = deepcopy(dict(below))
+    """Two nested mappings in one, neither changed; where both have a leaf, `above` wins."""
+    merged = dict(below)
     for key, each in above.items():
         under = merged.get(key)
-        merged[key] = _merged(under, each) if isinstance(each, Mapping) and isinstance(under, dict) else deepcopy(each)
+        merged[key] = _merged(under, each) if isinstance(each, Mapping) and isinstance(under, Mapping) else each
     return merged

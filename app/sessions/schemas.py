@@ -32,6 +32,9 @@ class AgentDispatch(_Strict):
     metadata: str | None = Field(default=None, description="Goes to the call's metadata as `agent_metadata`.")
 
 
+NO_DISPATCH = AgentDispatch()
+
+
 class RoomConfig(_Strict):
     """LiveKit's room configuration: only the agent can be chosen, OneInbox assigns the room."""
 
@@ -97,7 +100,7 @@ class SessionRequest(_Strict):
     @property
     def _dispatch(self) -> AgentDispatch:
         agents = self.room_config and self.room_config.agents
-        return agents[0] if agents else AgentDispatch()
+        return agents[0] if agents else NO_DISPATCH
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -105,7 +108,7 @@ class SessionRequest(_Strict):
             raise PydanticCustomError("contradiction", "agent and room_config.agents[0].agent_name differ")
         if len(self.all_variables) > MAX_VARIABLES:
             raise PydanticCustomError("too_long", "There are at most 32 variables, participant_attributes included")
-        if len(to_json(self.all_metadata)) > MAX_METADATA:
+        if (metadata := self.all_metadata) and len(to_json(metadata)) > MAX_METADATA:
             raise PydanticCustomError("too_long", "Metadata has at most 4 KiB as JSON")
         return self
 

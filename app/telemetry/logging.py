@@ -1,14 +1,23 @@
 """Structured logs on stderr: JSON off a terminal, readable on one."""
 
+import json
 import logging
 import os
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from structlog.typing import Processor
 
 Level = Literal["debug", "info", "warning", "error"]
+
+
+_encoder = json.JSONEncoder(default=repr)
+
+
+def _as_json(event: dict[str, Any], **_: object) -> str:
+    """As json.dumps, which would make an encoder for each line."""
+    return _encoder.encode(event)
 
 
 def configure_logging(level: Level = "info", log_format: Literal["json", "text"] | None = None) -> None:
@@ -28,7 +37,7 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
         # repr of every text: nobody's line break becomes a log line of its own
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ, repr_native_str=True)
         if as_text
-        else structlog.processors.JSONRenderer()
+        else structlog.processors.JSONRenderer(serializer=_as_json)
     )
     structlog.configure(
         processors=[*shared, renderer],
