@@ -15,7 +15,7 @@ from app.limits.starts import ALL_CALLS, Start, calls_of_user
 from app.limits.talk import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
-from app.store import Rate, Store, StoreUnavailable
+from app.store import Rate, Store, StoreUnavailable, Value
 from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
@@ -283,10 +283,16 @@ class LiveCalls:
         left = self._lease - (self._now() - start.since)
         if left <= 0:
             return
-        await self._store.set(f"call:{start.request_id}", call.to_bytes(), left)
-        await self._store.set(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY))
-        if not call.unwanted:
-            await self._store.push(_list_of(start.user), call.to_bytes(), keep=LISTED_CALLS, ttl=DAY)
+        value = call.to_bytes()
+        values = [
+            Value(f"call:{start.request_id}", value, left),
+            Value(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY)),
+        ]
+        if call.unwanted:
+            for each in values:
+                await self._store.set(*each)
+        else:
+            await self._store.push(_list_of(start.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
 
 
 def _unfound(start: Start) -> str:

@@ -2,10 +2,10 @@
 
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, Rate, RateState, Slot, Store, StoreUnavailable
+from app.store.protocol import Decision, Rate, RateState, Slot, Store, StoreUnavailable, Value
 from app.store.valkey import ValkeyStore
 
-__all__ = ["Decision", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "open_store"]
+__all__ = ["Decision", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "Value", "open_store"]
 
 
 def open_store(url: str) -> Store:

@@ -32,7 +32,7 @@ from typing import Literal, ParamSpec, Self, TypeVar
 import structlog
 
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, Rate, Slot, StoreUnavailable
+from app.store.protocol import Decision, Rate, Slot, StoreUnavailable, Value
 from app.store.valkey import ValkeyStore
 
 PROBE_SECONDS = 1.0
@@ -166,9 +166,9 @@ class FailoverStore:
         except StoreUnavailable:
             return await self._local.members(name)
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
         """See `Store.push`."""
-        await self._ask(self._shared.push, name, value, keep=keep, ttl=ttl)
+        await self._ask(self._shared.push, name, value, keep=keep, ttl=ttl, setting=setting)
 
     async def items(self, name: str) -> list[bytes]:
         """See `Store.items`."""

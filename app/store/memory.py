@@ -14,7 +14,7 @@ from typing import Generic, Literal, Self, TypeVar
 
 from app.store import windows
 from app.store.hub import Hub
-from app.store.protocol import Decision, Rate, RateState, Slot
+from app.store.protocol import Decision, Rate, RateState, Slot, Value
 from app.store.windows import Window
 
 SHARDS = 256
@@ -166,9 +166,11 @@ class MemoryStore:
         members = self._sets.of(name).get(name)
         return {member: end - now for member, end in members.living(now).items()} if members else {}
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
         """See `Store.push`."""
         now = self._now()
+        for each in setting:
+            self._values.of(each.name)[each.name] = (now + each.ttl, each.value)
         self._lists.of(name)[name] = (now + ttl, (value, *self._items(name, now))[:keep])
 
     async def items(self, name: str) -> list[bytes]:

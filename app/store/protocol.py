@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 
 class StoreUnavailable(Exception):
@@ -70,6 +70,14 @@ class Decision:
     def allowed(self) -> bool:
         """True when nothing refused."""
         return not self.refused
+
+
+class Value(NamedTuple):
+    """What `Store.set` takes."""
+
+    name: str
+    value: bytes
+    ttl: float
 
 
 class Store(Protocol):
@@ -152,8 +160,11 @@ class Store(Protocol):
         """The living members and the seconds each has left."""
         ...
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
-        """Put a value in front of a list that keeps the newest `keep`, and expires `ttl` after its last push."""
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
+        """Put a value in front of a list that keeps the newest `keep`, and expires `ttl` after its last push.
+
+        `setting`: values to `set` in the same step.
+        """
         ...
 
     async def items(self, name: str) -> list[bytes]:

@@ -199,8 +199,10 @@ DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nret
 
 PUSH = Script(
     """
+-- KEYS: the list, then values. ARGV: what is pushed, how many are kept, ttl, then value and ttl for each.
 redis.call('LPUSH', KEYS[1], ARGV[1])
 redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
+for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[2 * i], 'PX', ARGV[2 * i + 1]) end
 """
 )

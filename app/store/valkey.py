@@ -26,7 +26,7 @@ from app.store import scripts
 from app.store.hub import Hub
 from app.store.listener import Listener
 from app.store.patience import Patience
-from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable
+from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable, Value
 
 PREFIX = "oib:"
 TIMEOUT = 0.25
@@ -166,9 +166,13 @@ class ValkeyStore:
             for member, left in zip(found[::2], found[1::2], strict=True)
         }
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
         """See `Store.push`."""
-        await self._run(scripts.PUSH, [f"{PREFIX}l:{name}"], value, keep, _milliseconds(ttl))
+        keys = [f"{PREFIX}l:{name}", *(_value(each.name) for each in setting)]
+        asked: list[str | bytes | int] = [value, keep, _milliseconds(ttl)]
+        for each in setting:
+            asked += (each.value, _milliseconds(each.ttl))
+        await self._run(scripts.PUSH, keys, *asked)
 
     async def items(self, name: str) -> list[bytes]:
         """See `Store.items`."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from app.store import Rate, Slot, Store, open_store
+from app.store import Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
 from tests.integration.valkey import Valkey, running_valkey
 
@@ -186,6 +186,16 @@ async def test_lists_keep_the_newest(store: Store, name: str) -> None:
     for value in (b"1", b"2", b"3", b"4"):
         await store.push(name, value, keep=3, ttl=60)
     assert await store.items(name) == [b"4", b"3", b"2"]
+
+
+async def test_values_are_set_with_what_is_pushed(store: Store, name: str) -> None:
+    setting = [Value(f"{name}1", b"one", 60), Value(f"{name}2", b"two", 0.02)]
+
+    await store.push(name, b"pushed", keep=3, ttl=60, setting=setting)
+
+    assert await store.items(name) == [b"pushed"]
+    assert await store.get(f"{name}1") == b"one"
+    await gone(store, f"{name}2")
 
 
 async def test_names_are_any_text(store: Store, name: str) -> None:

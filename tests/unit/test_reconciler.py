@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
 from app.sandbox.faults import Hang, Operation, Status
 from app.sandbox.schemas import StartCall
-from app.store import Slot, StoreUnavailable
+from app.store import Slot, StoreUnavailable, Value
 from app.store.memory import MemoryStore
 from app.telemetry.metrics import ORPHANS, Metrics
 from tests.conftest import Logs
@@ -52,9 +52,9 @@ class Losable(MemoryStore):
         self._check()
         return await super().delete(name, expected)
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float) -> None:
+    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
         self._check()
-        await super().push(name, value, keep=keep, ttl=ttl)
+        await super().push(name, value, keep=keep, ttl=ttl, setting=setting)
 
     def _check(self) -> None:
         if self.gone:
