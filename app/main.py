@@ -11,10 +11,11 @@ from fastapi import FastAPI
 from slowapi.errors import RateLimitExceeded
 from starlette.middleware import Middleware
 
-from app import __version__, docs, health, metrics_page, openapi, problem_pages, problems
+from app import __version__, health, metrics_page, openapi, problem_pages, problems
 from app.broker import Broker, check, open_broker
 from app.calls import routes as calls
 from app.config import Settings, SettingsError, load_settings, origin_of
+from app.docs import routes as docs
 from app.limits.service import on_refused
 from app.middleware.origins import Origins
 from app.middleware.response_headers import ResponseHeaders

@@ -180,18 +180,24 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
 
 
 def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """The document as one broker serves it: under its prefix, with the logins that it takes."""
-    names = {"anonymous": [], "jwt": ["token", "cookie"], "header": ["proxy"]}[settings.auth]
-    logins = {name: dict(LOGINS[name]) for name in names if name != "cookie" or settings.jwt_cookie}
-    if "cookie" in logins:
-        logins["cookie"]["name"] = settings.jwt_cookie
-    if "proxy" in logins:
-        logins["proxy"]["name"] = settings.user_header
+    """The document as one broker serves it: its prefix, the routes that are switched on, the logins that it takes."""
+    off = {"/metrics": not settings.metrics_token, "/webhooks/oneinbox/{secret}": not settings.webhook_secret}
+    cookie = {**LOGINS["cookie"], "name": settings.jwt_cookie}
+    by_mode: dict[str, dict[str, Any]] = {
+        "anonymous": {},
+        "jwt": {"token": LOGINS["token"], **({"cookie": cookie} if settings.jwt_cookie else {})},
+        "header": {"proxy": {**LOGINS["proxy"], "name": settings.user_header}},
+    }
+    logins = by_mode[settings.auth]
+    schemes = {**logins, **({"metrics": METRICS_LOGIN} if settings.metrics_token else {})}
+    # Without any, Swagger UI would still have a button for them.
+    others = {kind: each for kind, each in document["components"].items() if kind != "securitySchemes"}
     return {
         **document,
         "servers": [{"url": settings.root_path or "/"}],
         "security": [{name: []} for name in logins],
-        "components": {**document["components"], "securitySchemes": {**logins, "metrics": METRICS_LOGIN}},
+        "paths": {path: item for path, item in document["paths"].items() if not off.get(path)},
+        "components": {**others, **({"securitySchemes": schemes} if schemes else {})},
     }
 
 

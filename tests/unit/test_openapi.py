@@ -152,11 +152,21 @@ def test_who_may_be_asked_to_sign_in_is_said() -> None:
 def test_a_broker_offers_the_logins_it_takes(environ: dict[str, str], logins: dict[str, str]) -> None:
     settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_x", "ONEINBOX_AGENT_ID": "a", **environ}, env_file=None)
     served = of_broker(DOCUMENT, settings)
-    schemes = served["components"]["securitySchemes"]
+    schemes = served["components"].get("securitySchemes", {})
     assert {name: schemes[name].get("name", schemes[name].get("scheme")) for name in logins} == logins
     assert served["security"] == [{name: []} for name in logins]
     assert schemes.keys() & {"token", "cookie", "proxy"} == logins.keys()
     assert "BROKER_JWT_COOKIE" in str(DOCUMENT["components"]["securitySchemes"]), "the document itself stays as it is"
+
+
+def test_a_broker_describes_the_routes_that_are_switched_on() -> None:
+    required = {"ONEINBOX_API_KEY": "oi_sk_x", "ONEINBOX_AGENT_ID": "a"}
+    switched_on = {"BROKER_METRICS_TOKEN": "m" * 16, "BROKER_WEBHOOK_SECRET": "w" * 22}
+    least = of_broker(DOCUMENT, load_settings(required, env_file=None))
+    most = of_broker(DOCUMENT, load_settings({**required, **switched_on}, env_file=None))
+    assert most["paths"] == DOCUMENT["paths"]
+    assert most["paths"].keys() - least["paths"].keys() == {"/metrics", "/webhooks/oneinbox/{secret}"}
+    assert "securitySchemes" not in least["components"], "the explorer would have an empty dialog"
 
 
 def test_what_may_be_left_out_has_no_default() -> None:

@@ -1,0 +1,1 @@
+"""The OpenAPI explorer and the document that it shows."""

@@ -1,0 +1,163 @@
+"""The explorer in a real browser, used as a newcomer would."""
+
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import jwt
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.e2e.conftest import OpenPage
+from tests.integration.processes import running, serving
+from tests.needs import program
+
+SECRET = "a-secret-shared-with-the-sign-in-service"
+EXAMPLES = ".opblock-section-request-body .examples-select select"
+PATIENCE = 30_000
+"""Milliseconds; ample on a busy machine."""
+
+
+@contextmanager
+def broker(environ: Mapping[str, str]) -> Iterator[str]:
+    """The URL of a broker with these settings, in front of an emulator."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        running("emulator", "--port", "0", cwd=Path(name), environ={}) as oneinbox,
+    ):
+        emulator = re.search(r"http://127\.0\.0\.1:\d+", oneinbox.wait_for("http://127.0.0.1:"))
+        assert emulator is not None
+        least = {
+            "ONEINBOX_API_KEY": "oi_sk_sandbox",
+            "ONEINBOX_AGENT_ID": "agt_sandbox",
+            "ONEINBOX_BASE_URL": emulator[0],
+        }
+        with serving(Path(name), {**least, **environ}) as (_, url):
+            yield url
+
+
+def opened(page: Page, operation: str) -> Locator:
+    """An operation, unfolded and ready to be tried out."""
+    block = page.locator(f"[id$='-{operation}']")
+    block.locator(".opblock-summary-control").click()
+    expect(block.get_by_role("button", name="Execute")).to_be_visible()
+    return block
+
+
+def executed(block: Locator) -> Locator:
+    """What the broker answered."""
+    block.get_by_role("button", name="Execute").click()
+    answer = block.locator(".live-responses-table .response").first
+    expect(answer).to_be_visible(timeout=PATIENCE)
+    return answer
+
+
+def body(answer: Locator) -> dict[str, object]:
+    """The JSON of an answer."""
+    value: dict[str, object] = json.loads(answer.locator(".highlight-code code").first.inner_text())
+    return value
+
+
+def test_try_it_out_starts_a_call_and_follows_its_location(open_page: OpenPage, sandbox: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+
+    started = executed(opened(page, "createSession"))
+
+    expect(started.locator(".response-col_status")).to_contain_text("201")
+    assert body(started).keys() == {"server_url", "participant_token"}
+    location = re.search(r"location: (\S+)", started.inner_text())
+    assert location is not None
+    reading = opened(page, "getCall")
+    reading.get_by_placeholder("call", exact=True).fill(location[1].removeprefix("/calls/"))
+    read = executed(reading)
+    expect(read.locator(".response-col_status")).to_contain_text("200")
+    assert body(read)["agent"] == "default"
+
+
+@pytest.mark.parametrize("example", ["Values for the agent's prompt", "LiveKit's standard token request"])
+def test_each_request_example_can_be_tried_out(open_page: OpenPage, sandbox: str, example: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+    session = opened(page, "createSession")
+
+    session.locator(EXAMPLES).select_option(example)
+
+    expect(executed(session).locator(".response-col_status")).to_contain_text("201")
+
+
+def test_curl_line_works_when_it_is_pasted(open_page: OpenPage, sandbox: str) -> None:
+    program("curl", "curl")
+    page = open_page(f"{sandbox}/docs")
+    session = opened(page, "createSession")
+    session.locator(EXAMPLES).select_option("Values for the agent's prompt")
+    executed(session)
+
+    line = session.locator(".curl-command .curl").inner_text()
+
+    done = subprocess.run(["bash", "-c", f"{line} --silent"], capture_output=True, timeout=30, check=True)
+    assert json.loads(done.stdout).keys() == {"server_url", "participant_token"}
+
+
+def test_errors_are_folded_away_and_all_there(open_page: OpenPage, sandbox: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+    session = opened(page, "createSession")
+    refused = session.locator(".response[data-code='403']")
+    expect(refused).to_be_hidden()
+
+    session.get_by_text("Errors: 400, 401").click()
+
+    expect(refused).to_contain_text("override-not-allowed: An override may not be set.")
+    refused.locator(".examples-select select").select_option("blocked")
+    expect(refused.locator(".highlight-code").first).to_contain_text("/problems/blocked")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_explorer_follows_the_colour_scheme(open_page: OpenPage, sandbox: str, scheme: str) -> None:
+    page = open_page(f"{sandbox}/docs", color_scheme=scheme)
+
+    expect(page.get_by_text("Start a call").first).to_be_visible(timeout=PATIENCE)
+
+    letters = page.evaluate("getComputedStyle(document.querySelector('.swagger-ui')).color")
+    assert (min(map(int, re.findall(r"\d+", letters))) > 128) == (scheme == "dark")
+
+
+def test_explorer_works_under_a_prefix(open_page: OpenPage) -> None:
+    with broker({"BROKER_ROOT_PATH": "/voice"}) as url:
+        page = open_page(f"{url}/voice/docs")
+
+        started = executed(opened(page, "createSession"))
+
+        expect(started.locator(".response-col_status")).to_contain_text("201")
+        expect(started).to_contain_text("location: /voice/calls/")
+        expect(page.locator(".curl-command")).to_contain_text(f"{url}/voice/session")
+
+
+def test_authorize_signs_in_where_users_have_tokens(open_page: OpenPage) -> None:
+    token = jwt.encode({"sub": "ada", "exp": time.time() + 600}, SECRET, "HS256")
+    with broker({"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": SECRET}) as url:
+        # The browser itself reports every answer that is an error.
+        page = open_page(f"{url}/docs", complaints_expected="status of 401")
+        session = opened(page, "createSession")
+        expect(executed(session).locator(".response-col_status")).to_contain_text("401")
+
+        page.locator(".scheme-container .authorize").click()
+        dialog = page.locator(".dialog-ux")
+        dialog.get_by_label("auth-bearer-value").fill(token)
+        dialog.get_by_role("button", name="Apply credentials").click()
+        dialog.get_by_role("button", name="Close").last.click()
+
+        session.get_by_role("button", name="Execute").click()
+        expect(session.locator(".live-responses-table .response")).to_contain_text("201", timeout=PATIENCE)
+        expect(session.locator(".curl-command")).to_contain_text(f"Authorization: Bearer {token}")
+
+
+def test_there_is_nothing_to_authorize_where_nobody_signs_in(open_page: OpenPage, sandbox: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+
+    expect(page.get_by_text("Start a call").first).to_be_visible(timeout=PATIENCE)
+
+    expect(page.locator(".authorize")).to_have_count(0)
