@@ -25,12 +25,25 @@ def take_demo(browser: Browser, url: str, scheme: Literal["light", "dark"], name
     page.close()
 
 
+def take_explorer(browser: Browser, url: str, name: str) -> None:
+    """The explorer, with a call started by "Try it out"."""
+    page = browser.new_page(viewport={"width": 1100, "height": 1490})
+    page.goto(f"{url}/docs#/sessions/createSession")
+    session = page.locator("#operations-sessions-createSession")
+    session.get_by_role("button", name="Execute").click()
+    expect(session.locator(".live-responses-table .response")).to_contain_text("201")
+    session.scroll_into_view_if_needed()
+    page.screenshot(path=FOLDER / name)
+    page.close()
+
+
 def main() -> None:
     """Write them all."""
     FOLDER.mkdir(exist_ok=True)
     with running_sandbox() as (_, url), chromium() as browser:
         take_demo(browser, url, "light", "demo.png")
         take_demo(browser, url, "dark", "demo-dark.png")
+        take_explorer(browser, url, "explorer.png")
 
 
 if __name__ == "__main__":
