@@ -46,6 +46,7 @@ from app.sessions.service import Sessions
 from app.shutdown import Shutdown
 from app.store import Store, open_store
 from app.telemetry.metrics import Metrics
+from app.telemetry.traces import Traces, open_traces
 
 LEASE_GRACE = 300
 """Seconds that a live slot outlives the longest call: the time to hang it up in."""
@@ -60,8 +61,8 @@ class Broker:
     `admission`: who is asking, and how often. `brake`: what the operator stopped. `ownership`: names calls and knows
     whose they are. `sessions`: starts calls. `calls`: reads them. `store`: the shared memory, for the readiness check.
     `hints`: looks at calls that a webhook named. `rotation`: the secrets in force. `shutdown`: whether the end is near.
-    `metrics`: what was counted. `gauges`: what is true now, for them. `root_path`: prefix of every path that is handed
-    out.
+    `metrics`: what was counted. `gauges`: what is true now, for them. `traces`: where they are wanted.
+    `root_path`: prefix of every path that is handed out.
     """
 
     admission: Admission
@@ -75,6 +76,7 @@ class Broker:
     shutdown: Shutdown
     metrics: Metrics
     gauges: Gauges
+    traces: Traces | None
     root_path: str
 
     @property
@@ -114,7 +116,10 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
-        oneinbox = open_oneinbox(settings, transport, rotation.look, metrics)
+        traces = open_traces()
+        if traces is not None:
+            stack.push_async_callback(traces.aclose)
+        oneinbox = open_oneinbox(settings, transport, rotation.look, metrics, traces)
         stack.push_async_callback(oneinbox.aclose)
         stack.push_async_callback(identity.aclose)
         await identity.start()
@@ -204,6 +209,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             shutdown=shutdown,
             metrics=metrics,
             gauges=gauges,
+            traces=traces,
             root_path=settings.root_path,
         )
 
@@ -242,6 +248,7 @@ def open_oneinbox(
     transport: httpx.AsyncBaseTransport | None = None,
     reread_key: Callable[[], Awaitable[None]] | None = None,
     metrics: Metrics | None = None,
+    traces: Traces | None = None,
 ) -> OneInbox:
     """The client of the configured account; inside the event loop, to be closed by the caller.
 
@@ -256,6 +263,7 @@ def open_oneinbox(
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
         reread_key=reread_key,
         metrics=metrics,
+        traces=traces,
     )
 
 

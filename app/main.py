@@ -26,6 +26,7 @@ from app.telemetry.logging import configure_logging
 from app.telemetry.memory import settle_memory
 from app.telemetry.metrics import Metrics
 from app.telemetry.requests import RequestLog
+from app.telemetry.traces import TraceRequests, Traces, are_wanted
 
 
 class State(TypedDict):
@@ -33,6 +34,7 @@ class State(TypedDict):
 
     broker: Broker
     metrics: Metrics
+    traces: Traces | None
 
 
 def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
@@ -47,7 +49,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with open_broker(settings, transport) as broker:
-            yield {"broker": broker, "metrics": broker.metrics}
+            yield {"broker": broker, "metrics": broker.metrics, "traces": broker.traces}
 
     app = FastAPI(
         title="OneInbox token broker",
@@ -63,6 +65,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
         middleware=[
             Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
+            *([Middleware(TraceRequests)] if are_wanted() else []),
             Middleware(ResponseHeaders),
             Middleware(
                 Origins,

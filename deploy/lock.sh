@@ -18,7 +18,7 @@ compile() { # INPUT OUTPUT [OPTION…]
     --custom-compile-command "bash deploy/lock.sh"
 }
 
-compile pyproject.toml deploy/requirements.lock "$@"
+compile pyproject.toml deploy/requirements.lock --extra otel "$@" # traces are off until a variable asks for them
 sed -nE '/^\[build-system\]/,/^\[project\]/s/^requires = \["(.*)"\]$/\1/p' pyproject.toml |
   sed 's/", "/\n/g' >"$tools/build.in"
 compile "$tools/build.in" deploy/build.lock --no-annotate "$@"

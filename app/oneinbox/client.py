@@ -26,6 +26,7 @@ from app.oneinbox.errors import (
 from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import surely_not_sent
 from app.telemetry.metrics import Metrics
+from app.telemetry.traces import Traces
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -48,6 +49,7 @@ class OneInbox:
     Every method raises OneInboxError. A request is sent once; again only after a 401, when the key has changed.
 
     `cooldown`: when no call is started; reads are neither refused by it nor do they begin it. `metrics`: count.
+    `traces`: None where there are none.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class OneInbox:
         reread_key: Callable[[], Awaitable[None]] | None = None,
         cooldown: Cooldown | None = None,
         metrics: Metrics | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback).
 
         `reread_key`: gives a changed key to `use_key`, if there is one.
         """
         self._metrics = metrics or Metrics()
+        self._traces = traces
         self.cooldown = cooldown or Cooldown(metrics=self._metrics)
         self._base_url = base_url
         self._web_calls = httpx.URL(f"{base_url}{START}")
@@ -219,6 +223,7 @@ class OneInbox:
     async def _exchange(self, request: httpx.Request, path: str, limit: int) -> tuple[httpx.Response, bytes]:
         begun = time.perf_counter()
         status, failure = None, ""
+        span = self._traces.begin_exchange(request, path) if self._traces is not None else None
         try:
             response = await self._transport.handle_async_request(request)
             status = response.status_code
@@ -232,6 +237,8 @@ class OneInbox:
             raise
         finally:
             self._metrics.exchanged(request.method, path, status, failure, time.perf_counter() - begun)
+            if span is not None:
+                Traces.end_exchange(span, status, failure)
 
     async def _has_another_key(self, headers: httpx.Headers) -> bool:
         """Whether the key is another by now than when a request with these headers was made."""

@@ -21,7 +21,8 @@ QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.
 class RequestLog:
     """Gives each request an id (the client's own, when it is a safe one), sends it back, and logs the request.
 
-    Routes add to the line through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug).
+    Routes add to the line through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug),
+    `trace` (its id).
     `outcome`: of a session, where it is no problem.
     """
 
@@ -56,7 +57,7 @@ class RequestLog:
                 "ms": round(seconds * 1000, 1),
                 "request_id": request_id,
             }
-            for name in ("user", "call", "problem"):
+            for name in ("user", "call", "problem", "trace"):
                 if value := state.get(name):
                     line[name] = value
             if route in QUIET_ROUTES:

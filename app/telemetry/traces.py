@@ -1,0 +1,164 @@
+"""Traces for OpenTelemetry, sent over OTLP: where the extra `otel` is installed, and OpenTelemetry's own variables say
+where to (https://opentelemetry.io/docs/specs/otel/protocol/exporter/); elsewhere they cost nothing.
+
+A span has names of routes, methods, statuses and errors, and nothing else: no path, no header, no message of an
+exception. Every trace begins here. What a caller says of a trace of its own is not heard: strangers decide neither what
+is sampled nor whose trace they are in.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import httpx
+import structlog
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import __version__
+from app.telemetry.metrics import METHODS, OTHER
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+PROTOCOL = "http/protobuf"
+LAST_WORDS_SECONDS = 3
+"""How long the last spans may take to be sent at the end of the process."""
+
+log = structlog.get_logger(__name__)
+
+
+def are_wanted() -> bool:
+    """Whether OpenTelemetry's variables ask for traces."""
+    return (
+        any(os.environ.get(name) for name in ENDPOINTS)
+        and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+        and os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+    )
+
+
+def open_traces() -> "Traces | None":
+    """Traces, begun to be sent; None where none are wanted, or none can be sent, which is logged."""
+    if not are_wanted():
+        return None
+    protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), PROTOCOL)
+    if protocol != PROTOCOL:
+        log.warning("no_traces", why=f"the only protocol is {PROTOCOL}; set {PROTOCOLS[1]} to it")
+        return None
+    if find_spec("opentelemetry.sdk") is None or find_spec("opentelemetry.exporter") is None:
+        log.warning("no_traces", why="the extra is not installed: pip install 'oneinbox-broker[otel]'")
+        return None
+    # Half a second's imports, for those who want them.
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+    ours = Resource({"service.name": "oneinbox-broker", "service.version": __version__})
+    try:
+        resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    except ValueError:  # whose words may repeat a header's secret
+        log.error("no_traces", why="one of OpenTelemetry's variables, OTEL_…, is not what it takes")
+        return None
+    return Traces(provider)
+
+
+class Traces:
+    """Makes the spans of one broker. Its provider is nobody else's: no library adds spans of its own."""
+
+    def __init__(self, provider: "TracerProvider") -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("oneinbox-broker", __version__)
+        self._w3c = TraceContextTextMapPropagator()
+
+    @contextmanager
+    def request(self, method: str) -> Iterator[Span]:
+        """The span of a request, which begins a trace; what it leads to becomes part of it."""
+        with self._tracer.start_as_current_span(
+            method,
+            context=Context(),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": method},
+            record_exception=False,  # its message may hold anything
+            set_status_on_exception=False,
+        ) as span:
+            yield span
+
+    def begin_exchange(self, request: httpx.Request, path: str) -> Span:
+        """Begin the span of a request to OneInbox, and tell OneInbox of it. `path`: with names for what varies."""
+        attributes: dict[str, str | int] = {
+            "http.request.method": request.method,
+            "url.template": path,
+            "server.address": request.url.host,
+            "server.port": request.url.port or (443 if request.url.scheme == "https" else 80),
+        }
+        span = self._tracer.start_span(f"{request.method} {path}", kind=SpanKind.CLIENT, attributes=attributes)
+        self._w3c.inject(request.headers, set_span_in_context(span))
+        return span
+
+    @staticmethod
+    def end_exchange(span: Span, status: int | None, error: str) -> None:
+        """End it. `error`: a class' name, where there was no answer."""
+        if status is not None:
+            span.set_attribute("http.response.status_code", status)
+        if error or (status is not None and status >= 400):
+            span.set_attribute("error.type", error or str(status))
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
+    async def aclose(self) -> None:
+        """Send what is left, for a moment; a receiver that does not answer holds nobody's end up."""
+        last = threading.Thread(target=self._provider.shutdown, daemon=True)
+        last.start()
+        await asyncio.to_thread(last.join, LAST_WORDS_SECONDS)
+
+
+class TraceRequests:
+    """Middleware: a span for each request. Its trace's id goes into the log line, as `trace`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        traces: Traces | None = scope["state"].get("traces") if scope["type"] == "http" else None
+        if traces is None:
+            return await self.app(scope, receive, send)
+        status = 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        method = scope["method"] if scope["method"] in METHODS else OTHER
+        with traces.request(method) as span:
+            scope["state"]["trace"] = format_trace_id(span.get_span_context().trace_id)
+            try:
+                await self.app(scope, receive, note_status)
+            finally:
+                _describe(span, method, scope, status)
+
+
+def _describe(span: Span, method: str, scope: Scope, status: int) -> None:
+    route = getattr(scope.get("route"), "path", None)
+    if route is not None:
+        span.set_attribute("http.route", route)
+        span.update_name(f"{method} {route}")
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if problem := scope["state"].get("problem"):
+        span.set_attribute("broker.problem", problem)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(Status(StatusCode.ERROR))
