@@ -99,7 +99,10 @@ ANSWERED: Mapping[str, tuple[str, Any]] = {
         "again. Absent where a request is refused before it is counted.",
         '"user-minute";r=4;t=60, "user-day";r=49;t=86400',
     ),
-    "WWW-Authenticate": ("How to sign in.", "Bearer"),
+    "WWW-Authenticate": (
+        "How to sign in: `Bearer`, with a token; `ForwardedUser`, through the proxy in front.",
+        "Bearer",
+    ),
 }
 PROBLEM_HEADERS = {401: "WWW-Authenticate", 409: "Retry-After", 429: "Retry-After", 503: "Retry-After"}
 PROBLEM_ERRORS = {

@@ -18,7 +18,7 @@ from app import __version__
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.harness import JSON, ROOMY
-from tests.integration.processes import Process, exchange, run, running, serving
+from tests.integration.processes import ROOT, Process, exchange, run, running, serving
 from tests.shapes import assert_problem, assert_session
 
 KEY = "oi_sk_integration_77c1d0"
@@ -298,6 +298,7 @@ async def test_the_document_needs_no_key(tmp_path: Path) -> None:
     done = await asyncio.to_thread(lambda: run("openapi", cwd=tmp_path, environ={}))
 
     assert (done.code, done.err) == (0, "")
+    assert done.out == (ROOT / "deploy" / "openapi.json").read_text(encoding="utf-8")
     document = json.loads(done.out)
     assert document["openapi"].startswith("3.")
     assert document["info"]["version"] == __version__
