@@ -71,13 +71,14 @@ class MemoryStore:
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[Window] = []
+        found: list[tuple[dict[str, Window], Window]] = []
         for index, rate in enumerate(rates):
-            window = self._windows.of(rate.name).get(rate.name)
-            window = windows.current(window, now) if window else windows.fresh(rate.seconds)
+            shard = self._windows.of(rate.name)
+            known = shard.get(rate.name)
+            window = windows.current(known, now) if known else windows.fresh(rate.seconds)
             if windows.total(window) + cost > rate.amount:
                 refused.append(index)
-            found.append(window)
+            found.append((shard, window))
         used: list[int] = []
         for index, slot in enumerate(slots, len(rates)):
             members = self._sets.of(slot.name).get(slot.name)
@@ -90,9 +91,9 @@ class MemoryStore:
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            window = found[index]
+            shard, window = found[index]
             if counted:
-                window = self._windows.of(rate.name)[rate.name] = windows.count(window, rate, now, cost)
+                window = shard[rate.name] = windows.count(window, rate, now, cost)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             used = [self._enter(slot.name, member, now, lease) for slot in slots]

@@ -26,8 +26,7 @@ class Rate:
     seconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class RateState:
+class RateState(NamedTuple):
     """One rate after a decision.
 
     `remaining`: how many more the window takes (never below 0). `reset`: seconds until the window takes more than it
