@@ -16,7 +16,8 @@ import typer
 
 from app import __version__
 from app.config import Settings, SettingsError, load_settings, split_url, takes
-from app.doctor import Finding, all_ok, as_json, as_text, cautions, diagnose, probe
+from app.doctor.findings import Finding, all_ok, as_json, as_text
+from app.doctor.prudence import cautions
 from app.main import create_app
 from app.oneinbox.errors import OneInboxError
 from app.operator import Operator, WebhookOperator, operate, operate_webhooks
@@ -237,6 +238,10 @@ def doctor(
         _check_probe_url(probe_url)
 
     async def run() -> bool:
+        # What only the doctor needs no server has to load.
+        from app.doctor.diagnosis import diagnose  # noqa: PLC0415
+        from app.doctor.probe import probe  # noqa: PLC0415
+
         findings = await (diagnose() if probe_url is None else probe(probe_url))
         # Here, and not after the loop: a name that does not resolve holds the loop's end up, for its thread.
         _say(as_json(findings) if as_json_object else _told(findings))

@@ -13,6 +13,8 @@ from app.telemetry.metrics import forget_all_but
 
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
+BACKLOG = 65535
+"""Connections that may wait to be taken; the kernel has a bound of its own (`net.core.somaxconn`)."""
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept; nginx' default. Load balancers keep theirs for up to 60 s, and must be the
 ones to close: else they send a request into a closing connection, and answer 502."""
@@ -60,6 +62,7 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
         loop="uvloop",
         http=GuardedHttp,
         ws="none",
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
@@ -68,7 +71,7 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=2048)
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     # A client that vanished without a word frees its place within 20 s. Connections inherit these.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 9_000)):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from app.doctor import Finding, as_json, diagnose
+from app.doctor.diagnosis import diagnose
+from app.doctor.findings import Finding, as_json
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Drip, Drop, Hang, Status
 from app.sandbox.server import RunningEmulator, running_emulator

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from app.doctor import probe
+from app.doctor.probe import probe
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.integration.brokers import running_broker_process
 from tests.integration.processes import run

@@ -2,8 +2,7 @@
 
 import json
 
-from app.doctor import Finding, all_ok, as_json, as_text
-from app.doctor.findings import fine, warning, wrong
+from app.doctor.findings import Finding, all_ok, as_json, as_text, fine, warning, wrong
 
 FINDINGS = [
     fine("settings", "none is wrong"),

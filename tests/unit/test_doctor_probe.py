@@ -10,8 +10,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from app.doctor import Finding, as_text, probe
-from app.doctor.probe import PROBES
+from app.doctor.findings import Finding, as_text
+from app.doctor.probe import PROBES, probe
 from app.middleware.response_headers import ALWAYS, API_CSP
 from app.problems import KINDS
 from app.sessions.schemas import SessionRequest
