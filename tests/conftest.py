@@ -40,7 +40,7 @@ Logs = list[MutableMapping[str, Any]]
 def clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of this machine and no `.env` reaches a test."""
     for name in list(os.environ):
-        if name.upper().startswith(("BROKER_", "ONEINBOX_")):
+        if name.upper().startswith(("BROKER_", "ONEINBOX_", "OTEL_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 

@@ -74,7 +74,8 @@ class OneInbox:
         self._traces = traces
         self.cooldown = cooldown or Cooldown(metrics=self._metrics)
         self._base_url = base_url
-        self._web_calls = httpx.URL(f"{base_url}{START}")
+        self._web_calls = url = httpx.URL(f"{base_url}{START}")
+        self._server = (url.host, url.port or (443 if url.scheme == "https" else 80))
         self._transport = transport
         self._timeout = timeout
         self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
@@ -223,7 +224,7 @@ class OneInbox:
     async def _exchange(self, request: httpx.Request, path: str, limit: int) -> tuple[httpx.Response, bytes]:
         begun = time.perf_counter()
         status, failure = None, ""
-        span = self._traces.begin_exchange(request, path) if self._traces is not None else None
+        span = self._traces.begin_exchange(request, path, self._server) if self._traces is not None else None
         try:
             response = await self._transport.handle_async_request(request)
             status = response.status_code
@@ -236,7 +237,8 @@ class OneInbox:
             failure = "TimeoutError" if isinstance(error, asyncio.CancelledError) else type(error).__name__
             raise
         finally:
-            self._metrics.exchanged(request.method, path, status, failure, time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            self._metrics.exchanged(request.method, path, status, failure, server=self._server, seconds=seconds)
             if span is not None:
                 Traces.end_exchange(span, status, failure)
 

@@ -83,7 +83,14 @@ class Metrics:
             Histogram(
                 "http_client_request_duration_seconds",
                 "Requests to OneInbox, by operation; without an answer there is no status, and an error.type.",
-                ("http_request_method", "url_template", "http_response_status_code", "error_type"),
+                (
+                    "http_request_method",
+                    "url_template",
+                    "http_response_status_code",
+                    "error_type",
+                    "server_address",
+                    "server_port",
+                ),
                 buckets=DURATIONS,
                 registry=registry,
             )
@@ -166,15 +173,20 @@ class Metrics:
         """Count a request for a session."""
         self._sessions[(outcome,)].inc()
 
-    def exchanged(self, method: str, template: str, status: int | None, error: str, seconds: float) -> None:
-        """Count a request to OneInbox. `template`: its path, with names for what varies. `error`: a class' name."""
+    def exchanged(
+        self, method: str, template: str, status: int | None, error: str, *, server: tuple[str, int], seconds: float
+    ) -> None:
+        """Count a request to OneInbox. `template`: its path, with names for what varies. `error`: a class' name.
+
+        `server`: where OneInbox is, host and port.
+        """
         if status is not None and status not in STATUSES:
             shown: str | int = OTHER
         else:
             shown = "" if status is None else status
         if status is not None and status >= 400:
             error = str(shown)  # as OpenTelemetry has it
-        self._exchanges[method, template, shown, error].observe(seconds)
+        self._exchanges[method, template, shown, error, *server].observe(seconds)
 
     def refused(self, limits: Iterable[str], *, enforced: bool = True) -> None:
         """Count a refusal by each of these limits."""

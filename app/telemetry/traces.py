@@ -94,13 +94,16 @@ class Traces:
         ) as span:
             yield span
 
-    def begin_exchange(self, request: httpx.Request, path: str) -> Span:
-        """Begin the span of a request to OneInbox, and tell OneInbox of it. `path`: with names for what varies."""
+    def begin_exchange(self, request: httpx.Request, path: str, server: tuple[str, int]) -> Span:
+        """Begin the span of a request to OneInbox, and tell OneInbox of it.
+
+        `path`: the URL's, with names for what varies. `server`: where OneInbox is, host and port.
+        """
         attributes: dict[str, str | int] = {
             "http.request.method": request.method,
             "url.template": path,
-            "server.address": request.url.host,
-            "server.port": request.url.port or (443 if request.url.scheme == "https" else 80),
+            "server.address": server[0],
+            "server.port": server[1],
         }
         span = self._tracer.start_span(f"{request.method} {path}", kind=SpanKind.CLIENT, attributes=attributes)
         self._w3c.inject(request.headers, set_span_in_context(span))

@@ -153,6 +153,8 @@ async def test_requests_to_oneinbox_are_counted_by_operation(open_broker: OpenBr
             "error_type": error,
             "http_request_method": method,
             "http_response_status_code": status,
+            "server_address": "api.oneinbox.ai",
+            "server_port": "443",
             "url_template": path,
         }
         shown = ",".join(f'{name}="{value}"' for name, value in labels.items())

@@ -8,7 +8,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan, Span
 
-from tests.conftest import OpenBroker
+from tests.conftest import Logs, OpenBroker
 from tests.harness import Upstream, post_session, start_call
 
 
@@ -62,3 +62,15 @@ async def test_a_trace_holds_no_call_key(
 
     for secret in (path.rpartition(".")[2], "QUERY", "VALUE", "BUG"):
         assert secret not in repr(recorder.told)
+
+
+async def test_without_the_extra_there_are_no_traces_and_the_log_says_how_to_get_them(
+    open_broker: OpenBroker, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("app.telemetry.traces.find_spec", lambda name: None)
+
+    broker = await open_broker()
+
+    assert (await post_session(broker)).status_code == 201
+    assert ["oneinbox-broker[otel]" in entry["why"] for entry in logs if entry["event"] == "no_traces"] == [True]
