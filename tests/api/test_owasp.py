@@ -192,6 +192,10 @@ async def test_api4_waiting_is_bounded(open_broker: OpenBroker, upstream: Upstre
     assert_problem(await post_session(broker), "at-capacity")
     go_on.set()
     assert [response.status_code for response in await asyncio.gather(*asking)] == [201] * 3
+    # Who has been answered waits no more, whatever the answer was.
+    upstream.start.respond(500)
+    for _ in range(5):
+        assert_problem(await post_session(broker), "upstream-error")
 
 
 # --- API5:2023 Broken function level authorization ---
