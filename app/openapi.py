@@ -195,11 +195,14 @@ def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
     schemes = {**logins, **({"metrics": METRICS_LOGIN} if settings.metrics_token else {})}
     # Without any, Swagger UI would still have a button for them.
     others = {kind: each for kind, each in document["components"].items() if kind != "securitySchemes"}
+    paths = {path: item for path, item in document["paths"].items() if not off.get(path)}
+    tags = {tag for item in paths.values() for operation in item.values() for tag in operation["tags"]}
     return {
         **document,
+        "tags": [each for each in document["tags"] if each["name"] in tags],
         "servers": [{"url": settings.root_path or "/"}],
         "security": [{name: []} for name in logins],
-        "paths": {path: item for path, item in document["paths"].items() if not off.get(path)},
+        "paths": paths,
         "components": {**others, **({"securitySchemes": schemes} if schemes else {})},
     }
 
@@ -208,7 +211,10 @@ def _complete(operation: dict[str, Any]) -> None:
     """Add what follows from an operation's answers."""
     answers = operation["responses"]
     operation["description"] = _flowing(operation["description"])
-    operation.setdefault("parameters", []).append(_ref("parameters", "X-Request-ID"))
+    for parameter in operation.setdefault("parameters", []):
+        if "anyOf" in parameter.get("schema", {}):
+            parameter["schema"] = parameter["schema"]["anyOf"][0]  # absent it may be, null it is never
+    operation["parameters"].append(_ref("parameters", "X-Request-ID"))
     if "401" not in answers:
         operation["security"] = []
     if JSON in answers.get("422", {}).get("content", {}):

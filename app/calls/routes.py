@@ -39,7 +39,7 @@ FROM_ONEINBOX = (
     summary="List your calls",
     response_model=CallList,
     responses={
-        200: answer("Your calls.", examples={"Two calls": {"items": [*CALLS.values()]}}),
+        200: answer("Your calls.", examples={"One": {"items": [CALLS[ENDED]]}, "None": {"items": []}}),
         **problems(*FOR_EVERYBODY, *FROM_ONEINBOX),
     },
 )

@@ -60,8 +60,7 @@ class CallList(BaseModel):
 
 
 RUNNING, ENDED = "It runs", "It has ended"
-# The second has some of what BROKER_EXPOSE may add.
-CALLS: dict[str, Any] = {
+CALLS: dict[str, dict[str, Any]] = {
     RUNNING: {
         "id": "call_abc123",
         "agent": "default",
@@ -71,28 +70,26 @@ CALLS: dict[str, Any] = {
         "ended_at": None,
         "duration_seconds": None,
         "end_reason": None,
-    },
-    ENDED: {
-        "id": "call_abc122",
-        "agent": "default",
-        "status": "completed",
-        "created_at": "2026-01-05T09:30:00Z",
-        "started_at": "2026-01-05T09:30:02Z",
-        "ended_at": "2026-01-05T09:31:14Z",
-        "duration_seconds": 72,
-        "end_reason": "user_hangup",
-        "transcript": [
-            {"role": "agent", "content": "Hello! How can I help?"},
-            {"role": "user", "content": "Where is my order?"},
-        ],
-        "summary": "The customer asked about an order.",
-    },
+    }
+}
+CALLS[ENDED] = {
+    **CALLS[RUNNING],
+    "status": "completed",
+    "ended_at": "2026-01-05T10:01:14Z",
+    "duration_seconds": 72,
+    "end_reason": "user_hangup",
+    # Some of what BROKER_EXPOSE may add:
+    "transcript": [
+        {"role": "agent", "content": "Hello! How can I help?"},
+        {"role": "user", "content": "Where is my order?"},
+    ],
+    "summary": "The customer asked about an order.",
 }
 EVENTS = "".join(
     f'event: {name}\nid: "{etag}"\ndata: {json.dumps(data)}\n\n'
     for name, etag, data in (
         ("call", "5d41402abc4b2a76", CALLS[RUNNING]),
-        ("call", "b9719d911017c592", {**CALLS[ENDED], "id": "call_abc123"}),
+        ("call", "b9719d911017c592", CALLS[ENDED]),
         ("end", "b9719d911017c592", {}),
     )
 )

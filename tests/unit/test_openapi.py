@@ -72,6 +72,7 @@ def test_operation_is_described(name: str) -> None:
     assert tag in {each["name"] for each in DOCUMENT["tags"] if each["description"]}
     for parameter in map(resolved, operation["parameters"]):
         assert parameter["description"]
+        assert parameter["schema"]["type"] == "string"
 
 
 @pytest.mark.parametrize(("name", "status", "answer"), [pytest.param(*each, id="-".join(each[:2])) for each in ANSWERS])
@@ -166,6 +167,7 @@ def test_a_broker_describes_the_routes_that_are_switched_on() -> None:
     most = of_broker(DOCUMENT, load_settings({**required, **switched_on}, env_file=None))
     assert most["paths"] == DOCUMENT["paths"]
     assert most["paths"].keys() - least["paths"].keys() == {"/metrics", "/webhooks/oneinbox/{secret}"}
+    assert [tag["name"] for tag in least["tags"]] == ["sessions", "calls", "service"]
     assert "securitySchemes" not in least["components"], "the explorer would have an empty dialog"
 
 
