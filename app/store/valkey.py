@@ -1,18 +1,17 @@
 """The store of several replicas: Valkey or Redis (6 or newer, one primary; no cluster), through redis-py's connections.
 
-Every operation has 250 ms in all: waiting for a connection, connecting, logging in, asking, answering. (A process that
+Every operation has 250 ms in all: waiting for its turn, connecting, logging in, asking, answering. (A process that
 is itself too busy to listen gives a server that answers more: patience.py.) One timer around the whole does that;
 redis-py's timers (one for each of these) would add CPU and sum up. Whatever goes wrong is a `StoreUnavailable` that
 tells neither address nor password. A question cut short may still be carried out by a server that thaws later: then too
 much is counted, never too little.
 
-Connections are kept here and not in redis-py's pool, which costs 10 to 25 µs of CPU more per question and whose
-waiters can lose their turn when others are cancelled. redis-py's client above it costs as much again.
+Of redis-py it uses the connection alone (line.py): the client and the pool above it cost several times a question, and
+the pool's waiters can lose their turn when others are cancelled.
 """
 
-import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,10 +19,11 @@ from typing import Any, Literal, Self
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError
 
 from app.store import scripts
 from app.store.hub import Hub
+from app.store.line import Line
 from app.store.listener import Listener
 from app.store.patience import Patience
 from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable, Value
@@ -38,13 +38,13 @@ _SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": 
 class ValkeyStore:
     """`Store` on a Valkey or Redis server: `redis://`, `valkey://`, or with TLS `rediss://`, `valkeys://`.
 
-    `connections`: how many are open at most, subscriptions aside. Nothing connects before the first question.
+    Two connections: one for questions, one for subscriptions. Nothing connects before the first question.
     Raises ValueError, without the URL in it, when the URL cannot be read.
     """
 
     shared = True
 
-    def __init__(self, url: str, *, connections: int = 32) -> None:
+    def __init__(self, url: str) -> None:
         scheme, _, rest = url.partition("://")
         try:
             options: dict[str, Any] = {**parse_url(f"{_SCHEMES[scheme.lower()]}://{rest}")}
@@ -66,9 +66,7 @@ class ValkeyStore:
             self._connection()
         except TypeError:
             raise ValueError("the URL has a parameter that is unknown") from None
-        self._room = asyncio.Semaphore(connections)
-        self._idle: list[Connection] = []
-        self._heard = 0.0
+        self._line: Line | None = None
         self.hub = Hub()
         self._listener = Listener(self._connection, self.hub, PREFIX + "c:")
 
@@ -196,53 +194,38 @@ class ValkeyStore:
     async def aclose(self) -> None:
         """See `Store.aclose`."""
         await self._listener.aclose()
-        while self._idle:
-            await self._idle.pop().disconnect(nowait=True)
+        if self._line is not None:
+            await self._line.aclose()
 
     async def _ask(self, *command: str | bytes | int) -> Any:
-        return await self._bounded(self._exchange(*command))
+        return await self._bounded(lambda line: line.ask(*command))
 
     async def _run(self, script: scripts.Script, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
-        return await self._bounded(self._evaluate(script, keys, arguments))
+        asked = (len(keys), *keys, *arguments)
 
-    async def _bounded(self, work: Awaitable[Any]) -> Any:
+        async def evaluate(line: Line) -> Any:
+            try:
+                return await line.ask("EVALSHA", script.sha, *asked)
+            except NoScriptError:  # a new server, or one that was restarted
+                return await line.ask("EVAL", script.text, *asked)
+
+        return await self._bounded(evaluate)
+
+    async def _bounded(self, ask: Callable[[Line], Awaitable[Any]]) -> Any:
+        line = self._open_line()
         try:
-            with Patience(TIMEOUT, lambda: self._heard):
-                return await work
+            with Patience(TIMEOUT, lambda: line.heard):
+                return await ask(line)
         except TimeoutError:
+            line.hang_up()  # what it still has to say must meet nobody
             raise StoreUnavailable(f"no answer within {TIMEOUT * 1000:.0f} ms") from None
         except (RedisError, OSError) as error:
             raise StoreUnavailable(type(error).__name__) from None
 
-    async def _evaluate(
-        self, script: scripts.Script, keys: Sequence[str], arguments: Sequence[str | bytes | int]
-    ) -> Any:
-        try:
-            return await self._exchange("EVALSHA", script.sha, len(keys), *keys, *arguments)
-        except NoScriptError:  # a new server, or one that was restarted
-            return await self._exchange("EVAL", script.text, len(keys), *keys, *arguments)
-
-    async def _exchange(self, *command: str | bytes | int) -> Any:
-        async with self._room:
-            connection = self._idle.pop() if self._idle else self._connection()
-            try:
-                if connection.is_connected and await connection.can_read():
-                    await connection.disconnect(nowait=True)  # the server closed it while it was idle
-                await connection.send_command(*command)
-                answer = await connection.read_response()
-            except ResponseError:
-                self._hear(connection)
-                raise
-            except BaseException:  # also when cancelled: an answer that is still to come must meet nobody
-                await connection.disconnect(nowait=True)
-                raise
-            self._hear(connection)
-            return answer
-
-    def _hear(self, connection: Connection) -> None:
-        """Take note of an answer; the connection is free for the next question."""
-        self._heard = asyncio.get_running_loop().time()
-        self._idle.append(connection)
+    def _open_line(self) -> Line:
+        if self._line is None or self._line.is_broken:
+            self._line = Line(self._connection())
+        return self._line
 
     def _connection(self) -> Connection:
         return self._kind(**self._options)

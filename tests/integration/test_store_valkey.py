@@ -159,7 +159,7 @@ async def test_a_question_is_one_command(store: ValkeyStore, valkey: Valkey) -> 
     assert (await store.decide(rates, slots, member="o", lease=60)).allowed
 
 
-async def test_questions_cut_short_harm_nobody(store: ValkeyStore) -> None:
+async def test_questions_cut_short_harm_nobody(store: ValkeyStore, valkey: Valkey) -> None:
     """Every answer belongs to its question, also after many callers went away in the middle of theirs."""
 
     async def ask(number: int) -> None:
@@ -177,7 +177,32 @@ async def test_questions_cut_short_harm_nobody(store: ValkeyStore) -> None:
             result for result in results if result is not None and not isinstance(result, asyncio.CancelledError)
         ] == []
         assert results[1::2] == [None] * 50
-    assert len(store._idle) <= 32
+    with valkey.client() as client:
+        assert len(client.client_list(_type="normal")) == 2, "this one, and one for all questions"
+
+
+async def test_questions_of_one_moment_leave_together(store: ValkeyStore, valkey: Valkey) -> None:
+    await store.get("warm")
+    with valkey.client() as client:
+        before = client.info("stats")["total_reads_processed"]
+        await asyncio.gather(*(store.get(f"n{number}") for number in range(200)))
+        reads = client.info("stats")["total_reads_processed"] - before
+    assert reads < 20
+
+
+async def test_a_connection_cut_in_the_middle_fails_its_questions_and_no_others(
+    store: ValkeyStore, valkey: Valkey
+) -> None:
+    await store.set("a", b"1", 60)
+    valkey.freeze()
+    asked = [asyncio.create_task(store.get("a")) for _ in range(20)]
+    await asyncio.sleep(0.02)
+    valkey.thaw()
+    with valkey.client() as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(answer) for answer in answers} <= {bytes, StoreUnavailable}
+    assert await asyncio.gather(*(store.get("a") for _ in range(20))) == [b"1"] * 20
 
 
 async def test_a_connection_closed_while_idle_is_not_noticed(store: ValkeyStore, valkey: Valkey) -> None:
