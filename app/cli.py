@@ -11,13 +11,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, NoReturn, TypeVar
 
-import structlog
 import typer
 
 from app import __version__
+from app.announcement import announce
 from app.config import Settings, SettingsError, load_settings, split_url, takes
 from app.doctor.findings import Finding, all_ok, as_json, as_text
-from app.doctor.prudence import cautions
 from app.main import create_app
 from app.oneinbox.errors import OneInboxError
 from app.operator import Operator, WebhookOperator, operate, operate_webhooks
@@ -26,8 +25,7 @@ from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
 from app.telemetry.memory import settle_memory
 from app.telemetry.metrics import count_together
-
-log = structlog.get_logger(__name__)
+from app.telemetry.terminal import has_colour, width_of
 
 SANDBOX_KEY = "oi_sk_sandbox"
 LIVEKIT_CALL = 600
@@ -120,7 +118,7 @@ def serve(
         )
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(host, port)
-    _announce(settings, host, url=url_of(listener), workers=workers)
+    announce(settings, host, url=url_of(listener), workers=workers)
     settle_memory()
     if workers > 1:
         with nullcontext() if settings.metrics_token is None else _count_together():
@@ -147,7 +145,7 @@ def sandbox(
         ),
     ] = None,
 ) -> None:
-    """Run a broker and a demo page in front of an offline OneInbox: no key, no network."""
+    """Try it: a broker, a demo page and an offline OneInbox; no key."""
     livekit: dict[str, Any] = {}
     if livekit_url or livekit_key:
         if not (livekit_url and livekit_key and livekit_secret):
@@ -229,9 +227,9 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check settings, store, OneInbox and key, and say what to do; starts no call.
+    """Check settings, OneInbox, key and store, and say what to do.
 
-    Looks at settings, agents, key, clock, store, logins and limits, and says what to do. Prints no secret.
+    Looks at agents, clock, logins, origins, proxies and limits, too. Starts no call, and prints no secret.
     """
     configure_logging("error")
     if probe_url is not None:
@@ -251,9 +249,9 @@ def doctor(
 
 
 def _told(findings: list[Finding]) -> str:
-    """For whoever reads stdout: in colour on a terminal, unless NO_COLOR (https://no-color.org) or a dumb one."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return as_text(findings, encoding=sys.stdout.encoding, colour=colour)
+    """For whoever reads stdout."""
+    out = sys.stdout
+    return as_text(findings, encoding=out.encoding, colour=has_colour(out), width=width_of(out))
 
 
 def _check_probe_url(url: str) -> None:
@@ -277,7 +275,7 @@ def openapi() -> None:
 def pause(
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1h",
 ) -> None:
-    """Stop giving out sessions, on all replicas, until it ends or `resume`."""
+    """Give out no sessions, on all replicas, for a time."""
     seconds = _seconds(duration)
 
     async def run(operator: Operator) -> str:
@@ -299,7 +297,7 @@ def resume() -> None:
 
 @cli.command(epilog=ending("block 203.0.113.7 --for 1d"))
 def block(
-    user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="The user's id; in anonymous mode an address.")],
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")] = "1d",
 ) -> None:
     """Give a user no more sessions, on all replicas."""
@@ -313,7 +311,9 @@ def block(
 
 
 @cli.command(epilog=ending("unblock 203.0.113.7"))
-def unblock(user: Annotated[str, typer.Argument(help="The user's id; in anonymous mode an address.")]) -> None:
+def unblock(
+    user: Annotated[str, typer.Argument(metavar="USER", help="The user's id; in anonymous mode an address.")],
+) -> None:
     """End a user's block."""
 
     async def run(operator: Operator) -> str:
@@ -329,7 +329,8 @@ def status() -> None:
 
 
 webhook = typer.Typer(
-    help="OneInbox's webhook for this broker, from BROKER_PUBLIC_URL and BROKER_WEBHOOK_SECRET.",
+    help="OneInbox's webhook for this broker, out of its settings.\n\n"
+    "These are BROKER_PUBLIC_URL and BROKER_WEBHOOK_SECRET.",
     epilog=ending("webhook register"),
 )
 cli.add_typer(webhook, name="webhook", no_args_is_help=True)
@@ -394,20 +395,6 @@ def _checked(make: Callable[[], T]) -> T:
         return make()
     except SettingsError as error:
         _refuse(*error.lines)
-
-
-def _announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
-    """Log where the broker listens, in which mode and with which limits, and what of that deserves a second thought."""
-    log.info(
-        "listening",
-        url=url,
-        workers=workers,
-        auth=settings.auth,
-        limits=settings.session_limits,
-        global_limits=settings.global_session_limits,
-    )
-    for caution in cautions(settings, host):
-        log.warning("caution", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
 
 
 def _count_together() -> AbstractContextManager[str]:

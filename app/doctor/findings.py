@@ -1,6 +1,7 @@
 """What the doctor says: one finding per check, as lines for people or as JSON for programs."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,20 +65,37 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps({"ok": all_ok(findings), "checks": checks}, indent=2)
 
 
-def as_text(findings: Sequence[Finding], *, encoding: str, colour: bool) -> str:
-    """A line for each finding, and one that sums up. `encoding`: of the terminal; what it lacks is written in ASCII."""
-    lines = []
+def as_text(findings: Sequence[Finding], *, encoding: str, colour: bool, width: int | None = None) -> str:
+    """The lines of `as_lines`, and one that sums up."""
+    return "\n".join([*as_lines(findings, encoding=encoding, colour=colour, width=width), _summary(findings)])
+
+
+def as_lines(findings: Sequence[Finding], *, encoding: str, colour: bool, width: int | None = None) -> list[str]:
+    """A line for each finding. `encoding`: of the terminal; what it lacks is written in ASCII.
+
+    `width`: of the terminal, in columns; the lines are broken between words, and what to do has one of its own.
+    """
     rich = _has(encoding, "".join(MARKS.values()) + "→")
-    marks = MARKS if rich else PLAIN_MARKS
+    lines: list[str] = []
     for finding in findings:
-        mark = marks[finding.level]
-        if colour:
-            mark = f"{COLOURS[finding.level]}{mark}{RESET}"
-        remedy = f" → {finding.remedy}" if finding.remedy else ""
-        lines.append(f"{mark} " + _printable(f"{finding.name}: {finding.detail}{remedy}"))
-    lines.append(_summary(findings))
-    text = "\n".join(lines)
-    return text if rich else text.translate(PLAIN).encode(encoding, "replace").decode(encoding)
+        mark = (MARKS if rich else PLAIN_MARKS)[finding.level]
+        found, remedy = _printable(f"{finding.name}: {finding.detail}"), _printable(finding.remedy)
+        if width is None:
+            parts = [f"{found} → {remedy}" if remedy else found]
+        else:
+            indent = " " * (len(mark) + 1)
+            parts = _broken(found, width, indent, indent)
+            parts += _broken(remedy, width, f"{indent}→ ", f"{indent}  ") if remedy else []
+            parts[0] = parts[0].removeprefix(indent)
+        parts[0] = f"{COLOURS[finding.level]}{mark}{RESET} {parts[0]}" if colour else f"{mark} {parts[0]}"
+        lines += parts
+    return lines if rich else [line.translate(PLAIN).encode(encoding, "replace").decode(encoding) for line in lines]
+
+
+def _broken(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _summary(findings: Sequence[Finding]) -> str:

@@ -33,7 +33,7 @@ def cautions(settings: Settings, host: str) -> list[Finding]:
 def _exposure(settings: Settings, host: str) -> Iterator[Finding]:
     if settings.auth == "anonymous" and settings.challenge_secret is None and not is_loopback(host):
         yield warning(
-            "anonymous_and_public",
+            "anonymous and public",
             "whoever reaches this address may start calls that you pay for, as many as the limits let through",
             "set BROKER_AUTH, or BROKER_CHALLENGE_SECRET; at least look at BROKER_GLOBAL_SESSION_LIMITS",
         )

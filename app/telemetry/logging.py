@@ -2,12 +2,13 @@
 
 import json
 import logging
-import os
 import sys
 from typing import Any, Literal
 
 import structlog
 from structlog.typing import Processor
+
+from app.telemetry.terminal import has_colour
 
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -26,16 +27,22 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
     `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log stays silent whoever started the server:
     it prints paths, and paths hold call keys.
     """
-    as_text = sys.stderr.isatty() if log_format is None else log_format == "text"
+    terminal = sys.stderr.isatty()
+    as_text = terminal if log_format is None else log_format == "text"
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # Who looks at a terminal knows the day.
+        structlog.processors.TimeStamper("%H:%M:%S", utc=False)
+        if as_text and terminal
+        else structlog.processors.TimeStamper("iso"),
         # Tracebacks without local variables: those may hold secrets.
         structlog.processors.format_exc_info,
     ]
     renderer: Processor = (
         # repr of every text: nobody's line break becomes a log line of its own
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ, repr_native_str=True)
+        structlog.dev.ConsoleRenderer(
+            colors=has_colour(sys.stderr), repr_native_str=True, pad_event_to=0, pad_level=False
+        )
         if as_text
         else structlog.processors.JSONRenderer(serializer=_as_json)
     )

@@ -1,5 +1,6 @@
 """Terminal manners of the commands: help, colour, Ctrl-C, broken pipes, closed and full outputs."""
 
+import fcntl
 import os
 import pty
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -64,6 +66,10 @@ def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
     assert "\x1b" not in text
 
 
+def test_no_line_of_the_list_of_commands_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "..." not in helped((), capsys).partition("Commands:")[2]
+
+
 def test_examples_are_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     for words in every_command():
         for line in helped(words, capsys).splitlines():
@@ -83,6 +89,13 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert (done.code, done.out) == (2, "")
     assert "Error: " in done.err
     assert "\x1b" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"), [(("servee",), "serve"), (("unblok",), "unblock"), (("serve", "--prot", "1"), "--port")]
+)
+def test_what_was_perhaps_meant(tmp_path: Path, arguments: tuple[str, ...], meant: str) -> None:
+    assert meant in run(*arguments, cwd=tmp_path, environ={}).err.partition("Error: ")[2]
 
 
 def on_terminal(arguments: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> str:
@@ -201,7 +214,7 @@ def test_a_full_disk(tmp_path: Path, arguments: str) -> None:
     ("arguments", "sign"),
     [
         (("serve", "--port", "0"), '"listening"'),
-        (("sandbox", "--port", "0"), "The broker listens on"),
+        (("sandbox", "--port", "0"), "Open http://"),
         (("emulator", "--port", "0"), "The emulated OneInbox listens on"),
     ],
     ids=["serve", "sandbox", "emulator"],
@@ -231,6 +244,80 @@ def test_ctrl_c_of_a_command_that_waits(tmp_path: Path) -> None:
 # What `serve` says at its start
 
 
+class Terminal:
+    """A server whose terminal this is."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, 80))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app", *arguments],
+            cwd=cwd,
+            env=environ,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - it takes no lock
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, text: str) -> None:
+        """Read until this text is shown."""
+        while text not in self.shown:
+            self.shown += os.read(self._ours, 4096).decode().replace("\r\n", "\n")
+
+    def interrupt(self) -> int:
+        """Type Ctrl-C; the exit status."""
+        os.write(self._ours, b"\x03")
+        with suppress(OSError):  # how a terminal ends on Linux
+            while piece := os.read(self._ours, 4096):
+                self.shown += piece.decode()
+        code = self.process.wait(PATIENCE)
+        os.close(self._ours)
+        return code
+
+
+@pytest.mark.parametrize("command", ["serve", "sandbox", "emulator"])
+def test_ctrl_c_on_a_terminal(tmp_path: Path, environ: dict[str, str], command: str) -> None:
+    terminal = Terminal((command, "--port", "0"), tmp_path, environ | DEAD)
+    terminal.wait_for("http://127.0.0.1:")
+    terminal.wait_for("\n")
+    wait_until_up(terminal.shown)
+    assert terminal.interrupt() == 0
+    assert "Traceback" not in terminal.shown
+
+
+def test_what_serve_says_on_a_terminal(tmp_path: Path, environ: dict[str, str]) -> None:
+    """In words, no line of them longer than the terminal is wide."""
+    environ |= DEAD | {"NO_COLOR": "1", "BROKER_TALK_MINUTES": "30"}
+    terminal = Terminal(("serve", "--port", "0", "--host", "0.0.0.0"), tmp_path, environ)
+    terminal.wait_for("32 random characters\n")
+    wait_until_up(terminal.shown)
+    assert terminal.interrupt() == 0
+    words = " ".join(terminal.shown.split())
+    assert "The broker listens on http://0.0.0.0:" in words
+    assert "anonymous" in words
+    assert "5/minute;50/day per user, 60/minute;1000/day of all users" in words
+    assert "2 calls per user" in words
+    assert "30 minutes in 24 h per user" in words
+    for caution in ("anonymous and public", "store", "allowed origins", "variables", "secret"):
+        assert f"! {caution}: " in words
+    assert "a restart forgets" in words
+    assert "\x1b" not in terminal.shown
+    assert max(map(len, terminal.shown.splitlines())) <= 80
+
+
+def test_a_format_that_is_asked_for_is_kept_on_a_terminal(tmp_path: Path, environ: dict[str, str]) -> None:
+    terminal = Terminal(("serve", "--port", "0"), tmp_path, environ | DEAD | {"BROKER_LOG_FORMAT": "json"})
+    terminal.wait_for("http://127.0.0.1:")
+    terminal.wait_for("\n")
+    wait_until_up(terminal.shown)
+    assert terminal.interrupt() == 0
+    assert terminal.shown.startswith("{")
+
+
 def said(tmp_path: Path, *arguments: str, **changes: str) -> dict[str, dict[str, object]]:
     """The log's first lines: `listening`, and the cautions by what they are about."""
     environ = {**DEAD, "BROKER_ALLOWED_ORIGINS": "https://www.example.com", "BROKER_ALLOWED_VARIABLES": "a", **changes}
@@ -245,9 +332,10 @@ def test_what_serve_says(tmp_path: Path) -> None:
     listening = records["listening"]
     assert listening["auth"] == "anonymous"
     assert listening["limits"] == "5/minute;50/day"
+    assert listening["live_calls"] == 2
     assert listening["global_limits"] == "60/minute;1000/day"
     assert {"allowed origins", "variables", "store", "secret"} <= records.keys()
-    assert "anonymous_and_public" not in records
+    assert "anonymous and public" not in records
     for about in ("allowed origins", "variables"):
         assert records[about]["level"] == "warning"
         assert records[about]["remedy"]
@@ -255,5 +343,5 @@ def test_what_serve_says(tmp_path: Path) -> None:
 
 def test_a_public_broker_without_logins_is_warned_about(tmp_path: Path) -> None:
     records = said(tmp_path, "--host", "0.0.0.0")
-    assert "you pay for" in str(records["anonymous_and_public"]["meaning"])
-    assert "anonymous_and_public" not in said(tmp_path, "--host", "0.0.0.0", BROKER_CHALLENGE_SECRET="secret")
+    assert "you pay for" in str(records["anonymous and public"]["meaning"])
+    assert "anonymous and public" not in said(tmp_path, "--host", "0.0.0.0", BROKER_CHALLENGE_SECRET="secret")

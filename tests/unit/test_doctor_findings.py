@@ -2,7 +2,7 @@
 
 import json
 
-from app.doctor.findings import Finding, all_ok, as_json, as_text, fine, warning, wrong
+from app.doctor.findings import Finding, all_ok, as_json, as_lines, as_text, fine, warning, wrong
 
 FINDINGS = [
     fine("settings", "none is wrong"),
@@ -38,6 +38,22 @@ def test_colour_is_around_the_mark_alone() -> None:
     assert lines[0] == "\x1b[32m✓\x1b[0m settings: none is wrong"
     assert lines[1].startswith("\x1b[33m!\x1b[0m ")
     assert lines[2].startswith("\x1b[31m✗\x1b[0m ")
+
+
+def test_on_a_terminal_lines_are_broken_between_words() -> None:
+    findings = [warning("store", "a restart forgets what was counted", "set BROKER_STORE_URL"), FINDINGS[0]]
+    assert as_lines(findings, encoding="utf-8", colour=False, width=24) == [
+        "! store: a restart",
+        "  forgets what was",
+        "  counted",
+        "  → set BROKER_STORE_URL",
+        "✓ settings: none is",
+        "  wrong",
+    ]
+    assert as_lines(findings, encoding="ascii", colour=False, width=80)[:2] == [
+        "!  store: a restart forgets what was counted",
+        "   -> set BROKER_STORE_URL",
+    ]
 
 
 def test_no_control_character_reaches_the_terminal() -> None:

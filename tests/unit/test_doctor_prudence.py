@@ -75,7 +75,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, allowed: int, expected: dic
 )
 def test_a_public_broker_without_logins(host: str, changes: dict[str, str], warned: bool) -> None:
     names = [caution.name for caution in cautions(settings(QUIET | changes), host)]
-    assert names == (["anonymous_and_public"] if warned else [])
+    assert names == (["anonymous and public"] if warned else [])
 
 
 def test_what_it_means_to_trust_everybody() -> None:
