@@ -41,7 +41,7 @@ TAGS = {
     "service": "For whoever runs the broker, and whoever reads its errors. No identity is needed.",
 }
 
-# Who may be asked for in which mode. A caller needs one of them.
+# How callers say who they are, in the modes that ask for it.
 LOGINS: Mapping[str, Mapping[str, Any]] = {
     "token": {
         "type": "http",
@@ -69,7 +69,7 @@ METRICS_LOGIN = {
     "description": "For `/metrics` alone: `BROKER_METRICS_TOKEN`.",
 }
 
-# What headers mean, with a value: of requests, and of answers.
+# What headers mean: of requests, with the bounds of their values, and of answers, with an example.
 ASKED: Mapping[str, tuple[str, dict[str, Any]]] = {
     "X-Request-ID": (
         "Your own name for this request; it comes back and stands in the log. 1 to 128 of `A-Z a-z 0-9 . _ -`, "
@@ -104,7 +104,7 @@ ANSWERED: Mapping[str, tuple[str, Any]] = {
         "Bearer",
     ),
 }
-PROBLEM_HEADERS = {401: "WWW-Authenticate", 409: "Retry-After", 429: "Retry-After", 503: "Retry-After"}
+PROBLEM_HEADERS = {401: ["WWW-Authenticate"], 409: ["Retry-After"], 429: ["Retry-After"], 503: ["Retry-After"]}
 PROBLEM_ERRORS = {
     "invalid-request": [{"loc": ["body", "room"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}],
     "upstream-rejected": [{"loc": ["body", "variables", "plan"], "msg": "Unknown variable", "type": "value_error"}],
@@ -245,7 +245,7 @@ def _problem_answer(status: int, slugs: list[str]) -> dict[str, Any]:
     content = {"schema": _ref("schemas", "Problem"), "examples": {slug: _ref("examples", slug) for slug in slugs}}
     return {
         "description": about[0] if len(about) == 1 else "\n".join(f"- {line}" for line in about),
-        "headers": _headers(PROBLEM_HEADERS[status] for _ in range(status in PROBLEM_HEADERS)),
+        "headers": _headers(PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: content},
     }
 
