@@ -146,10 +146,15 @@ class PooledTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(type(error).__name__) from error
 
     async def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
-        sock = await start_connection(
-            await self._resolve(host, port), happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, loop=self._loop
-        )
+        addresses = await self._resolve(host, port)
         name = host if tls else None
+        if len(addresses) == 1:  # with nothing to choose from, the event loop connects at a fraction of the cost
+            ((_, _, _, _, address),) = addresses
+            _, connection = await self._loop.create_connection(
+                Connection, str(address[0]), port, ssl=tls, server_hostname=name
+            )
+            return connection
+        sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, loop=self._loop)
         _, connection = await self._loop.create_connection(Connection, sock=sock, ssl=tls, server_hostname=name)
         return connection
 
