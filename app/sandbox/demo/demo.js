@@ -309,7 +309,7 @@ function showTrouble({ status, slug, title, detail, errors, remedy, sent, retryA
   $("problem-status").textContent = status ?? "";
   $("problem-slug").textContent = slug ?? "";
   $("problem-title").textContent = title;
-  $("problem-detail").textContent = detail;
+  $("problem-detail").replaceChildren(...prose(detail));
   $("problem-sent").hidden = !sent;
   $("problem-sent").textContent = sent ?? "";
   $("problem-places").hidden = !errors;
@@ -320,7 +320,7 @@ function showTrouble({ status, slug, title, detail, errors, remedy, sent, retryA
       return item;
     }),
   );
-  $("problem-remedy").textContent = remedy;
+  $("problem-remedy").replaceChildren(...prose(remedy));
   $("problem-link").textContent = slug ? `What ${slug} means` : "";
   if (page) $("problem-link").href = page;
   $("problem-request").textContent = requestId ? `Request ${requestId}` : "";
@@ -328,6 +328,10 @@ function showTrouble({ status, slug, title, detail, errors, remedy, sent, retryA
   $("problem-retry").hidden = retryAt === null;
   showRetry();
   $("announce").textContent = `${title}. ${detail}`;
+}
+
+function prose(text) {
+  return text.split("`").map((part, place) => (place % 2 ? element("code", { textContent: part }) : part));
 }
 
 function clearTrouble() {
