@@ -19,8 +19,10 @@ from tests.needs import program
 
 SECRET = "a-secret-shared-with-the-sign-in-service"
 EXAMPLES = ".opblock-section-request-body .examples-select select"
-PATIENCE = 30_000
+PATIENCE = 20_000
 """Milliseconds; ample on a busy machine."""
+
+expect.set_options(timeout=PATIENCE)
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def executed(block: Locator) -> Locator:
     """What the broker answered."""
     block.get_by_role("button", name="Execute").click()
     answer = block.locator(".live-responses-table .response").first
-    expect(answer).to_be_visible(timeout=PATIENCE)
+    expect(answer).to_be_visible()
     return answer
 
 
@@ -119,7 +121,7 @@ def test_errors_are_folded_away_and_all_there(open_page: OpenPage, sandbox: str)
 def test_explorer_follows_the_colour_scheme(open_page: OpenPage, sandbox: str, scheme: str) -> None:
     page = open_page(f"{sandbox}/docs", color_scheme=scheme)
 
-    expect(page.get_by_text("Start a call").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Start a call").first).to_be_visible()
 
     letters = page.evaluate("getComputedStyle(document.querySelector('.swagger-ui')).color")
     assert (min(map(int, re.findall(r"\d+", letters))) > 128) == (scheme == "dark")
@@ -151,13 +153,13 @@ def test_authorize_signs_in_where_users_have_tokens(open_page: OpenPage) -> None
         dialog.get_by_role("button", name="Close").last.click()
 
         session.get_by_role("button", name="Execute").click()
-        expect(session.locator(".live-responses-table .response")).to_contain_text("201", timeout=PATIENCE)
+        expect(session.locator(".live-responses-table .response")).to_contain_text("201")
         expect(session.locator(".curl-command")).to_contain_text(f"Authorization: Bearer {token}")
 
 
 def test_there_is_nothing_to_authorize_where_nobody_signs_in(open_page: OpenPage, sandbox: str) -> None:
     page = open_page(f"{sandbox}/docs")
 
-    expect(page.get_by_text("Start a call").first).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Start a call").first).to_be_visible()
 
     expect(page.locator(".authorize")).to_have_count(0)
