@@ -1,1 +1,1 @@
-"""What operators see: logs, one line per request."""
+"""What operators see: logs, metrics, traces."""
