@@ -186,6 +186,33 @@ def test_states_that_nobody_expected(house: tuple[Process, str], open_page: Open
     expect(page.get_by_role("button", name="Talk")).to_be_enabled()
 
 
+def test_the_next_call_takes_the_page_over(house: tuple[Process, str], open_page: OpenPage) -> None:
+    process, url = house
+    page = open_page(url)
+    page.get_by_role("button", name="Talk").click()
+    expect(page.locator("#exchange")).to_be_visible()
+    call = hold_call(process)
+    ask(f"{emulator_of(process)}/_emulator/calls/{call['id']}", {"remove": ["transcript"]})  # it is waited for
+    page.get_by_role("button", name="Hang up").click()
+    expect(page.locator("#no-transcript")).to_have_text("It is being written …")
+
+    with page.expect_event("requestfailed", lambda request: f"{call['id']}." in request.url):
+        page.get_by_role("button", name="Talk").click()
+
+    expect(page.locator("#no-transcript")).to_have_text("It comes with the end of the call.")
+
+
+def test_a_call_that_is_lost(house: tuple[Process, str], open_page: OpenPage) -> None:
+    page = open_page(complaints_expected=REFUSED)
+    page.route("**/events", lambda route: route.fulfill(status=404, body=""))
+    page.goto(house[1])
+
+    page.get_by_role("button", name="Talk").click()
+
+    expect(page.locator("#call-state")).to_have_text("The call can no longer be followed.")
+    expect(page.get_by_role("button", name="Talk")).to_be_enabled()
+
+
 def test_the_keyboard_alone_is_enough(house: tuple[Process, str], open_page: OpenPage) -> None:
     page = open_page(house[1], complaints_expected=REFUSED)
 

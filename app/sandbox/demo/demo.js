@@ -116,6 +116,7 @@ function showButtons() {
 // --- The call
 
 function follow(url) {
+  call?.events.close(); // it may still wait for its transcript, which is not this call's
   const events = new EventSource(`${url}/events`);
   const followed = { url, events, startedAt: Date.now(), endedAt: null };
   call = followed;
@@ -129,7 +130,10 @@ function follow(url) {
     if ($("transcript").hidden) showTranscript(null, "Nothing was said.");
   });
   events.addEventListener("error", () => {
-    if (events.readyState === EventSource.CLOSED) say("The call can no longer be followed.");
+    if (events.readyState !== EventSource.CLOSED) return; // it connects again by itself
+    followed.endedAt ??= Date.now();
+    say("The call can no longer be followed.");
+    showButtons();
   });
   showButtons();
 }
@@ -156,7 +160,8 @@ function showCall(followed, state) {
   }
   if (news) {
     const label = steps.find((each) => each.status === state.status).label;
-    const length = `${state.duration_seconds} ${state.duration_seconds === 1 ? "second" : "seconds"} of talk`;
+    const talked = state.duration_seconds ?? 0;
+    const length = `${talked} ${talked === 1 ? "second" : "seconds"} of talk`;
     say(over ? `${label} after ${length}.` : `${label}.`);
   }
   if (state.transcript) showTranscript(state.transcript);
