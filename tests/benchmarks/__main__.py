@@ -97,6 +97,7 @@ def median(loads: Sequence[Load]) -> Load:
 
 def contest(names: Sequence[str], *, rounds: int, seconds: int) -> tuple[dict[str, Result], list[str]]:
     """The medians of each contender, and why the others are not among them."""
+    rig.program("wrk", "wrk")
     core, _ = rig.pin()
     found: dict[str, list[Result]] = {}
     missing: dict[str, str] = {}
