@@ -309,10 +309,11 @@ def with_login(user: str = "ada", *, life: int = 600) -> dict[str, str]:
 
 
 FOLLOW_WITH_TOKEN = """async (headers) => {
-  const token = headers.Authorization.slice(7), seen = [];
-  const { call } = await startCall({}, headers);
-  setTimeout(() => hangUp(call, headers), 500);
-  await followWithToken(call, async () => token, (state) => seen.push(state));
+  const seen = [];
+  login.headers = async () => headers;
+  const { call } = await startCall();
+  setTimeout(() => hangUp(call), 500);
+  await followWithToken(call, (state) => seen.push(state));
   return seen;
 }"""
 
@@ -329,15 +330,15 @@ def test_following_with_a_token_goes_on_where_a_stream_was_closed(open_recipes: 
     visit = open_recipes("plain", BROKER_AUTH="jwt", BROKER_JWT_SECRET=JWT_SECRET)
     streams: list[Request] = []
     visit.page.on("request", lambda request: streams.append(request) if request.url.endswith("/events") else None)
-    script = """async ([short, long]) => {
-      const tokens = [short, long], seen = [];
-      const { call } = await startCall({}, { Authorization: `Bearer ${long}` });
-      setTimeout(() => hangUp(call, { Authorization: `Bearer ${long}` }), 6000);
-      await followWithToken(call, async () => tokens.shift() ?? long, (state) => seen.push(state.status));
+    script = """async ([long, short]) => {
+      const logins = [long, short], seen = [];
+      login.headers = async () => logins.shift() ?? long;
+      const { call } = await startCall();
+      setTimeout(() => hangUp(call), 6000);
+      await followWithToken(call, (state) => seen.push(state.status));
       return seen;
     }"""
-    tokens = [with_login(life=life)["Authorization"][7:] for life in (3, 600)]
-    seen = visit.page.evaluate(script, tokens)
+    seen = visit.page.evaluate(script, [with_login(), with_login(life=3)])
     assert seen[-1] == "completed"
     gets = [request for request in streams if request.method == "GET"]
     assert len(gets) == 2
@@ -346,20 +347,39 @@ def test_following_with_a_token_goes_on_where_a_stream_was_closed(open_recipes: 
 
 def test_following_with_a_token_says_who_may_not(open_recipes: OpenRecipes) -> None:
     page = open_recipes("plain", "status of 40", BROKER_AUTH="jwt", BROKER_JWT_SECRET=JWT_SECRET).page
-    call = page.evaluate("(headers) => startCall({}, headers)", with_login())["call"]
-    script = "([call, token]) => followWithToken(call, () => token, () => {}).catch((error) => error.status)"
-    assert page.evaluate(script, [call, with_login("eve")["Authorization"][7:]]) == 404
-    assert page.evaluate(script, [call, "no token"]) == 401
+    script = "async (headers) => { login.headers = async () => headers; return (await startCall()).call; }"
+    call = page.evaluate(script, with_login())
+    script = """([call, headers]) => {
+      login.headers = async () => headers;
+      return followWithToken(call, () => {}).catch((error) => error.status);
+    }"""
+    assert page.evaluate(script, [call, with_login("eve")]) == 404
+    assert page.evaluate(script, [call, {"Authorization": "Bearer none"}]) == 401
 
 
 def test_following_with_a_cookie(open_recipes: OpenRecipes) -> None:
     settings = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET, "BROKER_JWT_COOKIE": "login"}
     visit = open_recipes("plain", **settings)
-    call = visit.page.evaluate("(headers) => startCall({}, headers)", with_login())["call"]
     cookie = {"name": "login", "value": with_login()["Authorization"][7:], "domain": "127.0.0.1", "path": "/"}
     visit.page.context.add_cookies([cookie])  # type: ignore[list-item]
-    script = "(call) => new Promise((resolve, reject) => follow(call, (state) => resolve(state.id), reject, true))"
-    assert call.endswith(visit.page.evaluate(script, call))
+    script = """async () => {
+      login.credentials = "include";
+      const { call } = await startCall();
+      const id = await new Promise((resolve, reject) => follow(call, (state) => resolve(state.id), reject));
+      await hangUp(call);
+      return [call, id];
+    }"""
+    call, call_id = visit.page.evaluate(script)
+    assert call.endswith(f"/calls/{call_id}")
+
+
+def test_a_page_that_is_closed_hangs_up(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("plain")
+    call = visit.page.evaluate("startCall()")["call"]
+    script = "(call) => addEventListener('pagehide', () => navigator.sendBeacon(`${call}/stop`))"
+    visit.page.evaluate(script, call)
+    visit.page.goto("about:blank")
+    visit.wait_for(lambda: visit.page.request.get(call).json()["end_reason"] == "stopped")
 
 
 def test_oneinbox_web_sdk(open_recipes: OpenRecipes) -> None:
