@@ -220,6 +220,7 @@ INVALID: dict[str, Any] = {
     "token-empty": started(participant_token=""),
     "token-object": started(participant_token={"jwt": TOKEN}),
     "token-with-a-newline": started(participant_token=f"{TOKEN}\n"),
+    "token-long": started(participant_token="a" * 20_000),
     "token-huge": started(participant_token="a" * 1_000_000),
 }
 

@@ -15,6 +15,7 @@ from app.limits import LiveCalls, Reconciler, Start, TalkTime
 from app.limits.live import SWEEP_SECONDS, UNSTOPPED
 from app.limits.reconciler import MOST_FETCHES, MOST_PAGES, PAGE, RUNNING, SCAN_AFTER, TRIES
 from app.limits.starts import ALL_CALLS
+from app.limits.sweep import sweep_forever
 from app.oneinbox import OneInbox
 from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
@@ -704,3 +705,19 @@ async def test_what_becomes_of_lost_calls_is_counted() -> None:
         house.first.reconciler.lose(hidden)
         await asyncio.sleep(61)
     assert house.fates() == {"lost": 3, "found": 1, "stopped": 1, "not-found": 1, "given-up": 1}
+
+
+# --- what a dead process left ---
+
+
+@in_own_time
+async def test_the_sweep_hands_on_what_a_killed_process_left() -> None:
+    """Its slot is in the store, and nobody knows of which call: any replica's sweep has it looked for."""
+    house = House()
+    call = house.arrives(await house.reserve("of-a-killed-process"))
+    async with house.at_work():
+        sweeping = asyncio.create_task(sweep_forever(house.first.live, house.first.reconciler))
+        await asyncio.sleep(TIMEOUT + SCAN_AFTER[-1] + 3 * SWEEP_SECONDS)
+        sweeping.cancel()
+    assert not house.runs(call)
+    assert await house.live() == set()

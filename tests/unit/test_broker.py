@@ -1,0 +1,32 @@
+"""What the parts of a broker are given when it is built."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from app.broker import open_broker
+from app.identity import User
+from app.limits.starts import ALL_CALLS
+from app.sessions.caller import Caller
+from app.sessions.schemas import SessionRequest
+from app.sessions.service import Asked
+from tests.harness import Upstream, settings
+
+
+async def nothing_more() -> dict[str, Any]:
+    """A caller who stays."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("max_call_seconds", "lease"), [("600", 900), ("0", 86400)])
+async def test_a_slot_whose_call_nobody_sees_any_more_is_free_in_the_end(
+    upstream: Upstream, max_call_seconds: str, lease: float
+) -> None:
+    """Five minutes after the longest call; a day where calls may run for ever."""
+    async with open_broker(settings({"BROKER_MAX_CALL_SECONDS": max_call_seconds}), upstream) as broker:
+        asked = Asked(SessionRequest(), {}, [], None, Caller(nothing_more), {})
+        await broker.sessions.start(User(mode="jwt", id="ann"), asked)
+        (left,) = (await broker.store.members(ALL_CALLS)).values()
+    assert left == pytest.approx(lease, abs=60)
