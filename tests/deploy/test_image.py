@@ -30,10 +30,15 @@ SLOW = 5
 """Seconds that OneInbox takes to answer while the broker is told to stop."""
 ASK = """
 import json, sys, urllib.request
-request = urllib.request.Request(sys.argv[2], data=sys.argv[3].encode() or None, method=sys.argv[1])
+request = urllib.request.Request(sys.argv[1], data=sys.argv[2].encode() or None, method="POST")
 request.add_header("Content-Type", "application/json")
 with urllib.request.urlopen(request, timeout=60) as answer:
     print(answer.status, answer.read().decode())
+"""
+UNTIL_A_CALL_IS_THERE = """
+import sys, urllib.request
+while urllib.request.urlopen(sys.argv[1], timeout=60).read() == b"[]":
+    pass
 """
 
 
@@ -47,9 +52,9 @@ def image() -> Iterator[Image]:
         yield image
 
 
-def ask(container: Container, url: str, body: str = "", method: str = "POST") -> subprocess.Popen[str]:
-    """A request from within the container's own network."""
-    return container.beside(sys.executable, "-c", ASK, method, url, body)
+def ask(container: Container, url: str, body: str = "") -> subprocess.Popen[str]:
+    """POST from within the container's own network."""
+    return container.beside(sys.executable, "-c", ASK, url, body)
 
 
 def answer(asking: subprocess.Popen[str]) -> str:
@@ -152,8 +157,9 @@ def test_told_to_stop_it_finishes_the_session_first(image: Image) -> None:
         fault = json.dumps([{"kind": "latency", "operation": "start", "seconds": SLOW}])
         assert answer(ask(container, f"{CONTROL}/faults", fault)).startswith("2")
         asking = ask(container, "http://127.0.0.1:8000/session")
-        while answer(ask(container, f"{CONTROL}/calls", method="GET")) == "200 []\n":
-            assert asking.poll() is None, "OneInbox has the request before it is answered"
+        watching = container.beside(sys.executable, "-c", UNTIL_A_CALL_IS_THERE, f"{CONTROL}/calls")
+        assert watching.communicate(timeout=60)[0] == ""
+        assert asking.poll() is None, "OneInbox has the request, and has not answered it yet"
 
         container.signal("TERM")
 
