@@ -13,6 +13,18 @@ from tests.needs import program
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 
+SECRETS = {
+    "ONEINBOX_API_KEY_FILE": "oi_sk_of_the_test",
+    "BROKER_SECRET_FILE": "a secret of more than 32 characters",
+    "BROKER_METRICS_TOKEN_FILE": "a-token-of-the-operators",
+}
+"""Settings whose files the operator writes, and what stands in them here."""
+
+
+def file_of(variable: str) -> str:
+    """What such a file is called: `broker_secret`, but `metrics_token`."""
+    return variable.removesuffix("_FILE").lower().replace("broker_metrics", "metrics")
+
 
 def compose() -> dict[str, Any]:
     """deploy/compose.yaml, with its anchors resolved and variables as they stand."""
@@ -26,8 +38,8 @@ def kustomized(folder: Path) -> str:
     (copy / "secrets").mkdir(parents=True)
     for file in KUBERNETES.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "secrets" / "oneinbox_api_key").write_text("oi_sk_of_the_test")
-    (copy / "secrets" / "broker_secret").write_text("a secret of more than thirty-two characters")
+    for variable, secret in SECRETS.items():
+        (copy / "secrets" / file_of(variable)).write_text(secret)
     kubectl = program("kubectl", "kubernetes-client")
     return subprocess.run([kubectl, "kustomize", copy], capture_output=True, text=True, check=True, timeout=60).stdout
 

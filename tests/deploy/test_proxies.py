@@ -16,7 +16,12 @@ from tests.deploy.proxies import NAMES, Proxy, running
 from tests.integration.brokers import LONG_CALLS, BrokerProcess, asked, eventually, running_broker_process
 
 PER_USER = 2
-BEHIND_PROXY = {"BROKER_TRUSTED_PROXIES": "127.0.0.1", "BROKER_PUBLIC_URL": "https://localhost"}
+METRICS = {"Authorization": "Bearer a-token-of-the-operators"}
+BEHIND_PROXY = {
+    "BROKER_TRUSTED_PROXIES": "127.0.0.1",
+    "BROKER_PUBLIC_URL": "https://localhost",
+    "BROKER_METRICS_TOKEN": METRICS["Authorization"].removeprefix("Bearer "),
+}
 AS_A_CLIENT_MIGHT = [
     {"X-Forwarded-For": "203.0.113.9"},
     {"X-Forwarded-For": "127.0.0.1"},
@@ -170,6 +175,12 @@ async def test_request_bodies_and_ids_pass_unchanged(proxy: Proxy) -> None:
         assert_problem(await client.post("/session", content=b"x" * 20_000), 413, "body-too-large")
 
 
+async def test_metrics_are_not_for_the_outside(proxy: Proxy, broker: BrokerProcess) -> None:
+    async with proxy.client() as client:
+        assert (await client.get("/metrics", headers=METRICS)).status_code == 404
+    assert (await broker.client.get("/metrics", headers=METRICS)).status_code == 200
+
+
 @pytest.mark.parametrize("edit", ["prefix", "stripped prefix"])
 @pytest.mark.parametrize("name", NAMES)
 async def test_under_a_prefix_stripped_or_not(name: str, edit: str, oneinbox: RunningEmulator, tmp_path: Path) -> None:
@@ -189,6 +200,7 @@ async def test_under_a_prefix_stripped_or_not(name: str, edit: str, oneinbox: Ru
         problem = (await client.get("/voice/calls/nothing")).json()["type"]
         assert problem == "/voice/problems/not-found"
         assert (await client.get(problem)).status_code == 200
+        assert (await client.get("/voice/metrics", headers=METRICS)).status_code == 404
 
 
 @pytest.mark.parametrize("name", NAMES)
