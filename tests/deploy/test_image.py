@@ -74,8 +74,10 @@ def is_healthy(container: Container, image: Image) -> bool:
 def serving(image: Image) -> Iterator[Container]:
     """The image's own command in front of an emulated OneInbox, once it is healthy."""
     with image.running(**ENVIRON) as container:
-        emulator = container.beside(sys.executable, "-m", "app", "emulator")
+        emulator = container.beside(sys.executable, "-u", "-m", "app", "emulator")
         try:
+            assert emulator.stdout is not None
+            assert "listens on" in emulator.stdout.readline()
             deadline = time.monotonic() + 60
             while not is_healthy(container, image):
                 assert container.process.poll() is None, container.process.communicate()

@@ -6,7 +6,7 @@ import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from app.sandbox.server import running_emulator
 from tests.deploy.proxies import running
 from tests.deploy.settings import (
     DEPLOY,
+    SECRETS,
     compose,
     environ_of_compose,
     environ_of_kubernetes,
@@ -26,7 +27,13 @@ from tests.deploy.settings import (
     objects,
     of_kind,
 )
-from tests.integration.brokers import BrokerProcess, environ_of, outcomes, post_many, running_broker_process
+from tests.integration.brokers import (
+    environ_of,
+    outcomes,
+    post_many,
+    running_broker_process,
+    running_broker_processes,
+)
 from tests.integration.processes import Finished, run
 
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
@@ -56,10 +63,20 @@ def prepare(chapter: str, folder: Path) -> None:
     subprocess.run(["bash", "-ec", "\n".join(ours)], cwd=folder, check=True, timeout=60)
 
 
-def resolved(environ: dict[str, str], secrets: Path, store: str) -> dict[str, str]:
-    """Settings of a container, where this machine has its files and its store."""
-    files = {name: str(secrets / Path(path).name) for name, path in environ.items() if name.endswith("_FILE")}
-    return {**UNSET, **environ, **files, "BROKER_STORE_URL": store}
+def settings_of(where: str, folder: Path, store: str) -> dict[str, str]:
+    """What a broker gets from the files of deploy/ and from what the operator wrote, on this machine's paths."""
+    prepare(where, folder)
+    if where == "Kubernetes":
+        cluster = objects(kustomized(folder / "copy"))
+        (folder / "agents.toml").write_text(of_kind(cluster, "ConfigMap", "broker-agents")["data"]["agents.toml"])
+        secrets, given = folder / "deploy/kubernetes/secrets", environ_of_kubernetes(cluster)
+    else:
+        own = {name: value or "" for name, value in dotenv_values(folder / "deploy/.env").items()}
+        secrets, given = folder / "deploy/secrets", {**own, **environ_of_compose()}
+    files = {name: str(secrets / Path(given[name]).name) for name in SECRETS if name in given}
+    if "BROKER_AGENTS_FILE" in given:
+        files["BROKER_AGENTS_FILE"] = str(folder / "agents.toml")
+    return {**UNSET, **given, **files, "BROKER_STORE_URL": store}
 
 
 async def is_up(client: redis.asyncio.Redis) -> bool:
@@ -92,27 +109,16 @@ async def running_store(folder: Path) -> AsyncIterator[str]:
 
 async def test_from_nothing_to_a_session_through_tls(tmp_path: Path) -> None:
     """Docker Compose's chapter, and the checklist's commands."""
-    prepare("Docker Compose", tmp_path)
-    deploy = tmp_path / "deploy"
-    given = {name: value or "" for name, value in dotenv_values(deploy / ".env").items()}
-    for secret in (deploy / "secrets").iterdir():
-        assert secret.stat().st_mode & 0o004, "the container's user is none of this machine's"
-    assert (deploy / "secrets").stat().st_mode & 0o077 == 0
-    assert {Path(each["file"]) for each in compose()["secrets"].values()} == {
-        path.relative_to(deploy) for path in (deploy / "secrets").iterdir()
-    }
-    caddy = tmp_path / "caddy"
-    caddy.mkdir()
-
+    (tmp_path / "caddy").mkdir()
     async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
-        settings = resolved({**given, **environ_of_compose()}, deploy / "secrets", store)
-        settings = {**settings, "ONEINBOX_AGENT_ID": given["ONEINBOX_AGENT_ID"], "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
+        # Caddy is on loopback here.
+        settings = {**settings_of("Docker Compose", tmp_path, store), "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
         async with (
             running_broker_process(oneinbox.url, **settings) as broker,
-            running("caddy", caddy, broker=str(broker.client.base_url).rstrip("/")) as proxy,
+            running("caddy", tmp_path / "caddy", broker=str(broker.client.base_url).rstrip("/")) as proxy,
             proxy.client("127.0.2.1") as client,
         ):
-            answer = await client.post("/session", headers={"Origin": given["BROKER_ALLOWED_ORIGINS"]})
+            answer = await client.post("/session", headers={"Origin": "https://www.example.com"})
             assert answer.status_code == 201, answer.text
             assert answer.headers["access-control-allow-origin"] == "https://www.example.com"
             assert (await client.get("/readyz")).json()["status"] == "ok"
@@ -139,33 +145,21 @@ async def in_thread(*arguments: str, cwd: Path, environ: dict[str, str]) -> Fini
     return await asyncio.to_thread(run, *arguments, cwd=cwd, environ=environ)
 
 
-@asynccontextmanager
-async def two_brokers(settings: dict[str, str], oneinbox: str) -> AsyncIterator[list[BrokerProcess]]:
-    """Two replicas with these settings."""
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(running_broker_process(oneinbox, **settings)) for _ in range(2)]
+def test_secrets_are_readable_for_the_container_and_for_nobody_else_here(tmp_path: Path) -> None:
+    """Whoever is user 10001 there is somebody else here; the folder keeps this machine's others out."""
+    prepare("Docker Compose", tmp_path)
+    folder = tmp_path / "deploy/secrets"
+    assert folder.stat().st_mode & 0o077 == 0
+    written = {file.relative_to(folder.parent): file.stat().st_mode & 0o004 for file in folder.iterdir()}
+    assert written == {Path(each["file"]): 0o004 for each in compose()["secrets"].values()}
 
 
 @pytest.mark.parametrize("where", ["Docker Compose", "Kubernetes"])
 async def test_two_brokers_with_these_settings_share_limits(where: str, tmp_path: Path) -> None:
-    prepare(where, tmp_path)
-    if where == "Kubernetes":
-        cluster = objects(kustomized(tmp_path / "copy"))
-        agents = tmp_path / "agents.toml"
-        agents.write_text(of_kind(cluster, "ConfigMap", "broker-agents")["data"]["agents.toml"])
-        secrets = tmp_path / "deploy/kubernetes/secrets"
-        given = {**environ_of_kubernetes(cluster), "BROKER_AGENTS_FILE": str(agents), "BROKER_DRAIN_SECONDS": "0"}
-    else:
-        secrets = tmp_path / "deploy/secrets"
-        given = {
-            **environ_of_compose(),
-            **{name: value or "" for name, value in dotenv_values(tmp_path / "deploy/.env").items()},
-        }
     async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
-        settings = resolved(given, secrets, store)
-        settings["BROKER_AGENTS_FILE"] = given.get("BROKER_AGENTS_FILE", "")
+        settings = {**settings_of(where, tmp_path, store), "BROKER_DRAIN_SECONDS": "0"}
         limits = {"BROKER_SESSION_LIMITS": "5/minute", "BROKER_MAX_LIVE_CALLS": "100"}
-        async with two_brokers({**settings, **limits}, oneinbox.url) as brokers:
+        async with running_broker_processes(2, oneinbox.url, **{**settings, **limits}) as brokers:
             answers = await post_many(brokers, 20)
 
         assert outcomes(answers) == Counter({"201": 5, "rate-limited": 15})
@@ -185,9 +179,7 @@ def test_commands_name_what_there_is() -> None:
 
 
 def test_every_file_named_is_there() -> None:
-    files = set(
-        re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:yaml|conf|service|lock|toml|yml))`|`(caddy/Caddyfile)`", README)
-    )
-    for name in {first or second for first, second in files}:
-        folders = (DEPLOY, DEPLOY / "kubernetes", DEPLOY.parent)
-        assert any((folder / name).is_file() for folder in folders), name
+    files = set(re.findall(r"`((?:[\w.-]+/)*(?:[\w-]+\.(?:yaml|conf|service|lock|toml|json)|Caddyfile))`", README))
+    folders = (DEPLOY.parent, DEPLOY, DEPLOY / "kubernetes", DEPLOY / "monitoring")
+    assert len(files) > 10
+    assert [name for name in files if not any((folder / name).is_file() for folder in folders)] == []
