@@ -81,7 +81,7 @@ async def running(name: str, folder: Path, *, broker: str, edit: str | None = No
         process = await asyncio.create_subprocess_exec(*command, env=environ, stdout=output, stderr=output)
         proxy = Proxy(name, f"https://localhost:{port}", folder / "authority.pem", folder)
         try:
-            await _until_it_listens(process, proxy, port)
+            await _until_it_serves(process, proxy, port)
             yield proxy
         finally:
             if process.returncode is None:
@@ -89,19 +89,20 @@ async def running(name: str, folder: Path, *, broker: str, edit: str | None = No
             await asyncio.wait_for(process.wait(), PATIENCE)
 
 
-async def _until_it_listens(process: asyncio.subprocess.Process, proxy: Proxy, port: int) -> None:
+async def _until_it_serves(process: asyncio.subprocess.Process, proxy: Proxy, port: int) -> None:
+    """Caddy listens first, and signs its certificate then."""
     async with asyncio.timeout(PATIENCE):
         while True:
             assert process.returncode is None, proxy.log
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except ConnectionRefusedError:
+                context = ssl.create_default_context(cafile=proxy.authority)
+                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
+            except OSError:  # of TLS, too
                 await asyncio.sleep(0.05)
             else:
                 writer.close()
                 await writer.wait_closed()
-                if proxy.authority.is_file():
-                    return
+                return
 
 
 def _nginx(folder: Path, port: int, broker: str, edits: dict[str, str]) -> tuple[list[str], dict[str, str]]:
