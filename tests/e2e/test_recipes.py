@@ -48,6 +48,17 @@ import { createRoot } from "react-dom/client";
 import { Talk } from "./Talk.jsx";
 createRoot(document.querySelector("main")).render(<StrictMode><Talk /></StrictMode>);
 """
+NAIVE_PAGE = """
+import { createRoot } from "react-dom/client";
+import { TokenSource } from "livekit-client";
+import { useSession } from "@livekit/components-react";
+const source = TokenSource.endpoint("http://127.0.0.1:8000/session");
+function Naive() {
+  const session = useSession(source);
+  return <button onClick={() => session.end()}>Hang up</button>;
+}
+createRoot(document.querySelector("main")).render(<Naive />);
+"""
 HTML = """<!doctype html><meta charset="utf-8"><title>{0}</title><link rel="icon" href="data:,">
 <main></main><script type="module" src="{0}.js"></script>"""
 WEB_SDK = """
@@ -75,11 +86,12 @@ def write_recipes(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Pages `plain.html` and `react.html` with the recipes, at an origin of their own."""
+    """Pages `plain.html` and `react.html` with the recipes, and `naive.html` without, at an origin of their own."""
     program = node(*PACKAGES)
     folder = tmp_path_factory.mktemp("site")
     write_recipes(folder)
-    for name, source, text in (("plain", "plain.in.js", PLAIN_PAGE), ("react", "react.in.jsx", REACT_PAGE)):
+    for name, text in (("plain", PLAIN_PAGE), ("react", REACT_PAGE), ("naive", NAIVE_PAGE)):
+        source = f"{name}.in.jsx"
         (folder / source).write_text(text, encoding="utf-8")
         (folder / f"{name}.html").write_text(HTML.format(name), encoding="utf-8")
         options = ("--bundle", "--format=esm", "--jsx=automatic", "--log-level=warning", f"--outfile={name}.js")
@@ -406,9 +418,9 @@ def test_livekit_starts_a_call_of_its_own_each_time(open_recipes: OpenRecipes) -
     visit = open_recipes("plain")
     assert visit.posts == []
     options = "{ agentName: 'default', participantAttributes: { plan: 'gold' } }"
-    calls = [visit.page.evaluate(f"livekit.newCall({options})") for _ in range(2)]
+    calls = [visit.page.evaluate(f"livekit.newCall({given})") for given in (options, "", "")]
     assert [call["call"] for call in calls] == visit.locations
-    assert len({room_of(call["participantToken"]) for call in calls}) == 2
+    assert len({room_of(call["participantToken"]) for call in calls}) == 3
     assert json.loads(visit.posts[0].post_data or "") == {"agent": "default", "variables": {"plan": "gold"}}
 
 
@@ -419,6 +431,14 @@ def test_livekit_joins_and_hangs_up_what_cannot_be_joined(open_recipes: OpenReci
     assert visit.stops == []
     assert visit.page.evaluate("talking")  # LiveKit's client gives up after 15 s of silence
     assert set(visit.stops) == set(visit.locations)
+
+
+def test_what_the_readme_warns_of(open_recipes: OpenRecipes) -> None:
+    """LiveKit's React hook on a source that fetches: a page view is a call, and hanging up starts the next one."""
+    visit = open_recipes("naive")
+    visit.wait_for(lambda: len(visit.posts) == 1)
+    visit.page.get_by_role("button", name="Hang up").click()
+    visit.wait_for(lambda: len(visit.posts) == 2)
 
 
 def test_react(open_recipes: OpenRecipes) -> None:
