@@ -36,7 +36,7 @@ from app.keyring import Keyring
 from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.sweep import sweep_forever
 from app.oneinbox import OneInbox
-from app.oneinbox.transport import open_transport
+from app.oneinbox.transport import open_transport, proxy_for
 from app.problems import KINDS
 from app.rotation import Rotation, Taker
 from app.sessions.challenge import Challenge
@@ -99,6 +99,10 @@ def check(settings: Settings) -> None:
     except ValueError:
         line = f"BROKER_STORE_URL: is not the URL of a store; takes {takes('BROKER_STORE_URL')}"
         raise SettingsError([line]) from None
+    try:
+        proxy_for(settings.oneinbox_base_url)
+    except ValueError:
+        raise SettingsError(["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]) from None
 
 
 @asynccontextmanager

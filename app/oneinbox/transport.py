@@ -34,8 +34,22 @@ def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
 
     `pool_size`: connections at most. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured for https.
     """
+    return PooledTransport(httpx.URL(base_url), pool_size=pool_size, proxy=proxy_for(base_url))
+
+
+def proxy_for(base_url: str) -> httpx.Proxy | None:
+    """The proxy that the environment names for a URL. Raises ValueError where it is no http:// or https:// URL."""
     url = httpx.URL(base_url)
-    return PooledTransport(url, pool_size=pool_size, proxy=_proxy_for(url))
+    named = getproxies().get(url.scheme) if url.scheme == "https" else None
+    if not named or proxy_bypass(url.host):
+        return None
+    try:
+        proxy = httpx.Proxy(named)
+    except httpx.InvalidURL:
+        raise ValueError("no URL") from None
+    if proxy.url.scheme not in ("http", "https") or not proxy.url.host:
+        raise ValueError("another kind of proxy")
+    return proxy
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
@@ -160,8 +174,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     async def _tunnel(self, proxy: httpx.Proxy) -> Connection:
         """A connection through the proxy, which sees nothing but the host's name."""
-        host, port = proxy.url.raw_host.decode(), proxy.url.port or 80
-        plain = await self._dial(host, port, None)
+        # An https:// proxy gets TLS of its own, around that of the upstream.
+        own = self._tls if proxy.url.scheme == "https" else None
+        plain = await self._dial(proxy.url.raw_host.decode(), proxy.url.port or (443 if own else 80), own)
         try:
             target = f"{self._host}:{self._port}"
             lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
@@ -232,8 +247,3 @@ def _head(request: httpx.Request, length: int) -> bytes:
     if head.count(b"\n") > len(lines) + 1:
         raise httpx.LocalProtocolError("a line break in a header field")
     return head
-
-
-def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
-    proxy = getproxies().get(url.scheme) if url.scheme == "https" else None
-    return httpx.Proxy(proxy) if proxy and not proxy_bypass(url.host) else None

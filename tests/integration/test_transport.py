@@ -17,8 +17,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from app.config import SettingsError
+from app.main import create_app
 from app.oneinbox import transport as module
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
+from tests.harness import settings
 
 pytestmark = pytest.mark.every_loop
 
@@ -468,6 +471,26 @@ async def test_no_proxy_where_none_is_wanted(authority: Authority, monkeypatch: 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     async with serving(fine, authority.server) as (_, url), pool(url) as transport:
         assert await ask(transport, request(url)) == (200, b"{}")
+
+
+async def test_a_proxy_that_is_spoken_to_over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    async with serving(fine, authority.server) as (upstream, url), serving(tunnel, authority.server) as (_, proxy_url):
+        monkeypatch.setenv("HTTPS_PROXY", proxy_url)
+        async with pool(url) as transport:
+            for _ in range(2):
+                assert await ask(transport, request(url, "POST", b"{}")) == (200, b"{}")
+
+        assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("named", ["socks5://127.0.0.1:9", "http://", "http://[::1", "ftp://127.0.0.1"])
+def test_another_kind_of_proxy(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", named)
+    with pytest.raises(SettingsError) as refused:
+        create_app(settings())
+
+    assert refused.value.lines == ["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]
 
 
 @pytest.mark.parametrize(
