@@ -25,6 +25,7 @@ from typing import Any
 
 import redis
 
+from app.limits.live import LiveCall
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, call_id, call_key, check
 
@@ -282,7 +283,11 @@ def told_apart(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.Valke
     running = [call for call in calls if call["running"] and call["id"] not in book.given]
     with redis.Redis(port=valkey.port) as client:
         kept = [client.get(f"oib:v:call:{call['metadata']['broker_request_id']}") for call in running]
-    as_given = {call["id"] for call, value in zip(running, kept, strict=True) if value and b'"unwanted": ""' in value}
+    as_given = {
+        call["id"]
+        for call, value in zip(running, kept, strict=True)
+        if value is not None and not LiveCall.from_bytes(value).unwanted
+    }
     return sorted(as_given), [call["id"] for call in running if call["id"] not in as_given]
 
 
