@@ -167,10 +167,12 @@ class Idempotency:
             uncollected = Uncollected(**json.loads(value)) if value is not None else None
             if uncollected is None or uncollected.due > self._now():
                 continue
-            # Whoever takes it out of the set decides: one replica, once, or the repeat that collects it.
-            if await self._store.leave([UNCOLLECTED], name) and await self._withdraw(name):
+            # Whoever takes the kept answer decides: one replica, once, or the repeat that collects it. It leaves the
+            # set last: a store that is lost in between may carry that out without saying so.
+            if await self._withdraw(name):
                 start = Start.of_member(uncollected.member)
                 await self._live.stop(start, uncollected.call_id, NOT_COLLECTED)
+                await self._store.leave([UNCOLLECTED], name)
 
     async def run(self) -> None:
         """Stop uncollected calls, and take back doubtful answers, for ever."""

@@ -9,7 +9,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -571,7 +571,12 @@ class Losable(MemoryStore):
 
     shared = True
     gone = False
+    deaf = False
     before: Any = None
+
+    async def leave(self, names: Sequence[str], member: str) -> bool:
+        left = await super().leave(names, member)
+        return left and not self.deaf  # carried out, and the answer was lost
 
     async def get(self, name: str) -> bytes | None:
         if self.gone:
@@ -714,6 +719,17 @@ async def test_it_is_stopped_later_when_the_store_is_away_just_then() -> None:
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         house.store.gone = False
         assert len(house.running) == 1, "whether somebody collected it cannot be told"
+        await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
+        assert house.running == []
+
+
+@in_own_time
+async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
+    house = House()
+    first = Replica(house)
+    async with house.at_work(first):
+        await house.leave(first)
+        house.store.deaf = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         assert house.running == []
 
