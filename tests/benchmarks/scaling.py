@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.scaling [--rounds 3] [--seconds 3] [--json FILE]
 
-Both have the same load and, together, the same core: what is compared is CPU per session.
+Each worker has the same load, and together they have one core: what is compared is CPU per session. With the same load
+in all, each of two would do half as much at a time, and pay each turn of its event loop for half as many sessions.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from tests.benchmarks import rig
 from tests.benchmarks.rig import Missing, say
 
 CONNECTIONS = 32
+"""For each worker."""
 FULL = 0.7
 """Share of a core that a Valkey, or a replica, may use where answers are still to be quick."""
 
@@ -26,9 +28,9 @@ def measure(upstream: str, core: int, workers: int, seconds: int) -> tuple[float
         rig.valkey() as store,
         rig.broker(upstream, core=core, workers=workers, environ={"BROKER_STORE_URL": store.url}) as broker,
     ):
-        rig.load(broker, connections=CONNECTIONS, seconds=seconds)
+        rig.load(broker, connections=CONNECTIONS * workers, seconds=seconds)
         before = store.cpu
-        found = rig.load(broker, connections=CONNECTIONS, seconds=seconds)
+        found = rig.load(broker, connections=CONNECTIONS * workers, seconds=seconds)
         return found.cpu, (store.cpu - before) / found.requests * 1e6
 
 
