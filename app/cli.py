@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -17,6 +18,7 @@ from app import __version__
 from app.announcement import announce
 from app.config import Settings, SettingsError, load_settings, split_url, takes
 from app.doctor.findings import Finding, all_ok, as_json, as_text
+from app.limits.brake import IN_FORCE_SECONDS
 from app.main import create_app
 from app.oneinbox.errors import OneInboxError
 from app.operator import Operator, WebhookOperator, operate, operate_webhooks
@@ -282,7 +284,7 @@ def pause(
         await operator.brake.pause(seconds)
         return f"Paused for {duration}: no sessions on any replica until then, or until `oneinbox-broker resume`."
 
-    _operate(run)
+    _operate(run, until_in_force=True)
 
 
 @cli.command(epilog=ending("resume"))
@@ -292,7 +294,7 @@ def resume() -> None:
     async def run(operator: Operator) -> str:
         return "Sessions are given again." if await operator.brake.resume() else "There was no pause."
 
-    _operate(run)
+    _operate(run, until_in_force=True)
 
 
 @cli.command(epilog=ending("block 203.0.113.7 --for 1d"))
@@ -307,7 +309,7 @@ def block(
         await operator.brake.block(operator.user(user), seconds)
         return f"Blocked for {duration}."
 
-    _operate(run)
+    _operate(run, until_in_force=True)
 
 
 @cli.command(epilog=ending("unblock 203.0.113.7"))
@@ -319,7 +321,7 @@ def unblock(
     async def run(operator: Operator) -> str:
         return "Unblocked." if await operator.brake.unblock(operator.user(user)) else "There was no block."
 
-    _operate(run)
+    _operate(run, until_in_force=True)
 
 
 @cli.command(epilog=ending("status"))
@@ -367,12 +369,15 @@ def _operate_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None
         _refuse(f"OneInbox {error.reason}", status=1)
 
 
-def _operate(work: Callable[[Operator], Awaitable[str]]) -> None:
-    """Run an operator's command on the shared store, and print what it says."""
+def _operate(work: Callable[[Operator], Awaitable[str]], *, until_in_force: bool = False) -> None:
+    """Run an operator's command on the shared store, and print what it says: once all replicas obey, if told so."""
     settings = _settings()
     configure_logging("error", settings.log_format)
     try:
-        _say(asyncio.run(operate(settings, work)))
+        said = asyncio.run(operate(settings, work))
+        if until_in_force:
+            time.sleep(IN_FORCE_SECONDS)
+        _say(said)
     except SettingsError as error:
         _refuse(*error.lines)
     except StoreUnavailable:

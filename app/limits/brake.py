@@ -14,6 +14,8 @@ from app.store import Store
 PAUSE = "pause"
 BLOCKS = "blocks"
 READ_SECONDS = 1
+IN_FORCE_SECONDS = 2
+"""By when every replica that reaches the store has read it."""
 
 log = structlog.get_logger(__name__)
 
