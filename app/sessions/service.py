@@ -179,14 +179,18 @@ def _of_the_browser(
     errors: Sequence[Mapping[str, Any]], request: SessionRequest, order: Order
 ) -> list[dict[str, Any]] | None:
     """OneInbox's complaints, when all are about something that the browser itself sent: their place and words only."""
-    sent = {"variables": order.own_variables, "overrides": request.overrides or {}, "metadata": order.metadata}
+    overrides = request.overrides or {}
+    sent = {"variables": order.own_variables, "overrides": overrides, "metadata": order.metadata}
+    # All of a field is the browser's where nothing was added to it; the broker always adds to metadata.
+    all_theirs = {"variables": order.own_variables == order.variables, "overrides": overrides == order.overrides}
     about: list[dict[str, Any]] = []
     for error in errors:
         loc = error.get("loc")
         if not isinstance(loc, list) or not all(isinstance(part, (str, int)) for part in loc):
             return None
         path = loc[1:] if loc[:1] == ["body"] else loc
-        if not _lies_under(path, sent):
+        whole = len(path) == 1 and bool(sent.get(path[0])) and all_theirs.get(path[0], False)
+        if not (whole or _lies_under(path, sent)):
             return None
         about.append({"loc": ["body", *path], "msg": str(error.get("msg", ""))[:500], "type": "upstream"})
     return about[:20] or None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -133,6 +134,8 @@ THEIRS: dict[str, list[Any]] = {
     "override-branch": [["body", "overrides", "tts"]],
     "metadata": [["body", "metadata", "order", "id"]],
     "livekits-metadata": [["body", "metadata", "participant_metadata"]],
+    "all-variables": [["body", "variables"]],
+    "all-overrides": [["body", "overrides"]],
     "two": [["body", "variables", "name"], ["body", "overrides", "tts", "speed"]],
 }
 
@@ -162,6 +165,8 @@ OURS: dict[str, Any] = {
     "all-metadata": rejected(["body", "metadata"]),
     "header": rejected(["header", "authorization"]),
     "body": rejected(["body"]),
+    "unknown-field": rejected(["body", "agent"]),
+    "odd-field": rejected(["body", 0]),
     "no-loc": {"detail": [{"msg": "x", "type": "y"}]},
     "odd-loc": rejected("variables.name"),
     "odd-loc-parts": rejected(["body", "variables", {"name": 1}]),
@@ -180,6 +185,28 @@ OURS: dict[str, Any] = {
 async def test_any_other_422_is_the_operators(answer: Any, open_broker: OpenBroker, upstream: Upstream) -> None:
     broker = await open_broker(BROKER_ALLOWED_OVERRIDES="tts.speed")
     upstream.start.respond(422, json=answer)
+
+    assert_problem(await post_session(broker, BROWSERS), "upstream-misconfigured")
+
+
+MIXED_AGENT = """
+[agents.mixed]
+agent_id = "agt_1"
+default = true
+overrides = ["tts.speed"]
+fixed_variables = { tier = "gold" }
+fixed_overrides = { tts = { voice_id = "anna" } }
+"""
+
+
+@pytest.mark.parametrize("field", ["variables", "overrides"])
+async def test_a_422_about_all_of_a_field_is_the_operators_where_he_added_to_it(
+    field: str, open_broker: OpenBroker, upstream: Upstream, tmp_path: Path
+) -> None:
+    agents = tmp_path / "agents.toml"
+    agents.write_text(MIXED_AGENT)
+    broker = await open_broker(ONEINBOX_AGENT_ID="", BROKER_AGENTS_FILE=str(agents))
+    upstream.start.respond(422, json=rejected(["body", field]))
 
     assert_problem(await post_session(broker, BROWSERS), "upstream-misconfigured")
 
