@@ -33,7 +33,8 @@ class DirectRoute(APIRoute):
             request = Request(scope, receive, send)
             given: dict[str, str | None] = {name: scope["path_params"][alias] for name, alias in names}
             for name, alias in headers:
-                given[name] = request.headers.get(alias)
+                # A header sent more than once is one list (RFC 9110, section 5.3).
+                given[name] = ", ".join(request.headers.getlist(alias)) or None
             response = await endpoint(request=request, broker=scope["state"]["broker"], **given)
             await response(scope, receive, send)
 

@@ -15,7 +15,9 @@ log = structlog.get_logger(__name__)
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
 """Logged where no answer was sent, as nginx does: the caller hung up."""
-QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/problems/{slug}"})
+QUIET_ROUTES = frozenset(
+    {"/healthz", "/readyz", "/metrics", "/docs", "/docs/{asset}", "/openapi.json", "/problems/{slug}"}
+)
 
 
 class RequestLog:

@@ -277,6 +277,7 @@ async def test_each_request_is_one_line_of_the_log(broker: httpx.AsyncClient, up
     await broker.get("/nowhere/PATH")
     await broker.get("/healthz")
     await broker.get("/problems/not-found")
+    await broker.get("/docs/explorer.css")
 
     lines = [entry for entry in logs if entry["event"] == "request"]
     told = [

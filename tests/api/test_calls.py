@@ -243,6 +243,16 @@ async def test_an_etag_answers_the_same_question_without_a_body(broker: httpx.As
         assert_safe_headers(again)
 
 
+async def test_an_etag_may_stand_in_any_of_several_lines(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+    path = await start_call(broker)
+    upstream.has_call("call_1")
+    etag = (await broker.get(path)).headers["etag"]
+
+    again = await broker.get(path, headers=[("If-None-Match", '"other"'), ("If-None-Match", etag)])
+
+    assert again.status_code == 304
+
+
 async def test_an_etag_of_something_else_is_answered_in_full(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     path = await start_call(broker)
     upstream.has_call("call_1")
