@@ -63,6 +63,10 @@ def program(name: str, package: str) -> str:
     return path
 
 
+ANY = -1
+"""Instead of a core: not pinned."""
+
+
 def pin() -> tuple[int, int]:
     """Move this process, and all that it will start, off the core of the server under test.
 
@@ -140,12 +144,12 @@ def running(
 ) -> Iterator[Server]:
     """A server until the block ends, once it answers `ready`, whatever it answers.
 
-    `core`: where it is pinned; None: with everything else. What it prints goes to /dev/null.
+    `core`: where it is pinned; None: with everything else; ANY: nowhere. What it prints goes to /dev/null.
     """
 
     def place() -> None:
         if core is not None:
-            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, range(os.cpu_count() or 1) if core == ANY else {core})
 
     popen = subprocess.Popen(
         command,
