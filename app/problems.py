@@ -1,5 +1,6 @@
 """Every error the broker answers: RFC 9457 problem details, one exception class, one table."""
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -297,7 +298,10 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Pr
 
 
 class UnhandledErrors:
-    """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry."""
+    """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry.
+
+    So does the server's own end become `at-capacity`, for a request that it waits for no longer.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -316,6 +320,12 @@ class UnhandledErrors:
             await self.app(scope, receive, note_start)
         except ClientDisconnect:
             pass  # hung up in the middle of its body: nobody is left to answer
+        except asyncio.CancelledError:
+            if started:
+                raise
+            # The server is about to end, and has waited for long enough.
+            going = Problem("at-capacity", "The broker is about to end.", {"Retry-After": "1"})
+            await problem_response(scope, going)(scope, receive, send)
         except Exception:
             log.exception("unhandled_error", request_id=scope["state"]["request_id"])
             if started:

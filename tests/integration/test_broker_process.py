@@ -275,6 +275,34 @@ async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, st
     upstream.close()
 
 
+async def test_a_request_that_never_finishes_does_not_hold_the_end_up(environ: dict[str, str], tmp_path: Path) -> None:
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def silent_oneinbox(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        arrived.set()
+        await over.wait()
+        writer.close()
+        await writer.wait_closed()
+
+    upstream = await asyncio.start_server(silent_oneinbox, "127.0.0.1", 0)
+    port = upstream.sockets[0].getsockname()[1]
+    slow = {**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}", "ONEINBOX_TIMEOUT": "60"}
+    hasty = running("serve", "--port", "0", cwd=tmp_path, environ=slow, module="tests.integration.hasty")
+    with hasty as process:
+        url = json.loads(process.wait_for('"listening"'))["url"]
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            asking = asyncio.create_task(client.post("/session"))
+            await arrived.wait()
+            process.popen.terminate()
+            assert await asyncio.to_thread(process.end) == 0
+            assert_problem(await asking, "at-capacity")
+        assert not [record for record in process.records if "exception" in record]
+    over.set()
+    upstream.close()
+    await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def idle_connection(url: str) -> AsyncIterator[asyncio.StreamReader]:
     """A connection that has been served and is kept."""

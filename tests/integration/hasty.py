@@ -1,0 +1,9 @@
+"""The broker with a second's patience at its end instead of GRACE: `python -m tests.integration.hasty serve`."""
+
+from app import server
+from app.cli import main
+
+server.GRACE = 1
+
+if __name__ == "__main__":
+    main()
