@@ -12,7 +12,9 @@ from app.oneinbox.models import CallRecord
 
 Role = Literal["agent", "user"]
 ROLES: dict[str, Role] = {"agent": "agent", "assistant": "agent", "bot": "agent", "user": "user", "customer": "user"}
-SPOKEN_LINE = re.compile(r"^\s*([A-Za-z]{2,12})\s*:\s?(.*)$")
+UNSPOKEN = frozenset({"tool", "tool_call", "tool_result", "function", "system"})
+"""Who has lines in a text, and in a list messages, that nobody said."""
+LINE = re.compile(r"^\s*([A-Za-z_]{2,12})\s*:\s?(.*)$")
 
 
 class Utterance(BaseModel):
@@ -133,18 +135,23 @@ def _utterances(items: Any) -> list[Utterance] | None:
 def _transcript(record: CallRecord) -> list[Utterance] | None:
     """The transcript whatever edition OneInbox answers: a list, or a text of `role: words` lines.
 
-    A text that names no speaker cannot be told apart; then the message list, which can, has the word.
+    A text that names no speaker cannot be told apart; then the message list, which can, has the word. As in a list,
+    tool calls and their results are left out, with the lines that follow them up to the next speaker.
     """
     if isinstance(record.transcript, list):
         return _utterances(record.transcript)
     if not isinstance(record.transcript, str) or not record.transcript.strip():
         return None
     said: list[Utterance] = []
+    unspoken = False
     for line in record.transcript.splitlines():
-        match = SPOKEN_LINE.match(line)
-        role = ROLES.get(match[1].lower()) if match else None
-        if match and role:
+        match = LINE.match(line)
+        name = match[1].lower() if match else ""
+        if match and (role := ROLES.get(name)):
             said.append(Utterance(role=role, content=match[2]))
+            unspoken = False
+        elif unspoken or name in UNSPOKEN:
+            unspoken = True
         elif said:
             said[-1].content += f"\n{line}"
         else:

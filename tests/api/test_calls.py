@@ -159,6 +159,14 @@ EXPOSED: dict[str, tuple[str, Any, Any]] = {
             {"role": "agent", "content": "Fine."},
         ],
     ),
+    "transcript-text-with-tools": (
+        "transcript",
+        {
+            "transcript": 'system: MARKER\nagent: One moment.\ntool_call: find({"card": "MARKER"})\nTool_result: {\n'
+            ' "MARKER": 1}\nagent: Found: it\nis here.'
+        },
+        [{"role": "agent", "content": "One moment."}, {"role": "agent", "content": "Found: it\nis here."}],
+    ),
     "transcript-list": (
         "transcript",
         {
