@@ -55,7 +55,7 @@ KINDS: Mapping[str, Kind] = {
     "invalid-request": Kind(
         422,
         "The request is not valid",
-        "The body is JSON, but not what this route takes. `errors` names each place.",
+        "The body or a header is not what this route takes. `errors` names each place.",
         "Mend the places that `errors` names; the API documentation shows what is taken.",
     ),
     "unauthenticated": Kind(
