@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -164,7 +165,7 @@ async def _sandbox(host: str, port: int, livekit: dict[str, Any]) -> None:
     from app.sandbox.server import running_emulator  # noqa: PLC0415
 
     options = EmulatorOptions(api_key=SANDBOX_KEY, **livekit)
-    listener = _listen(host, port)
+    listener = _listen(host, port, end=os._exit)  # the loop runs, and would log whatever it is ended by
     async with running_emulator(options) as emulator:
         settings = load_settings(
             {
@@ -411,7 +412,10 @@ def _count_together() -> AbstractContextManager[str]:
         )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, end: Callable[[int], object] = sys.exit) -> socket.socket:
+    """A listening socket. `end`: what SIGTERM and Ctrl-C do until the server minds them itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: end(0))
     try:
         return listen(host, port)
     except OSError as error:

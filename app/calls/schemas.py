@@ -97,6 +97,9 @@ EVENTS = "".join(
 )
 
 
+WEB_URL = re.compile(r"https?://", re.IGNORECASE)
+
+
 def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -> BasicCall:
     """The visible part of a record, without its id, which is its holder's own. `expose`: names of BROKER_EXPOSE."""
     basic: dict[str, Any] = {
@@ -113,7 +116,8 @@ def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -
     more = {
         "transcript": _transcript(record),
         "messages": _utterances(record.messages),
-        "recording_url": record.recording_url,
+        # A page will offer it as a link: nothing that a browser would run.
+        "recording_url": record.recording_url if WEB_URL.match(record.recording_url or "") else None,
         "summary": record.ai_summary,
         "outcome": record.outcome,
     }

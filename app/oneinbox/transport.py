@@ -178,7 +178,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
         own = self._tls if proxy.url.scheme == "https" else None
         plain = await self._dial(proxy.url.raw_host.decode(), proxy.url.port or (443 if own else 80), own)
         try:
-            target = f"{self._host}:{self._port}"
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            target = f"{host}:{self._port}"
             lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
             if proxy.raw_auth is not None:
                 lines.append("Proxy-Authorization: Basic " + base64.b64encode(b":".join(proxy.raw_auth)).decode())

@@ -1,6 +1,7 @@
 """The broker process in front of the emulated OneInbox, over real sockets."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -18,7 +19,7 @@ from app import __version__
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.harness import JSON, ROOMY
-from tests.integration.processes import ROOT, Process, exchange, run, running, serving
+from tests.integration.processes import PATIENCE, ROOT, Process, exchange, run, running, serving
 from tests.shapes import assert_problem, assert_session
 
 KEY = "oi_sk_integration_77c1d0"
@@ -244,6 +245,31 @@ async def test_sandbox_prints_what_to_do_and_it_works(tmp_path: Path) -> None:
             assert (await client.get("/docs")).status_code == 200
             assert_problem(await client.post("/session", headers={"Origin": "https://a.example"}), "forbidden-origin")
         assert process.terminate() == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "sandbox", "emulator"])
+async def test_a_signal_may_come_as_soon_as_the_port_is_open(
+    command: str, environ: dict[str, str], tmp_path: Path, unused_tcp_port: int
+) -> None:
+    settings = environ if command == "serve" else {}
+    with running(command, "--port", str(unused_tcp_port), cwd=tmp_path, environ=settings) as process:
+        async with asyncio.timeout(PATIENCE):
+            while not await is_open(unused_tcp_port):
+                await asyncio.sleep(0.001)
+        assert process.terminate() == 0
+    assert "Traceback" not in "".join(process.err)
+
+
+async def is_open(port: int) -> bool:
+    """Whether anybody listens there."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from app.calls.schemas import Call
+from app.calls.schemas import Call, project
 from app.calls.snapshots import Snapshot
 from app.oneinbox.models import CallRecord
 
@@ -125,6 +125,24 @@ def test_a_state_is_named_by_what_is_seen_of_it(given_record: dict[str, Any], ex
     # One event of a stream is three lines.
     assert b"\n" not in first.body("x")
     assert b"\r" not in first.body("x")
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("https://r.example/1.wav", "https://r.example/1.wav"),
+        ("HTTP://r.example/1", "HTTP://r.example/1"),
+        ("javascript:alert(1)", None),
+        (" https://r.example", None),
+        ("data:text/html,x", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_recording_is_a_link_that_runs_nothing(said: str | None, shown: str | None) -> None:
+    call = project(CallRecord(id="call_1", recording_url=said), agent=None, expose={"recording_url"})
+
+    assert call.model_dump()["recording_url"] == shown
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r", "\r\n", "\u2028", "\x00", "\x85", "\x1e", "\n\nevent: end\ndata: "])
