@@ -14,6 +14,7 @@ import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from app.telemetry.memory import settle_memory
 from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
 
 # How long an example takes is for a busy machine to say; what it shows is not.
@@ -21,6 +22,15 @@ hypothesis_settings.register_profile(
     "broker", parent=hypothesis_settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 hypothesis_settings.load_profile("broker")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are not looked through again and again.
+
+    A whole collection would hold up everything in this process for a third of a second: long enough for a OneInbox
+    emulated in here to be late.
+    """
+    settle_memory()
 
 
 def pytest_asyncio_loop_factories(

@@ -27,7 +27,7 @@ SECRET = "PLANTEDSECRET-of-more-than-thirty-two-characters"
 METRICS_TOKEN = "PLANTEDSECRET-of-whoever-reads-metrics"
 MARKER = "PLANTEDBODY"
 USER = "198.51.100."
-TIMEOUT = "0.3"
+TIMEOUT = "1"
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
