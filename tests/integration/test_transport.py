@@ -157,7 +157,7 @@ async def test_callers_who_were_cancelled_leave_their_places() -> None:
 
     async with serving(answer) as (_, url), pool(url, size=2) as transport:
         asked = [asyncio.create_task(ask(transport, request(url))) for _ in range(20)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # some wait for an answer, the rest for a place; any mix will do
         for each in asked:
             each.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
@@ -218,7 +218,7 @@ async def test_a_large_body_waits_to_be_read() -> None:
         before = -1
         while written != before:  # until the server is stuck
             before = written
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # no sign tells that a writer is stuck, but that nothing moves
         assert written < size
 
         body = b"".join([piece async for piece in response.stream])  # type: ignore[union-attr]
