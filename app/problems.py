@@ -1,25 +1,12 @@
 """Every error the broker answers: RFC 9457 problem details, one exception class, one table."""
 
-import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from app.oneinbox.errors import Busy, NoSuchCall, OneInboxError
 
 MEDIA_TYPE = "application/problem+json"
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,95 +226,7 @@ class Problem(Exception):
         return f"{self.slug}: {self.detail}"
 
 
-def problem_response(scope: Scope, problem: Problem) -> Response:
-    """The answer for a problem, in the scope of its request (for the prefix and the request id)."""
-    kind = KINDS[problem.slug]
-    body: dict[str, Any] = {
-        "type": f"{scope.get('root_path', '')}/problems/{problem.slug}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": problem.detail or kind.meaning,
-        "request_id": scope.get("state", {}).get("request_id", ""),
-    }
-    if problem.errors:
-        body["errors"] = list(problem.errors)
-    scope.setdefault("state", {})["problem"] = problem.slug
-    return Response(json.dumps(body), status_code=kind.status, headers=dict(problem.headers), media_type=MEDIA_TYPE)
-
-
-def install(app: FastAPI) -> None:
-    """Answer every error of every route, the framework's own included, as problem details."""
-    app.add_exception_handler(Problem, _on_problem)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(OneInboxError, _on_upstream_error)
-
-
-async def _on_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)  # noqa: S101 - registered for this class
-    return problem_response(request.scope, error)
-
-
-async def _on_upstream_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OneInboxError)  # noqa: S101 - registered for this class
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
-    if not isinstance(error, NoSuchCall):
-        # What OneInbox refuses for the operator's sake is an error of ours; the rest passes by itself.
-        level = "error" if error.slug == "upstream-misconfigured" else "warning"
-        getattr(log, level)(
-            "upstream_failed", problem=error.slug, reason=error.reason, request_id=request.scope["state"]["request_id"]
-        )
-    return problem_response(request.scope, Problem(error.slug, headers=headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
-    return problem_response(request.scope, invalid_request(error.errors()))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
-    slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "internal-error")
-    return problem_response(request.scope, Problem(slug, headers=error.headers or {}))
-
-
 def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:
     """A 422 out of pydantic's error list: places and reasons, never values; the first twenty."""
     places = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in errors[:20]]
     return Problem("invalid-request", detail, errors=places)
-
-
-class UnhandledErrors:
-    """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry.
-
-    So does the server's own end become `at-capacity`, for a request that it waits for no longer.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        started = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self.app(scope, receive, note_start)
-        except ClientDisconnect:
-            pass  # hung up in the middle of its body: nobody is left to answer
-        except asyncio.CancelledError:
-            if started:
-                raise
-            # The server is about to end, and has waited for long enough.
-            going = Problem("at-capacity", "The broker is about to end.", {"Retry-After": "1"})
-            await problem_response(scope, going)(scope, receive, send)
-        except Exception:
-            log.exception("unhandled_error", request_id=scope["state"]["request_id"])
-            if started:
-                raise  # half an answer cannot be mended: the server cuts the connection
-            await problem_response(scope, Problem("internal-error"))(scope, receive, send)

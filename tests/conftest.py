@@ -14,7 +14,7 @@ import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
-from app.telemetry.memory import settle_memory
+from app.server.gc import settle_memory
 from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
 
 # How long an example takes is for a busy machine to say; what it shows is not.

@@ -16,9 +16,9 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from typer.main import get_group
 
-from app.cli import cli
-from app.config import FIELDS, SECRETS, SettingsError, load_settings
-from app.main import create_app
+from app.api.app import create_app
+from app.cli.commands import cli
+from app.config.settings import FIELDS, SECRETS, SettingsError, load_settings
 from app.problems import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def env_example() -> str:
     needed = required()
     lines = [
         "# Settings of the broker. Copy to .env and fill in; the environment wins over .env.",
-        f"# Written from app/config.py by {COMMAND}.",
+        f"# Written from app/config/settings.py by {COMMAND}.",
     ]
     others = [name for name in FIELDS if name not in needed]
     groups = {

@@ -10,8 +10,8 @@ import httpx
 import respx
 from starlette.types import Receive, Scope, Send
 
-from app.config import Settings, load_settings
-from app.main import create_app
+from app.api.app import create_app
+from app.config.settings import Settings, load_settings
 from tests.shapes import assert_documented
 
 API_KEY = "oi_sk_test_5d1f0c9a77e34b22"

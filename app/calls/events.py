@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.calls.watching import Watch
+from app.calls.poller import Watch
 
 KEEP_ALIVE_SECONDS = 15.0
 LONGEST_SECONDS = 3600.0

@@ -4,7 +4,7 @@ Both hold without any memory: every replica, restarted, still knows.
 """
 
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.oneinbox.models import CALL_ID
 
 ROUTES = frozenset({"cursor", "web"})
@@ -16,10 +16,6 @@ class Ownership:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-
-    def pseudonym(self, user: User) -> str:
-        """A user under a keyed name, for OneInbox's record and for logs."""
-        return self._keyring.sign("pseudonym", user.canonical)
 
     def public_id(self, call_id: str, user: User) -> str:
         """A call as its owner may name it: `{id}.{key}` in anonymous mode, else the id."""

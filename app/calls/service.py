@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from app.calls.cache import Lookup
 from app.calls.events import LONGEST_SECONDS, EventStream, events
-from app.calls.lookup import Lookup
 from app.calls.ownership import Ownership
+from app.calls.poller import Watchers
 from app.calls.snapshots import Snapshot
-from app.calls.watching import Watchers
 from app.identity import User
 from app.limits import LiveCalls
 from app.oneinbox import OneInbox

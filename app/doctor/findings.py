@@ -1,8 +1,9 @@
 """What the doctor says: one finding per check, as lines for people or as JSON for programs."""
 
+import asyncio
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ PLAIN_MARKS: dict[Level, str] = {"ok": "ok", "warning": "! ", "error": "X "}
 COLOURS: dict[Level, str] = {"ok": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
 RESET = "\x1b[0m"
 PLAIN = str.maketrans({"…": "...", "–": "-", "→": "->", "’": "'"})
+
+DEADLINE = 18.0
+"""Seconds for all checks together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,18 @@ def wrong(name: str, detail: str, remedy: str) -> Finding:
 def all_ok(findings: Sequence[Finding]) -> bool:
     """Whether nothing is wrong."""
     return all(finding.ok for finding in findings)
+
+
+async def within(seconds: float, work: Callable[[], Awaitable[list[Finding]]], names: Sequence[str]) -> list[Finding]:
+    """What the work finds; findings under these names when it does not come to an end. Never raises."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work()
+    except TimeoutError:
+        return [wrong(name, f"no result within {seconds:.0f} s", "look at DNS and the network") for name in names]
+    except Exception as error:  # a doctor does not faint; whose words the message repeats, nobody knows: maybe a secret
+        remedy = "tell the broker's authors"
+        return [wrong(name, f"the check itself failed ({type(error).__name__})", remedy) for name in names]
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -19,10 +19,9 @@ from urllib.parse import urlsplit
 import httpx
 import jwt
 
-from app.config import is_loopback
-from app.doctor.asking import Answer, Asker
-from app.doctor.bounded import DEADLINE, within
-from app.doctor.findings import Finding, fine, warning, wrong
+from app.config.settings import is_loopback
+from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
+from app.doctor.http_client import Answer, Asker
 
 JSON = {"Content-Type": "application/json"}
 REFUSED = {"room_name": "probe", "room_config": "none", "agent": 0}

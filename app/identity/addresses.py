@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 import structlog
 from starlette.requests import HTTPConnection
 
-from app.config import Network
+from app.config.settings import Network
 
 Address = IPv4Address | IPv6Address
 

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from starlette.requests import HTTPConnection
 
-from app.config import Network
+from app.config.settings import Network
 from app.identity.addresses import ClientAddresses
 from app.identity.user import User
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from starlette.requests import HTTPConnection
 
-from app.config import Network
+from app.config.settings import Network
 from app.identity.base import Identity, is_user_id
 from app.identity.user import User
 from app.problems import Problem

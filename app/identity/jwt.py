@@ -16,7 +16,7 @@ from typing import Any
 import jwt
 from starlette.requests import HTTPConnection
 
-from app.config import Network
+from app.config.settings import Network
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
 from app.identity.user import User

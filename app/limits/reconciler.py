@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from app.limits.live import LOST, SWEEP_SECONDS, LiveCalls
-from app.limits.starts import Start
+from app.limits.call_attempt import Start
+from app.limits.live_calls import LOST, SWEEP_SECONDS, LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import CallPage

@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json, to_json
 
-from app.oneinbox.cooldown import Cooldown, pause_asked_for
+from app.oneinbox.circuit_breaker import Cooldown, pause_asked_for
 from app.oneinbox.errors import (
     Busy,
     Failed,

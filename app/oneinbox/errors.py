@@ -59,7 +59,7 @@ class Busy(OneInboxError):
 
 
 class CoolingDown(Busy):
-    """Not sent: OneInbox is left alone for now (app.oneinbox.cooldown). `retry_after`: seconds until a try may pass."""
+    """Not sent: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after, "is left alone for now", status=None)

@@ -10,7 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 from aiohappyeyeballs import AddrInfoType, start_connection
 
-from app.oneinbox.connection import Connection
+from app.oneinbox.http1 import Connection
 
 IDLE_SECONDS = 15
 """An unused connection is closed after this long: servers close theirs after longer, and must not do it first."""

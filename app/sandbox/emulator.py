@@ -18,11 +18,11 @@ from fastapi.responses import JSONResponse
 
 from app.sandbox.calls import Call, Calls, record, timestamp
 from app.sandbox.faults import AnyFault, Faults
+from app.sandbox.middleware import CONTROL, MAX_REQUESTS, RecordedRequest, Wire
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.schemas import CallOverride, RegisterWebhook, StartCall
 from app.sandbox.tokens import participant_token
 from app.sandbox.webhooks import Webhooks, is_loopback_address
-from app.sandbox.wire import CONTROL, MAX_REQUESTS, RecordedRequest, Wire
 
 __all__ = ["Emulator", "EmulatorOptions", "create_emulator"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.sandbox.exchange import Answer, Exchange
+from app.sandbox.http_exchange import Answer, Exchange
 
 Operation = Literal["start", "get", "stop", "list"]
 

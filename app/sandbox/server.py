@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
-from app.sandbox.exchange import DROP
+from app.sandbox.http_exchange import DROP
 
 
 class _CuttingProtocol(HttpToolsProtocol):

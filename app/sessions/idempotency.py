@@ -20,12 +20,12 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.limits import LiveCalls, Start
-from app.limits.live import HUNG_UP, NOT_COLLECTED
+from app.limits.live_calls import HUNG_UP, NOT_COLLECTED
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request
-from app.sessions.caller import Caller
+from app.sessions.disconnect import Caller
 from app.store import Store, StoreUnavailable
 
 KEEP_SECONDS = 600

@@ -6,11 +6,11 @@ from typing import Any
 
 import structlog
 
-from app.agents import Agent, Agents
+from app.config.agents import Agent, Agents
+from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value
+from app.config.validation import MAX_VARIABLES, VariableValue, check_variable_value
 from app.identity import User
-from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
 from app.problems import Problem, invalid_request
-from app.rules import MAX_VARIABLES, VariableValue, check_variable_value
 from app.sessions.schemas import SessionRequest
 
 log = structlog.get_logger(__name__)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
-from app.rules import MAX_VARIABLES, VariableName, VariableText, VariableValue
+from app.config.validation import MAX_VARIABLES, VariableName, VariableText, VariableValue
 
 MAX_BODY = 16 * 1024
 MAX_METADATA = 4 * 1024

@@ -9,16 +9,16 @@ from typing import Any
 import structlog
 from starlette.requests import ClientDisconnect
 
-from app.calls.ownership import Ownership
 from app.identity import User
+from app.identity.keyring import Keyring
 from app.limits import Limits, LiveCalls, Reconciler, Start, TalkTime
-from app.limits.live import HUNG_UP, NOT_KEPT, UNUSABLE
+from app.limits.live_calls import HUNG_UP, NOT_KEPT, UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem
-from app.sessions.caller import Caller
 from app.sessions.challenge import Challenge
+from app.sessions.disconnect import Caller
 from app.sessions.idempotency import Idempotency, NotKept, Started, read_key
 from app.sessions.policy import Order, Policy
 from app.sessions.schemas import SessionRequest
@@ -60,7 +60,7 @@ class Sessions:
         live: LiveCalls,
         reconciler: Reconciler,
         oneinbox: OneInbox,
-        ownership: Ownership,
+        keyring: Keyring,
         idempotency: Idempotency,
         challenge: Challenge | None,
         max_waiting: int,
@@ -74,7 +74,7 @@ class Sessions:
         self._live = live
         self._reconciler = reconciler
         self._oneinbox = oneinbox
-        self._ownership = ownership
+        self._keyring = keyring
         self._idempotency = idempotency
         self._challenge = challenge
         self._max_waiting = max_waiting
@@ -126,7 +126,7 @@ class Sessions:
                 since=int(self._now()),
                 agent=order.agent.name,
                 user=user.store_name,
-                owner=self._ownership.pseudonym(user),
+                owner=self._keyring.pseudonym(user),
             )
             return Started(start, await self._reserve_and_call(user, asked, order, start))
         finally:

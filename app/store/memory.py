@@ -12,10 +12,10 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Generic, Literal, Self, TypeVar
 
-from app.store import windows
-from app.store.hub import Hub
+from app.store import sliding_window as windows
+from app.store.local_pubsub import Hub
 from app.store.protocol import Decision, Rate, RateState, Slot, Value
-from app.store.windows import Window
+from app.store.sliding_window import Window
 
 SHARDS = 256
 SWEEP_SECONDS = 0.25

@@ -7,7 +7,7 @@ window is windows.py's, as a MessagePack list `time, count, time, count, …`, o
 from dataclasses import dataclass, field
 from hashlib import sha1
 
-from app.store.windows import GRID, MOST
+from app.store.sliding_window import GRID, MOST
 
 _NOW = """
 local time = redis.call('TIME')

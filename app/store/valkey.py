@@ -22,11 +22,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from app.store import scripts
-from app.store.hub import Hub
-from app.store.line import Line
-from app.store.listener import Listener
-from app.store.patience import Patience
+from app.store.deadline import Patience
+from app.store.local_pubsub import Hub
+from app.store.pipeline import Line
 from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable, Value
+from app.store.subscriber import Listener
 
 PREFIX = "oib:"
 TIMEOUT = 0.25

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 import httpx
 import structlog
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import __version__
-from app.telemetry.metrics import METHODS, OTHER
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -124,44 +122,3 @@ class Traces:
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         await asyncio.to_thread(last.join, LAST_WORDS_SECONDS)
-
-
-class TraceRequests:
-    """Middleware: a span for each request. Its trace's id goes into the log line, as `trace`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        traces: Traces | None = scope["state"].get("traces") if scope["type"] == "http" else None
-        if traces is None:
-            return await self.app(scope, receive, send)
-        status = 0
-
-        async def note_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        method = scope["method"] if scope["method"] in METHODS else OTHER
-        with traces.request(method) as span:
-            scope["state"]["trace"] = format_trace_id(span.get_span_context().trace_id)
-            try:
-                await self.app(scope, receive, note_status)
-            finally:
-                _describe(span, method, scope, status)
-
-
-def _describe(span: Span, method: str, scope: Scope, status: int) -> None:
-    route = getattr(scope.get("route"), "path", None)
-    if route is not None:
-        span.set_attribute("http.route", route)
-        span.update_name(f"{method} {route}")
-    if status:
-        span.set_attribute("http.response.status_code", status)
-    if problem := scope["state"].get("problem"):
-        span.set_attribute("broker.problem", problem)
-    if status >= 500:
-        span.set_attribute("error.type", str(status))
-        span.set_status(Status(StatusCode.ERROR))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from app.calls.routes import MAX_WEBHOOK as MAX_BODY
+from app.api.webhooks import MAX_WEBHOOK as MAX_BODY
 from tests.conftest import OpenBroker
 from tests.harness import JSON, Upstream, post_session
 from tests.shapes import STATUS, assert_problem

@@ -6,7 +6,7 @@ from functools import partial
 import httpx
 import pytest
 
-from app.oneinbox.cooldown import FAILURE_PAUSE, FAILURES_IN_A_ROW, Cooldown
+from app.oneinbox.circuit_breaker import FAILURE_PAUSE, FAILURES_IN_A_ROW, Cooldown
 from tests.conftest import OpenBroker
 from tests.harness import CLIENT, Upstream, post_session, start_call, started
 from tests.shapes import assert_problem, assert_session, remaining

@@ -12,11 +12,11 @@ from pydantic import SecretStr
 from starlette.types import Message
 
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.limits import LiveCalls, Start, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
-from app.sessions.caller import Caller
+from app.sessions.disconnect import Caller
 from app.sessions.idempotency import LOOK_SECONDS, Idempotency, Started
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker

@@ -10,7 +10,7 @@ import httpx
 import jwt
 import pytest
 
-from app.rotation import Rotation
+from app.broker.secret_reload import Rotation
 from tests.conftest import Logs, OpenBroker
 from tests.harness import API_KEY, ONEINBOX, Upstream, post_session, start_call, started
 from tests.shapes import assert_problem, assert_session
@@ -42,7 +42,7 @@ class Ticks:
 def tick(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     """Has every broker look at its files when it is called, and never else."""
     ticks = Ticks()
-    monkeypatch.setattr("app.broker.Rotation", partial(Rotation, sleep=ticks.sleep))
+    monkeypatch.setattr("app.broker.build.Rotation", partial(Rotation, sleep=ticks.sleep))
     return ticks
 
 

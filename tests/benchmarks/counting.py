@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Message
 
-from app.config import load_settings
-from app.main import create_app
+from app.api.app import create_app
+from app.config.settings import load_settings
+from app.server.gc import settle_memory
 from app.telemetry.logging import configure_logging
-from app.telemetry.memory import settle_memory
 from tests.benchmarks import rig
 from tests.benchmarks.peers import plain
 

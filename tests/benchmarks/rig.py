@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from app.config import KNOWN
+from app.config.settings import KNOWN
 from tests.integration.processes import surroundings
 
 HERE = Path(__file__).parent

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from app import __version__
-from app.config import load_settings
-from app.server import GRACE
+from app.config.settings import load_settings
+from app.server.server import GRACE
 from tests.deploy.settings import (
     DEPLOY,
     KUBERNETES,

@@ -9,9 +9,9 @@ import gc
 import json
 import sys
 
-from app.config import load_settings
-from app.main import create_app
-from app.server import create_server, listen, url_of
+from app.api.app import create_app
+from app.config.settings import load_settings
+from app.server.server import create_server, listen, url_of
 from app.telemetry.logging import configure_logging
 
 

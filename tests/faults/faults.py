@@ -25,7 +25,7 @@ from typing import Any
 
 import redis
 
-from app.limits.live import LiveCall
+from app.limits.live_calls import LiveCall
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, call_id, call_key, check
 

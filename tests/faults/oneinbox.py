@@ -6,7 +6,7 @@ from typing import Any
 
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.server import emulator_server
-from app.server import listen, url_of
+from app.server.server import listen, url_of
 from tests.faults.rig import API_KEY
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
-from app.config import Settings, load_settings
+from app.config.settings import Settings, load_settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
-from app.sandbox.wire import RecordedRequest
+from app.sandbox.middleware import RecordedRequest
 from tests.integration.processes import surroundings
 
 PATIENCE = 30

@@ -1,7 +1,7 @@
 """The broker with a second's patience at its end instead of GRACE: `python -m tests.integration.hasty serve`."""
 
-from app import server
-from app.cli import main
+from app.cli.commands import main
+from app.server import server
 
 server.GRACE = 1
 

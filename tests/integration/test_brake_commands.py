@@ -11,8 +11,8 @@ import jwt
 import pytest
 import pytest_asyncio
 
-from app.limits.brake import IN_FORCE_SECONDS
-from app.operator import Operator, operate
+from app.cli.operator import Operator, operate
+from app.limits.kill_switch import IN_FORCE_SECONDS
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.conftest import OpenBroker
 from tests.harness import settings

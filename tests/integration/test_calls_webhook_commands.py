@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from app.config import SettingsError
+from app.cli.operator import WebhookOperator, operate_webhooks
+from app.config.settings import SettingsError
 from app.oneinbox.errors import OneInboxError
-from app.operator import WebhookOperator, operate_webhooks
 from app.sandbox.schemas import RegisterWebhook
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.integration.brokers import LONG_CALLS, environ_of, settings_of

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from app.doctor.diagnosis import diagnose
+from app.doctor.checks import diagnose
 from app.doctor.findings import Finding, as_json
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Drip, Drop, Hang, Status

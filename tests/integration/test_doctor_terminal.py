@@ -19,7 +19,7 @@ import pytest
 from typer.main import get_group
 
 from app import __version__
-from app.cli import EXIT_STATUS, cli
+from app.cli.commands import EXIT_STATUS, cli
 from tests.integration.processes import PATIENCE, run, running, surroundings
 
 REQUIRED = {"ONEINBOX_API_KEY": "oi_sk_terminal", "ONEINBOX_AGENT_ID": "agt_terminal"}

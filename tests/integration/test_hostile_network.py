@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
-from app.server import KEEP_ALIVE
+from app.server.server import KEEP_ALIVE
 from tests.integration.brokers import (
     LONG_CALLS,
     BrokerProcess,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from app.operator import Operator, operate
+from app.cli.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.integration.brokers import (
     LONG_CALLS,

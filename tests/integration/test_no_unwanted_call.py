@@ -19,25 +19,25 @@ import pytest
 from pydantic import SecretStr
 from starlette.requests import ClientDisconnect
 
-from app.config import Settings
+from app.api.app import create_app
+from app.cli.operator import operate
+from app.config.settings import Settings
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.limits import LiveCalls, Reconciler, Start, TalkTime
-from app.limits.live import SWEEP_SECONDS
-from app.limits.starts import ALL_CALLS
-from app.main import create_app
+from app.limits.call_attempt import ALL_CALLS
+from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.transport import open_transport
-from app.operator import operate
 from app.sandbox import faults
 from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, create_emulator
 from app.sandbox.faults import Fault, Latency, Status
 from app.sandbox.schemas import StartCall
 from app.sandbox.server import RunningEmulator, running_emulator
-from app.server import create_server, listen, url_of
+from app.server.server import create_server, listen, url_of
 from app.sessions import idempotency
-from app.sessions.caller import Caller
+from app.sessions.disconnect import Caller
 from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, Started
 from app.store import Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore

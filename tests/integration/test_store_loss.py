@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from app.cli.operator import Operator, operate
 from app.oneinbox.transport import open_transport
-from app.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore

@@ -283,7 +283,7 @@ async def test_subscriptions_come_back(store: ValkeyStore, valkey: Valkey) -> No
 async def test_a_silent_subscription_is_made_anew(
     store: ValkeyStore, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.store.listener.SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr("app.store.subscriber.SILENCE_SECONDS", 0.05)
     async with store.subscribe("one") as one:
         connection = store._listener._connection
         await asyncio.sleep(0.2)

@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from app.config import SettingsError
-from app.main import create_app
+from app.api.app import create_app
+from app.config.settings import SettingsError
 from app.oneinbox import transport as module
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
 from tests.harness import settings

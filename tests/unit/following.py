@@ -20,13 +20,13 @@ from typing import Any, ParamSpec
 import httpx
 from pydantic import SecretStr
 
-from app.calls.hints import Hints
-from app.calls.lookup import Lookup
+from app.calls.cache import Lookup
 from app.calls.ownership import Ownership
+from app.calls.poller import Watchers
+from app.calls.refresh_queue import Hints
 from app.calls.service import Calls
-from app.calls.watching import Watchers
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.limits import LiveCalls, Start, TalkTime
 from app.oneinbox import OneInbox
 from app.store.memory import MemoryStore
@@ -38,6 +38,7 @@ DATE = 1_800_000_000.0
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 NOBODY = User(mode="anonymous", id="203.0.113.7")
 SECRET = "a secret of the tests, of more than 32 characters"
+KEYRING = Keyring([SECRET])
 
 
 class _Leaping(selectors.DefaultSelector):
@@ -177,12 +178,11 @@ class Replica:
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.house.oneinbox, timeout=15, connect_timeout=3)
         talk = TalkTime(store, minutes=None, minutes_total=None, now=self.now)
         self.live = LiveCalls(store, oneinbox, talk, max_seconds=3600, join_timeout=0, lease=3900, now=self.now)
-        keyring = Keyring([SECRET])
-        self.ownership = Ownership(keyring)
+        self.ownership = Ownership(KEYRING)
         self.lookup = Lookup(
             oneinbox=oneinbox,
             store=store,
-            keyring=keyring,
+            keyring=KEYRING,
             live=self.live,
             agent_names={AGENT_ID: "default"},
             expose=frozenset(self.expose),
@@ -206,7 +206,7 @@ class Replica:
 
     async def hand_out(self, user: User, call_id: str = "call_1") -> str:
         """Remember a call as started for a user, in its live slots; its public id."""
-        owner = self.ownership.pseudonym(user)
+        owner = KEYRING.pseudonym(user)
         start = Start(f"request-{call_id}", int(self.now()), "default", user.store_name, owner)
         for name in start.sets:
             await self.house.store.enter(name, start.member, 3900)
@@ -239,7 +239,7 @@ class House:
 
 def pseudonym(user: User) -> str:
     """A user's name on OneInbox's record."""
-    return Ownership(Keyring([SECRET])).pseudonym(user)
+    return KEYRING.pseudonym(user)
 
 
 @dataclass

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.agents import Agent, Agents, AgentsError, read_agents, single_agent
-from app.oneinbox.overrides import OVERRIDE_LEAVES, is_leaf_value
+from app.config.agents import Agent, Agents, AgentsError, read_agents, single_agent
+from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value
 
 LEAVES = ", ".join(OVERRIDE_LEAVES)
 KEYS = (

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from app.announcement import announce
+from app.cli.startup_banner import announce
 from tests.conftest import Logs
 from tests.harness import settings
 

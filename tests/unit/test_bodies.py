@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from app.bodies import read_json
+from app.api.request_body import read_json
 from app.problems import Problem
 from app.sessions.schemas import SessionRequest
 

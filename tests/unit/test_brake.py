@@ -3,10 +3,10 @@
 import pytest
 from starlette.requests import Request
 
-from app.config import SettingsError
+from app.cli.operator import Operator
+from app.config.settings import SettingsError
 from app.identity import Anonymous, User
 from app.limits import Brake
-from app.operator import Operator
 from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.broker import open_broker
+from app.broker.build import open_broker
 from app.identity import User
-from app.limits.starts import ALL_CALLS
-from app.sessions.caller import Caller
+from app.limits.call_attempt import ALL_CALLS
+from app.sessions.disconnect import Caller
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import Asked
 from tests.harness import Upstream, settings

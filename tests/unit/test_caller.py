@@ -4,7 +4,7 @@ import asyncio
 import gc
 from typing import Any
 
-from app.sessions.caller import Caller
+from app.sessions.disconnect import Caller
 
 GONE = {"type": "http.disconnect"}
 MORE = {"type": "http.request", "body": b"", "more_body": False}

@@ -6,7 +6,7 @@ import random
 import httpx
 import pytest
 
-from app.calls import lookup as module
+from app.calls import cache as module
 from app.calls.snapshots import Snapshot
 from app.oneinbox.errors import OneInboxError
 from app.problems import Problem

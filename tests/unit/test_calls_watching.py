@@ -10,8 +10,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from app.calls import hints as hints_module
-from app.calls.hints import Hints
+from app.calls import refresh_queue as hints_module
+from app.calls.refresh_queue import Hints
 from app.identity import User
 from app.problems import Problem
 from tests.unit.following import (

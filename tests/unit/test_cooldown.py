@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from app.oneinbox import OneInbox
-from app.oneinbox.cooldown import (
+from app.oneinbox.circuit_breaker import (
     DEFAULT_PAUSE,
     FAILURE_PAUSE,
     FAILURES_IN_A_ROW,

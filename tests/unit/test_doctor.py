@@ -13,10 +13,9 @@ import respx
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from app.doctor import diagnosis as module
-from app.doctor.bounded import DEADLINE, within
-from app.doctor.diagnosis import diagnose
-from app.doctor.findings import Finding, as_json, fine
+from app.doctor import checks as module
+from app.doctor.checks import diagnose
+from app.doctor.findings import DEADLINE, Finding, as_json, fine, within
 from tests.harness import API_KEY, ENVIRON, Upstream
 
 NOW = 1_800_000_000.0

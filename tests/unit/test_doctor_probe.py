@@ -10,9 +10,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from app.api.middleware.security_headers import ALWAYS, API_CSP
 from app.doctor.findings import Finding, as_text
 from app.doctor.probe import PROBES, probe
-from app.middleware.response_headers import ALWAYS, API_CSP
 from app.problems import KINDS
 from app.sessions.schemas import SessionRequest
 

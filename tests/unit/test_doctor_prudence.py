@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from app.doctor.prudence import cautions, review
+from app.doctor.settings_review import cautions, review
 from tests.harness import settings
 
 QUIET = {

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from app.config import FIELDS, load_settings
+from app.config.settings import FIELDS, load_settings
 from app.problems import KINDS
 from tests.documents import COMMAND, ROOT, documents, required
 

@@ -14,8 +14,8 @@ import pytest
 from app.sandbox import calls as calls_module
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
 from app.sandbox.faults import Drop, Fields, Latency, NotUtf8, Status
+from app.sandbox.middleware import MAX_BODY, MAX_REQUESTS
 from app.sandbox.schemas import CallOverride, StartCall
-from app.sandbox.wire import MAX_BODY, MAX_REQUESTS
 
 START = {"agent_id": "agt_sandbox"}
 NOT_JSON = (b"{", b"\xff")

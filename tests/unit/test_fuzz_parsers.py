@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 from app.calls.ownership import Ownership
-from app.config import FIELDS, KNOWN, SECRETS, Settings, SettingsError, load_settings
+from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, load_settings
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.limits import Start
 from app.oneinbox import CallRecord, OneInbox, WebCall
 from app.oneinbox.errors import NoSuchCall, OneInboxError, Rejected

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from app.http_guard import MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
+from app.server.protocol import MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
 from tests.conftest import Logs
 
 ARRIVAL, LINGER, KEEP_ALIVE = 0.2, 0.2, 1

@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 
 OLD, NEW, OTHER = "o" * 32, "n" * 32, "x" * 32
 SECRETS = st.text(st.characters(codec="utf-8"), min_size=32, max_size=64)

@@ -1,7 +1,7 @@
-"""The house keeps its shape: who may import whom (design.md)."""
+"""The structure of app/: which room may import which."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,7 +13,7 @@ ROOT = Path(app.__file__).parent
 
 
 def module_name(file: Path) -> str:
-    """`app.calls.routes` of its file."""
+    """`app.api.calls` of its file."""
     parts = file.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -37,75 +37,70 @@ def imported(name: str) -> Iterator[str]:
 IMPORTS = {name: sorted(set(imported(name)) - {name}) for name in MODULES}
 
 
-def room(name: str) -> str:
-    """A module's room; all routers together are one, above the services."""
-    parts = name.split(".")
-    return "routers" if parts[-1] == "routes" else parts[1] if len(parts) > 1 else "app"
+FLOORS = [
+    {"__main__"},
+    {"cli", "main"},
+    {"api", "doctor"},
+    {"broker"},
+    {"sessions", "calls"},
+    {"limits"},
+    {"oneinbox", "identity", "server"},
+    {"store", "config", "telemetry", "problems"},
+]
+"""The rooms, from the top floor down. A room imports from lower floors only, never from its own floor or above."""
+
+FLOOR_OF = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}
+NEIGHBOUR = "sandbox"
+"""A simulated OneInbox: it imports nothing of the broker's, and only the commands import it."""
 
 
-def assert_no_circle(graph: Mapping[str, set[str]]) -> None:
+def room_of(module: str) -> str:
+    """The folder or file directly in app/ that a module lies in; `app` for the package itself."""
+    return (module.split(".")[1:2] or ["app"])[0]
+
+
+def crossings() -> Iterator[tuple[str, str]]:
+    """Each import from one room into another: module and imported module."""
+    for module, others in IMPORTS.items():
+        yield from ((module, other) for other in others if room_of(other) not in (room_of(module), "app"))
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(module) for module in MODULES} - {"app"} == FLOOR_OF.keys() | {NEIGHBOUR}
+
+
+def test_no_import_runs_upward() -> None:
+    upward = [
+        f"{module} imports {other}"
+        for module, other in crossings()
+        if NEIGHBOUR not in (room_of(module), room_of(other)) and FLOOR_OF[room_of(other)] >= FLOOR_OF[room_of(module)]
+    ]
+
+    assert upward == []
+
+
+def test_the_sandbox_is_a_neighbour() -> None:
+    assert [module for module, _ in crossings() if room_of(module) == NEIGHBOUR] == []
+    assert {room_of(module) for module, other in crossings() if room_of(other) == NEIGHBOUR} == {"cli"}
+
+
+def test_modules_do_not_import_in_circles() -> None:
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(IMPORTS).prepare()
     except CycleError as circle:
         pytest.fail(f"a circle: {' → '.join(reversed(circle.args[1]))}")
 
 
-def test_there_is_something_to_check() -> None:
-    assert {"app.main", "app.sessions.routes", "app.sandbox.emulator"} <= MODULES.keys()
-    assert "app.config" in IMPORTS["app.main"]
+def test_only_the_commands_and_main_make_the_app() -> None:
+    importers = {room_of(module) for module, other in crossings() if other == "app.api.app"}
 
-
-def test_the_sandbox_is_a_neighbour() -> None:
-    for name, others in IMPORTS.items():
-        if room(name) == "sandbox":
-            assert all(room(other) == "sandbox" for other in others), f"{name} imports {others}"
-        elif name != "app.cli":
-            assert not any(room(other) == "sandbox" for other in others), f"{name} imports the sandbox"
-
-
-def test_only_main_imports_routers() -> None:
-    for name, others in IMPORTS.items():
-        if name != "app.main":
-            assert not [other for other in others if other.endswith(".routes")], name
-
-
-def test_only_the_commands_import_main() -> None:
-    importers = {name for name, others in IMPORTS.items() if "app.main" in others}
-
-    assert importers <= {"app.cli", "app.__main__"}
-
-
-def test_modules_do_not_import_in_circles() -> None:
-    assert_no_circle({name: set(others) for name, others in IMPORTS.items()})
-
-
-def test_rooms_do_not_import_in_circles() -> None:
-    graph: dict[str, set[str]] = {}
-    for name, others in IMPORTS.items():
-        graph.setdefault(room(name), set()).update(room(other) for other in others if room(other) != room(name))
-
-    assert_no_circle(graph)
-
-
-BELOW = {
-    "store": {"store"},
-    "keyring": {"keyring"},
-    "telemetry": {"telemetry"},
-    "oneinbox": {"oneinbox", "telemetry"},
-}
-
-
-@pytest.mark.parametrize(("name", "may"), BELOW.items(), ids=BELOW.keys())
-def test_the_ground_floor_knows_nobody_above(name: str, may: set[str]) -> None:
-    for module, others in IMPORTS.items():
-        if room(module) == name:
-            assert {room(other) for other in others} <= may | {"app"}, module
+    assert importers == {"cli", "main"}
 
 
 def test_only_one_room_knows_where_oneinbox_is() -> None:
     """Its paths, and the header with the key."""
     for name, file in MODULES.items():
-        if room(name) not in ("oneinbox", "sandbox"):
+        if room_of(name) not in ("oneinbox", NEIGHBOUR):
             text = file.read_text()
             assert "/v1/" not in text, name
             assert "Bearer {" not in text, name

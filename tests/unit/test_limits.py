@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from app.agents import Agent
+from app.config.agents import Agent
 from app.identity import User
 from app.limits import Limits, Refused, Reservation
+from app.limits.call_attempt import Start
 from app.limits.headers import policy_name, rate_limit_headers
-from app.limits.starts import Start
 from app.problems import Problem
 from app.store import Rate, RateState
 from app.store.failover import FailoverStore

@@ -10,10 +10,10 @@ import respx
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from app.agents import Agent
+from app.config.agents import Agent
 from app.identity import User
 from app.limits import Limits, LiveCalls, Start, TalkTime
-from app.limits.live import UNSTOPPED
+from app.limits.live_calls import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
 from app.problems import Problem

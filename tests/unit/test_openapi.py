@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from app.config import load_settings
-from app.middleware.origins import ALLOWED_HEADERS, EXPOSED
-from app.openapi import of_broker
+from app.api.middleware.cors import ALLOWED_HEADERS, EXPOSED
+from app.api.openapi import of_broker
+from app.config.settings import load_settings
 from app.problems import KINDS
 from app.sessions.schemas import REQUESTS, SessionRequest
 from tests.documents import document

@@ -4,9 +4,10 @@ import pytest
 
 from app.calls.ownership import Ownership
 from app.identity import User
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 
-OWNERSHIP = Ownership(Keyring(["s" * 32]))
+KEYRING = Keyring(["s" * 32])
+OWNERSHIP = Ownership(KEYRING)
 ANONYMOUS = User(mode="anonymous", id="203.0.113.7")
 ADA = User(mode="jwt", id="ada", issuer="https://id.example")
 OTHERS = {
@@ -54,19 +55,19 @@ def test_an_odd_id_is_none(name: str, user: User) -> None:
 
 @pytest.mark.parametrize("stranger", OTHERS.values(), ids=OTHERS.keys())
 def test_a_call_belongs_to_whom_its_record_names(stranger: User) -> None:
-    pseudonym = OWNERSHIP.pseudonym(ADA)
+    pseudonym = KEYRING.pseudonym(ADA)
 
     assert OWNERSHIP.owns(ADA, pseudonym)
     assert not OWNERSHIP.owns(stranger, pseudonym)
 
 
-@pytest.mark.parametrize("pseudonym", ["", "ada", OWNERSHIP.pseudonym(ADA)[:-1], OWNERSHIP.pseudonym(ADA).upper()])
+@pytest.mark.parametrize("pseudonym", ["", "ada", KEYRING.pseudonym(ADA)[:-1], KEYRING.pseudonym(ADA).upper()])
 def test_a_call_of_nobody_belongs_to_nobody(pseudonym: str) -> None:
     assert not OWNERSHIP.owns(ADA, pseudonym)
 
 
 def test_a_pseudonym_tells_nothing_and_outlives_a_change_of_secret() -> None:
-    before = Ownership(Keyring(["o" * 32])).pseudonym(ADA)
+    before = Keyring(["o" * 32]).pseudonym(ADA)
 
     assert "ada" not in before
     assert Ownership(Keyring(["n" * 32, "o" * 32])).owns(ADA, before)

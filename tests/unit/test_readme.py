@@ -10,10 +10,10 @@ import pytest
 from typer.main import get_group
 from uvicorn.main import main as uvicorn
 
-from app.cli import cli
-from app.config import KNOWN, load_settings
-from app.main import create_app
-from app.server import GRACE
+from app.api.app import create_app
+from app.cli.commands import cli
+from app.config.settings import KNOWN, load_settings
+from app.server.server import GRACE
 from app.sessions.schemas import SessionRequest
 from tests.documents import ROOT
 

@@ -12,10 +12,10 @@ import pytest
 from pydantic import SecretStr
 
 from app.limits import LiveCalls, Reconciler, Start, TalkTime
-from app.limits.live import SWEEP_SECONDS, UNSTOPPED
+from app.limits.call_attempt import ALL_CALLS
+from app.limits.live_calls import SWEEP_SECONDS, UNSTOPPED
 from app.limits.reconciler import MOST_FETCHES, MOST_PAGES, PAGE, RUNNING, SCAN_AFTER, TRIES
-from app.limits.starts import ALL_CALLS
-from app.limits.sweep import sweep_forever
+from app.limits.sweeper import sweep_forever
 from app.oneinbox import OneInbox
 from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator

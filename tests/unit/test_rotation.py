@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pydantic import SecretStr
 
-from app.broker import takers
-from app.config import SECRETS, Settings, SettingsError, field_of, load_settings, read_secret, with_secret
+from app.broker.build import takers
+from app.broker.secret_reload import Rotation
+from app.config.settings import SECRETS, Settings, SettingsError, field_of, load_settings, read_secret, with_secret
 from app.identity import FixedKey, secret_key
-from app.keyring import Keyring
+from app.identity.keyring import Keyring
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, Misconfigured, OneInboxError, TimedOut
-from app.rotation import Rotation
 from tests.conftest import Logs
 from tests.harness import AGENT_ID, ONEINBOX, settings, started
 

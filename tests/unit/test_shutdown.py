@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from app.shutdown import Shutdown
+from app.broker.shutdown import Shutdown
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
 

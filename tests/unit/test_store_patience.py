@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.store.patience import LATE_TICKS, LONGEST_FACTOR, TICKS, Patience
+from app.store.deadline import LATE_TICKS, LONGEST_FACTOR, TICKS, Patience
 from tests.unit.following import OwnTime, in_own_time
 
 BOUND = 0.25

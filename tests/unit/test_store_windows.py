@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.store import Decision, Rate
 from app.store.memory import MemoryStore
-from app.store.windows import GRID, MOST, current, total
+from app.store.sliding_window import GRID, MOST, current, total
 
 TICK = 1 / 64
 

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from app.identity import User
 from app.limits import LiveCalls, Start, TalkTime
-from app.limits.live import SWEEP_SECONDS
+from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
 from app.store import Slot

@@ -1,0 +1,88 @@
+"""The application: settings in, FastAPI app out. Middleware order and routers, nothing else."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypedDict
+from urllib.parse import urlsplit
+
+import httpx
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from app import __version__
+from app.api import calls, errors, health, metrics, openapi, problem_types, sessions, webhooks
+from app.api.docs import routes as docs
+from app.api.middleware.cors import Origins
+from app.api.middleware.request_log import RequestLog
+from app.api.middleware.root_path import RootPath
+from app.api.middleware.security_headers import ResponseHeaders
+from app.api.middleware.tracing import TraceRequests
+from app.api.middleware.unhandled_errors import UnhandledErrors
+from app.broker.build import check, open_broker
+from app.broker.context import Broker
+from app.config.settings import Settings, origin_of
+from app.sessions.schemas import SessionRequest
+from app.telemetry.metrics import Metrics
+from app.telemetry.traces import Traces, are_wanted
+
+
+class State(TypedDict):
+    """What the lifespan hands to every request as `request.state`."""
+
+    broker: Broker
+    metrics: Metrics
+    traces: Traces | None
+
+
+def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+    """The broker as an ASGI application.
+
+    Connections are opened when the server starts its lifespan. `transport` replaces the connection to OneInbox.
+    Raises SettingsError.
+    """
+
+    check(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with open_broker(settings, transport) as broker:
+            yield {"broker": broker, "metrics": broker.metrics, "traces": broker.traces}
+
+    app = FastAPI(
+        title="OneInbox token broker",
+        version=__version__,
+        summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and bounds the spending.",
+        # Its traces would hold paths, and paths hold call keys; the metrics and logs here are the broker's own.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,  # served beside the explorer
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RootPath, prefix=settings.root_path),
+            Middleware(RequestLog),
+            *([Middleware(TraceRequests)] if are_wanted() else []),
+            Middleware(ResponseHeaders),
+            Middleware(
+                Origins,
+                allowed=settings.allowed_origins,
+                own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
+                credentials=settings.auth == "header" or settings.jwt_cookie is not None,
+                require=settings.require_origin,
+                same_site_posts=settings.auth == "header",
+            ),
+            Middleware(UnhandledErrors),
+        ],
+    )
+    errors.install(app)
+    openapi.install(app, SessionRequest)
+    # The routes themselves: an included router would be matched twice for each request.
+    for router in (sessions.router, calls.router, webhooks.router):
+        app.router.routes.extend(router.routes)
+    app.include_router(health.router)
+    app.include_router(metrics.router)
+    app.include_router(problem_types.router)
+    if settings.docs:
+        app.include_router(docs.router)
+    return app

@@ -1,0 +1,34 @@
+"""What every route that needs an identity does first: who is asking, and are they asking too often?"""
+
+from starlette.requests import ClientDisconnect, Request
+
+from app.broker.context import Broker
+from app.identity import User
+from app.problems import Problem
+
+
+async def authenticate(request: Request, broker: Broker) -> User:
+    """The request's user, counted. Raises 401, 403 and 429 problems, and 503 while no login can be checked."""
+    state = request.scope["state"]
+    if request.client is None and (request.scope.get("server") or ("", None))[1] is not None:
+        raise ClientDisconnect  # a TCP connection without a peer was reset before the request was read
+    try:
+        user = await broker.identity.identify(request)
+    except Problem as problem:
+        if problem.slug == "unauthenticated":
+            await broker.limits.count_failed_login(broker.identity.addresses.of(request))
+        raise
+    state["user"] = broker.keyring.pseudonym(user)[:16]
+    if user.by_cookie and request.method == "POST":
+        require_same_site(request)
+    state["limit_headers"].update(await broker.limits.count_request(user))
+    return user
+
+
+def require_same_site(request: Request) -> None:
+    """Refuse a POST that another site could have made the browser send, login included.
+
+    An Origin that came this far is allowed or own; browsers that send none say in Sec-Fetch-Site where it comes from.
+    """
+    if "origin" not in request.headers and request.headers.get("sec-fetch-site") != "same-origin":
+        raise Problem("forbidden-origin")

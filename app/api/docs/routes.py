@@ -1,0 +1,68 @@
+"""/docs: the OpenAPI explorer, Swagger UI out of an installed package: no internet, no inline script."""
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from pydantic_core import to_json
+from starlette.responses import FileResponse, HTMLResponse, Response
+
+from app.api.dependencies import BrokerDep
+from app.api.openapi import of_broker
+from app.problems import Problem
+
+router = APIRouter(include_in_schema=False)
+
+# Swagger UI styles its elements in place and draws its icons as data URLs; scripts come from files only.
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HERE = Path(__file__).parent
+OWN = {"explorer.js": "text/javascript", "explorer.css": "text/css"}
+ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "favicon.png": "image/png"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>OneInbox token broker: API</title><link rel="icon" href="{prefix}/docs/favicon.png">
+<link rel="stylesheet" href="{prefix}/docs/swagger-ui.css">
+<link rel="stylesheet" href="{prefix}/docs/explorer.css"></head>
+<body><div id="explorer" data-document="{prefix}/openapi.json"></div>
+<script src="{prefix}/docs/swagger-ui-bundle.js"></script>
+<script src="{prefix}/docs/explorer.js"></script></body></html>
+"""
+
+
+@router.get("/docs")
+async def explorer(request: Request) -> Response:
+    """The page; the prefix is a checked setting."""
+    page = PAGE.format(prefix=request.scope.get("root_path", ""))
+    return HTMLResponse(page, headers={"Content-Security-Policy": CSP})
+
+
+@router.get("/openapi.json")
+async def document(request: Request, broker: BrokerDep) -> Response:
+    """The OpenAPI document, as it holds for this broker; made once."""
+    state = request.app.state
+    if not hasattr(state, "document"):
+        state.document = to_json(of_broker(request.app.openapi(), broker.rotation.settings))
+    return Response(state.document, media_type="application/json")
+
+
+@router.get("/docs/{asset}")
+async def explorer_asset(asset: str) -> Response:
+    """Swagger UI's script and style, and the few lines that start it."""
+    if asset in OWN:
+        return FileResponse(HERE / asset, media_type=OWN[asset])
+    if asset not in ASSETS:
+        raise Problem("not-found")
+    return FileResponse(_assets() / asset, media_type=ASSETS[asset])
+
+
+@cache
+def _assets() -> Path:
+    """Where fastapi-offline keeps Swagger UI; found without importing it."""
+    spec = find_spec("fastapi_offline")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("fastapi-offline is not installed")
+    return Path(spec.submodule_search_locations[0]) / "static"

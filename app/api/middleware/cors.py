@@ -1,0 +1,128 @@
+"""Which sites may use the broker from a browser: the Origin check and CORS (Fetch standard, section 3.2)."""
+
+import re
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette._utils import get_route_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import problem_response
+from app.config.settings import is_loopback
+from app.problems import Problem
+
+EXPOSED = "Location, Retry-After, RateLimit, RateLimit-Policy, ETag, X-Request-ID, Idempotency-Replayed"
+ALLOWED_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, X-Challenge-Token, X-Request-ID, If-None-Match, Last-Event-ID"
+)
+PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
+VARY = (b"vary", b"Origin")
+
+
+class Origins:
+    """Refuses what comes from a foreign site, whatever the method, before anything else looks at it.
+
+    `allowed`: origins as settings give them (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
+    public origin; None: an Origin that equals a loopback Host is its own. `credentials`: whether browsers may send
+    cookies along. `require`: refuse POST /session without an Origin. `same_site_posts`: refuse a POST with neither an
+    Origin nor `Sec-Fetch-Site: same-origin`; for logins that a browser sends by itself.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        allowed: Sequence[str],
+        own: str | None = None,
+        credentials: bool = False,
+        require: bool = False,
+        same_site_posts: bool = False,
+    ) -> None:
+        self.app = app
+        self.any = "*" in allowed
+        self.exact = frozenset(origin for origin in allowed if not origin.endswith(":*"))
+        self.any_port = frozenset(origin.removesuffix(":*") for origin in allowed if origin.endswith(":*"))
+        self.own = own
+        self.credentials = credentials
+        self.require = require
+        self.same_site_posts = same_site_posts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        if get_route_path(scope).startswith("/webhooks/"):
+            return await self.app(scope, receive, send)  # no browser's business; a secret of its own protects it
+        if not origins and not self._needs_origin(scope):
+
+            async def send_with_vary(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"].append(VARY)
+                await send(message)
+
+            return await self.app(scope, receive, send_with_vary)
+        origin = origins[0].decode("latin-1") if len(origins) == 1 else ""
+        if not self.admits(origin, scope):
+            problem = Problem("forbidden-origin", headers={"Vary": "Origin"})
+            return await problem_response(scope, problem)(scope, receive, send)
+        scope["state"]["origin"] = origin
+        answer_headers = self._cors(origin)
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].extend(answer_headers)
+            await send(message)
+
+        if scope["method"] == "OPTIONS" and any(
+            name == b"access-control-request-method" for name, _ in scope["headers"]
+        ):
+            return await _answer_preflight(answer_headers, send)
+        return await self.app(scope, receive, send_with_cors)
+
+    def admits(self, origin: str, scope: Scope) -> bool:
+        """Whether an Origin is allowed or the broker's own. `null` and the empty one never are."""
+        if not origin or origin == "null":
+            return False
+        if origin in self.exact or self.any or origin == self.own:
+            return True
+        if self.any_port and PORT.sub("", origin) in self.any_port:
+            return True
+        return self.own is None and _is_loopback_host_of(origin, scope)
+
+    def _needs_origin(self, scope: Scope) -> bool:
+        if scope["method"] != "POST":
+            return False
+        if self.require and get_route_path(scope) == "/session":
+            return True
+        return self.same_site_posts and (b"sec-fetch-site", b"same-origin") not in scope["headers"]
+
+    def _cors(self, origin: str) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-expose-headers", EXPOSED.encode()),
+            VARY,
+        ]
+        if self.credentials:
+            headers.append((b"access-control-allow-credentials", b"true"))
+        return headers
+
+
+def _is_loopback_host_of(origin: str, scope: Scope) -> bool:
+    host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+    scheme, separator, authority = origin.partition("://")
+    if not separator or scheme not in ("http", "https") or authority.lower() != host.lower():
+        return False
+    try:
+        return is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
+
+
+async def _answer_preflight(headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    preflight = [
+        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-headers", ALLOWED_HEADERS.encode()),
+        (b"access-control-max-age", b"7200"),  # two hours: the most that browsers keep
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": [*preflight, *headers]})
+    await send({"type": "http.response.body", "body": b""})

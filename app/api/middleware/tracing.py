@@ -1,0 +1,48 @@
+"""A span for each request, where traces are wanted."""
+
+from opentelemetry.trace import Span, Status, StatusCode, format_trace_id
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.telemetry.metrics import METHODS, OTHER
+from app.telemetry.traces import Traces
+
+
+class TraceRequests:
+    """Middleware: a span for each request. Its trace's id goes into the log line, as `trace`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        traces: Traces | None = scope["state"].get("traces") if scope["type"] == "http" else None
+        if traces is None:
+            return await self.app(scope, receive, send)
+        status = 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        method = scope["method"] if scope["method"] in METHODS else OTHER
+        with traces.request(method) as span:
+            scope["state"]["trace"] = format_trace_id(span.get_span_context().trace_id)
+            try:
+                await self.app(scope, receive, note_status)
+            finally:
+                _describe(span, method, scope, status)
+
+
+def _describe(span: Span, method: str, scope: Scope, status: int) -> None:
+    route = getattr(scope.get("route"), "path", None)
+    if route is not None:
+        span.set_attribute("http.route", route)
+        span.update_name(f"{method} {route}")
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if problem := scope["state"].get("problem"):
+        span.set_attribute("broker.problem", problem)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(Status(StatusCode.ERROR))

@@ -1,0 +1,97 @@
+"""POST /session."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from app.api.authentication import authenticate
+from app.api.dependencies import BrokerDep
+from app.api.openapi import answer, problems, reads
+from app.api.request_body import check_declared, read_json
+from app.api.routing import DirectRoute
+from app.problems import invalid_request
+from app.sessions.disconnect import Caller
+from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
+from app.sessions.service import Asked
+
+router = APIRouter(tags=["sessions"], route_class=DirectRoute)
+
+
+@router.post(
+    "/session",
+    operation_id="createSession",
+    summary="Start a call",
+    status_code=201,
+    response_model=Session,
+    openapi_extra=reads(SessionRequest, "Idempotency-Key", "X-Challenge-Token", examples=REQUESTS),
+    responses={
+        201: answer("The call has been started.", "Location", "Idempotency-Replayed", examples=ANSWERS),
+        **problems(
+            "malformed-json",
+            "unauthenticated",
+            "forbidden-origin",
+            "variable-not-allowed",
+            "override-not-allowed",
+            "agent-not-allowed",
+            "identity-mismatch",
+            "challenge-failed",
+            "blocked",
+            "in-progress",
+            "idempotency-mismatch",
+            "body-too-large",
+            "unsupported-media-type",
+            "invalid-request",
+            "upstream-rejected",
+            "rate-limited",
+            "too-many-live-calls",
+            "talk-time-used-up",
+            "at-capacity",
+            "upstream-error",
+            "upstream-unreachable",
+            "upstream-invalid",
+            "upstream-misconfigured",
+            "upstream-busy",
+            "upstream-timeout",
+        ),
+    },
+)
+async def create_session(request: Request, broker: BrokerDep) -> Response:
+    """Start a call and get what the browser needs to join it: `server_url` and `participant_token`, nothing else.
+
+    Give both to OneInbox's Web SDK or to a LiveKit client. The body may be empty, hold the broker's own fields, or be
+    LiveKit's standard token request. `Location` names the call, for following it and hanging up.
+
+    Send an `Idempotency-Key` if you may send the request again: nobody wants two calls out of one click.
+    """
+    state = request.scope["state"]
+    check_declared(request, MAX_BODY)
+    user = await authenticate(request, broker)
+    broker.brake.check(user)
+    body = await read_json(request, MAX_BODY)
+    asked = Asked(
+        request=_parse(body),
+        body=body,
+        keys=request.headers.getlist("idempotency-key"),
+        proof=request.headers.get("x-challenge-token"),
+        caller=Caller(request.receive),
+        answer_headers=state["limit_headers"],
+    )
+    call, replayed = await broker.sessions.start(user, asked)
+    state["call"] = call.id
+    state["outcome"] = "replayed" if replayed else "started"
+    headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    answer = to_json({"server_url": call.server_url, "participant_token": call.participant_token})
+    return Response(answer, 201, headers, "application/json")
+
+
+def _parse(body: Any) -> SessionRequest:
+    try:
+        return SessionRequest.model_validate(body)
+    except ValidationError as error:
+        places = error.errors(include_url=False, include_context=False, include_input=False)
+        raise invalid_request([{**each, "loc": ("body", *each["loc"])} for each in places]) from None

@@ -1,0 +1,1 @@
+"""One running broker: built from its settings, handed to routes, closed again."""

@@ -1,0 +1,348 @@
+"""Builds one running broker from its settings, and closes it again."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from urllib.parse import urlsplit
+
+import httpx
+
+from app.broker.context import Broker
+from app.broker.gauges import Gauges
+from app.broker.secret_reload import Rotation, Taker
+from app.broker.shutdown import Shutdown
+from app.calls.cache import Lookup
+from app.calls.ownership import Ownership
+from app.calls.poller import Watchers
+from app.calls.refresh_queue import Hints
+from app.calls.service import Calls
+from app.config.agents import Agents, AgentsError, read_agents, single_agent
+from app.config.settings import Settings, SettingsError, is_loopback, takes
+from app.identity import (
+    Anonymous,
+    FixedKey,
+    HeaderIdentity,
+    Identity,
+    JwtIdentity,
+    KeySet,
+    public_key,
+    secret_key,
+)
+from app.identity.keyring import Keyring
+from app.identity.keys import Keys, VerifyingKey
+from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits.sweeper import sweep_forever
+from app.oneinbox import OneInbox
+from app.oneinbox.transport import open_transport, proxy_for
+from app.problems import KINDS
+from app.sessions.challenge import Challenge
+from app.sessions.idempotency import Idempotency
+from app.sessions.policy import Policy
+from app.sessions.service import Sessions
+from app.store import Store, open_store
+from app.telemetry.metrics import Metrics
+from app.telemetry.traces import Traces, open_traces
+
+LEASE_GRACE = 300
+"""Seconds that a live slot outlives the longest call: the time to hang it up in."""
+LONGEST_LEASE = 86400
+"""Seconds after which the slot of a call is free where calls may run for ever."""
+
+
+def check(settings: Settings) -> None:
+    """What only the parts can check: agents file, keys against algorithms, the store's URL. Raises SettingsError."""
+    agents_of(settings)
+    _keys(settings)
+    try:
+        open_store(settings.store_url.get_secret_value())
+    except ValueError:
+        line = f"BROKER_STORE_URL: is not the URL of a store; takes {takes('BROKER_STORE_URL')}"
+        raise SettingsError([line]) from None
+    try:
+        proxy_for(settings.oneinbox_base_url)
+    except ValueError:
+        raise SettingsError(["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]) from None
+
+
+@asynccontextmanager
+async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[Broker]:
+    """Build a broker inside the running event loop.
+
+    `transport` replaces the connections to OneInbox and to the challenge service.
+    """
+    agents, keys = agents_of(settings), _keys(settings)
+    identity = _identity(settings, keys)
+    keyring = Keyring(secret_lines(settings))
+    rotation = Rotation(settings)
+    ownership = Ownership(keyring)
+    metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
+    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
+        traces = open_traces()
+        if traces is not None:
+            stack.push_async_callback(traces.aclose)
+        oneinbox = open_oneinbox(settings, transport, rotation.look, metrics, traces)
+        stack.push_async_callback(oneinbox.aclose)
+        stack.push_async_callback(identity.aclose)
+        await identity.start()
+        limits = open_limits(settings, agents, store, lease, metrics)
+        talk = TalkTime(
+            store,
+            minutes=settings.talk_minutes,
+            minutes_total=settings.global_talk_minutes,
+            enforce=settings.limits_mode == "enforce",
+            metrics=metrics,
+        )
+        live = LiveCalls(
+            store,
+            oneinbox,
+            talk,
+            max_seconds=settings.max_call_seconds,
+            join_timeout=settings.join_timeout,
+            lease=lease,
+            metrics=metrics,
+        )
+        reconciler = Reconciler(
+            oneinbox,
+            live,
+            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            timeout=settings.oneinbox_timeout,
+            metrics=metrics,
+        )
+        idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
+        brake = Brake(store)
+        challenge = _challenge(settings, store, transport, stack, metrics)
+        sessions = Sessions(
+            policy=Policy(agents, settings.variables_from_claims),
+            limits=limits,
+            talk=talk,
+            live=live,
+            reconciler=reconciler,
+            oneinbox=oneinbox,
+            keyring=keyring,
+            idempotency=idempotency,
+            challenge=challenge,
+            max_waiting=settings.max_waiting,
+            share_user_id=settings.share_user_id,
+            metrics=metrics,
+        )
+        lookup = Lookup(
+            oneinbox=oneinbox,
+            store=store,
+            keyring=keyring,
+            live=live,
+            agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
+            expose=frozenset(settings.expose),
+        )
+        watchers = Watchers(
+            lookup,
+            store,
+            max_streams=settings.max_streams,
+            max_streams_total=settings.max_streams_total,
+            metrics=metrics,
+        )
+        calls = Calls(oneinbox, ownership, lookup, watchers, live)
+        hints = Hints(calls.hint)
+        stack.push_async_callback(hints.aclose)
+        shutdown = Shutdown(settings.drain_seconds, watchers.close)
+        stack.enter_context(shutdown.on_signals())
+        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, watchers, settings.max_live_calls_total)
+        rotation.hand_to(takers(oneinbox, keyring, keys, challenge))
+        await brake.read()
+        for work in (
+            sweep_forever(live, reconciler),
+            reconciler.run(),
+            idempotency.run(),
+            brake.run(),
+            watchers.run(),
+            gauges.run(),
+            rotation.run(),
+        ):
+            stack.push_async_callback(_cancel, asyncio.create_task(work))
+        yield Broker(
+            identity=identity,
+            limits=limits,
+            keyring=keyring,
+            brake=brake,
+            ownership=ownership,
+            sessions=sessions,
+            calls=calls,
+            store=store,
+            hints=hints,
+            rotation=rotation,
+            shutdown=shutdown,
+            metrics=metrics,
+            gauges=gauges,
+            traces=traces,
+            root_path=settings.root_path,
+        )
+
+
+def takers(oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None) -> Mapping[str, Taker]:
+    """What becomes of a secret whose file changes while the broker runs. Requests under way keep the old one."""
+
+    def verify_logins(renewed: Settings) -> None:
+        key = _fixed_key(renewed)
+        if isinstance(keys, FixedKey) and key is not None:
+            keys.use(key)
+
+    def ask_challenges(renewed: Settings) -> None:
+        if challenge is not None and renewed.challenge_secret is not None:
+            challenge.use_secret(renewed.challenge_secret)
+
+    def wait_for_restart(_: Settings) -> None:
+        # What is counted there, and who listens there, hangs on its open connections, which stay logged in.
+        raise SettingsError(["BROKER_STORE_URL: has changed; the store is opened at the start, so restart to use it"])
+
+    return {
+        "ONEINBOX_API_KEY": lambda renewed: oneinbox.use_key(renewed.oneinbox_api_key),
+        "BROKER_SECRET": lambda renewed: keyring.use(secret_lines(renewed)),
+        "BROKER_JWT_SECRET": verify_logins,
+        "BROKER_JWT_PUBLIC_KEY": verify_logins,
+        "BROKER_CHALLENGE_SECRET": ask_challenges,
+        # Each request reads these where they are in force.
+        "BROKER_WEBHOOK_SECRET": lambda _: None,
+        "BROKER_METRICS_TOKEN": lambda _: None,
+        "BROKER_STORE_URL": wait_for_restart,
+    }
+
+
+def open_oneinbox(
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport | None = None,
+    reread_key: Callable[[], Awaitable[None]] | None = None,
+    metrics: Metrics | None = None,
+    traces: Traces | None = None,
+) -> OneInbox:
+    """The client of the configured account; inside the event loop, to be closed by the caller.
+
+    `reread_key`: what it does about a 401 before it is believed.
+    """
+    return OneInbox(
+        settings.oneinbox_base_url,
+        settings.oneinbox_api_key,
+        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting),
+        timeout=settings.oneinbox_timeout,
+        connect_timeout=settings.oneinbox_connect_timeout,
+        insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
+        reread_key=reread_key,
+        metrics=metrics,
+        traces=traces,
+    )
+
+
+def open_limits(
+    settings: Settings, agents: Agents, store: Store, lease: float, metrics: Metrics | None = None
+) -> Limits:
+    """The configured limits on a store."""
+    return Limits(
+        store,
+        list(agents.by_name.values()),
+        session_limits=settings.session_limits,
+        global_session_limits=settings.global_session_limits,
+        request_limits=settings.request_limits,
+        max_live_calls=settings.max_live_calls,
+        max_live_calls_total=settings.max_live_calls_total,
+        lease=lease,
+        enforce=settings.limits_mode == "enforce",
+        count_locally=settings.on_store_loss == "local",
+        metrics=metrics,
+    )
+
+
+def agents_of(settings: Settings) -> Agents:
+    """The configured agents. Raises SettingsError, a line for each wrong place of the agents file."""
+    variables = None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables)
+    overrides = frozenset(settings.allowed_overrides)
+    if settings.agents_file is None:
+        assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires one of the two
+        return single_agent(settings.oneinbox_agent_id, variables, overrides)
+    try:
+        text = settings.agents_file.read_text(encoding="utf-8")
+        return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
+    except OSError as error:
+        lines = [f"cannot be read ({error.strerror}); takes the path of a TOML file"]
+    except UnicodeDecodeError:
+        lines = ["is not UTF-8 text; takes the path of a TOML file"]
+    except AgentsError as error:
+        lines = error.lines
+    raise SettingsError([f"BROKER_AGENTS_FILE: {line}" for line in lines])
+
+
+def secret_lines(settings: Settings) -> list[str]:
+    """The secrets that keys are derived from, newest first."""
+    if settings.secret is None:
+        return [settings.oneinbox_api_key.get_secret_value()]
+    return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
+
+
+def _identity(settings: Settings, keys: Keys | None) -> Identity:
+    if settings.auth == "header":
+        return HeaderIdentity(settings.user_header, settings.trusted_proxies)
+    if keys is None:
+        return Anonymous(settings.trusted_proxies)
+    return JwtIdentity(
+        keys,
+        settings.trusted_proxies,
+        issuer=settings.jwt_issuer or "",
+        audience=settings.jwt_audience or "",
+        user_claim=settings.jwt_user_claim,
+        cookie=settings.jwt_cookie or "",
+    )
+
+
+def _keys(settings: Settings) -> Keys | None:
+    """What logins are verified with; None in the modes without any."""
+    if settings.auth != "jwt":
+        return None
+    fixed = _fixed_key(settings)
+    if fixed is not None:
+        return FixedKey(fixed)
+    try:
+        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
+    except ValueError as error:
+        raise SettingsError([f"BROKER_JWT_JWKS_URL: {error}"]) from None
+
+
+def _fixed_key(settings: Settings) -> VerifyingKey | None:
+    """The configured key of the tokens' issuer, if that is how logins are verified. Raises SettingsError."""
+    name = ""
+    try:
+        if settings.jwt_secret is not None:
+            name = "BROKER_JWT_SECRET"
+            return secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms)
+        if settings.jwt_public_key is not None:
+            name = "BROKER_JWT_PUBLIC_KEY"
+            return public_key(settings.jwt_public_key.get_secret_value(), settings.jwt_algorithms)
+    except ValueError as error:
+        raise SettingsError([f"{name}: {error}"]) from None
+    return None
+
+
+def _challenge(
+    settings: Settings,
+    store: Store,
+    transport: httpx.AsyncBaseTransport | None,
+    stack: AsyncExitStack,
+    metrics: Metrics,
+) -> Challenge | None:
+    if settings.challenge_secret is None:
+        return None
+    if transport is None:
+        transport = open_transport(settings.challenge_verify_url, pool_size=settings.max_waiting)
+        stack.push_async_callback(transport.aclose)
+    sites = [*settings.allowed_origins, *([settings.public_url] if settings.public_url else [])]
+    hosts = (
+        None
+        if "*" in sites or not sites
+        else frozenset(urlsplit(site.removesuffix(":*")).hostname or "" for site in sites)
+    )
+    return Challenge(settings.challenge_verify_url, settings.challenge_secret, hosts, transport, store, metrics=metrics)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

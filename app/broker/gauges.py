@@ -1,0 +1,66 @@
+"""What is true right now, for `GET /metrics`: read from the parts that know it, when somebody asks."""
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from app.calls.poller import Watchers
+from app.limits import Limits, TalkTime
+from app.limits.call_attempt import ALL_CALLS
+from app.limits.live_calls import UNSTOPPED
+from app.oneinbox import OneInbox
+from app.sessions.service import Sessions
+from app.store import Slot, Store, StoreUnavailable
+from app.telemetry.metrics import Metrics
+
+EVERY_SECONDS = 5
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """Writes them into the metrics. `max_live_calls_total`: the limit of calls at once in all, if there is one."""
+
+    metrics: Metrics
+    store: Store
+    limits: Limits
+    talk: TalkTime
+    oneinbox: OneInbox
+    sessions: Sessions
+    watchers: Watchers
+    max_live_calls_total: int | None
+
+    async def read(self) -> None:
+        """Read all; while the shared store is gone, what this process knows of it, after 250 ms at most."""
+        self._read_own()
+        try:
+            counts, rates, talk = await asyncio.gather(
+                self.store.decide((), (Slot(ALL_CALLS, None), Slot(UNSTOPPED, None)), cost=0),
+                self.limits.usage(),
+                self.talk.usage(),
+            )
+        except StoreUnavailable:
+            return
+        live, unstopped = counts.used
+        self.metrics.live_calls.set(live)
+        self.metrics.unstopped.set(unstopped)
+        for name, used, amount in [*rates, *talk]:
+            self.metrics.used(name, used / amount)
+        if self.max_live_calls_total is not None:
+            self.metrics.used("global-live-calls", live / self.max_live_calls_total)
+        self._read_own()  # whether the store is there is known better by now
+
+    async def run(self) -> None:
+        """With several workers, for ever: the one that is asked reads the others' from where they wrote them last."""
+        while self.metrics.shared:
+            self._read_own()
+            await asyncio.sleep(EVERY_SECONDS)
+
+    def _read_own(self) -> None:
+        self.metrics.waiting.set(self.sessions.waiting)
+        self.metrics.streams.set(self.watchers.streams)
+        self.metrics.watched.set(self.watchers.watched)
+        self.metrics.cooldown.set(self.oneinbox.cooldown.seconds_left)
+        self.metrics.store_up.set(self.store.state == "ok")

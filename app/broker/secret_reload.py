@@ -1,0 +1,108 @@
+"""Secrets change while the broker runs: a file named by a *_FILE variable is read again, and what it holds is taken.
+
+Which secrets there are and what takes each is one table: `takers` in app.broker.build.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from app.config.settings import Settings, SettingsError, field_of, read_secret, with_secret
+
+EVERY_SECONDS = 2
+
+Taker = Callable[[Settings], None]
+"""Puts a new secret to use, given settings that hold it. Raises SettingsError when it cannot."""
+
+log = structlog.get_logger(__name__)
+
+
+class Rotation:
+    """Holds the settings in force, and renews them when a secret's file changes.
+
+    The content is compared, not a time or an inode: Kubernetes swaps a symlink on the way to the file
+    (https://kubernetes.io/docs/concepts/configuration/secret/#mounted-secrets-are-updated-automatically).
+    A file that is gone, or holds what the setting does not take, is logged once, and the old secret stays in force.
+
+    `settings`: those in force; a new object after each change. `sleep`: waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        every: float = EVERY_SECONDS,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        read: Callable[[str, Path], str] = read_secret,
+    ) -> None:
+        self.settings = settings
+        self._every = every
+        self._sleep = sleep
+        self._read = read
+        self._takers: Mapping[str, Taker] = {}
+        self._refused: dict[str, bytes] = {}
+        self._lock = asyncio.Lock()
+        self._asked_looks = 0
+
+    def hand_to(self, takers: Mapping[str, Taker]) -> None:
+        """Give new secrets to these, by variable. Until then nothing is read."""
+        self._takers = {name: takers[name] for name in self.settings.secret_files}
+
+    async def run(self) -> None:
+        """Look every few seconds, for ever."""
+        while self._takers:
+            await self._sleep(self._every)
+            try:
+                async with self._lock:
+                    await self._look()
+            except Exception:
+                log.exception("rotation_failed")
+
+    async def look(self) -> None:
+        """Look now: one look for all who ask meanwhile, begun after the first of them asked."""
+        before = self._asked_looks
+        async with self._lock:
+            if self._asked_looks == before:
+                await self._look()
+                self._asked_looks += 1
+
+    async def _look(self) -> None:
+        # Off the event loop, which must not wait for a disk; under a lock, so that no older content overtakes a newer.
+        found = await asyncio.to_thread(self._read_all)
+        for name, text in found.items():
+            try:
+                if isinstance(text, SettingsError):
+                    raise text
+                self._take(name, text)
+            except SettingsError as error:
+                self._refuse(name, text, error)
+            else:
+                self._refused.pop(name, None)
+
+    def _read_all(self) -> dict[str, str | SettingsError]:
+        found: dict[str, str | SettingsError] = {}
+        for name in self._takers:
+            try:
+                found[name] = self._read(name, self.settings.secret_files[name])
+            except SettingsError as error:
+                found[name] = error
+        return found
+
+    def _take(self, name: str, text: str) -> None:
+        if getattr(self.settings, field_of(name)).get_secret_value() == text:
+            return
+        renewed = with_secret(self.settings, name, text)
+        self._takers[name](renewed)
+        self.settings = renewed
+        log.info("secret_renewed", setting=name)
+
+    def _refuse(self, name: str, text: str | SettingsError, error: SettingsError) -> None:
+        """Log why a file's content is not taken, once for each content."""
+        # Its hash: what may be a secret is not kept longer than it is looked at.
+        digest = hashlib.sha256(str(text).encode()).digest()
+        if self._refused.get(name) != digest:
+            self._refused[name] = digest
+            log.error("secret_not_renewed", setting=name, reason="; ".join(error.lines))

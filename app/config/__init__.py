@@ -1,0 +1,1 @@
+"""Settings, agents and the rules for both."""

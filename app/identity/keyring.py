@@ -1,0 +1,70 @@
+"""Keys derived from BROKER_SECRET, one per purpose. The first secret signs, every secret verifies: that is rotation."""
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Literal
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+from app.identity.user import User
+
+PSEUDONYMS = 4096
+"""Users whose pseudonyms are kept."""
+
+Purpose = Literal["call-key", "pseudonym", "stored-answer"]
+
+
+class Keyring:
+    """Signs short texts, and encrypts what is kept in the store.
+
+    Each purpose has its own key: HMAC-SHA256 of the purpose under a secret.
+    """
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        """`secrets`: newest first, at least one."""
+        self.use(secrets)
+
+    def use(self, secrets: Sequence[str]) -> None:
+        """Sign with the first of these from now on, and verify with these only."""
+        signing: tuple[Purpose, ...] = ("call-key", "pseudonym")
+        self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
+        # A user's pseudonym is asked for with each of their requests.
+        self._pseudonym = lru_cache(PSEUDONYMS)(partial(_mac, self._keys["pseudonym"][0]))
+        stored = _derive(secrets, "stored-answer")
+        self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
+
+    def sign(self, purpose: Purpose, message: bytes) -> str:
+        """A URL-safe MAC of 43 characters under the newest secret."""
+        return self._pseudonym(message) if purpose == "pseudonym" else _mac(self._keys[purpose][0], message)
+
+    def verify(self, purpose: Purpose, message: bytes, mac: str) -> bool:
+        """Whether any secret made this MAC; each comparison takes constant time."""
+        given = mac.encode("utf-8", "surrogatepass")
+        return any(hmac.compare_digest(_mac(key, message).encode(), given) for key in self._keys[purpose])
+
+    def pseudonym(self, user: User) -> str:
+        """A user's keyed name, for OneInbox's record and for logs."""
+        return self.sign("pseudonym", user.canonical)
+
+    def encrypt(self, value: bytes) -> bytes:
+        """The value as only this keyring reads it (Fernet: AES-128-CBC with HMAC-SHA256)."""
+        return self._box.encrypt(value)
+
+    def decrypt(self, value: bytes) -> bytes | None:
+        """The value that `encrypt` took; None when no secret fits."""
+        try:
+            return self._box.decrypt(value)
+        except InvalidToken:
+            return None
+
+
+def _derive(secrets: Sequence[str], purpose: Purpose) -> list[bytes]:
+    message = b"oneinbox-broker " + purpose.encode()
+    return [hmac.digest(secret.encode(), message, hashlib.sha256) for secret in secrets]
+
+
+def _mac(key: bytes, message: bytes) -> str:
+    return base64.urlsafe_b64encode(hmac.digest(key, message, hashlib.sha256)).rstrip(b"=").decode()

@@ -1,0 +1,304 @@
+"""The calls that are running: their slots, their ends, and the hanging up of those that nobody wants (any more)."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import structlog
+from pydantic_core import from_json, to_json
+
+from app.identity import User
+from app.limits.call_attempt import ALL_CALLS, Start, calls_of_user
+from app.limits.talk_time import TalkTime
+from app.oneinbox import CallRecord, OneInbox
+from app.oneinbox.errors import NoSuchCall, OneInboxError
+from app.store import Rate, Store, StoreUnavailable, Value
+from app.telemetry.metrics import Metrics
+
+SWEEP_SECONDS = 30
+LOOK_SECONDS = 10
+"""A refused user's calls are looked at this often at most."""
+UNSTOPPED = "unstopped"
+"""The set of calls that could not be hung up."""
+UNSTOPPED_SECONDS = 7 * 86400
+DAY = 86400
+LISTED_CALLS = 50
+AT_ONCE = 8
+"""Look-ups of one sweep under way at once."""
+
+# Why a call is hung up: in logs and in the store, and what metrics call it.
+HUNG_UP = "its caller hung up"
+NOT_COLLECTED = "its caller hung up and did not come back"
+NOT_KEPT = "its answer could not be kept"
+UNUSABLE = "its answer was not usable"
+LOST = "its answer was lost"
+TOO_LONG = "it ran too long"
+UNJOINED = "nobody joined it"
+REASONS = {
+    HUNG_UP: "caller-gone",
+    NOT_COLLECTED: "not-collected",
+    NOT_KEPT: "not-kept",
+    UNUSABLE: "unusable-answer",
+    LOST: "lost-answer",
+    TOO_LONG: "too-long",
+    UNJOINED: "not-joined",
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveCall:
+    """One running call, as the store keeps it: its Start's name, OneInbox's id, and why it must end, if it must."""
+
+    member: str
+    call_id: str
+    unwanted: str = ""
+
+    def to_bytes(self) -> bytes:
+        """For the store."""
+        return to_json(self)
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> Self:
+        """What `to_bytes` made."""
+        return cls(**from_json(value))
+
+    @property
+    def start(self) -> Start:
+        """How it began."""
+        return Start.of_member(self.member)
+
+
+class LiveCalls:
+    """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
+
+    `max_seconds`: longest life of a call; 0: any. `join_timeout`: seconds to stay unjoined; 0: any. `lease`: seconds
+    after which a slot is free whatever became of its call. `now`: Unix time. `metrics`: count what is hung up.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        oneinbox: OneInbox,
+        talk: TalkTime,
+        *,
+        max_seconds: float,
+        join_timeout: float,
+        lease: float,
+        now: Callable[[], float] = time.time,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._store = store
+        self._oneinbox = oneinbox
+        self._talk = talk
+        self._max_seconds = max_seconds
+        self._join_timeout = join_timeout
+        self._lease = lease
+        self._now = now
+        self._metrics = metrics or Metrics()
+        # Calls that a shared store could not be told of; the next sweep tells it.
+        self._untold: dict[str, LiveCall] = {}
+
+    async def begin(self, start: Start, call_id: str, *, unwanted: str = "") -> None:
+        """Remember which call took the slots of a start. `unwanted`: why it must be hung up, until it is."""
+        call = LiveCall(start.member, call_id, unwanted)
+        try:
+            await self._write(call)
+        except StoreUnavailable:
+            self._untold[start.request_id] = call
+
+    async def see(self, request_id: str, record: CallRecord) -> None:
+        """Free the slots of a call that was seen ended."""
+        with contextlib.suppress(StoreUnavailable):  # the sweep sees it, too
+            if record.ended and (call := await self._find(request_id)) is not None:
+                await self._end(call, record)
+
+    async def see_gone(self, call_id: str) -> None:
+        """Free the slots of a call that OneInbox does not know (any more)."""
+        with contextlib.suppress(StoreUnavailable):
+            request_id = await self._request_id(call_id)
+            if request_id is not None and (call := await self._find(request_id)) is not None:
+                await self._end(call, None)
+
+    async def stop(self, start: Start, call_id: str, why: str) -> None:
+        """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
+        await self._store.leave([UNSTOPPED], _unfound(start))
+        await self.begin(start, call_id, unwanted=why)
+        with contextlib.suppress(OneInboxError):  # said and remembered by now
+            await self._hang_up(LiveCall(start.member, call_id, why), why)
+
+    async def abandon(self, start: Start) -> None:
+        """Free the slots of a start that became no call."""
+        await self._store.leave([UNSTOPPED], _unfound(start))
+        await self._store.leave(start.sets, start.member)
+
+    async def give_up(self, start: Start) -> None:
+        """Note that a call may run which nobody could find."""
+        await self._store.enter(UNSTOPPED, _unfound(start), UNSTOPPED_SECONDS)
+
+    async def is_pending(self, start: Start) -> bool:
+        """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
+        return await self._find(start.request_id) is None
+
+    async def handed_out(self, call_id: str) -> bool:
+        """Whether this deployment started the call, as far as its store remembers: a day and longer."""
+        return await self._request_id(call_id) is not None
+
+    async def is_live(self, call_id: str) -> bool:
+        """Whether the call counts as running; False while nobody can tell."""
+        request_id = await self._request_id(call_id)
+        try:
+            return request_id is not None and await self._find(request_id) is not None
+        except StoreUnavailable:
+            return False
+
+    async def of_user(self, user: User) -> list[str]:
+        """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
+        calls = [LiveCall.from_bytes(value) for value in await self._store.items(_list_of(user.store_name))]
+        return [call.call_id for call in calls if call.start.since > self._now() - DAY]
+
+    async def look_again(self, user: User) -> bool:
+        """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
+        if not (await self._store.decide([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)])).allowed:
+            return False
+        members = await self._store.members(calls_of_user(user.store_name))
+        freed = await asyncio.gather(*(self._look(Start.of_member(member)) for member in list(members)[:AT_ONCE]))
+        return any(freed)
+
+    async def tell(self) -> None:
+        """Tell the shared store of calls that began while it was gone."""
+        for request_id, call in list(self._untold.items()):
+            try:
+                await self._write(call)
+            except StoreUnavailable:
+                return
+            self._untold.pop(request_id, None)
+
+    async def sweep(self) -> list[Start]:
+        """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
+        await self.tell()
+        if not (await self._store.decide([Rate("sweep", 1, SWEEP_SECONDS - 1)])).allowed:
+            return []
+        places = asyncio.Semaphore(AT_ONCE)
+        pending: list[Start] = []
+
+        async def look(start: Start) -> None:
+            try:
+                async with places:
+                    if await self._look(start) is None:
+                        pending.append(start)
+            except Exception:  # one call must not keep the others from being looked at
+                log.exception("look_broke", request_id=start.request_id)
+
+        members = await self._store.members(ALL_CALLS)
+        await asyncio.gather(*(look(Start.of_member(member)) for member in members))
+        return pending
+
+    async def _look(self, start: Start) -> bool | None:
+        """Look at one call; whether its slots became free. None: it is not known what became of its start."""
+        try:
+            call = await self._find(start.request_id)
+        except StoreUnavailable:
+            return False  # without its record nobody can tell; that is no sign of anything
+        if call is None:
+            return None
+        try:
+            record = await self._oneinbox.get_call(call.call_id)
+            if not record.ended and (why := self._overdue(call, record)):
+                record = await self._hang_up(call, why)
+        except NoSuchCall:
+            await self._end(call, None)
+            return True
+        except OneInboxError as error:
+            log.warning("look_failed", call=call.call_id, reason=error.reason)
+            return False
+        if record.ended:
+            await self._end(call, record)
+        return record.ended
+
+    def _overdue(self, call: LiveCall, record: CallRecord) -> str:
+        age = self._now() - call.start.since
+        if call.unwanted:
+            return call.unwanted
+        if self._max_seconds and age > self._max_seconds:
+            return TOO_LONG
+        if self._join_timeout and age > self._join_timeout and record.status in ("queued", "initiated"):
+            return UNJOINED
+        return ""
+
+    async def _hang_up(self, call: LiveCall, why: str) -> CallRecord:
+        """Stop a call; its record afterwards. Raises OneInboxError, after having remembered that it runs on."""
+        log.warning("hanging_up", call=call.call_id, why=why)
+        try:
+            record = await self._oneinbox.stop_call(call.call_id)
+        except NoSuchCall:
+            await self._end(call, None)
+            raise
+        except OneInboxError as error:
+            log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
+            self._metrics.hung_up(REASONS.get(why, "other"), done=False)
+            await self._store.enter(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
+            raise
+        self._metrics.hung_up(REASONS.get(why, "other"), done=True)
+        if why == LOST:
+            self._metrics.orphan("stopped")
+        await self._store.leave([UNSTOPPED], call.call_id)
+        if record.ended:
+            await self._end(call, record)
+        return record
+
+    async def _find(self, request_id: str) -> LiveCall | None:
+        """The record of a call; None: there is none. Raises StoreUnavailable."""
+        if request_id in self._untold:
+            return self._untold[request_id]
+        value = await self._store.get(f"call:{request_id}")
+        return LiveCall.from_bytes(value) if value is not None else None
+
+    async def _request_id(self, call_id: str) -> str | None:
+        for request_id, call in self._untold.items():
+            if call.call_id == call_id:
+                return request_id
+        try:
+            value = await self._store.get(f"started:{call_id}")
+        except StoreUnavailable:
+            return None
+        return value.decode() if value is not None else None
+
+    async def _end(self, call: LiveCall, record: CallRecord | None) -> None:
+        """Free a call's slots, and count its minutes, once."""
+        start = call.start
+        self._untold.pop(start.request_id, None)
+        if await self._store.leave(start.sets, start.member):
+            await self._talk.count(start, record)
+        await self._store.leave([UNSTOPPED], call.call_id)
+        with contextlib.suppress(StoreUnavailable):  # it expires
+            await self._store.delete(f"call:{start.request_id}")
+
+    async def _write(self, call: LiveCall) -> None:
+        start = call.start
+        left = self._lease - (self._now() - start.since)
+        if left <= 0:
+            return
+        value = call.to_bytes()
+        values = [
+            Value(f"call:{start.request_id}", value, left),
+            Value(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY)),
+        ]
+        if call.unwanted:
+            for each in values:
+                await self._store.set(*each)
+        else:
+            await self._store.push(_list_of(start.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
+
+
+def _unfound(start: Start) -> str:
+    """Name of a call that may run, in a list for an operator."""
+    return f"of the request {start.request_id}"
+
+
+def _list_of(user: str) -> str:
+    return f"calls:{user}"

@@ -1,0 +1,266 @@
+"""The one decision: may this user have what they ask for, now?"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, cast
+
+import structlog
+from slowapi.errors import RateLimitExceeded
+from slowapi.wrappers import Limit, LimitGroup
+
+from app.config.agents import Agent
+from app.identity import User
+from app.identity.addresses import limit_key
+from app.limits.call_attempt import ALL_CALLS, Start, calls_of_agent, calls_of_user
+from app.limits.headers import policy_name, rate_limit_headers
+from app.problems import Problem
+from app.store import Decision, Rate, RateState, Slot, Store
+from app.telemetry.metrics import Metrics
+
+FAILED_LOGINS = 60
+"""Failed logins a minute from one address, after which further ones are told to wait."""
+LIVE_RETRY_AFTER = 10
+"""Seconds to wait for a live call to end, where no end is known."""
+STORE_RETRY_AFTER = 5
+"""Seconds to wait for the shared store: it is taken up again within so many of its return."""
+NEARLY = 0.8
+"""Share of a global limit that an operator should know about."""
+
+SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
+"""Names of a session's slots, in the order in which they are asked for."""
+
+QUESTIONS = 4096
+"""Users whose questions are kept."""
+
+log = structlog.get_logger(__name__)
+
+Owner = Literal["user", "agent", "all"]
+
+
+def for_user(user: str, agent: str) -> str:
+    """Key function: a budget for each user. Users by their names in the store, agents by theirs."""
+    return user
+
+
+def for_user_and_agent(user: str, agent: str) -> str:
+    """Key function: a budget for each user of each agent."""
+    return f"{agent}:{user}"
+
+
+def for_all(user: str, agent: str) -> str:
+    """Key function: one budget for everybody."""
+    return "all"
+
+
+def declare(limits: str, key_function: Callable[[str, str], str], scope: Owner | Literal["request"]) -> list[Limit]:
+    """Limits in slowapi's terms, read from a string such as `5/minute;50/day`.
+
+    slowapi only declares. It would decide one limit after the other, in fixed windows, and block the event loop on a
+    shared store; here the store decides about all at once.
+    """
+    return list(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
+
+
+class Refused(RateLimitExceeded):
+    """No room under a declared rate. `problem`: what the browser is told."""
+
+    def __init__(self, limit: Limit, problem: Problem) -> None:
+        super().__init__(limit)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that is asked for at once.
+
+    `owners`: whose each rate is, then whose each slot is. `names`: what each is called, the same for all users.
+    `own`: the places of the user's own rates.
+    """
+
+    limits: Sequence[Limit]
+    rates: Sequence[Rate]
+    slots: Sequence[Slot]
+    owners: Sequence[Owner]
+    names: Sequence[str]
+    own: Sequence[int]
+
+    def headers(self, states: Sequence[RateState]) -> dict[str, str]:
+        """What is left of the user's own rates; the global ones are nobody's business."""
+        return rate_limit_headers([(self.names[index], self.rates[index], states[index]) for index in self.own])
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one session counted, so that it can be given back.
+
+    `member`: the call's name in the sets of live calls. `headers`: what is left, for the browser.
+    """
+
+    question: Question
+    decision: Decision
+    member: str
+    headers: Mapping[str, str]
+
+
+class Limits:
+    """Declares the limits once, and asks the store about all of them in one question.
+
+    `enforce` False: what would be refused is logged and let through. `count_locally` False: while the shared store is
+    gone, sessions are refused. `lease`: seconds after which a live slot is free whatever became of its call. `metrics`:
+    count what is refused.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        agents: Sequence[Agent],
+        *,
+        session_limits: str,
+        global_session_limits: str,
+        request_limits: str,
+        max_live_calls: int,
+        max_live_calls_total: int | None,
+        lease: float,
+        enforce: bool = True,
+        count_locally: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._store = store
+        user, everybody = declare(session_limits, for_user, "user"), declare(global_session_limits, for_all, "all")
+        self._sessions = {
+            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *everybody]
+            if agent.session_limits
+            else [*user, *everybody]
+            for agent in agents
+        }
+        self._requests = declare(request_limits, for_user, "request")
+        self._global = everybody
+        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in agents}
+        self._max_live_calls = max_live_calls
+        self._max_live_calls_total = max_live_calls_total
+        self._lease = lease
+        self._enforce = enforce
+        self._count_locally = count_locally
+        self._clock = clock
+        self._metrics = metrics or Metrics()
+        self._nearly_until: dict[str, float] = {}
+        # Made once for each user: what is asked is the same every time.
+        self._session_question = lru_cache(QUESTIONS)(self._make_session_question)
+        self._request_question = lru_cache(QUESTIONS)(self._make_request_question)
+
+    async def count_request(self, user: User) -> dict[str, str]:
+        """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
+        question = self._request_question(user.store_name)
+        decision = await self._store.decide(question.rates, enforce=self._enforce)
+        headers = question.headers(decision.rates)
+        if decision.refused and not self._is_observed(question, decision):
+            wait = max(decision.rates[index].reset for index in decision.refused)
+            raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
+        return headers
+
+    async def count_failed_login(self, address: str) -> None:
+        """Count a login that failed. Raises a 429 problem when the address has failed too often."""
+        await self.count_failure("login", address, FAILED_LOGINS)
+
+    async def count_failure(self, kind: str, address: str, most: int) -> None:
+        """Count a failure of an address, at most `most` a minute. Raises a 429 problem beyond."""
+        digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
+        decision = await self._store.decide([Rate(f"rate:{kind}:{digest}:60", most, 60)])
+        if decision.refused:
+            self._metrics.refused([f"failed-{kind}"])
+            raise _wait("rate-limited", decision.rates[0].reset, {})
+
+    async def reserve(self, user: User, agent: Agent, start: Start) -> Reservation:
+        """Count a session against every limit and take its live slots, or do nothing.
+
+        Raises Refused and Problem, the user's own limits first.
+        """
+        question, member = self._session_question(user.store_name, agent.name), start.member
+        decision = await self._store.decide(
+            question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
+        )
+        if decision.local and not self._count_locally:
+            await self._store.give_back(question.rates, decision, question.slots, member=member)
+            raise _wait("at-capacity", STORE_RETRY_AFTER, {})
+        self._warn_when_nearly_used_up(question, decision)
+        headers = question.headers(decision.rates)
+        if decision.refused and not self._is_observed(question, decision):
+            raise self._refusal(question, decision, headers)
+        return Reservation(question, decision, member, headers)
+
+    async def release(self, reservation: Reservation) -> None:
+        """Give a reservation back; only where no call can exist."""
+        question = reservation.question
+        await self._store.give_back(question.rates, reservation.decision, question.slots, member=reservation.member)
+
+    async def usage(self) -> list[tuple[str, int, int]]:
+        """The global limits: name, sessions counted, sessions allowed."""
+        rates = [_rate(limit, "all") for limit in self._global]
+        decision = await self._store.decide(rates, cost=0)
+        return [
+            (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
+            for rate, state in zip(rates, decision.rates, strict=True)
+        ]
+
+    def _make_session_question(self, user: str, agent: str) -> Question:
+        limits = self._sessions[agent]
+        rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
+        owners = [cast("Owner", limit.scope) for limit in limits]
+        slots = [
+            Slot(calls_of_user(user), self._max_live_calls),
+            Slot(calls_of_agent(agent), self._max_live_calls_of[agent]),
+            Slot(ALL_CALLS, self._max_live_calls_total),
+        ]
+        prefixes = ["global" if owner == "all" else owner for owner in owners]
+        names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
+        own = [index for index, owner in enumerate(owners) if owner != "all"]
+        return Question(limits, rates, slots, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
+
+    def _make_request_question(self, user: str) -> Question:
+        rates = [_rate(limit, user) for limit in self._requests]
+        names = [policy_name("request", rate) for rate in rates]
+        return Question(self._requests, rates, (), ["user"] * len(rates), names, range(len(rates)))
+
+    def _refusal(self, question: Question, decision: Decision, headers: dict[str, str]) -> Exception:
+        count = len(question.rates)
+        own_rates = [i for i in decision.refused if i < count and question.owners[i] != "all"]
+        if own_rates:
+            wait = max(decision.rates[index].reset for index in own_rates)
+            return Refused(question.limits[own_rates[0]], _wait("rate-limited", wait, headers))
+        if any(question.owners[index] == "user" for index in decision.refused):
+            return _wait("too-many-live-calls", LIVE_RETRY_AFTER, headers)
+        waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
+        return _wait("at-capacity", max(waits), headers)
+
+    def _is_observed(self, question: Question, decision: Decision) -> bool:
+        """Whether a refusal is only watched. Counts it, and says in the log which limit would have refused."""
+        self._metrics.refused([question.names[index] for index in decision.refused], enforced=self._enforce)
+        if self._enforce:
+            return False
+        names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
+        log.warning("would_refuse", limits=[names[index] for index in decision.refused])
+        return True
+
+    def _warn_when_nearly_used_up(self, question: Question, decision: Decision) -> None:
+        """Say once per window that a global limit is used to 80%."""
+        for owner, rate, state in zip(question.owners, question.rates, decision.rates, strict=False):
+            used = rate.amount - state.remaining
+            if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self._clock():
+                continue
+            self._nearly_until[rate.name] = self._clock() + rate.seconds
+            log.warning("global_limit_nearly_used_up", limit=policy_name("global", rate), used=used, of=rate.amount)
+
+
+def _rate(limit: Limit, key: str) -> Rate:
+    seconds = limit.limit.get_expiry()
+    return Rate(f"rate:{limit.scope}:{key}:{seconds}", limit.limit.amount, seconds)
+
+
+def _wait(slug: str, seconds: float, headers: Mapping[str, str]) -> Problem:
+    """A refusal that says when to try again: in whole seconds, at least one, never too early."""
+    return Problem(slug, headers={**headers, "Retry-After": str(max(1, math.ceil(seconds)))})

@@ -1,0 +1,24 @@
+"""The one sweep, on any replica: looks at live calls, hangs up what must end, and finds what a dead process left."""
+
+import asyncio
+
+import structlog
+
+from app.limits.live_calls import SWEEP_SECONDS, LiveCalls
+from app.limits.reconciler import Reconciler
+
+log = structlog.get_logger(__name__)
+
+
+async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
+    """Sweep every SWEEP_SECONDS, and tell a shared store that is back at once what it missed."""
+    seconds = 0
+    while True:
+        await asyncio.sleep(1)
+        seconds += 1
+        try:
+            await live.tell()
+            if seconds % SWEEP_SECONDS == 0:
+                reconciler.lose_old(await live.sweep())
+        except Exception:
+            log.exception("sweep_failed")

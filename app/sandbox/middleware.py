@@ -1,0 +1,117 @@
+"""What stands between the wire and the emulated API: it writes down every request and brings the faults in."""
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.sandbox.faults import Faults, Operation
+from app.sandbox.http_exchange import Answer, Exchange
+
+CONTROL = "/_emulator"
+"""Prefix of the control surface, which is no part of OneInbox: not recorded, never faulty."""
+
+MAX_REQUESTS = 10_000
+MAX_BODY = 1024 * 1024
+
+_OPERATIONS: tuple[tuple[str, re.Pattern[str], Operation], ...] = (
+    ("POST", re.compile(r"/v1/calls/web"), "start"),
+    ("POST", re.compile(r"/v1/calls/[^/]+/stop"), "stop"),
+    ("GET", re.compile(r"/v1/calls(/cursor)?"), "list"),
+    ("GET", re.compile(r"/v1/calls/[^/]+"), "get"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest:
+    """A request as it arrived."""
+
+    at: float
+    """When it had arrived, by the emulator's clock."""
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    json: Any
+    """The parsed body; None when there was none, or no JSON."""
+
+    @property
+    def operation(self) -> Operation | None:
+        """Which of the operations that faults know it asks for."""
+        for method, path, operation in _OPERATIONS:
+            if method == self.method and path.fullmatch(self.path):
+                return operation
+        return None
+
+    def shown(self) -> dict[str, Any]:
+        """As the control surface answers it; headers as pairs, since some come twice."""
+        return {
+            "at": self.at,
+            "method": self.method,
+            "path": self.path,
+            "query": self.query,
+            "headers": self.headers.items(),
+            "json": self.json,
+        }
+
+
+class Wire:
+    """ASGI middleware: records, and lets a fault take the request over."""
+
+    def __init__(
+        self, app: ASGIApp, faults: Faults, requests: deque[RecordedRequest], now: Callable[[], float]
+    ) -> None:
+        self._app, self._faults, self._requests, self._now = app, faults, requests, now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(CONTROL):
+            await self._app(scope, receive, send)
+            return
+        body = await _read(receive)
+        if body is None:
+            return
+        request = RecordedRequest(
+            at=self._now(),
+            method=scope["method"],
+            path=scope["path"],
+            query=scope["query_string"].decode("latin-1"),
+            headers=Headers(raw=list(scope["headers"])),
+            json=_parse(body),
+        )
+        self._requests.append(request)
+        async with Exchange(self._app, scope, receive, send, body) as exchange:
+            operation = request.operation
+            fault = self._faults.draw(operation) if operation else None
+            if len(body) > MAX_BODY:
+                await exchange.answer(Answer.of(413, {"detail": "Request body too large"}, [(b"connection", b"close")]))
+            elif fault is None:
+                await exchange.forward()
+            elif fault.needs_socket and not exchange.on_socket:
+                raise RuntimeError(f"{type(fault).__name__} needs a connection: use running_emulator, not the bare app")
+            else:
+                await fault.strike(exchange)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body, or so much of it that it is surely too long; None when the client went away."""
+    body = bytearray()
+    while len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return bytes(body)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:  # also what is not UTF-8
+        return None

@@ -1,0 +1,1 @@
+"""uvicorn, as the broker runs it."""
