@@ -5,7 +5,7 @@ from typing import Any
 
 from app.api.app import create_app
 from app.config.settings import SettingsError, load_settings
-from app.server.gc import settle_memory
+from app.server.gc import freeze_gc
 from app.telemetry.logging import configure_logging
 
 
@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
         sys.stderr.write("".join(f"{line}\n" for line in error.lines))
         raise SystemExit(2) from None
     configure_logging(settings.log_level, settings.log_format)
-    settle_memory()
+    freeze_gc()
     return made

@@ -14,7 +14,7 @@ import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
-from app.server.gc import settle_memory
+from app.server.gc import freeze_gc
 from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
 
 # How long an example takes is for a busy machine to say; what it shows is not.
@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
     A whole collection would hold up everything in this process for a third of a second: long enough for a OneInbox
     emulated in here to be late.
     """
-    settle_memory()
+    freeze_gc()
 
 
 def pytest_asyncio_loop_factories(

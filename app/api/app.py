@@ -12,10 +12,10 @@ from starlette.middleware import Middleware
 from app import __version__
 from app.api import calls, errors, health, metrics, openapi, problem_types, sessions, webhooks
 from app.api.docs import routes as docs
-from app.api.middleware.cors import Origins
+from app.api.middleware.cors import CorsPolicy
 from app.api.middleware.request_log import RequestLog
 from app.api.middleware.root_path import RootPath
-from app.api.middleware.security_headers import ResponseHeaders
+from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import TraceRequests
 from app.api.middleware.unhandled_errors import UnhandledErrors
 from app.broker.build import check, open_broker
@@ -63,9 +63,9 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
             Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
             *([Middleware(TraceRequests)] if are_wanted() else []),
-            Middleware(ResponseHeaders),
+            Middleware(SecurityHeaders),
             Middleware(
-                Origins,
+                CorsPolicy,
                 allowed=settings.allowed_origins,
                 own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
                 credentials=settings.auth == "header" or settings.jwt_cookie is not None,

@@ -8,12 +8,12 @@ from starlette.responses import Response
 from app.api.authentication import authenticate
 from app.api.dependencies import BrokerDep
 from app.api.openapi import answer, problems
-from app.api.routing import DirectRoute
+from app.api.routing import FastRoute
 from app.broker.context import Broker
 from app.calls.schemas import CALLS, ENDED, EVENTS, Call, CallList
 from app.identity import User
 
-router = APIRouter(prefix="/calls", tags=["calls"], route_class=DirectRoute)
+router = APIRouter(prefix="/calls", tags=["calls"], route_class=FastRoute)
 
 CallPath = Annotated[str, Path(description="The call: the last part of the Location that POST /session answered.")]
 FOR_EVERYBODY = ("unauthenticated", "forbidden-origin", "not-found", "rate-limited", "at-capacity")

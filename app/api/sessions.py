@@ -11,13 +11,13 @@ from app.api.authentication import authenticate
 from app.api.dependencies import BrokerDep
 from app.api.openapi import answer, problems, reads
 from app.api.request_body import check_declared, read_json
-from app.api.routing import DirectRoute
+from app.api.routing import FastRoute
 from app.problems import invalid_request
-from app.sessions.disconnect import Caller
+from app.sessions.disconnect import ClientConnection
 from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
-from app.sessions.service import Asked
+from app.sessions.service import SessionInput
 
-router = APIRouter(tags=["sessions"], route_class=DirectRoute)
+router = APIRouter(tags=["sessions"], route_class=FastRoute)
 
 
 @router.post(
@@ -69,17 +69,17 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     state = request.scope["state"]
     check_declared(request, MAX_BODY)
     user = await authenticate(request, broker)
-    broker.brake.check(user)
+    broker.kill_switch.check(user)
     body = await read_json(request, MAX_BODY)
-    asked = Asked(
+    session_input = SessionInput(
         request=_parse(body),
         body=body,
         keys=request.headers.getlist("idempotency-key"),
         proof=request.headers.get("x-challenge-token"),
-        caller=Caller(request.receive),
+        client=ClientConnection(request.receive),
         answer_headers=state["limit_headers"],
     )
-    call, replayed = await broker.sessions.start(user, asked)
+    call, replayed = await broker.sessions.start(user, session_input)
     state["call"] = call.id
     state["outcome"] = "replayed" if replayed else "started"
     headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}

@@ -10,13 +10,13 @@ from starlette.responses import Response
 from app.api.dependencies import BrokerDep
 from app.api.openapi import answer, problems, reads
 from app.api.request_body import read_body
-from app.api.routing import DirectRoute
+from app.api.routing import FastRoute
 from app.oneinbox.models import CALL_ID
 from app.problems import Problem
 
 MAX_WEBHOOK = 1_000_000
 
-router = APIRouter(tags=["webhooks"], route_class=DirectRoute)
+router = APIRouter(tags=["webhooks"], route_class=FastRoute)
 
 
 @router.post(
@@ -44,5 +44,5 @@ async def receive_webhook(
         event = None
     call_id = event.get("call_id") if isinstance(event, dict) else None
     if isinstance(call_id, str) and CALL_ID.fullmatch(call_id):
-        broker.hints.add(call_id)
+        broker.refresh_queue.add(call_id)
     return Response(status_code=204)

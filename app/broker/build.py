@@ -10,12 +10,12 @@ import httpx
 
 from app.broker.context import Broker
 from app.broker.gauges import Gauges
-from app.broker.secret_reload import Rotation, Taker
+from app.broker.secret_reload import SecretHandler, SecretReloader
 from app.broker.shutdown import Shutdown
-from app.calls.cache import Lookup
+from app.calls.cache import CallCache
 from app.calls.ownership import Ownership
-from app.calls.poller import Watchers
-from app.calls.refresh_queue import Hints
+from app.calls.poller import CallPoller
+from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.config.agents import Agents, AgentsError, read_agents, single_agent
 from app.config.settings import Settings, SettingsError, is_loopback, takes
@@ -31,7 +31,7 @@ from app.identity import (
 )
 from app.identity.keyring import Keyring
 from app.identity.keys import Keys, VerifyingKey
-from app.limits import Brake, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.sweeper import sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
@@ -74,7 +74,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
     agents, keys = agents_of(settings), _keys(settings)
     identity = _identity(settings, keys)
     keyring = Keyring(secret_lines(settings))
-    rotation = Rotation(settings)
+    secret_reloader = SecretReloader(settings)
     ownership = Ownership(keyring)
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
@@ -83,7 +83,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         traces = open_traces()
         if traces is not None:
             stack.push_async_callback(traces.aclose)
-        oneinbox = open_oneinbox(settings, transport, rotation.look, metrics, traces)
+        oneinbox = open_oneinbox(settings, transport, secret_reloader.reload, metrics, traces)
         stack.push_async_callback(oneinbox.aclose)
         stack.push_async_callback(identity.aclose)
         await identity.start()
@@ -112,7 +112,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             metrics=metrics,
         )
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
-        brake = Brake(store)
+        kill_switch = KillSwitch(store)
         challenge = _challenge(settings, store, transport, stack, metrics)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
@@ -128,7 +128,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             share_user_id=settings.share_user_id,
             metrics=metrics,
         )
-        lookup = Lookup(
+        cache = CallCache(
             oneinbox=oneinbox,
             store=store,
             keyring=keyring,
@@ -136,42 +136,42 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
             expose=frozenset(settings.expose),
         )
-        watchers = Watchers(
-            lookup,
+        poller = CallPoller(
+            cache,
             store,
             max_streams=settings.max_streams,
             max_streams_total=settings.max_streams_total,
             metrics=metrics,
         )
-        calls = Calls(oneinbox, ownership, lookup, watchers, live)
-        hints = Hints(calls.hint)
-        stack.push_async_callback(hints.aclose)
-        shutdown = Shutdown(settings.drain_seconds, watchers.close)
+        calls = Calls(oneinbox, ownership, cache, poller, live)
+        refresh_queue = RefreshQueue(calls.hint)
+        stack.push_async_callback(refresh_queue.aclose)
+        shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
-        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, watchers, settings.max_live_calls_total)
-        rotation.hand_to(takers(oneinbox, keyring, keys, challenge))
-        await brake.read()
+        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
+        secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge))
+        await kill_switch.refresh()
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
             idempotency.run(),
-            brake.run(),
-            watchers.run(),
+            kill_switch.run(),
+            poller.run(),
             gauges.run(),
-            rotation.run(),
+            secret_reloader.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
         yield Broker(
             identity=identity,
             limits=limits,
             keyring=keyring,
-            brake=brake,
+            kill_switch=kill_switch,
             ownership=ownership,
             sessions=sessions,
             calls=calls,
             store=store,
-            hints=hints,
-            rotation=rotation,
+            refresh_queue=refresh_queue,
+            secret_reloader=secret_reloader,
             shutdown=shutdown,
             metrics=metrics,
             gauges=gauges,
@@ -180,7 +180,9 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
         )
 
 
-def takers(oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None) -> Mapping[str, Taker]:
+def secret_handlers(
+    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None
+) -> Mapping[str, SecretHandler]:
     """What becomes of a secret whose file changes while the broker runs. Requests under way keep the old one."""
 
     def verify_logins(renewed: Settings) -> None:

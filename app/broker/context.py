@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from app.broker.gauges import Gauges
-from app.broker.secret_reload import Rotation
+from app.broker.secret_reload import SecretReloader
 from app.broker.shutdown import Shutdown
 from app.calls.ownership import Ownership
-from app.calls.refresh_queue import Hints
+from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.identity import Identity
 from app.identity.keyring import Keyring
-from app.limits import Brake, Limits
+from app.limits import KillSwitch, Limits
 from app.sessions.service import Sessions
 from app.store import Store
 from app.telemetry.metrics import Metrics
@@ -29,7 +29,7 @@ class Broker:
     """How often they may ask."""
     keyring: Keyring
     """Names users by a pseudonym."""
-    brake: Brake
+    kill_switch: KillSwitch
     """What the operator has paused or blocked."""
     ownership: Ownership
     """Names calls, and knows whose they are."""
@@ -39,9 +39,9 @@ class Broker:
     """Reads, follows and stops calls."""
     store: Store
     """The shared store, for the readiness check."""
-    hints: Hints
+    refresh_queue: RefreshQueue
     """Looks up calls that a webhook named."""
-    rotation: Rotation
+    secret_reloader: SecretReloader
     """The secrets in force."""
     shutdown: Shutdown
     """Whether the process is about to end."""
@@ -57,9 +57,9 @@ class Broker:
     @property
     def webhook_secret(self) -> SecretStr | None:
         """The secret part of the webhook's path."""
-        return self.rotation.settings.webhook_secret
+        return self.secret_reloader.settings.webhook_secret
 
     @property
     def metrics_token(self) -> SecretStr | None:
         """The bearer token of /metrics."""
-        return self.rotation.settings.metrics_token
+        return self.secret_reloader.settings.metrics_token

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from app.calls.poller import Watchers
+from app.calls.poller import CallPoller
 from app.limits import Limits, TalkTime
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.live_calls import UNSTOPPED
@@ -29,7 +29,7 @@ class Gauges:
     talk: TalkTime
     oneinbox: OneInbox
     sessions: Sessions
-    watchers: Watchers
+    poller: CallPoller
     max_live_calls_total: int | None
 
     async def read(self) -> None:
@@ -60,7 +60,7 @@ class Gauges:
 
     def _read_own(self) -> None:
         self.metrics.waiting.set(self.sessions.waiting)
-        self.metrics.streams.set(self.watchers.streams)
-        self.metrics.watched.set(self.watchers.watched)
-        self.metrics.cooldown.set(self.oneinbox.cooldown.seconds_left)
+        self.metrics.streams.set(self.poller.streams)
+        self.metrics.watched.set(self.poller.watched)
+        self.metrics.cooldown.set(self.oneinbox.breaker.seconds_left)
         self.metrics.store_up.set(self.store.state == "ok")

@@ -14,13 +14,13 @@ from app.config.settings import Settings, SettingsError, field_of, read_secret, 
 
 EVERY_SECONDS = 2
 
-Taker = Callable[[Settings], None]
+SecretHandler = Callable[[Settings], None]
 """Puts a new secret to use, given settings that hold it. Raises SettingsError when it cannot."""
 
 log = structlog.get_logger(__name__)
 
 
-class Rotation:
+class SecretReloader:
     """Holds the settings in force, and renews them when a secret's file changes.
 
     The content is compared, not a time or an inode: Kubernetes swaps a symlink on the way to the file
@@ -42,34 +42,34 @@ class Rotation:
         self._every = every
         self._sleep = sleep
         self._read = read
-        self._takers: Mapping[str, Taker] = {}
+        self._handlers: Mapping[str, SecretHandler] = {}
         self._refused: dict[str, bytes] = {}
         self._lock = asyncio.Lock()
-        self._asked_looks = 0
+        self._requested_reloads = 0
 
-    def hand_to(self, takers: Mapping[str, Taker]) -> None:
+    def register(self, secret_handlers: Mapping[str, SecretHandler]) -> None:
         """Give new secrets to these, by variable. Until then nothing is read."""
-        self._takers = {name: takers[name] for name in self.settings.secret_files}
+        self._handlers = {name: secret_handlers[name] for name in self.settings.secret_files}
 
     async def run(self) -> None:
         """Look every few seconds, for ever."""
-        while self._takers:
+        while self._handlers:
             await self._sleep(self._every)
             try:
                 async with self._lock:
-                    await self._look()
+                    await self._reload()
             except Exception:
-                log.exception("rotation_failed")
+                log.exception("secret_reload_failed")
 
-    async def look(self) -> None:
+    async def reload(self) -> None:
         """Look now: one look for all who ask meanwhile, begun after the first of them asked."""
-        before = self._asked_looks
+        before = self._requested_reloads
         async with self._lock:
-            if self._asked_looks == before:
-                await self._look()
-                self._asked_looks += 1
+            if self._requested_reloads == before:
+                await self._reload()
+                self._requested_reloads += 1
 
-    async def _look(self) -> None:
+    async def _reload(self) -> None:
         # Off the event loop, which must not wait for a disk; under a lock, so that no older content overtakes a newer.
         found = await asyncio.to_thread(self._read_all)
         for name, text in found.items():
@@ -84,7 +84,7 @@ class Rotation:
 
     def _read_all(self) -> dict[str, str | SettingsError]:
         found: dict[str, str | SettingsError] = {}
-        for name in self._takers:
+        for name in self._handlers:
             try:
                 found[name] = self._read(name, self.settings.secret_files[name])
             except SettingsError as error:
@@ -95,7 +95,7 @@ class Rotation:
         if getattr(self.settings, field_of(name)).get_secret_value() == text:
             return
         renewed = with_secret(self.settings, name, text)
-        self._takers[name](renewed)
+        self._handlers[name](renewed)
         self.settings = renewed
         log.info("secret_renewed", setting=name)
 
@@ -105,4 +105,4 @@ class Rotation:
         digest = hashlib.sha256(str(text).encode()).digest()
         if self._refused.get(name) != digest:
             self._refused[name] = digest
-            log.error("secret_not_renewed", setting=name, reason="; ".join(error.lines))
+            log.error("secret_rejected", setting=name, reason="; ".join(error.lines))

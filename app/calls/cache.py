@@ -51,7 +51,7 @@ class Cached:
     ours: bool = False
 
 
-class Lookup:
+class CallCache:
     """The status cache, shared by plain reads and watchers.
 
     `clock`: monotonic seconds; `now`: Unix time.
@@ -80,7 +80,7 @@ class Lookup:
         self._budgets = MemoryStore(clock)
         self._cache: OrderedDict[str, Cached] = OrderedDict()
         self._cached_bytes = 0
-        self._looking: dict[str, asyncio.Future[Snapshot | None]] = {}
+        self._fetching: dict[str, asyncio.Future[Snapshot | None]] = {}
         self._lease = secrets.token_bytes(8)
 
     def remembered(self, call_id: str) -> Snapshot | None:
@@ -116,18 +116,18 @@ class Lookup:
         known = known or self.latest(call_id) is not None or await self._live.handed_out(call_id)
         if cached is not None and not known:
             return None
-        if call_id not in self._looking:
+        if call_id not in self._fetching:
             once = Rate(f"call:{known}:{call_id}", 1, 1)
             if not (await self._budgets.decide([once, BUDGET] if known else [once, BUDGET, UNKNOWN_BUDGET])).allowed:
                 latest = self.latest(call_id)
                 if latest is None:
                     raise Problem("at-capacity", headers={"Retry-After": "1"})
                 return latest
-        return await self.look(call_id, known=known)
+        return await self.fetch(call_id, known=known)
 
-    async def look(self, call_id: str, *, known: bool = True) -> Snapshot | None:
+    async def fetch(self, call_id: str, *, known: bool = True) -> Snapshot | None:
         """Ask OneInbox now; all who ask meanwhile get the same answer. None: there is no such call."""
-        while (under_way := self._looking.get(call_id)) is not None:
+        while (under_way := self._fetching.get(call_id)) is not None:
             try:
                 return await asyncio.shield(under_way)
             except asyncio.CancelledError:
@@ -136,9 +136,9 @@ class Lookup:
                     raise  # we were given up; else whoever looked was, and somebody else has to
         # By the first who asks, and not in a task of its own: under an attack each turn of the event loop is long.
         answer: asyncio.Future[Snapshot | None] = asyncio.get_running_loop().create_future()
-        self._looking[call_id] = answer
+        self._fetching[call_id] = answer
         try:
-            snapshot = await self._look(call_id, known)
+            snapshot = await self._fetch(call_id, known)
         except asyncio.CancelledError:
             answer.cancel()
             raise
@@ -150,14 +150,14 @@ class Lookup:
             answer.set_result(snapshot)
             return snapshot
         finally:
-            del self._looking[call_id]
+            del self._fetching[call_id]
 
-    async def look_anew(self, call_id: str) -> Snapshot | None:
+    async def refetch(self, call_id: str) -> Snapshot | None:
         """Ask OneInbox for what has just happened: an answer that is already on its way does not know of it."""
-        under_way = self._looking.get(call_id)
+        under_way = self._fetching.get(call_id)
         if under_way is not None:
             await asyncio.wait([under_way])
-        return await self.look(call_id)
+        return await self.fetch(call_id)
 
     async def take_lease(self, call_id: str) -> bool:
         """Whether this replica is the one to look now. Alone, it always is."""
@@ -198,7 +198,7 @@ class Lookup:
         if cached is None or since > cached.since:
             self._keep(call_id, snapshot, since)
 
-    async def take(self, record: CallRecord, since: float) -> Snapshot:
+    async def update(self, record: CallRecord, since: float) -> Snapshot:
         """What OneInbox answered: cache it, share it, wake the call's watchers, free its slot.
 
         `since`: when it was asked, by the clock. An answer that was overtaken by a later one's changes nothing.
@@ -211,13 +211,13 @@ class Lookup:
         snapshot = Snapshot.of(record, seen=seen, before=before, agent_names=self._agent_names, expose=self._expose)
         self._keep(record.id, snapshot, since)
         if record.request_id:
-            await self._live.see(record.request_id, record)
+            await self._live.note_end(record.request_id, record)
         await self._share(record.id, snapshot)
         if before is None or before.etag != snapshot.etag:
             await self._store.publish(CHANNEL, record.id.encode())
         return self.latest(record.id) or snapshot
 
-    async def _look(self, call_id: str, known: bool) -> Snapshot | None:
+    async def _fetch(self, call_id: str, known: bool) -> Snapshot | None:
         since = self.clock()
         # An id that OneInbox never gives out may be refused for its form.
         nothing = NoSuchCall if known else (NoSuchCall, Rejected)
@@ -226,9 +226,9 @@ class Lookup:
         except nothing:
             self._keep(call_id, None, since, ours=known)
             if known:
-                await self._live.see_gone(call_id)
+                await self._live.note_gone(call_id)
             return None
-        return await self.take(record, since)
+        return await self.update(record, since)
 
     async def _share(self, call_id: str, snapshot: Snapshot) -> None:
         if not self._store.shared:

@@ -7,13 +7,15 @@ from contextlib import ExitStack
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.calls.poller import Watch
+from app.calls.poller import Subscription
 
 KEEP_ALIVE_SECONDS = 15.0
 LONGEST_SECONDS = 3600.0
 
 
-async def events(watch: Watch, public_id: str, lifetime: float, clock: Callable[[], float]) -> AsyncIterator[bytes]:
+async def events(
+    subscription: Subscription, public_id: str, lifetime: float, clock: Callable[[], float]
+) -> AsyncIterator[bytes]:
     """The call's state at once, each new one, and `end` when nothing new will come.
 
     After `lifetime` seconds, or when the process goes down, the stream just closes: the browser comes back.
@@ -21,17 +23,17 @@ async def events(watch: Watch, public_id: str, lifetime: float, clock: Callable[
     closing = clock() + min(lifetime, LONGEST_SECONDS)
     told = ""
     while True:
-        changed = watch.changed
+        changed = subscription.changed
         # The latest state only: a slow reader misses states, and never holds more than one in memory.
-        if watch.latest.etag != told:
-            told = watch.latest.etag
-            yield b"event: call\nid: " + told.encode() + b"\ndata: " + watch.latest.body(public_id) + b"\n\n"
+        if subscription.latest.etag != told:
+            told = subscription.latest.etag
+            yield b"event: call\nid: " + told.encode() + b"\ndata: " + subscription.latest.body(public_id) + b"\n\n"
             continue
-        if watch.over:
+        if subscription.over:
             yield b"event: end\nid: " + told.encode() + b"\ndata: {}\n\n"
             return
         left = closing - clock()
-        if watch.closed or left <= 0:
+        if subscription.closed or left <= 0:
             return
         try:
             async with asyncio.timeout(min(KEEP_ALIVE_SECONDS, left)):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import structlog
 
-from app.calls.cache import CHANNEL, Lookup
+from app.calls.cache import CHANNEL, CallCache
 from app.calls.snapshots import Snapshot
 from app.identity import User
 from app.oneinbox.errors import Busy, OneInboxError
@@ -33,7 +33,7 @@ RETRY_AFTER = 10
 log = structlog.get_logger(__name__)
 
 
-class Watch:
+class Subscription:
     """One call that somebody in this process watches.
 
     `latest`: its last state. `over`: nothing new will come. `closed`: the process is going down. `changed`: set, and
@@ -45,9 +45,9 @@ class Watch:
         self.over = False
         self.closed = False
         self.changed = asyncio.Event()
-        self.watchers = 0
+        self.subscribers = 0
 
-    def tell(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
+    def update(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
         """Wake the watchers, if there is anything new."""
         news = latest is not None and latest.etag != self.latest.etag
         self.latest = latest or self.latest
@@ -58,7 +58,7 @@ class Watch:
         self.changed = asyncio.Event()
 
 
-class Watchers:
+class CallPoller:
     """All watches of this process, and who may have how many.
 
     `clock`: monotonic seconds; `now`: Unix time. `metrics`: count what is refused.
@@ -66,7 +66,7 @@ class Watchers:
 
     def __init__(
         self,
-        lookup: Lookup,
+        cache: CallCache,
         store: Store,
         *,
         max_streams: int,
@@ -75,21 +75,21 @@ class Watchers:
         now: Callable[[], float] = time.time,
         metrics: Metrics | None = None,
     ) -> None:
-        self._lookup = lookup
+        self._cache = cache
         self._store = store
         self._max_streams = max_streams
         self._max_streams_total = max_streams_total
         self._clock = clock
         self._now = now
         self._metrics = metrics or Metrics()
-        self._watches: dict[str, Watch] = {}
+        self._subscriptions: dict[str, Subscription] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._streams: Counter[str] = Counter()
         self._closed = False
 
-    def watches(self, call_id: str) -> bool:
+    def is_watched(self, call_id: str) -> bool:
         """Whether anybody in this process watches the call."""
-        return call_id in self._watches
+        return call_id in self._subscriptions
 
     @property
     def streams(self) -> int:
@@ -99,14 +99,14 @@ class Watchers:
     @property
     def watched(self) -> int:
         """Calls that are watched."""
-        return len(self._watches)
+        return len(self._subscriptions)
 
     def finished(self, snapshot: Snapshot) -> bool:
         """Whether nothing new will come of a call."""
         return snapshot.ended and (snapshot.complete or self._late_left(snapshot) <= 0)
 
     @contextmanager
-    def watch(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Watch]:
+    def subscribe(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Subscription]:
         """Watch a call for as long as the context lasts. Raises `too-many-streams` and `at-capacity`."""
         wait = {"Retry-After": str(RETRY_AFTER)}
         if self._streams[user.store_name] >= self._max_streams:
@@ -115,61 +115,63 @@ class Watchers:
         if self._closed or self._streams.total() >= self._max_streams_total:
             self._metrics.refused(["process-streams"])
             raise Problem("at-capacity", headers=wait)
-        watch = self._watches.get(call_id)
-        if watch is None:
-            watch = self._watches[call_id] = Watch(latest)
-            self._tasks[call_id] = asyncio.create_task(self._follow(call_id, watch), name="watch")
+        subscription = self._subscriptions.get(call_id)
+        if subscription is None:
+            subscription = self._subscriptions[call_id] = Subscription(latest)
+            self._tasks[call_id] = asyncio.create_task(self._poll(call_id, subscription), name="watch")
         else:
-            watch.tell(self._lookup.latest(call_id) or latest, over=watch.over, closed=watch.closed)
-        watch.watchers += 1
+            subscription.update(
+                self._cache.latest(call_id) or latest, over=subscription.over, closed=subscription.closed
+            )
+        subscription.subscribers += 1
         self._streams[user.store_name] += 1
         try:
-            yield watch
+            yield subscription
         finally:
             self._streams[user.store_name] -= 1
             if not self._streams[user.store_name]:
                 del self._streams[user.store_name]
-            watch.watchers -= 1
-            if not watch.watchers:
-                del self._watches[call_id]
+            subscription.subscribers -= 1
+            if not subscription.subscribers:
+                del self._subscriptions[call_id]
                 self._tasks.pop(call_id).cancel()
 
     def close(self) -> None:
         """End all streams, without saying that their calls ended: browsers come back, to another replica."""
         self._closed = True
-        for watch in self._watches.values():
-            watch.tell(over=watch.over, closed=True)
+        for subscription in self._subscriptions.values():
+            subscription.update(over=subscription.over, closed=True)
 
     async def run(self) -> None:
         """Pass on, for ever, what any replica sees anew."""
         async with self._store.subscribe(CHANNEL) as seen:
             async for message in seen:
                 call_id = message.decode(errors="replace")
-                watch = self._watches.get(call_id)
-                if watch is None:
+                subscription = self._subscriptions.get(call_id)
+                if subscription is None:
                     continue
-                await self._lookup.read_shared(call_id)
-                watch.tell(self._lookup.latest(call_id), over=watch.over, closed=watch.closed)
+                await self._cache.read_shared(call_id)
+                subscription.update(self._cache.latest(call_id), over=subscription.over, closed=subscription.closed)
 
-    async def _follow(self, call_id: str, watch: Watch) -> None:
+    async def _poll(self, call_id: str, subscription: Subscription) -> None:
         """Look at a call again and again until it is over; a look that fails slows it down, and ends nothing."""
         failures = 0
         rested = self._clock()
-        while not self.finished(watch.latest):
-            changed = watch.changed
+        while not self.finished(subscription.latest):
+            changed = subscription.changed
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._pause(call_id, watch.latest, rested)):
+                async with asyncio.timeout(self._pause(call_id, subscription.latest, rested)):
                     await changed.wait()
                     continue  # the end may be among the news
             try:
-                if await self._is_my_turn(call_id, self._pace(watch.latest), rested):
-                    gone = await self._lookup.look(call_id) is None
+                if await self._is_my_turn(call_id, self._pace(subscription.latest), rested):
+                    gone = await self._cache.fetch(call_id) is None
                     failures = 0
-                    await self._lookup.drop_lease(call_id)
+                    await self._cache.drop_lease(call_id)
                     if gone:
                         break  # there is no more to say than what was said last
             except asyncio.CancelledError:
-                await self._lookup.drop_lease(call_id)
+                await self._cache.drop_lease(call_id)
                 raise
             except Exception as error:
                 failures += 1
@@ -178,23 +180,23 @@ class Watchers:
                     rest = error.retry_after
                 rested = self._clock() + rest
                 if isinstance(error, OneInboxError):
-                    log.warning("watch_slowed", call=call_id, reason=error.reason, seconds=rest)
+                    log.warning("poll_backoff", call=call_id, reason=error.reason, seconds=rest)
                 else:
-                    log.exception("watch_failed", call=call_id, seconds=rest)
-                await self._lookup.drop_lease(call_id, rest)
-            watch.tell(self._lookup.latest(call_id), closed=watch.closed)
-        watch.tell(over=True, closed=watch.closed)
+                    log.exception("poll_failed", call=call_id, seconds=rest)
+                await self._cache.drop_lease(call_id, rest)
+            subscription.update(self._cache.latest(call_id), closed=subscription.closed)
+        subscription.update(over=True, closed=subscription.closed)
 
     async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
         """Whether it is time to look, and no other replica is looking."""
-        await self._lookup.read_shared(call_id)
-        if self._lookup.age(call_id) < pace or self._clock() < rested:
+        await self._cache.read_shared(call_id)
+        if self._cache.age(call_id) < pace or self._clock() < rested:
             return False
-        return await self._lookup.take_lease(call_id)
+        return await self._cache.take_lease(call_id)
 
     def _pause(self, call_id: str, snapshot: Snapshot, rested: float) -> float:
         """Seconds until the call needs attention, unless there is news before."""
-        due = max(self._pace(snapshot) - self._lookup.age(call_id), rested - self._clock(), SHORTEST_PAUSE_SECONDS)
+        due = max(self._pace(snapshot) - self._cache.age(call_id), rested - self._clock(), SHORTEST_PAUSE_SECONDS)
         pause = TICK_SECONDS if self._store.shared else due
         if snapshot.ended:
             pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))

@@ -12,7 +12,7 @@ AT_ONCE = 8
 log = structlog.get_logger(__name__)
 
 
-class Hints:
+class RefreshQueue:
     """Looks at hinted calls in the background, each once at a time. `look`: looks at one."""
 
     def __init__(self, look: Callable[[str], Awaitable[None]]) -> None:
@@ -44,7 +44,7 @@ class Hints:
                 if call_id not in self._again:
                     return
         except Exception:
-            log.exception("hint_failed", call=call_id)
+            log.exception("refresh_failed", call=call_id)
         finally:
             self._again.discard(call_id)
             del self._tasks[call_id]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from app.calls.cache import Lookup
+from app.calls.cache import CallCache
 from app.calls.events import LONGEST_SECONDS, EventStream, events
 from app.calls.ownership import Ownership
-from app.calls.poller import Watchers
+from app.calls.poller import CallPoller
 from app.calls.snapshots import Snapshot
 from app.identity import User
 from app.limits import LiveCalls
@@ -32,8 +32,8 @@ class Calls:
 
     oneinbox: OneInbox
     ownership: Ownership
-    lookup: Lookup
-    watchers: Watchers
+    cache: CallCache
+    poller: CallPoller
     live: LiveCalls
     now: Callable[[], float] = time.time
 
@@ -43,11 +43,11 @@ class Calls:
         if call_id is None:
             raise Problem("not-found")
         # A stranger is turned away by what is remembered: their questions ask OneInbox nothing.
-        remembered = self.lookup.remembered(call_id)
+        remembered = self.cache.remembered(call_id)
         if remembered is not None:
             self._check_owner(user, remembered)
         # In anonymous mode the key was checked, and only this deployment makes keys.
-        snapshot = self._check_owner(user, await self.lookup.get(call_id, known=user.mode == "anonymous"))
+        snapshot = self._check_owner(user, await self.cache.get(call_id, known=user.mode == "anonymous"))
         return call_id, snapshot
 
     async def list(self, user: User) -> list[bytes]:
@@ -62,7 +62,7 @@ class Calls:
 
         async def body(call_id: str) -> bytes | None:
             async with places:
-                snapshot = await self.lookup.get(call_id, known=True)
+                snapshot = await self.cache.get(call_id, known=True)
             # What cannot be read (any more) is not listed.
             if snapshot is None or not self.ownership.owns(user, snapshot.owner):
                 return None
@@ -82,12 +82,12 @@ class Calls:
             # A call that has ended meanwhile may be no call to stop.
             if error.status not in (400, 409, 422):
                 raise
-            ended = await self.lookup.look(call_id)
+            ended = await self.cache.fetch(call_id)
             if ended is None or not ended.ended:
                 raise
             return ended
         # An end is for good: it is news even to who asked for the call while it was being stopped.
-        return await self.lookup.take(record, self.lookup.clock())
+        return await self.cache.update(record, self.cache.clock())
 
     async def follow(self, user: User, public_id: str, last_event_id: str | None) -> EventStream | None:
         """A stream of the call's states; None when the reader has seen the last of them.
@@ -96,19 +96,19 @@ class Calls:
         """
         call_id, snapshot = await self.read(user, public_id)
         seen = (last_event_id or "").strip('"')
-        if seen == snapshot.etag.strip('"') and self.watchers.finished(snapshot):
+        if seen == snapshot.etag.strip('"') and self.poller.finished(snapshot):
             return None
         lifetime = LONGEST_SECONDS if user.expires_at is None else user.expires_at - self.now()
         with ExitStack() as place:
-            watch = place.enter_context(self.watchers.watch(user, call_id, snapshot))
-            return EventStream(events(watch, public_id, lifetime, self.lookup.clock), place.pop_all())
+            subscription = place.enter_context(self.poller.subscribe(user, call_id, snapshot))
+            return EventStream(events(subscription, public_id, lifetime, self.cache.clock), place.pop_all())
 
     async def hint(self, call_id: str) -> None:
         """Somebody says that something happened to a call; look, where that matters to us."""
-        if not self.watchers.watches(call_id) and not await self.live.is_live(call_id):
+        if not self.poller.is_watched(call_id) and not await self.live.is_live(call_id):
             return
         try:
-            await self.lookup.look_anew(call_id)
+            await self.cache.refetch(call_id)
         except OneInboxError:
             return  # the next look of a watcher or the sweep finds out
 

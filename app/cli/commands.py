@@ -23,7 +23,7 @@ from app.config.settings import Settings, SettingsError, load_settings, split_ur
 from app.doctor.findings import Finding, all_ok, as_json, as_text
 from app.limits.kill_switch import IN_FORCE_SECONDS
 from app.oneinbox.errors import OneInboxError
-from app.server.gc import settle_memory
+from app.server.gc import freeze_gc
 from app.server.server import Server, create_server, listen, serve_with_workers, url_of
 from app.store import StoreUnavailable
 from app.telemetry.logging import configure_logging
@@ -122,7 +122,7 @@ def serve(
     configure_logging(settings.log_level, settings.log_format)
     listener = _listen(host, port)
     announce(settings, host, url=url_of(listener), workers=workers)
-    settle_memory()
+    freeze_gc()
     if workers > 1:
         with nullcontext() if settings.metrics_token is None else _count_together():
             serve_with_workers(listener, workers)
@@ -282,7 +282,7 @@ def pause(
     seconds = _seconds(duration)
 
     async def run(operator: Operator) -> str:
-        await operator.brake.pause(seconds)
+        await operator.kill_switch.pause(seconds)
         return f"Paused for {duration}: no sessions on any replica until then, or until `oneinbox-broker resume`."
 
     _operate(run, until_in_force=True)
@@ -293,7 +293,7 @@ def resume() -> None:
     """End a pause."""
 
     async def run(operator: Operator) -> str:
-        return "Sessions are given again." if await operator.brake.resume() else "There was no pause."
+        return "Sessions are given again." if await operator.kill_switch.resume() else "There was no pause."
 
     _operate(run, until_in_force=True)
 
@@ -307,7 +307,7 @@ def block(
     seconds = _seconds(duration)
 
     async def run(operator: Operator) -> str:
-        await operator.brake.block(operator.user(user), seconds)
+        await operator.kill_switch.block(operator.user(user), seconds)
         return f"Blocked for {duration}."
 
     _operate(run, until_in_force=True)
@@ -320,7 +320,7 @@ def unblock(
     """End a user's block."""
 
     async def run(operator: Operator) -> str:
-        return "Unblocked." if await operator.brake.unblock(operator.user(user)) else "There was no block."
+        return "Unblocked." if await operator.kill_switch.unblock(operator.user(user)) else "There was no block."
 
     _operate(run, until_in_force=True)
 

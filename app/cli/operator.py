@@ -7,7 +7,7 @@ from app.broker.build import agents_of, open_limits, open_oneinbox
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
-from app.limits import Brake, Limits
+from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.kill_switch import BLOCKS, PAUSE
 from app.limits.live_calls import UNSTOPPED
@@ -22,7 +22,7 @@ class Operator:
 
     settings: Settings
     store: Store
-    brake: Brake
+    kill_switch: KillSwitch
     limits: Limits
 
     def user(self, name: str) -> User:
@@ -118,7 +118,7 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
         )
     agents = agents_of(settings)
     async with open_store(url) as store:
-        said = await work(Operator(settings, store, Brake(store), open_limits(settings, agents, store, lease=0)))
+        said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
         if store.state == "down":
             raise StoreUnavailable
         return said

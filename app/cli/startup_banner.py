@@ -6,7 +6,7 @@ import structlog
 
 from app.config.settings import Settings
 from app.doctor.findings import as_lines
-from app.doctor.settings_review import cautions
+from app.doctor.settings_review import settings_warnings
 from app.telemetry.terminal import has_colour, width_of
 
 log = structlog.get_logger(__name__)
@@ -29,8 +29,8 @@ def announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
         global_limits=settings.global_session_limits,
         live_calls=settings.max_live_calls,
     )
-    for caution in cautions(settings, host):
-        log.warning("caution", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
+    for caution in settings_warnings(settings, host):
+        log.warning("settings_warning", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
 
 
 USERS = {
@@ -53,7 +53,7 @@ def _in_words(settings: Settings, host: str, *, url: str, workers: int) -> str:
     if told := [f"{number} minutes in 24 h {whose}" for number, whose in minutes if number]:
         lines += [f"Talk:      {', '.join(told)}"]
     lines += [""]
-    if warnings := cautions(settings, host):
+    if warnings := settings_warnings(settings, host):
         encoding, colour = sys.stderr.encoding, has_colour(sys.stderr)
         lines += [*as_lines(warnings, encoding=encoding, colour=colour, width=width_of(sys.stderr)), ""]
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ def review(settings: Settings) -> list[Finding]:
     ]
 
 
-def cautions(settings: Settings, host: str) -> list[Finding]:
+def settings_warnings(settings: Settings, host: str) -> list[Finding]:
     """What `serve` warns about before it listens on `host`."""
     findings = (*_exposure(settings, host), *_memory(settings), *review(settings))
     return [finding for finding in findings if finding.level != "ok"]

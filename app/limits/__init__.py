@@ -1,10 +1,10 @@
 """How much a user may have: declared with slowapi, decided by the store in one go."""
 
-from app.limits.call_attempt import Start
-from app.limits.kill_switch import Brake
+from app.limits.call_attempt import CallAttempt
+from app.limits.kill_switch import KillSwitch
 from app.limits.live_calls import LiveCalls
 from app.limits.rate_limiter import Limits, Refused, Reservation
 from app.limits.reconciler import Reconciler
 from app.limits.talk_time import TalkTime
 
-__all__ = ["Brake", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation", "Start", "TalkTime"]
+__all__ = ["CallAttempt", "KillSwitch", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation", "TalkTime"]

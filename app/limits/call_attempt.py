@@ -8,7 +8,7 @@ ALL_CALLS = "live:all"
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class CallAttempt:
     """One POST to OneInbox.
 
     `request_id`: 128 random bits of the broker's own, on OneInbox's record as `broker_request_id`. `since`: Unix time
@@ -23,12 +23,12 @@ class Start:
     owner: str
 
     @property
-    def member(self) -> str:
+    def key(self) -> str:
         """The call's name in the sets of live calls. It says all there is to say, so that no second write can miss."""
         return " ".join((self.request_id, str(self.since), self.agent, self.user, self.owner))
 
     @classmethod
-    def of_member(cls, member: str) -> Self:
+    def from_key(cls, member: str) -> Self:
         """What `member` made."""
         request_id, since, agent, user, owner = member.split(" ")
         return cls(request_id, int(since), agent, user, owner)

@@ -20,7 +20,7 @@ IN_FORCE_SECONDS = 2
 log = structlog.get_logger(__name__)
 
 
-class Brake:
+class KillSwitch:
     """What the operator stopped, read each second; the last that was seen stays in force while the store is gone.
 
     `clock`: monotonic seconds.
@@ -43,21 +43,21 @@ class Brake:
 
     async def pause(self, seconds: float) -> None:
         """Give no session to anybody for so long."""
-        await self._store.enter(PAUSE, PAUSE, seconds)
+        await self._store.add_member(PAUSE, PAUSE, seconds)
 
     async def resume(self) -> bool:
         """End a pause; whether there was one."""
-        return await self._store.leave([PAUSE], PAUSE)
+        return await self._store.remove_member([PAUSE], PAUSE)
 
     async def block(self, user: User, seconds: float) -> None:
         """Give no session to a user for so long."""
-        await self._store.enter(BLOCKS, user.store_name, seconds)
+        await self._store.add_member(BLOCKS, user.store_name, seconds)
 
     async def unblock(self, user: User) -> bool:
         """End a block; whether there was one."""
-        return await self._store.leave([BLOCKS], user.store_name)
+        return await self._store.remove_member([BLOCKS], user.store_name)
 
-    async def read(self) -> None:
+    async def refresh(self) -> None:
         """See what is stopped. While the shared store is gone nothing changes."""
         if not self._reachable():
             return
@@ -74,5 +74,5 @@ class Brake:
     async def run(self) -> None:
         """Read for ever."""
         while True:
-            await self.read()
+            await self.refresh()
             await asyncio.sleep(READ_SECONDS)

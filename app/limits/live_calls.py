@@ -11,7 +11,7 @@ import structlog
 from pydantic_core import from_json, to_json
 
 from app.identity import User
-from app.limits.call_attempt import ALL_CALLS, Start, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
 from app.limits.talk_time import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
@@ -68,9 +68,9 @@ class LiveCall:
         return cls(**from_json(value))
 
     @property
-    def start(self) -> Start:
+    def attempt(self) -> CallAttempt:
         """How it began."""
-        return Start.of_member(self.member)
+        return CallAttempt.from_key(self.member)
 
 
 class LiveCalls:
@@ -103,46 +103,46 @@ class LiveCalls:
         # Calls that a shared store could not be told of; the next sweep tells it.
         self._untold: dict[str, LiveCall] = {}
 
-    async def begin(self, start: Start, call_id: str, *, unwanted: str = "") -> None:
+    async def begin(self, attempt: CallAttempt, call_id: str, *, unwanted: str = "") -> None:
         """Remember which call took the slots of a start. `unwanted`: why it must be hung up, until it is."""
-        call = LiveCall(start.member, call_id, unwanted)
+        call = LiveCall(attempt.key, call_id, unwanted)
         try:
             await self._write(call)
         except StoreUnavailable:
-            self._untold[start.request_id] = call
+            self._untold[attempt.request_id] = call
 
-    async def see(self, request_id: str, record: CallRecord) -> None:
+    async def note_end(self, request_id: str, record: CallRecord) -> None:
         """Free the slots of a call that was seen ended."""
         with contextlib.suppress(StoreUnavailable):  # the sweep sees it, too
             if record.ended and (call := await self._find(request_id)) is not None:
                 await self._end(call, record)
 
-    async def see_gone(self, call_id: str) -> None:
+    async def note_gone(self, call_id: str) -> None:
         """Free the slots of a call that OneInbox does not know (any more)."""
         with contextlib.suppress(StoreUnavailable):
             request_id = await self._request_id(call_id)
             if request_id is not None and (call := await self._find(request_id)) is not None:
                 await self._end(call, None)
 
-    async def stop(self, start: Start, call_id: str, why: str) -> None:
+    async def stop(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
-        await self._store.leave([UNSTOPPED], _unfound(start))
-        await self.begin(start, call_id, unwanted=why)
+        await self._store.remove_member([UNSTOPPED], _unfound(attempt))
+        await self.begin(attempt, call_id, unwanted=why)
         with contextlib.suppress(OneInboxError):  # said and remembered by now
-            await self._hang_up(LiveCall(start.member, call_id, why), why)
+            await self._hang_up(LiveCall(attempt.key, call_id, why), why)
 
-    async def abandon(self, start: Start) -> None:
+    async def release_slots(self, attempt: CallAttempt) -> None:
         """Free the slots of a start that became no call."""
-        await self._store.leave([UNSTOPPED], _unfound(start))
-        await self._store.leave(start.sets, start.member)
+        await self._store.remove_member([UNSTOPPED], _unfound(attempt))
+        await self._store.remove_member(attempt.sets, attempt.key)
 
-    async def give_up(self, start: Start) -> None:
+    async def mark_unresolved(self, attempt: CallAttempt) -> None:
         """Note that a call may run which nobody could find."""
-        await self._store.enter(UNSTOPPED, _unfound(start), UNSTOPPED_SECONDS)
+        await self._store.add_member(UNSTOPPED, _unfound(attempt), UNSTOPPED_SECONDS)
 
-    async def is_pending(self, start: Start) -> bool:
+    async def is_pending(self, attempt: CallAttempt) -> bool:
         """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
-        return await self._find(start.request_id) is None
+        return await self._find(attempt.request_id) is None
 
     async def handed_out(self, call_id: str) -> bool:
         """Whether this deployment started the call, as far as its store remembers: a day and longer."""
@@ -159,17 +159,19 @@ class LiveCalls:
     async def of_user(self, user: User) -> list[str]:
         """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
         calls = [LiveCall.from_bytes(value) for value in await self._store.items(_list_of(user.store_name))]
-        return [call.call_id for call in calls if call.start.since > self._now() - DAY]
+        return [call.call_id for call in calls if call.attempt.since > self._now() - DAY]
 
-    async def look_again(self, user: User) -> bool:
+    async def recheck(self, user: User) -> bool:
         """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
         if not (await self._store.decide([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)])).allowed:
             return False
         members = await self._store.members(calls_of_user(user.store_name))
-        freed = await asyncio.gather(*(self._look(Start.of_member(member)) for member in list(members)[:AT_ONCE]))
+        freed = await asyncio.gather(
+            *(self._check_call(CallAttempt.from_key(member)) for member in list(members)[:AT_ONCE])
+        )
         return any(freed)
 
-    async def tell(self) -> None:
+    async def flush(self) -> None:
         """Tell the shared store of calls that began while it was gone."""
         for request_id, call in list(self._untold.items()):
             try:
@@ -178,30 +180,30 @@ class LiveCalls:
                 return
             self._untold.pop(request_id, None)
 
-    async def sweep(self) -> list[Start]:
+    async def sweep(self) -> list[CallAttempt]:
         """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
-        await self.tell()
+        await self.flush()
         if not (await self._store.decide([Rate("sweep", 1, SWEEP_SECONDS - 1)])).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
-        pending: list[Start] = []
+        pending: list[CallAttempt] = []
 
-        async def look(start: Start) -> None:
+        async def look(attempt: CallAttempt) -> None:
             try:
                 async with places:
-                    if await self._look(start) is None:
-                        pending.append(start)
+                    if await self._check_call(attempt) is None:
+                        pending.append(attempt)
             except Exception:  # one call must not keep the others from being looked at
-                log.exception("look_broke", request_id=start.request_id)
+                log.exception("call_check_failed", request_id=attempt.request_id)
 
         members = await self._store.members(ALL_CALLS)
-        await asyncio.gather(*(look(Start.of_member(member)) for member in members))
+        await asyncio.gather(*(look(CallAttempt.from_key(member)) for member in members))
         return pending
 
-    async def _look(self, start: Start) -> bool | None:
+    async def _check_call(self, attempt: CallAttempt) -> bool | None:
         """Look at one call; whether its slots became free. None: it is not known what became of its start."""
         try:
-            call = await self._find(start.request_id)
+            call = await self._find(attempt.request_id)
         except StoreUnavailable:
             return False  # without its record nobody can tell; that is no sign of anything
         if call is None:
@@ -214,14 +216,14 @@ class LiveCalls:
             await self._end(call, None)
             return True
         except OneInboxError as error:
-            log.warning("look_failed", call=call.call_id, reason=error.reason)
+            log.warning("call_lookup_failed", call=call.call_id, reason=error.reason)
             return False
         if record.ended:
             await self._end(call, record)
         return record.ended
 
     def _overdue(self, call: LiveCall, record: CallRecord) -> str:
-        age = self._now() - call.start.since
+        age = self._now() - call.attempt.since
         if call.unwanted:
             return call.unwanted
         if self._max_seconds and age > self._max_seconds:
@@ -232,7 +234,7 @@ class LiveCalls:
 
     async def _hang_up(self, call: LiveCall, why: str) -> CallRecord:
         """Stop a call; its record afterwards. Raises OneInboxError, after having remembered that it runs on."""
-        log.warning("hanging_up", call=call.call_id, why=why)
+        log.warning("call_stop_requested", call=call.call_id, why=why)
         try:
             record = await self._oneinbox.stop_call(call.call_id)
         except NoSuchCall:
@@ -241,12 +243,12 @@ class LiveCalls:
         except OneInboxError as error:
             log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
             self._metrics.hung_up(REASONS.get(why, "other"), done=False)
-            await self._store.enter(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
+            await self._store.add_member(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
             raise
         self._metrics.hung_up(REASONS.get(why, "other"), done=True)
         if why == LOST:
             self._metrics.orphan("stopped")
-        await self._store.leave([UNSTOPPED], call.call_id)
+        await self._store.remove_member([UNSTOPPED], call.call_id)
         if record.ended:
             await self._end(call, record)
         return record
@@ -270,34 +272,34 @@ class LiveCalls:
 
     async def _end(self, call: LiveCall, record: CallRecord | None) -> None:
         """Free a call's slots, and count its minutes, once."""
-        start = call.start
-        self._untold.pop(start.request_id, None)
-        if await self._store.leave(start.sets, start.member):
-            await self._talk.count(start, record)
-        await self._store.leave([UNSTOPPED], call.call_id)
+        attempt = call.attempt
+        self._untold.pop(attempt.request_id, None)
+        if await self._store.remove_member(attempt.sets, attempt.key):
+            await self._talk.count(attempt, record)
+        await self._store.remove_member([UNSTOPPED], call.call_id)
         with contextlib.suppress(StoreUnavailable):  # it expires
-            await self._store.delete(f"call:{start.request_id}")
+            await self._store.delete(f"call:{attempt.request_id}")
 
     async def _write(self, call: LiveCall) -> None:
-        start = call.start
-        left = self._lease - (self._now() - start.since)
+        attempt = call.attempt
+        left = self._lease - (self._now() - attempt.since)
         if left <= 0:
             return
         value = call.to_bytes()
         values = [
-            Value(f"call:{start.request_id}", value, left),
-            Value(f"started:{call.call_id}", start.request_id.encode(), max(left, DAY)),
+            Value(f"call:{attempt.request_id}", value, left),
+            Value(f"started:{call.call_id}", attempt.request_id.encode(), max(left, DAY)),
         ]
         if call.unwanted:
             for each in values:
                 await self._store.set(*each)
         else:
-            await self._store.push(_list_of(start.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
+            await self._store.push(_list_of(attempt.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
 
 
-def _unfound(start: Start) -> str:
+def _unfound(attempt: CallAttempt) -> str:
     """Name of a call that may run, in a list for an operator."""
-    return f"of the request {start.request_id}"
+    return f"of the request {attempt.request_id}"
 
 
 def _list_of(user: str) -> str:

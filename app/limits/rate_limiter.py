@@ -15,7 +15,7 @@ from slowapi.wrappers import Limit, LimitGroup
 from app.config.agents import Agent
 from app.identity import User
 from app.identity.addresses import limit_key
-from app.limits.call_attempt import ALL_CALLS, Start, calls_of_agent, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
 from app.problems import Problem
 from app.store import Decision, Rate, RateState, Slot, Store
@@ -175,12 +175,12 @@ class Limits:
             self._metrics.refused([f"failed-{kind}"])
             raise _wait("rate-limited", decision.rates[0].reset, {})
 
-    async def reserve(self, user: User, agent: Agent, start: Start) -> Reservation:
+    async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
 
         Raises Refused and Problem, the user's own limits first.
         """
-        question, member = self._session_question(user.store_name, agent.name), start.member
+        question, member = self._session_question(user.store_name, agent.name), attempt.key
         decision = await self._store.decide(
             question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
         )
@@ -253,7 +253,7 @@ class Limits:
             if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self._clock():
                 continue
             self._nearly_until[rate.name] = self._clock() + rate.seconds
-            log.warning("global_limit_nearly_used_up", limit=policy_name("global", rate), used=used, of=rate.amount)
+            log.warning("global_limit_nearly_reached", limit=policy_name("global", rate), used=used, of=rate.amount)
 
 
 def _rate(limit: Limit, key: str) -> Rate:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from app.limits.call_attempt import Start
+from app.limits.call_attempt import CallAttempt
 from app.limits.live_calls import LOST, SWEEP_SECONDS, LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
@@ -50,7 +50,7 @@ class Loss:
     `witnessed`: this process itself saw the answer get lost; what a sweep found may turn out to be known after all.
     """
 
-    start: Start
+    attempt: CallAttempt
     since: float
     witnessed: bool
     scans: int = 0
@@ -62,7 +62,7 @@ class Loss:
 
 
 @dataclass(slots=True)
-class Findings:
+class ScanResult:
     """What a scan of one agent brought. `complete`: nothing that may be a lost call was left out."""
 
     found: dict[str, CallRecord] = field(default_factory=dict)
@@ -99,18 +99,18 @@ class Reconciler:
         self._places = asyncio.Semaphore(STOPS_AT_ONCE)
         self._stops: set[asyncio.Task[None]] = set()
 
-    def lose(self, start: Start) -> None:
+    def report_lost(self, attempt: CallAttempt) -> None:
         """Look for the call of a start whose answer this process has lost."""
-        self._add(Loss(start, self._now(), witnessed=True))
+        self._add(Loss(attempt, self._now(), witnessed=True))
 
-    def lose_old(self, starts: list[Start]) -> None:
+    def report_stale(self, attempts: list[CallAttempt]) -> None:
         """Look for those starts of unknown outcome whose answer must have come long ago.
 
         Not before every replica has had the time to tell the store what it knows.
         """
-        for start in starts:
-            if self._now() - start.since > self._timeout + SCAN_AFTER[-1]:
-                self._add(Loss(start, self._now() + SWEEP_SECONDS, witnessed=False))
+        for attempt in attempts:
+            if self._now() - attempt.since > self._timeout + SCAN_AFTER[-1]:
+                self._add(Loss(attempt, self._now() + SWEEP_SECONDS, witnessed=False))
 
     async def run(self) -> None:
         """Look, for ever, whenever it is time for one."""
@@ -120,7 +120,7 @@ class Reconciler:
                 try:
                     await self.scan()
                 except Exception:
-                    log.exception("scan_failed")
+                    log.exception("reconcile_failed")
                     await asyncio.sleep(1)
         finally:
             for task in self._stops:
@@ -128,31 +128,31 @@ class Reconciler:
 
     async def scan(self) -> None:
         """Look once for all that are due, and settle each that is found, or was looked for the last time."""
-        losses = {loss.start.request_id: loss for loss in self._losses.values() if loss.due <= self._now()}
-        for agent in {loss.start.agent for loss in losses.values()}:
-            of_agent = {key: loss for key, loss in losses.items() if loss.start.agent == agent}
-            findings = Findings()
-            await self._scan_agent(agent, of_agent, findings)
+        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self._now()}
+        for agent in {loss.attempt.agent for loss in losses.values()}:
+            of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
+            result = ScanResult()
+            await self._scan_agent(agent, of_agent, result)
             for request_id, loss in of_agent.items():
-                await self._settle(loss, findings.found.get(request_id), complete=findings.complete)
+                await self._settle(loss, result.found.get(request_id), complete=result.complete)
 
-    async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], findings: Findings) -> None:
+    async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], result: ScanResult) -> None:
         """Look through an agent's running calls; for the last time also through all, whose status may be a new one."""
         agent_id = self._agent_ids.get(agent, "")
         for status in RUNNING:
             try:
-                await self._find(agent_id, status, losses, findings)
+                await self._find(agent_id, status, losses, result)
             except OneInboxError as error:
-                log.warning("scan_broke_off", agent=agent, status=status, reason=error.reason)
-                findings.complete = False
+                log.warning("reconcile_scan_failed", agent=agent, status=status, reason=error.reason)
+                result.complete = False
         if any(loss.scans + 1 == len(SCAN_AFTER) for loss in losses.values()):
-            beyond = Findings(found=findings.found)
+            beyond = ScanResult(found=result.found)
             with contextlib.suppress(OneInboxError):
                 await self._find(agent_id, None, losses, beyond)
 
     def _add(self, loss: Loss) -> None:
-        if loss.start.request_id not in self._losses:
-            self._losses[loss.start.request_id] = loss
+        if loss.attempt.request_id not in self._losses:
+            self._losses[loss.attempt.request_id] = loss
             self._metrics.orphan("lost")
             self._news.set()
 
@@ -168,46 +168,46 @@ class Reconciler:
                     await self._news.wait()
 
     async def _settle(self, loss: Loss, record: CallRecord | None, *, complete: bool) -> None:
-        start = loss.start
+        attempt = loss.attempt
         try:
-            if not loss.witnessed and not await self._live.is_pending(start):
-                del self._losses[start.request_id]  # it was known after all
+            if not loss.witnessed and not await self._live.is_pending(attempt):
+                del self._losses[attempt.request_id]  # it was known after all
                 return
         except StoreUnavailable:
             loss.since = self._now()  # nobody can tell now
             return
         loss.scans += 1
         if record is not None:
-            log.warning("lost_call_found", call=record.id, request_id=start.request_id, scans=loss.scans)
+            log.warning("lost_call_found", call=record.id, request_id=attempt.request_id, scans=loss.scans)
             self._metrics.orphan("found")
-            del self._losses[start.request_id]
-            self._stop(start, record.id)
+            del self._losses[attempt.request_id]
+            self._stop(attempt, record.id)
         elif loss.scans == len(SCAN_AFTER):
-            del self._losses[start.request_id]
+            del self._losses[attempt.request_id]
             if complete:
-                log.warning("lost_call_not_found", request_id=start.request_id)
+                log.warning("lost_call_not_found", request_id=attempt.request_id)
                 self._metrics.orphan("not-found")
-                await self._live.abandon(start)
+                await self._live.release_slots(attempt)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep begins anew.
-                log.error("lost_call_given_up", request_id=start.request_id)
+                log.error("lost_call_unresolved", request_id=attempt.request_id)
                 self._metrics.orphan("given-up")
-                await self._live.give_up(start)
+                await self._live.mark_unresolved(attempt)
 
-    def _stop(self, start: Start, call_id: str) -> None:
+    def _stop(self, attempt: CallAttempt, call_id: str) -> None:
         """Hang up beside the scans: a stop that hangs must not hold up another loss."""
 
         async def stop() -> None:
             async with self._places:
-                await self._live.stop(start, call_id, LOST)
+                await self._live.stop(attempt, call_id, LOST)
 
         task = asyncio.create_task(stop(), name="stop")
         self._stops.add(task)
         task.add_done_callback(self._stops.discard)
 
-    async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], findings: Findings) -> None:
+    async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], result: ScanResult) -> None:
         """Look through one list of calls, newest first, until all are found or too old. Raises OneInboxError."""
-        oldest = min(loss.start.since for loss in losses.values()) - CLOCKS_APART
+        oldest = min(loss.attempt.since for loss in losses.values()) - CLOCKS_APART
         offset, seen = 0, set[str]()
         for _ in range(MOST_PAGES):
             calls = await self._page(agent_id, status, offset)
@@ -215,16 +215,16 @@ class Reconciler:
                 offset = max(0, offset - PAGE // 2)  # more ended than pages overlap; between lies what nobody has seen
                 continue
             for listed in calls.items:
-                record = await self._whole(listed, losses, findings)
+                record = await self._with_metadata(listed, losses, result)
                 loss = losses.get(record.request_id) if record is not None else None
-                if record is not None and loss is not None and self._is(record, agent_id, loss.start):
-                    findings.found[record.request_id] = record
+                if record is not None and loss is not None and self._is(record, agent_id, loss.attempt):
+                    result.found[record.request_id] = record
             ages = [record.created_at.timestamp() for record in calls.items if record.created_at is not None]
-            if calls.listed < PAGE or len(findings.found) == len(losses) or (ages and min(ages) < oldest):
+            if calls.listed < PAGE or len(result.found) == len(losses) or (ages and min(ages) < oldest):
                 return
             seen.update(each.id for each in calls.items)
             offset += PAGE - OVERLAP
-        findings.complete = False
+        result.complete = False
 
     async def _page(self, agent_id: str, status: str | None, offset: int) -> CallPage:
         for _ in range(TRIES - 1):
@@ -232,34 +232,36 @@ class Reconciler:
                 return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
         return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
 
-    async def _whole(self, listed: CallRecord, losses: Mapping[str, Loss], findings: Findings) -> CallRecord | None:
+    async def _with_metadata(
+        self, listed: CallRecord, losses: Mapping[str, Loss], result: ScanResult
+    ) -> CallRecord | None:
         """A listed call with its metadata; None where it cannot be one of the lost ones, or cannot be had."""
         if listed.metadata is not None:
             return listed
         if listed.id in self._remembered:
             return self._remembered[listed.id]
-        if not any(self._fits(listed, loss.start) for loss in losses.values()):
+        if not any(self._fits(listed, loss.attempt) for loss in losses.values()):
             return None
-        if findings.fetches >= MOST_FETCHES:
-            findings.complete = False
+        if result.fetches >= MOST_FETCHES:
+            result.complete = False
             return None
-        findings.fetches += 1
+        result.fetches += 1
         try:
             record = await self._oneinbox.get_call(listed.id)
         except OneInboxError as error:
             # A 404 is no lost call of ours; anything else may hide one.
-            findings.complete = findings.complete and error.status == 404
+            result.complete = result.complete and error.status == 404
             return None
         self._remembered[record.id] = record.model_copy(update={"messages": None, "transcript": None})
         while len(self._remembered) > MOST_REMEMBERED:
             self._remembered.popitem(last=False)
         return record
 
-    def _fits(self, record: CallRecord, start: Start) -> bool:
+    def _fits(self, record: CallRecord, attempt: CallAttempt) -> bool:
         if record.created_at is None:
             return True
-        after = record.created_at.timestamp() - start.since
+        after = record.created_at.timestamp() - attempt.since
         return -CLOCKS_APART <= after <= self._timeout + CLOCKS_APART
 
-    def _is(self, record: CallRecord, agent_id: str, start: Start) -> bool:
-        return record.agent_id == agent_id and record.owner == start.owner and self._fits(record, start)
+    def _is(self, record: CallRecord, agent_id: str, attempt: CallAttempt) -> bool:
+        return record.agent_id == agent_id and record.owner == attempt.owner and self._fits(record, attempt)

@@ -17,8 +17,8 @@ async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
         await asyncio.sleep(1)
         seconds += 1
         try:
-            await live.tell()
+            await live.flush()
             if seconds % SWEEP_SECONDS == 0:
-                reconciler.lose_old(await live.sweep())
+                reconciler.report_stale(await live.sweep())
         except Exception:
             log.exception("sweep_failed")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from app.identity import User
-from app.limits.call_attempt import ALL_CALLS, Start, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
 from app.oneinbox import CallRecord
 from app.problems import Problem
 from app.store import Rate, Store
@@ -63,19 +63,19 @@ class TalkTime:
         running = await self._running(ALL_CALLS)
         return [(GLOBAL_MINUTES, rate.amount - state.remaining + math.ceil(running), rate.amount)]
 
-    async def count(self, start: Start, record: CallRecord | None) -> None:
+    async def count(self, attempt: CallAttempt, record: CallRecord | None) -> None:
         """Count an ended call, once. One that is gone, or says no duration, counts from its POST until now."""
-        rates = [self._rate(name, minutes) for name, minutes in self._limits(start) if minutes is not None]
+        rates = [self._rate(name, minutes) for name, minutes in self._limits(attempt) if minutes is not None]
         if not rates:
             return
         seconds = record.duration_seconds if record is not None else None
         if seconds is None:
-            seconds = self._now() - start.since
+            seconds = self._now() - attempt.since
         if seconds > 0:
             await self._store.decide(rates, cost=math.ceil(seconds), enforce=False)
 
-    def _limits(self, start: Start) -> Sequence[tuple[str, int | None]]:
-        return (start.user, self._minutes), ("all", self._minutes_total)
+    def _limits(self, attempt: CallAttempt) -> Sequence[tuple[str, int | None]]:
+        return (attempt.user, self._minutes), ("all", self._minutes_total)
 
     async def _check(self, rate: Rate, running: str, slug: str) -> None:
         state = (await self._store.decide([rate], cost=0)).rates[0]
@@ -91,8 +91,8 @@ class TalkTime:
 
     async def _running(self, calls: str) -> float:
         """Seconds that the running calls of a set have taken until now."""
-        starts = [Start.of_member(member) for member in await self._store.members(calls)]
-        return sum(self._now() - start.since for start in starts)
+        attempts = [CallAttempt.from_key(member) for member in await self._store.members(calls)]
+        return sum(self._now() - attempt.since for attempt in attempts)
 
     def _rate(self, name: str, minutes: int) -> Rate:
         return Rate(f"talk:{name}", minutes * 60, DAY)

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 import structlog
 
-from app.oneinbox.errors import Busy, CoolingDown, OneInboxError
+from app.oneinbox.errors import Busy, CircuitOpen, OneInboxError
 from app.telemetry.metrics import Metrics
 
 DEFAULT_PAUSE, LONGEST_PAUSE = 5, 60
@@ -24,7 +24,7 @@ WHILE_PROBING = 1
 log = structlog.get_logger(__name__)
 
 
-class Cooldown:
+class CircuitBreaker:
     """Decides for each request, in this process, whether it may be sent; `turn` goes around every one.
 
     A 429 starts a pause of the length it asks for, FAILURES_IN_A_ROW requests without any answer one of FAILURE_PAUSE.
@@ -49,7 +49,7 @@ class Cooldown:
         return 0.0 if self._until is None else max(0.0, self._until - self._clock())
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Around one request, to its answer. Raises CoolingDown instead, where it must not be sent."""
         probe, pauses = self._admit(), self._pauses
         try:
@@ -69,7 +69,7 @@ class Cooldown:
             self._failures = 0
             if probe and not self.seconds_left:  # else a request of before the pause was answered with a 429 meanwhile
                 self._until = None
-                log.info("oneinbox_answers_again")
+                log.info("oneinbox_recovered")
         finally:
             if probe:
                 self._probing = False
@@ -79,15 +79,15 @@ class Cooldown:
         if self._until is None:
             return False
         if left := self.seconds_left:
-            raise CoolingDown(math.ceil(left))
+            raise CircuitOpen(math.ceil(left))
         if self._probing:
-            raise CoolingDown(WHILE_PROBING)
+            raise CircuitOpen(WHILE_PROBING)
         self._probing = True
         return True
 
     def _pause(self, seconds: float, why: str) -> None:
         if self._until is None:
-            log.warning("oneinbox_cooling_down", seconds=seconds, why=why)
+            log.warning("oneinbox_paused", seconds=seconds, why=why)
             self._metrics.paused(why.replace(" ", "-"))
         self._until = max(self._until or 0.0, self._clock() + seconds)
         self._failures = 0

@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json, to_json
 
-from app.oneinbox.circuit_breaker import Cooldown, pause_asked_for
+from app.oneinbox.circuit_breaker import CircuitBreaker, pause_asked_for
 from app.oneinbox.errors import (
     Busy,
     Failed,
@@ -62,7 +62,7 @@ class OneInbox:
         connect_timeout: float,
         insecure_media: bool = False,
         reread_key: Callable[[], Awaitable[None]] | None = None,
-        cooldown: Cooldown | None = None,
+        breaker: CircuitBreaker | None = None,
         metrics: Metrics | None = None,
         traces: Traces | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class OneInbox:
         """
         self._metrics = metrics or Metrics()
         self._traces = traces
-        self.cooldown = cooldown or Cooldown(metrics=self._metrics)
+        self.breaker = breaker or CircuitBreaker(metrics=self._metrics)
         self._base_url = base_url
         self._web_calls = url = httpx.URL(f"{base_url}{START}")
         self._server = (url.host, url.port or (443 if url.scheme == "https" else 80))
@@ -111,7 +111,7 @@ class OneInbox:
             body["variables"] = variables
         if overrides:
             body["overrides"] = overrides
-        with self.cooldown.turn():
+        with self.breaker.guard():
             status, answer = await self._send("POST", START, self._web_calls, body, limit=MAX_STARTED)
         _raise_for_status(status, answer)
         call_id = answer.get("id") if isinstance(answer, dict) else None

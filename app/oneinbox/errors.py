@@ -58,7 +58,7 @@ class Busy(OneInboxError):
         self.retry_after = retry_after
 
 
-class CoolingDown(Busy):
+class CircuitOpen(Busy):
     """Not sent: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
 
     def __init__(self, retry_after: int) -> None:

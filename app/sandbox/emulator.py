@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 
 from app.sandbox.calls import Call, Calls, record, timestamp
 from app.sandbox.faults import AnyFault, Faults
-from app.sandbox.middleware import CONTROL, MAX_REQUESTS, RecordedRequest, Wire
+from app.sandbox.middleware import CONTROL, MAX_REQUESTS, RecordedRequest, RecordingMiddleware
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.schemas import CallOverride, RegisterWebhook, StartCall
 from app.sandbox.tokens import participant_token
@@ -70,7 +70,7 @@ def create_emulator(options: EmulatorOptions = EmulatorOptions()) -> FastAPI:  #
 
     app = FastAPI(title="OneInbox emulator", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.emulator = emulator
-    app.add_middleware(Wire, faults=emulator.faults, requests=emulator.requests, now=options.now)
+    app.add_middleware(RecordingMiddleware, faults=emulator.faults, requests=emulator.requests, now=options.now)
     app.include_router(_api)
     app.include_router(_control)
     return app

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.sandbox.http_exchange import Answer, Exchange
+from app.sandbox.http_exchange import Answer, HttpExchange
 
 Operation = Literal["start", "get", "stop", "list"]
 
@@ -35,7 +35,7 @@ class Fault(BaseModel):
     needs_socket: ClassVar[bool] = False
     """Whether it is about the connection: an in-process client has none."""
 
-    async def strike(self, exchange: Exchange) -> None:
+    async def strike(self, exchange: HttpExchange) -> None:
         """Answer the request, or not. Here: OneInbox does what it was asked, then the answer is spoiled."""
         answer = await exchange.run()
         if answer.status >= 400:  # nothing was done, so there is nothing to spoil
@@ -43,7 +43,7 @@ class Fault(BaseModel):
         else:
             await self.spoil(exchange, answer)
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         """Send `answer` as this fault would have it."""
         raise NotImplementedError
 
@@ -54,12 +54,12 @@ class _Instead(Fault):
     takes_effect: bool = False
     """Whether the call exists (was stopped, …) all the same."""
 
-    async def strike(self, exchange: Exchange) -> None:
+    async def strike(self, exchange: HttpExchange) -> None:
         if self.takes_effect:
             await exchange.run()
         await self.instead(exchange)
 
-    async def instead(self, exchange: Exchange) -> None:
+    async def instead(self, exchange: HttpExchange) -> None:
         """Answer, or not."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class Latency(Fault):
     kind: Literal["latency"] = "latency"
     seconds: float = Field(ge=0)
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         if not await exchange.gone_within(self.seconds):
             await exchange.answer(answer)
 
@@ -86,7 +86,7 @@ class Status(_Instead):
     retry_after: int | str | None = None
     """Retry-After, seconds or a date, or anything a client should survive."""
 
-    async def instead(self, exchange: Exchange) -> None:
+    async def instead(self, exchange: HttpExchange) -> None:
         detail = HTTPStatus(self.status).phrase if self.detail is None else self.detail
         headers = [] if self.retry_after is None else [(b"retry-after", str(self.retry_after).encode())]
         await exchange.answer(Answer.of(self.status, {self.shape: detail}, headers))
@@ -98,7 +98,7 @@ class Drop(_Instead):
     kind: Literal["drop"] = "drop"
     needs_socket = True
 
-    async def instead(self, exchange: Exchange) -> None:
+    async def instead(self, exchange: HttpExchange) -> None:
         await exchange.drop()
 
 
@@ -107,7 +107,7 @@ class Hang(_Instead):
 
     kind: Literal["hang"] = "hang"
 
-    async def instead(self, exchange: Exchange) -> None:
+    async def instead(self, exchange: HttpExchange) -> None:
         if not await exchange.gone_within(LONGEST) and exchange.on_socket:
             await exchange.drop()
 
@@ -119,7 +119,7 @@ class Redirect(_Instead):
     status: Literal[301, 302, 303, 307, 308] = 307
     location: str
 
-    async def instead(self, exchange: Exchange) -> None:
+    async def instead(self, exchange: HttpExchange) -> None:
         await exchange.answer(Answer(self.status, [(b"location", self.location.encode())], b""))
 
 
@@ -129,7 +129,7 @@ class Truncated(Fault):
     kind: Literal["truncated"] = "truncated"
     needs_socket = True
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, len(answer.body))
         await exchange.write(answer.body[: len(answer.body) // 2])
         # The half answer must be out before the cut, which throws away what is still buffered.
@@ -142,7 +142,7 @@ class BrokenJson(Fault):
 
     kind: Literal["broken_json"] = "broken_json"
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.answer(Answer(answer.status, answer.headers, answer.body[:-2]))
 
 
@@ -151,7 +151,7 @@ class NotUtf8(Fault):
 
     kind: Literal["not_utf8"] = "not_utf8"
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.answer(_padded(answer, b"\xff\xfe\xc3"))
 
 
@@ -162,7 +162,7 @@ class Fields(Fault):
     set: dict[str, Any] = Field(default_factory=dict)
     remove: list[str] = Field(default_factory=list)
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         content = json.loads(answer.body) | self.set
         kept = {name: value for name, value in content.items() if name not in self.remove}
         await exchange.answer(Answer(answer.status, answer.headers, json.dumps(kept).encode()))
@@ -176,7 +176,7 @@ class HeaderFlood(Fault):
     size: int = Field(default=1_000, ge=0)
     """Bytes of each value."""
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         flood = [(b"x-flood-%d" % number, b"x" * self.size) for number in range(self.count)]
         await exchange.answer(Answer(answer.status, [*answer.headers, *flood], answer.body))
 
@@ -188,7 +188,7 @@ class BigBody(Fault):
     megabytes: int = Field(default=300, ge=1)
     needs_socket = True
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         head, tail = _padded(answer, b"|").body.split(b"|")
         pieces = self.megabytes * 1024 * 1024 // _PIECE
         await exchange.begin(answer, len(head) + pieces * _PIECE + len(tail))
@@ -206,7 +206,7 @@ class EndlessBody(Fault):
     kind: Literal["endless_body"] = "endless_body"
     needs_socket = True
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, None)
         await exchange.write(_padded(answer, b"|").body.split(b"|")[0])
         end = asyncio.get_running_loop().time() + LONGEST
@@ -224,7 +224,7 @@ class Drip(Fault):
     interval: float = Field(default=1, gt=0)
     needs_socket = True
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, len(answer.body))
         end = asyncio.get_running_loop().time() + LONGEST
         for sent in range(len(answer.body)):
@@ -242,7 +242,7 @@ class GzipBomb(Fault):
     kind: Literal["gzip_bomb"] = "gzip_bomb"
     megabytes: int = Field(default=300, ge=1)
 
-    async def spoil(self, exchange: Exchange, answer: Answer) -> None:
+    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
         bomb = await asyncio.to_thread(_bomb, self.megabytes)
         await exchange.answer(Answer(answer.status, [*answer.headers, (b"content-encoding", b"gzip")], bomb))
 

@@ -29,7 +29,7 @@ class Answer:
         return cls(status, [JSON, *headers], json.dumps(content).encode())
 
 
-class Exchange:
+class HttpExchange:
     """A request whose body has been read; as a context manager it lets go of the connection at the end."""
 
     def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.sandbox.faults import Faults, Operation
-from app.sandbox.http_exchange import Answer, Exchange
+from app.sandbox.http_exchange import Answer, HttpExchange
 
 CONTROL = "/_emulator"
 """Prefix of the control surface, which is no part of OneInbox: not recorded, never faulty."""
@@ -60,7 +60,7 @@ class RecordedRequest:
         }
 
 
-class Wire:
+class RecordingMiddleware:
     """ASGI middleware: records, and lets a fault take the request over."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Wire:
             json=_parse(body),
         )
         self._requests.append(request)
-        async with Exchange(self._app, scope, receive, send, body) as exchange:
+        async with HttpExchange(self._app, scope, receive, send, body) as exchange:
             operation = request.operation
             fault = self._faults.draw(operation) if operation else None
             if len(body) > MAX_BODY:

@@ -6,7 +6,7 @@ import gc
 THRESHOLDS = (10_000, 20, 20)
 
 
-def settle_memory() -> None:
+def freeze_gc() -> None:
     """Leave what was made at the start (modules, routes, models) out of every later collection.
 
     Looking through it all again and again would hold up all requests under way for as long, a tenth of a second and

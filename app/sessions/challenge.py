@@ -107,7 +107,7 @@ class Challenge:
         if self._hosts is None or hostname is None:
             return None
         if not isinstance(hostname, str) or hostname.lower() not in self._hosts:
-            log.warning("challenge_of_another_host", hostname=ascii(hostname)[:255])
+            log.warning("challenge_host_mismatched", hostname=ascii(hostname)[:255])
             return "The challenge was solved on a site that may not use the broker."
         return None
 

@@ -5,7 +5,7 @@ import asyncio
 from starlette.types import Receive
 
 
-class Caller:
+class ClientConnection:
     """The other end of one request whose body has been read. `receive`: the request's.
 
     A handler is neither told of a hang-up nor cancelled. The server knows, and goes on knowing: it is asked where it

@@ -21,11 +21,11 @@ from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import LiveCalls, Start
+from app.limits import CallAttempt, LiveCalls
 from app.limits.live_calls import HUNG_UP, NOT_COLLECTED
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request
-from app.sessions.disconnect import Caller
+from app.sessions.disconnect import ClientConnection
 from app.store import Store, StoreUnavailable
 
 KEEP_SECONDS = 600
@@ -70,17 +70,17 @@ def read_key(values: list[str], user: User) -> str | None:
     return key
 
 
-class Started(NamedTuple):
+class StartedCall(NamedTuple):
     """A call, and what the store knows of it from before it existed."""
 
-    start: Start
+    attempt: CallAttempt
     call: WebCall
 
 
 class NotKept(Exception):
     """A started call's answer could not be kept: given all the same, a repeat would start another."""
 
-    def __init__(self, started: Started) -> None:
+    def __init__(self, started: StartedCall) -> None:
         super().__init__()
         self.started = started
 
@@ -133,7 +133,7 @@ class Idempotency:
         self._doubtful: dict[str, bytes] = {}
 
     async def once(
-        self, user: User, key: str, body: Any, caller: Caller, run: Callable[[], Awaitable[Started]]
+        self, user: User, key: str, body: Any, client: ClientConnection, run: Callable[[], Awaitable[StartedCall]]
     ) -> tuple[WebCall, bool]:
         """The call of the request with this key, and whether it was replayed; `run` starts it, once.
 
@@ -143,7 +143,7 @@ class Idempotency:
         name = "answer:" + hashlib.sha256(user.canonical + b"\x1f" + key.encode()).hexdigest()
         fingerprint = hashlib.sha256(_canonical(body)).hexdigest()
         try:
-            mark = await self._wait_or_mark(name, fingerprint, caller)
+            mark = await self._wait_or_mark(name, fingerprint, client)
         except StoreUnavailable:
             detail = "Nobody can tell now whether this request is a repeat."
             raise Problem("at-capacity", detail, headers={"Retry-After": "5"}) from None
@@ -155,7 +155,7 @@ class Idempotency:
             await self._forget(name, mark)
             raise
         await self._keep(name, mark, fingerprint, started)
-        if await caller.has_left():
+        if await client.has_left():
             await self._leave_for_collection(name, started)
             raise ClientDisconnect
         return started.call, False
@@ -170,9 +170,9 @@ class Idempotency:
             # Whoever takes the kept answer decides: one replica, once, or the repeat that collects it. It leaves the
             # set last: a store that is lost in between may carry that out without saying so.
             if await self._withdraw(name):
-                start = Start.of_member(uncollected.member)
-                await self._live.stop(start, uncollected.call_id, NOT_COLLECTED)
-                await self._store.leave([UNCOLLECTED], name)
+                attempt = CallAttempt.from_key(uncollected.member)
+                await self._live.stop(attempt, uncollected.call_id, NOT_COLLECTED)
+                await self._store.remove_member([UNCOLLECTED], name)
 
     async def run(self) -> None:
         """Stop uncollected calls, and take back doubtful answers, for ever."""
@@ -184,9 +184,9 @@ class Idempotency:
             except StoreUnavailable:
                 continue  # all of it is still there when the store is back
             except Exception:
-                log.exception("uncollected_failed")
+                log.exception("uncollected_sweep_failed")
 
-    async def _wait_or_mark(self, name: str, fingerprint: str, caller: Caller) -> WebCall | bytes:
+    async def _wait_or_mark(self, name: str, fingerprint: str, client: ClientConnection) -> WebCall | bytes:
         """The kept answer; or, where there is none, the mark with which this request runs."""
         mark = self._seal(Entry(fingerprint, secrets.token_hex(8)))
         lifetime = self._timeout + MARK_GRACE
@@ -194,7 +194,7 @@ class Idempotency:
             return mark
         end = self._now() + self._timeout
         async with self._store.subscribe(name) as told:
-            while not caller.has_gone():
+            while not client.has_gone():
                 value = await self._store.get(name)
                 if value is None:
                     if await self._store.add(name, mark, lifetime):
@@ -207,7 +207,7 @@ class Idempotency:
                     if entry.replayed:
                         return entry.call
                     if (noted := await self._collect(name, value, entry)) is not None:
-                        if not caller.has_gone():
+                        if not client.has_gone():
                             return entry.call
                         await self._put_back(name, noted, entry)
                         break
@@ -228,7 +228,7 @@ class Idempotency:
         noted = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
         if left <= 0 or not await self._store.replace(name, value, noted, left):
             return None
-        await self._store.leave([UNCOLLECTED], name)
+        await self._store.remove_member([UNCOLLECTED], name)
         return noted
 
     async def _put_back(self, name: str, noted: bytes, entry: Entry) -> None:
@@ -249,21 +249,21 @@ class Idempotency:
         entry = self._open(value)
         return entry is not None and not entry.replayed and await self._store.delete(name, value)
 
-    async def _leave_for_collection(self, name: str, started: Started) -> None:
+    async def _leave_for_collection(self, name: str, started: StartedCall) -> None:
         log.warning("caller_gone", call=started.call.id, waits=COLLECT_SECONDS)
-        uncollected = Uncollected(started.start.member, started.call.id, self._now() + COLLECT_SECONDS)
+        uncollected = Uncollected(started.attempt.key, started.call.id, self._now() + COLLECT_SECONDS)
         try:
             await self._wait_for_collection(name, uncollected)
         except StoreUnavailable:
             # Nobody could stop it in time; and a repeat is refused while the store is gone.
-            await self._live.stop(started.start, started.call.id, HUNG_UP)
+            await self._live.stop(started.attempt, started.call.id, HUNG_UP)
             await self._forget(name, None)
 
     async def _wait_for_collection(self, name: str, uncollected: Uncollected) -> None:
         await self._store.set(f"uncollected:{name}", json.dumps(asdict(uncollected)).encode(), DAY)
-        await self._store.enter(UNCOLLECTED, name, DAY)
+        await self._store.add_member(UNCOLLECTED, name, DAY)
 
-    async def _keep(self, name: str, mark: bytes, fingerprint: str, started: Started) -> None:
+    async def _keep(self, name: str, mark: bytes, fingerprint: str, started: StartedCall) -> None:
         expires = _expiry(started.call.participant_token)
         now = self._now()
         until = now + KEEP_SECONDS if expires is None else min(now + KEEP_SECONDS, expires - BEFORE_EXPIRY)

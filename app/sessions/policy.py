@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CallSpec:
     """A session request that passed the policy: what OneInbox is asked for.
 
     `own_variables`: those the browser set itself; `variables` holds the trusted and fixed ones too.
@@ -37,7 +37,7 @@ class Policy:
         self._agents = agents
         self._claims = claims
 
-    def decide(self, user: User, request: SessionRequest) -> Order:
+    def decide(self, user: User, request: SessionRequest) -> CallSpec:
         """Raises 403 and 422 problems."""
         agent = self._agent(user, request)
         if user.mode != "anonymous" and request.participant_identity not in (None, user.id):
@@ -49,7 +49,7 @@ class Policy:
         if refused:
             shown = ", ".join(path[:64] for path in refused[:10])
             raise Problem("override-not-allowed", f"Not allowed, or not of the type it takes: {shown}.")
-        return Order(
+        return CallSpec(
             agent=agent,
             own_variables=own,
             variables={**own, **self._trusted_variables(user), **agent.fixed_variables},

@@ -11,16 +11,16 @@ from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import Limits, LiveCalls, Reconciler, Start, TalkTime
+from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.live_calls import HUNG_UP, NOT_KEPT, UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem
 from app.sessions.challenge import Challenge
-from app.sessions.disconnect import Caller
-from app.sessions.idempotency import Idempotency, NotKept, Started, read_key
-from app.sessions.policy import Order, Policy
+from app.sessions.disconnect import ClientConnection
+from app.sessions.idempotency import Idempotency, NotKept, StartedCall, read_key
+from app.sessions.policy import CallSpec, Policy
 from app.sessions.schemas import SessionRequest
 from app.telemetry.metrics import Metrics
 
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SessionInput:
     """One POST /session, read and checked.
 
     `body`: its JSON, for telling a repeat from another request. `keys`: its Idempotency-Key headers. `proof`: its
@@ -40,7 +40,7 @@ class Asked:
     body: Any
     keys: list[str]
     proof: str | None
-    caller: Caller
+    client: ClientConnection
     answer_headers: dict[str, str]
 
 
@@ -88,101 +88,103 @@ class Sessions:
         """Sessions that wait for OneInbox."""
         return self._waiting
 
-    async def start(self, user: User, asked: Asked) -> tuple[WebCall, bool]:
+    async def start(self, user: User, session_input: SessionInput) -> tuple[WebCall, bool]:
         """The user's new call, and False; or the call that this request started before, and True.
 
         Nobody but a caller who is there is given a call: one that was started for a caller who hung up is stopped.
         Raises Problem, Refused, OneInboxError, ClientDisconnect.
         """
-        order = self._policy.decide(user, asked.request)
-        key = read_key(asked.keys, user)
+        spec = self._policy.decide(user, session_input.request)
+        key = read_key(session_input.keys, user)
         if key is None:
-            started = await self._start(user, asked, order)
-            if await asked.caller.has_left():
-                await self._live.stop(started.start, started.call.id, HUNG_UP)
+            started = await self._start(user, session_input, spec)
+            if await session_input.client.has_left():
+                await self._live.stop(started.attempt, started.call.id, HUNG_UP)
                 raise ClientDisconnect
             return started.call, False
 
-        async def run() -> Started:
-            return await self._start(user, asked, order)
+        async def run() -> StartedCall:
+            return await self._start(user, session_input, spec)
 
         try:
-            return await self._idempotency.once(user, key, asked.body, asked.caller, run)
+            return await self._idempotency.once(user, key, session_input.body, session_input.client, run)
         except NotKept as unkept:
-            await self._live.stop(unkept.started.start, unkept.started.call.id, NOT_KEPT)
+            await self._live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
 
-    async def _start(self, user: User, asked: Asked, order: Order) -> Started:
+    async def _start(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         if self._challenge is not None:
-            await self._challenge.check(asked.proof, user.address)
+            await self._challenge.check(session_input.proof, user.address)
         if self._waiting >= self._max_waiting:
             self._metrics.refused(["waiting"])
             raise Problem("at-capacity", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            start = Start(
+            attempt = CallAttempt(
                 # Never the client's: OneInbox's record is found by it.
                 request_id=secrets.token_hex(16),
                 since=int(self._now()),
-                agent=order.agent.name,
+                agent=spec.agent.name,
                 user=user.store_name,
                 owner=self._keyring.pseudonym(user),
             )
-            return Started(start, await self._reserve_and_call(user, asked, order, start))
+            return StartedCall(attempt, await self._reserve_and_call(user, session_input, spec, attempt))
         finally:
             self._waiting -= 1
 
-    async def _reserve_and_call(self, user: User, asked: Asked, order: Order, start: Start) -> WebCall:
+    async def _reserve_and_call(
+        self, user: User, session_input: SessionInput, spec: CallSpec, attempt: CallAttempt
+    ) -> WebCall:
         await self._talk.check(user)
         try:
-            reservation = await self._limits.reserve(user, order.agent, start)
+            reservation = await self._limits.reserve(user, spec.agent, attempt)
         except Problem as problem:
             # A call may have ended without anybody having looked.
-            if problem.slug != "too-many-live-calls" or not await self._live.look_again(user):
+            if problem.slug != "too-many-live-calls" or not await self._live.recheck(user):
                 raise
-            reservation = await self._limits.reserve(user, order.agent, start)
-        asked.answer_headers.update(reservation.headers)
-        if asked.caller.has_gone():
+            reservation = await self._limits.reserve(user, spec.agent, attempt)
+        session_input.answer_headers.update(reservation.headers)
+        if session_input.client.has_gone():
             await self._limits.release(reservation)
             raise ClientDisconnect
         try:
             call = await self._oneinbox.start_web_call(
-                agent_id=order.agent.agent_id,
-                variables=order.variables,
-                overrides=order.overrides,
-                metadata=self._metadata(user, order, start),
+                agent_id=spec.agent.agent_id,
+                variables=spec.variables,
+                overrides=spec.overrides,
+                metadata=self._metadata(user, spec, attempt),
             )
         except OneInboxError as error:
             if not error.may_have_acted:
                 await self._limits.release(reservation)
             elif error.call_id is not None:
-                await self._live.stop(start, error.call_id, UNUSABLE)
+                await self._live.stop(attempt, error.call_id, UNUSABLE)
             else:
-                self._reconciler.lose(start)
-            if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, asked.request, order)):
+                self._reconciler.report_lost(attempt)
+            if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, session_input.request, spec)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
         except BaseException:  # cancelled: the process goes down, or worse
-            self._reconciler.lose(start)
+            self._reconciler.report_lost(attempt)
             raise
-        await self._live.begin(start, call.id)
+        await self._live.begin(attempt, call.id)
         return call
 
-    def _metadata(self, user: User, order: Order, start: Start) -> dict[str, Any]:
-        own = {BROKER_USER: start.owner, BROKER_REQUEST_ID: start.request_id}
+    def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
+        own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}
         if self._share_user_id:
             own[BROKER_USER_ID] = user.id
-        return {**order.metadata, **own}
+        return {**spec.metadata, **own}
 
 
 def _of_the_browser(
-    errors: Sequence[Mapping[str, Any]], request: SessionRequest, order: Order
+    errors: Sequence[Mapping[str, Any]], request: SessionRequest, spec: CallSpec
 ) -> list[dict[str, Any]] | None:
     """OneInbox's complaints, when all are about something that the browser itself sent: their place and words only."""
     overrides = request.overrides or {}
-    sent = {"variables": order.own_variables, "overrides": overrides, "metadata": order.metadata}
+    sent = {"variables": spec.own_variables, "overrides": overrides, "metadata": spec.metadata}
     # All of a field is the browser's where nothing was added to it; the broker always adds to metadata.
-    all_theirs = {"variables": order.own_variables == order.variables, "overrides": overrides == order.overrides}
+    all_theirs = {"variables": spec.own_variables == spec.variables, "overrides": overrides == spec.overrides}
     about: list[dict[str, Any]] = []
     for error in errors:
         loc = error.get("loc")

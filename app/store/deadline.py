@@ -13,7 +13,7 @@ LONGEST_FACTOR = 4
 """However busy the process is: after so many times the bound it is over."""
 
 
-class Patience:
+class Deadline:
     """As `asyncio.timeout(seconds)`, but of a server that is heard only ticks that came in time count.
 
     A burst of requests can hold the event loop for longer than the bound; the answer then lies in the socket, and

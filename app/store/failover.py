@@ -142,19 +142,19 @@ class FailoverStore:
         """See `Store.delete`."""
         return await self._ask(self._shared.delete, name, expected)
 
-    async def enter(self, name: str, member: str, ttl: float) -> None:
-        """See `Store.enter`. Never raises."""
-        await self._local.enter(name, member, ttl)
+    async def add_member(self, name: str, member: str, ttl: float) -> None:
+        """See `Store.add_member`. Never raises."""
+        await self._local.add_member(name, member, ttl)
         try:
-            await self._ask(self._shared.enter, name, member, ttl)
+            await self._ask(self._shared.add_member, name, member, ttl)
         except StoreUnavailable:
             self._miss([name], member, ttl)
 
-    async def leave(self, names: Sequence[str], member: str) -> bool:
-        """See `Store.leave`. Never raises."""
-        left = await self._local.leave(names, member)
+    async def remove_member(self, names: Sequence[str], member: str) -> bool:
+        """See `Store.remove_member`. Never raises."""
+        left = await self._local.remove_member(names, member)
         try:
-            return await self._ask(self._shared.leave, names, member)
+            return await self._ask(self._shared.remove_member, names, member)
         except StoreUnavailable:
             self._miss(names, member, None)
             return left
@@ -179,7 +179,7 @@ class FailoverStore:
         try:
             await self._ask(self._shared.publish, channel, message)
         except StoreUnavailable:
-            self._shared.hub.deliver(channel, message)
+            self._shared.pubsub.deliver(channel, message)
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """See `Store.subscribe`."""
@@ -220,23 +220,23 @@ class FailoverStore:
             await asyncio.sleep(PROBE_SECONDS)
             try:
                 await self._shared.decide([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
-                await self._tell_missed()
+                await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
                 continue
             if self._down_since is not None:
-                log.warning("store_back", gone_seconds=round(time.monotonic() - self._down_since, 1))
+                log.warning("store_recovered", gone_seconds=round(time.monotonic() - self._down_since, 1))
                 self._down_since = None
 
-    async def _tell_missed(self) -> None:
+    async def _replay_missed(self) -> None:
         """Bring the shared sets up to date; what cannot be told stays for the next time."""
         while self._missed:
             (name, member), end = self._missed.popitem()
             try:
                 if end is None:
-                    await self._shared.leave([name], member)
+                    await self._shared.remove_member([name], member)
                 elif (left := end - time.monotonic()) > 0:
-                    await self._shared.enter(name, member, left)
+                    await self._shared.add_member(name, member, left)
             except StoreUnavailable:
                 self._missed.setdefault((name, member), end)
                 raise

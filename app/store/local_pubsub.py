@@ -8,7 +8,7 @@ BACKLOG = 64
 """Messages kept for a reader that is slow; they are hints, so the oldest go first."""
 
 
-class Hub:
+class LocalPubSub:
     """Hands a channel's messages to whoever listens in this process."""
 
     def __init__(self) -> None:

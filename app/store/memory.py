@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Generic, Literal, Self, TypeVar
 
 from app.store import sliding_window as windows
-from app.store.local_pubsub import Hub
+from app.store.local_pubsub import LocalPubSub
 from app.store.protocol import Decision, Rate, RateState, Slot, Value
 from app.store.sliding_window import Window
 
@@ -30,14 +30,14 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._windows = _Shelf[Window](windows.ended)
-        self._values = _Shelf[tuple[float, bytes]](_past)
-        self._lists = _Shelf[tuple[float, tuple[bytes, ...]]](_past)
-        self._sets = _Shelf[_Members](lambda members, now: not members.living(now))
-        self._shelves = (self._windows, self._values, self._lists, self._sets)
+        self._windows = _ShardedDict[Window](windows.ended)
+        self._values = _ShardedDict[tuple[float, bytes]](_past)
+        self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
+        self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
+        self._dicts = (self._windows, self._values, self._lists, self._sets)
         self._sweep_at = float("-inf")
         self._hand = 0
-        self._hub = Hub()
+        self._pubsub = LocalPubSub()
 
     @property
     def state(self) -> Literal["ok", "down"]:
@@ -54,7 +54,7 @@ class MemoryStore:
 
     def __len__(self) -> int:
         """Names held, dead ones not swept yet included."""
-        return sum(len(shelf) for shelf in self._shelves)
+        return sum(len(each) for each in self._dicts)
 
     async def decide(
         self,
@@ -96,7 +96,7 @@ class MemoryStore:
                 window = shard[rate.name] = windows.count(window, rate, now, cost)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
-            used = [self._enter(slot.name, member, now, lease) for slot in slots]
+            used = [self._add_member(slot.name, member, now, lease) for slot in slots]
         return Decision(tuple(refused), tuple(states), tuple(used), counted, cost)
 
     async def give_back(
@@ -109,7 +109,7 @@ class MemoryStore:
             shard = self._windows.of(rate.name)
             if rate.name in shard:
                 shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, decision.cost)
-        await self.leave([slot.name for slot in slots], member)
+        await self.remove_member([slot.name for slot in slots], member)
 
     async def get(self, name: str) -> bytes | None:
         """See `Store.get`."""
@@ -143,12 +143,12 @@ class MemoryStore:
         del self._values.of(name)[name]
         return True
 
-    async def enter(self, name: str, member: str, ttl: float) -> None:
-        """See `Store.enter`."""
-        self._enter(name, member, self._now(), ttl)
+    async def add_member(self, name: str, member: str, ttl: float) -> None:
+        """See `Store.add_member`."""
+        self._add_member(name, member, self._now(), ttl)
 
-    async def leave(self, names: Sequence[str], member: str) -> bool:
-        """See `Store.leave`."""
+    async def remove_member(self, names: Sequence[str], member: str) -> bool:
+        """See `Store.remove_member`."""
         now = self._now()
         left = False
         for name in names:
@@ -180,11 +180,11 @@ class MemoryStore:
 
     async def publish(self, channel: str, message: bytes) -> None:
         """See `Store.publish`."""
-        self._hub.deliver(channel, message)
+        self._pubsub.deliver(channel, message)
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """See `Store.subscribe`."""
-        return self._hub.listen(channel)
+        return self._pubsub.listen(channel)
 
     async def aclose(self) -> None:
         """Nothing to close."""
@@ -194,8 +194,8 @@ class MemoryStore:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_SECONDS
             self._hand = (self._hand + 1) % SHARDS
-            for shelf in self._shelves:
-                shelf.sweep(self._hand, now)
+            for each in self._dicts:
+                each.sweep(self._hand, now)
         return now
 
     def _value(self, name: str, now: float) -> bytes | None:
@@ -206,19 +206,19 @@ class MemoryStore:
         kept = self._lists.of(name).get(name)
         return kept[1] if kept is not None and kept[0] > now else ()
 
-    def _enter(self, name: str, member: str, now: float, ttl: float) -> int:
+    def _add_member(self, name: str, member: str, now: float, ttl: float) -> int:
         shard = self._sets.of(name)
         members = shard.get(name)
         if members is None:
-            members = shard[name] = _Members()
-        return members.enter(member, now, ttl)
+            members = shard[name] = _ExpiringSet()
+        return members.add(member, now, ttl)
 
 
 def _past(kept: tuple[float, object], now: float) -> bool:
     return kept[0] <= now
 
 
-class _Shelf(Generic[_T]):
+class _ShardedDict(Generic[_T]):
     """Names of one kind, spread over small dicts."""
 
     def __init__(self, ended: Callable[[_T, float], bool]) -> None:
@@ -239,7 +239,7 @@ class _Shelf(Generic[_T]):
             self._shards[shard] = {name: value for name, value in kept.items() if not self._ended(value, now)}
 
 
-class _Members:
+class _ExpiringSet:
     """A set whose members each have an end; `living` costs only the members that ended since the last look."""
 
     __slots__ = ("_ends", "_queue")
@@ -256,7 +256,7 @@ class _Members:
                 del self._ends[member]
         return self._ends
 
-    def enter(self, member: str, now: float, ttl: float) -> int:
+    def add(self, member: str, now: float, ttl: float) -> int:
         """Put a member in, or move its end; how many live then."""
         living = self.living(now)
         living[member] = now + ttl

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 Command = tuple[str | bytes | int, ...]
 
 
-class Line:
+class PipelinedConnection:
     """Asks over one connection until it breaks; then all that wait are told, and it is of no more use.
 
     `heard`: when the server last said something, by the event loop's clock. Answers are matched to questions by their

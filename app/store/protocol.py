@@ -147,11 +147,11 @@ class Store(Protocol):
         """Delete the value (only where `expected` stands, when given); whether it was there."""
         ...
 
-    async def enter(self, name: str, member: str, ttl: float) -> None:
+    async def add_member(self, name: str, member: str, ttl: float) -> None:
         """Put a member into a set until `ttl` seconds from now; again: moves its end."""
         ...
 
-    async def leave(self, names: Sequence[str], member: str) -> bool:
+    async def remove_member(self, names: Sequence[str], member: str) -> bool:
         """Take a member out of sets; whether it was in any."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError
 
-from app.store.local_pubsub import Hub
+from app.store.local_pubsub import LocalPubSub
 
 TIMEOUT = 0.25
 """Seconds to connect, and that a subscriber waits for the server's word."""
@@ -16,12 +16,12 @@ SILENCE_SECONDS = 5
 """After so long without a message the server is asked for a sign of life; after as long again it counts as lost."""
 
 
-class Listener:
+class Subscriber:
     """Feeds the hub from the server. One task, from the first subscriber on until closed."""
 
-    def __init__(self, connect: Callable[[], Connection], hub: Hub, prefix: str) -> None:
+    def __init__(self, connect: Callable[[], Connection], pubsub: LocalPubSub, prefix: str) -> None:
         self._connect = connect
-        self._hub = hub
+        self._pubsub = pubsub
         self._prefix = prefix
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
@@ -42,7 +42,7 @@ class Listener:
 
     def forget(self, channel: str) -> None:
         """Call before a listener leaves the hub: with the last one the server need not send any more."""
-        if self._hub.listeners(channel) <= 1 and channel in self._followed:
+        if self._pubsub.listeners(channel) <= 1 and channel in self._followed:
             del self._followed[channel]
             self._order("UNSUBSCRIBE", channel)
 
@@ -96,6 +96,6 @@ class Listener:
                 continue
             channel = reply[1].decode().removeprefix(self._prefix)
             if reply[0] == b"message":
-                self._hub.deliver(channel, reply[2])
+                self._pubsub.deliver(channel, reply[2])
             elif channel in self._followed:
                 self._followed[channel].set()

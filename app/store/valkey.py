@@ -22,11 +22,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from app.store import scripts
-from app.store.deadline import Patience
-from app.store.local_pubsub import Hub
-from app.store.pipeline import Line
+from app.store.deadline import Deadline
+from app.store.local_pubsub import LocalPubSub
+from app.store.pipeline import PipelinedConnection
 from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable, Value
-from app.store.subscriber import Listener
+from app.store.subscriber import Subscriber
 
 PREFIX = "oib:"
 TIMEOUT = 0.25
@@ -63,12 +63,12 @@ class ValkeyStore:
             "driver_info": None,
         }
         try:
-            self._connection()
+            self._new_connection()
         except TypeError:
             raise ValueError("the URL has a parameter that is unknown") from None
-        self._line: Line | None = None
-        self.hub = Hub()
-        self._listener = Listener(self._connection, self.hub, PREFIX + "c:")
+        self._pipelined: PipelinedConnection | None = None
+        self.pubsub = LocalPubSub()
+        self._subscriber = Subscriber(self._new_connection, self.pubsub, PREFIX + "c:")
 
     @property
     def state(self) -> Literal["ok", "down"]:
@@ -148,12 +148,12 @@ class ValkeyStore:
             return bool(await self._ask("DEL", _value(name)))
         return bool(await self._run(scripts.DELETE, [_value(name)], expected))
 
-    async def enter(self, name: str, member: str, ttl: float) -> None:
-        """See `Store.enter`."""
+    async def add_member(self, name: str, member: str, ttl: float) -> None:
+        """See `Store.add_member`."""
         await self._run(scripts.ENTER, [_slot(name)], member, round(ttl * 1e6))
 
-    async def leave(self, names: Sequence[str], member: str) -> bool:
-        """See `Store.leave`."""
+    async def remove_member(self, names: Sequence[str], member: str) -> bool:
+        """See `Store.remove_member`."""
         return bool(await self._run(scripts.LEAVE, [_slot(name) for name in names], member))
 
     async def members(self, name: str) -> dict[str, float]:
@@ -184,50 +184,50 @@ class ValkeyStore:
     @asynccontextmanager
     async def subscribe(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
         """See `Store.subscribe`."""
-        async with self.hub.listen(channel) as messages:
+        async with self.pubsub.listen(channel) as messages:
             try:
-                await self._listener.follow(channel)
+                await self._subscriber.follow(channel)
                 yield messages
             finally:
-                self._listener.forget(channel)
+                self._subscriber.forget(channel)
 
     async def aclose(self) -> None:
         """See `Store.aclose`."""
-        await self._listener.aclose()
-        if self._line is not None:
-            await self._line.aclose()
+        await self._subscriber.aclose()
+        if self._pipelined is not None:
+            await self._pipelined.aclose()
 
     async def _ask(self, *command: str | bytes | int) -> Any:
-        return await self._bounded(lambda line: line.ask(*command))
+        return await self._bounded(lambda connection: connection.ask(*command))
 
     async def _run(self, script: scripts.Script, keys: Sequence[str], *arguments: str | bytes | int) -> Any:
         asked = (len(keys), *keys, *arguments)
 
-        async def evaluate(line: Line) -> Any:
+        async def evaluate(connection: PipelinedConnection) -> Any:
             try:
-                return await line.ask("EVALSHA", script.sha, *asked)
+                return await connection.ask("EVALSHA", script.sha, *asked)
             except NoScriptError:  # a new server, or one that was restarted
-                return await line.ask("EVAL", script.text, *asked)
+                return await connection.ask("EVAL", script.text, *asked)
 
         return await self._bounded(evaluate)
 
-    async def _bounded(self, ask: Callable[[Line], Awaitable[Any]]) -> Any:
-        line = self._open_line()
+    async def _bounded(self, ask: Callable[[PipelinedConnection], Awaitable[Any]]) -> Any:
+        connection = self._open_connection()
         try:
-            with Patience(TIMEOUT, lambda: line.heard):
-                return await ask(line)
+            with Deadline(TIMEOUT, lambda: connection.heard):
+                return await ask(connection)
         except TimeoutError:
-            line.hang_up()  # what it still has to say must meet nobody
+            connection.hang_up()  # what it still has to say must meet nobody
             raise StoreUnavailable(f"no answer within {TIMEOUT * 1000:.0f} ms") from None
         except (RedisError, OSError) as error:
             raise StoreUnavailable(type(error).__name__) from None
 
-    def _open_line(self) -> Line:
-        if self._line is None or self._line.is_broken:
-            self._line = Line(self._connection())
-        return self._line
+    def _open_connection(self) -> PipelinedConnection:
+        if self._pipelined is None or self._pipelined.is_broken:
+            self._pipelined = PipelinedConnection(self._new_connection())
+        return self._pipelined
 
-    def _connection(self) -> Connection:
+    def _new_connection(self) -> Connection:
         return self._kind(**self._options)
 
 

@@ -49,10 +49,10 @@ def open_traces() -> "Traces | None":
         return None
     protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), PROTOCOL)
     if protocol != PROTOCOL:
-        log.warning("no_traces", why=f"the only protocol is {PROTOCOL}; set {PROTOCOLS[1]} to it")
+        log.warning("tracing_disabled", why=f"the only protocol is {PROTOCOL}; set {PROTOCOLS[1]} to it")
         return None
     if find_spec("opentelemetry.sdk") is None or find_spec("opentelemetry.exporter") is None:
-        log.warning("no_traces", why="the extra is not installed: pip install 'oneinbox-broker[otel]'")
+        log.warning("tracing_disabled", why="the extra is not installed: pip install 'oneinbox-broker[otel]'")
         return None
     # Half a second's imports, for those who want them.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
@@ -66,7 +66,7 @@ def open_traces() -> "Traces | None":
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     except ValueError:  # whose words may repeat a header's secret
-        log.error("no_traces", why="one of OpenTelemetry's variables, OTEL_…, is not what it takes")
+        log.error("tracing_disabled", why="one of OpenTelemetry's variables, OTEL_…, is not what it takes")
         return None
     return Traces(provider)
 

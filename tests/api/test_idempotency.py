@@ -13,11 +13,11 @@ from starlette.types import Message
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import LiveCalls, Start, TalkTime
+from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
-from app.sessions.disconnect import Caller
-from app.sessions.idempotency import LOOK_SECONDS, Idempotency, Started
+from app.sessions.disconnect import ClientConnection
+from app.sessions.idempotency import LOOK_SECONDS, Idempotency, StartedCall
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.harness import ONEINBOX, Upstream, post_session, started
@@ -384,7 +384,7 @@ class Desk:
         live = LiveCalls(self.store, oneinbox, talk, max_seconds=0, join_timeout=0, lease=3600)
         keyring = Keyring(secrets or ["s" * 32])
         self._idempotency = Idempotency(self.store, keyring, live, timeout=timeout, now=self.clock)
-        self.starts = 0
+        self.attempts = 0
 
     async def ask(self, life: float | None = None, until: asyncio.Event | None = None) -> tuple[str, bool]:
         """The id of the call that Ann gets under her key, and whether it was replayed.
@@ -392,17 +392,17 @@ class Desk:
         `life`: of its token. `until`: the call starts no sooner.
         """
 
-        async def run() -> Started:
-            self.starts += 1
-            number = self.starts
+        async def run() -> StartedCall:
+            self.attempts += 1
+            number = self.attempts
             if until is not None:
                 await until.wait()
             claims = {} if life is None else {"exp": self.clock.now + life}
-            start = Start("m", int(self.clock.now), "default", ann.store_name, "pseudonym")
-            return Started(start, WebCall(f"call_{number}", "wss://voice.example", token(**claims)))
+            attempt = CallAttempt("m", int(self.clock.now), "default", ann.store_name, "pseudonym")
+            return StartedCall(attempt, WebCall(f"call_{number}", "wss://voice.example", token(**claims)))
 
         ann = User(mode="jwt", id="ann")
-        call, replayed = await self._idempotency.once(ann, "k", {}, Caller(stays), run)
+        call, replayed = await self._idempotency.once(ann, "k", {}, ClientConnection(stays), run)
         return call.id, replayed
 
 
@@ -428,7 +428,7 @@ async def test_a_running_mark_dies_by_itself() -> None:
     desk = Desk()
     running = asyncio.create_task(desk.ask(until=asyncio.Event()))
     async with asyncio.timeout(5):
-        while not desk.starts:
+        while not desk.attempts:
             await asyncio.sleep(0)  # until it runs, within the bound above
     desk.clock.now += 25.01  # OneInbox's 15 s, and 10
     assert await desk.ask() == ("call_2", False)

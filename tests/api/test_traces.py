@@ -73,4 +73,4 @@ async def test_without_the_extra_there_are_no_traces_and_the_log_says_how_to_get
     broker = await open_broker()
 
     assert (await post_session(broker)).status_code == 201
-    assert ["oneinbox-broker[otel]" in entry["why"] for entry in logs if entry["event"] == "no_traces"] == [True]
+    assert ["oneinbox-broker[otel]" in entry["why"] for entry in logs if entry["event"] == "tracing_disabled"] == [True]

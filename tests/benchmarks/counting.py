@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message
 
 from app.api.app import create_app
 from app.config.settings import load_settings
-from app.server.gc import settle_memory
+from app.server.gc import freeze_gc
 from app.telemetry.logging import configure_logging
 from tests.benchmarks import rig
 from tests.benchmarks.peers import plain
@@ -161,7 +161,7 @@ async def count() -> dict[str, dict[str, float]]:
         for ask in asks.values():
             for _ in range(WARM_UP):
                 await ask()
-        settle_memory()
+        freeze_gc()
         calls = {name: await count_calls(ask) for name, ask in asks.items()}
         cpu = await time_cpu(asks)
     return {name: {"calls": calls[name], "cpu": round(cpu[name], 1)} for name in asks}

@@ -24,7 +24,7 @@ from app.cli.operator import operate
 from app.config.settings import Settings
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import LiveCalls, Reconciler, Start, TalkTime
+from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import OneInbox, WebCall
@@ -37,8 +37,8 @@ from app.sandbox.schemas import StartCall
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.server.server import create_server, listen, url_of
 from app.sessions import idempotency
-from app.sessions.disconnect import Caller
-from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, Started
+from app.sessions.disconnect import ClientConnection
+from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, StartedCall
 from app.store import Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
@@ -454,7 +454,7 @@ async def test_a_process_that_is_killed_leaves_a_call_that_another_replica_finds
             ahead = age
             with valkey.client() as client:
                 client.delete("oib:r:sweep")  # Valkey's clock cannot be put forward
-            reconciler.lose_old(await live.sweep())
+            reconciler.report_stale(await live.sweep())
             ahead += SWEEP_SECONDS + 2.5
             await reconciler.scan()
             if age < 75:
@@ -550,12 +550,12 @@ async def test_a_repeat_that_hangs_up_too_collects_nothing(valkey: Valkey) -> No
 # --- with a key, by the clock ---
 
 
-class Line:
+class CallerConnection:
     """The connection of one caller, as a server tells of it."""
 
     def __init__(self) -> None:
         self.gone = asyncio.Event()
-        self.caller = Caller(self._receive)
+        self.client = ClientConnection(self._receive)
 
     async def _receive(self) -> dict[str, Any]:
         await self.gone.wait()
@@ -574,8 +574,8 @@ class Losable(MemoryStore):
     deaf = False
     before: Any = None
 
-    async def leave(self, names: Sequence[str], member: str) -> bool:
-        left = await super().leave(names, member)
+    async def remove_member(self, names: Sequence[str], member: str) -> bool:
+        left = await super().remove_member(names, member)
         return left and not self.deaf  # carried out, and the answer was lost
 
     async def get(self, name: str) -> bytes | None:
@@ -605,22 +605,24 @@ class Replica:
         self.live = LiveCalls(store, self.house.oneinbox, talk, max_seconds=3600, join_timeout=0, lease=3900, now=now)
         self.idempotency = Idempotency(store, Keyring(["s" * 32]), self.live, timeout=15, now=now)
 
-    async def post(self, line: Line | None = None, *, takes: float = 0, life: float = 900) -> tuple[str, bool]:
+    async def post(
+        self, line: CallerConnection | None = None, *, takes: float = 0, life: float = 900
+    ) -> tuple[str, bool]:
         """A keyed request; the id of the call it gets, and whether it was replayed. `life`: of its token."""
         house = self.house
         house.posts += 1
-        start = Start(f"post-{house.posts}", int(house.now()), "main", "ann", "owner")
+        attempt = CallAttempt(f"post-{house.posts}", int(house.now()), "main", "ann", "owner")
 
-        async def run() -> Started:
-            slots = [Slot(name, None) for name in start.sets]
-            await house.store.decide([], slots, member=start.member, lease=3900)
+        async def run() -> StartedCall:
+            slots = [Slot(name, None) for name in attempt.sets]
+            await house.store.decide([], slots, member=attempt.key, lease=3900)
             await asyncio.sleep(takes)
-            metadata = {"broker_user": start.owner, "broker_request_id": start.request_id}
+            metadata = {"broker_user": attempt.owner, "broker_request_id": attempt.request_id}
             call = house.account.calls.start(StartCall(agent_id="agt_sandbox", metadata=metadata))
-            await self.live.begin(start, call.id)
-            return Started(start, WebCall(call.id, "wss://voice.example", token(exp=house.now() + life)))
+            await self.live.begin(attempt, call.id)
+            return StartedCall(attempt, WebCall(call.id, "wss://voice.example", token(exp=house.now() + life)))
 
-        caller = (line or Line()).caller
+        caller = (line or CallerConnection()).client
         call, replayed = await self.idempotency.once(User(mode="jwt", id="ann"), KEY, {}, caller, run)
         return call.id, replayed
 
@@ -650,9 +652,9 @@ class House:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def leave(self, replica: Replica, *, life: float = 900) -> str:
+    async def post_and_hang_up(self, replica: Replica, *, life: float = 900) -> str:
         """Somebody asks with the key and hangs up while OneInbox is asked; the id of the call."""
-        line = Line()
+        line = CallerConnection()
         asking = asyncio.create_task(replica.post(line, takes=1, life=life))
         await asyncio.sleep(0.5)
         line.gone.set()
@@ -671,7 +673,7 @@ async def test_nobody_collects_for_thirty_seconds() -> None:
     house = House()
     first, second = Replica(house), Replica(house)
     async with house.at_work(first, second):
-        call = await house.leave(first)
+        call = await house.post_and_hang_up(first)
         await asyncio.sleep(COLLECT_SECONDS - 0.1)
         assert house.running == [call]
         await asyncio.sleep(TICK_SECONDS + 0.2)
@@ -691,7 +693,7 @@ async def test_somebody_collects_within_thirty_seconds(after: float) -> None:
     house = House()
     first, second = Replica(house), Replica(house)
     async with house.at_work(first, second):
-        call = await house.leave(first)
+        call = await house.post_and_hang_up(first)
         await asyncio.sleep(after)
         assert await second.post() == (call, True)
         await asyncio.sleep(120)
@@ -714,7 +716,7 @@ async def test_it_is_stopped_later_when_the_store_is_away_just_then() -> None:
     house = House()
     first = Replica(house)
     async with house.at_work(first):
-        await house.leave(first)
+        await house.post_and_hang_up(first)
         house.store.gone = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         house.store.gone = False
@@ -728,7 +730,7 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
     house = House()
     first = Replica(house)
     async with house.at_work(first):
-        await house.leave(first)
+        await house.post_and_hang_up(first)
         house.store.deaf = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         assert house.running == []
@@ -739,7 +741,7 @@ async def test_a_collected_call_runs_on_although_its_kept_answer_has_expired() -
     house = House()
     first = Replica(house)
     async with house.at_work(first):
-        call = await house.leave(first, life=65)
+        call = await house.post_and_hang_up(first, life=65)
         await asyncio.sleep(1)
         assert await first.post() == (call, True)
         await asyncio.sleep(60)
@@ -750,7 +752,7 @@ async def test_a_collected_call_runs_on_although_its_kept_answer_has_expired() -
 async def test_a_replica_that_dies_while_it_stops_leaves_it_to_another() -> None:
     house = House()
     first, second = Replica(house), Replica(house)
-    await house.leave(first)
+    await house.post_and_hang_up(first)
     await asyncio.sleep(COLLECT_SECONDS)
     honest = house.oneinbox.stop_call
 
@@ -775,8 +777,8 @@ async def test_who_hangs_up_in_the_moment_of_collecting_has_not_collected() -> N
     house = House()
     first = Replica(house)
     async with house.at_work(first):
-        await house.leave(first)
-        line = Line()
+        await house.post_and_hang_up(first)
+        line = CallerConnection()
         house.store.before = line.gone.set
         with pytest.raises(ClientDisconnect):
             await first.post(line)

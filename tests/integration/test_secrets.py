@@ -65,7 +65,7 @@ def struck(operation: Any) -> dict[str, list[Fault]]:
 
 
 @dataclass
-class Findings:
+class LeakSearch:
     """Everything that came out of the broker."""
 
     responses: list[httpx.Response] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Findings:
 class Driver:
     """Asks the broker, each time from another address, and keeps every answer."""
 
-    def __init__(self, client: httpx.AsyncClient, found: Findings) -> None:
+    def __init__(self, client: httpx.AsyncClient, found: LeakSearch) -> None:
         self.client, self.found = client, found
         self.asked = 0
 
@@ -112,9 +112,9 @@ class Driver:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def found(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Findings]:
+async def found(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LeakSearch]:
     options = EmulatorOptions(api_key=KEY)
-    found = Findings()
+    found = LeakSearch()
     async with running_emulator(options) as oneinbox:
         environ = {
             "ONEINBOX_API_KEY": KEY,
@@ -179,7 +179,7 @@ async def every_route(driver: Driver) -> None:
         await driver.ask("GET", page, headers={"Accept": "text/html"})
 
 
-async def test_every_kind_of_fault_has_struck(found: Findings) -> None:
+async def test_every_kind_of_fault_has_struck(found: LeakSearch) -> None:
     kinds = {fault.model_fields["kind"].default for fault in get_args(get_args(AnyFault)[0])}
 
     for operation in ("start", "get"):
@@ -190,12 +190,12 @@ async def test_every_kind_of_fault_has_struck(found: Findings) -> None:
     assert 500 not in statuses
 
 
-async def test_the_key_and_the_secret_are_nowhere(found: Findings) -> None:
+async def test_the_key_and_the_secret_are_nowhere(found: LeakSearch) -> None:
     for secret in (KEY, SECRET, "PLANTEDKEY", "PLANTEDSECRET"):
         assert not [place for place in places(found) if secret in place]
 
 
-async def test_a_participant_token_is_in_its_201_only(found: Findings) -> None:
+async def test_a_participant_token_is_in_its_201_only(found: LeakSearch) -> None:
     holders = [response for response in found.responses if TOKEN in everything(response)]
 
     assert holders
@@ -205,7 +205,7 @@ async def test_a_participant_token_is_in_its_201_only(found: Findings) -> None:
     assert TOKEN not in found.printed
 
 
-async def test_a_call_key_is_told_to_its_owner_only(found: Findings) -> None:
+async def test_a_call_key_is_told_to_its_owner_only(found: LeakSearch) -> None:
     assert len(found.call_keys) > 10
     for key in found.call_keys:
         assert key not in found.printed
@@ -216,11 +216,11 @@ async def test_a_call_key_is_told_to_its_owner_only(found: Findings) -> None:
                 assert new or known, response.request.url
 
 
-async def test_the_users_address_is_in_no_log_and_no_answer(found: Findings) -> None:
+async def test_the_users_address_is_in_no_log_and_no_answer(found: LeakSearch) -> None:
     assert not [place for place in places(found) if USER in place]
 
 
-async def test_what_a_browser_sent_is_in_no_log_and_no_answer(found: Findings) -> None:
+async def test_what_a_browser_sent_is_in_no_log_and_no_answer(found: LeakSearch) -> None:
     assert MARKER not in found.printed
     # A place that is wrong is named; a value never is.
     told = [response for response in found.responses if MARKER in response.text]
@@ -228,7 +228,7 @@ async def test_what_a_browser_sent_is_in_no_log_and_no_answer(found: Findings) -
     assert all(MARKER not in json.dumps([error["msg"] for error in response.json()["errors"]]) for response in told)
 
 
-async def test_metrics_counted_all_of_it_and_name_nobody(found: Findings) -> None:
+async def test_metrics_counted_all_of_it_and_name_nobody(found: LeakSearch) -> None:
     assert found.metrics is not None
     text = found.metrics.text
 
@@ -240,7 +240,7 @@ async def test_metrics_counted_all_of_it_and_name_nobody(found: Findings) -> Non
         assert told not in text
 
 
-async def test_the_log_has_no_traceback_and_is_whole(found: Findings) -> None:
+async def test_the_log_has_no_traceback_and_is_whole(found: LeakSearch) -> None:
     assert found.process is not None
     records = found.process.records
 
@@ -253,6 +253,6 @@ def everything(response: httpx.Response) -> str:
     return f"{response.headers.raw} {response.text}"
 
 
-def places(found: Findings) -> list[str]:
+def places(found: LeakSearch) -> list[str]:
     """All places where something could have leaked to."""
     return [*map(everything, found.responses), found.printed]

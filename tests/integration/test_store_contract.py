@@ -65,7 +65,7 @@ async def test_all_or_nothing(store: Store, name: str, amount: int) -> None:
     refused = await store.decide([open_, full], [slot], member="a", lease=60)
     assert (refused.refused, refused.counted, refused.used) == ((1,), False, (0,))
     assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
-    await store.enter(name, "other", 60)
+    await store.add_member(name, "other", 60)
     refused = await store.decide([open_], [slot], member="a", lease=60)
     assert (refused.refused, refused.used) == ((1,), (1,))
     assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
@@ -127,8 +127,8 @@ async def test_slots(store: Store, name: str) -> None:
     members = await store.members(name)
     assert members.keys() == {"a", "b"}
     assert 29 < members["a"] <= 30
-    assert await store.leave([name, name + "all"], "a")
-    assert not await store.leave([name, name + "all"], "a")
+    assert await store.remove_member([name, name + "all"], "a")
+    assert not await store.remove_member([name, name + "all"], "a")
     assert (await store.members(name + "all")).keys() == {"b"}
     assert (await store.decide([], [slot, open_], member="c", lease=60)).allowed
 
@@ -139,12 +139,12 @@ async def test_slots_want_a_member(store: Store, name: str) -> None:
 
 
 async def test_members_end(store: Store, name: str) -> None:
-    await store.enter(name, "short", 0.03)
-    await store.enter(name, "long", 60)
+    await store.add_member(name, "short", 0.03)
+    await store.add_member(name, "long", 60)
     async with asyncio.timeout(2):
         while (await store.members(name)).keys() != {"long"}:
             await asyncio.sleep(0.005)
-    assert not await store.leave([name], "short")
+    assert not await store.remove_member([name], "short")
     assert (await store.decide([], [Slot(name, 2)], member="new", lease=60)).used == (2,)
 
 
@@ -175,7 +175,7 @@ async def test_values_end(store: Store, name: str) -> None:
 async def test_one_name_for_every_kind(store: Store, name: str) -> None:
     await store.set(name, b"a", 60)
     await store.push(name, b"b", keep=2, ttl=60)
-    await store.enter(name, "c", 60)
+    await store.add_member(name, "c", 60)
     await store.decide([Rate(name, 1, 60)])
     assert await store.get(name) == b"a"
     assert await store.items(name) == [b"b"]
@@ -200,7 +200,7 @@ async def test_values_are_set_with_what_is_pushed(store: Store, name: str) -> No
 
 async def test_names_are_any_text(store: Store, name: str) -> None:
     odd = f"{name} \n\x00ü\ud800 {{x}}"
-    await store.enter(odd, odd, 60)
+    await store.add_member(odd, odd, 60)
     assert (await store.members(odd)).keys() == {odd}
     assert (await store.decide([Rate(odd, 1, 60)], [Slot(odd, 5)], member="b\n c", lease=60)).used == (2,)
 

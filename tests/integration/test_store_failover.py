@@ -54,7 +54,7 @@ async def load(store: FailoverStore) -> AsyncIterator[list[float]]:
         while not over.is_set():
             began = time.monotonic()
             decision = await store.decide(rates, [Slot("load", None)], member=f"m{caller}", lease=60)
-            await store.leave(["load"], f"m{caller}")
+            await store.remove_member(["load"], f"m{caller}")
             await store.give_back(rates, decision)
             assert f"m{caller}" not in await store.members("load")
             await store.publish("load", b"")
@@ -111,7 +111,7 @@ async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str,
             await asyncio.sleep(0.2)
         assert max(took) < 0.5
         assert len(took) > after > 1000
-    assert [line["event"] for line in logs] == ["store_lost", "store_back"]
+    assert [line["event"] for line in logs] == ["store_lost", "store_recovered"]
     assert "127.0.0.1" not in str(logs)
     assert max(callbacks) < 0.05
     with valkey.client() as client:
@@ -127,14 +127,14 @@ async def test_what_entered_and_left_meanwhile_is_told(store: FailoverStore, val
     undone = await store.decide([rate], [slot], member="undone", lease=60)
     valkey.freeze()
     try:
-        assert await store.leave(["calls"], "before")
+        assert await store.remove_member(["calls"], "before")
         assert (await store.decide([rate], [slot], member="during", lease=60)).used == (2,)
         assert (await store.decide([rate], [slot], member="refused", lease=60)).refused == (1,)
         await store.give_back([rate], undone, [slot], member="undone")
         brief = await store.decide([rate], [slot], member="brief", lease=60)
         await store.give_back([rate], brief, [slot], member="brief")
-        await store.enter("calls", "entered", 60)
-        await store.enter("calls", "over", 0.01)
+        await store.add_member("calls", "entered", 60)
+        await store.add_member("calls", "over", 0.01)
         assert (await store.members("calls")).keys() >= {"during", "entered"}
         await asyncio.sleep(0.02)
     finally:
@@ -161,7 +161,7 @@ async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valke
     """A frozen server carries out what it was sent: a member that was then refused locally must not stay."""
     full = Slot("full", 1)
     await store.decide([], [Slot("other", 1)], member="warm", lease=60)  # connected, and the script is known
-    await store._local.enter("full", "mine", 60)
+    await store._local.add_member("full", "mine", 60)
     valkey.freeze()
     try:
         assert not (await store.decide([], [full], member="late", lease=60)).allowed
@@ -173,10 +173,10 @@ async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valke
 
 @pytest.mark.usefixtures("quick_probe")
 async def test_what_cannot_be_told_yet_is_told_later(store: FailoverStore, valkey: Valkey) -> None:
-    await store.enter("calls", "one", 60)
+    await store.add_member("calls", "one", 60)
     with valkey.client() as client:
         client.execute_command("ACL", "SETUSER", "default", "-zrem")
-        assert await store.leave(["calls"], "one")
+        assert await store.remove_member(["calls"], "one")
         await asyncio.sleep(0.3)
         assert store.state == "down"
         client.execute_command("ACL", "SETUSER", "default", "+zrem")
@@ -187,9 +187,9 @@ async def test_what_cannot_be_told_yet_is_told_later(store: FailoverStore, valke
 async def test_what_is_missed_is_bounded(store: FailoverStore, valkey: Valkey) -> None:
     valkey.kill()
     for number in range(MISSED + 50):
-        await store.enter("s", f"m{number}", 60)
+        await store.add_member("s", f"m{number}", 60)
     assert len(store._missed) == MISSED
-    await store.leave(["s"], f"m{MISSED + 49}")
+    await store.remove_member(["s"], f"m{MISSED + 49}")
     assert len(store._missed) == MISSED
 
 
@@ -241,7 +241,7 @@ async def test_a_store_that_takes_no_writes_counts_as_lost(store: FailoverStore,
         assert store.state == "down"
         client.config_set("maxmemory", "0")
         await until(store, "ok")
-    assert [line["event"] for line in logs] == ["store_lost", "store_back"]
+    assert [line["event"] for line in logs] == ["store_lost", "store_recovered"]
     assert logs[0]["reason"] == "OutOfMemoryError"
 
 

@@ -90,7 +90,7 @@ async def test_a_lost_store_under_load(valkey: Valkey, accident: str) -> None:
     ):
 
         async def block(operator: Operator) -> str:
-            await operator.brake.block(operator.user(BLOCKED["X-Forwarded-For"]), 3600)
+            await operator.kill_switch.block(operator.user(BLOCKED["X-Forwarded-For"]), 3600)
             return ""
 
         await operate(settings_of(oneinbox.url, settings), block)
@@ -125,7 +125,7 @@ async def test_a_lost_store_under_load(valkey: Valkey, accident: str) -> None:
         for broker in brokers:
             assert [entry["event"] for entry in broker.logs if entry["event"].startswith("store_")] == [
                 "store_lost",
-                "store_back",
+                "store_recovered",
             ]
 
 
@@ -142,11 +142,11 @@ async def test_a_pause_stays_in_force(valkey: Valkey) -> None:
     ):
 
         async def pause(operator: Operator) -> str:
-            await operator.brake.pause(3600)
+            await operator.kill_switch.pause(3600)
             return ""
 
         async def resume(operator: Operator) -> str:
-            assert await operator.brake.resume()
+            assert await operator.kill_switch.resume()
             return ""
 
         async def is_paused() -> bool:

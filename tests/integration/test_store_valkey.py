@@ -99,7 +99,9 @@ async def test_the_scripts_decide_as_memory_does(
                     await store.give_back(asked, shared, entered, member=member)
                     await memory.give_back(asked, own, entered, member=member)
                 case 1:
-                    assert await store.leave(["few", "many"], member) == await memory.leave(["few", "many"], member)
+                    assert await store.remove_member(["few", "many"], member) == await memory.remove_member(
+                        ["few", "many"], member
+                    )
                 case 2:
                     assert await store.members("few") == pytest.approx(await memory.members("few"))
                 case _:
@@ -132,7 +134,7 @@ async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: V
     first = await store.decide(rates, slots, member="m", lease=3600)
     await store.decide(rates, slots, member="n", lease=60)
     await store.give_back(rates, first)
-    await store.enter("s", "o", 5)
+    await store.add_member("s", "o", 5)
     await store.set("v", b"", 60)
     await store.add("w", b"", 60)
     await store.replace("w", b"", b"x", 50)
@@ -285,20 +287,20 @@ async def test_a_silent_subscription_is_made_anew(
 ) -> None:
     monkeypatch.setattr("app.store.subscriber.SILENCE_SECONDS", 0.05)
     async with store.subscribe("one") as one:
-        connection = store._listener._connection
+        connection = store._subscriber._connection
         await asyncio.sleep(0.2)
-        assert store._listener._connection is connection  # it answers when asked
+        assert store._subscriber._connection is connection  # it answers when asked
         valkey.freeze()
         try:
             async with asyncio.timeout(5):
-                while store._listener._connection is connection:
+                while store._subscriber._connection is connection:
                     await asyncio.sleep(0.01)
         finally:
             valkey.thaw()
         async with asyncio.timeout(5):
-            while store._listener._connection is None:
+            while store._subscriber._connection is None:
                 await asyncio.sleep(0.01)
-            await store._listener.follow("one")
+            await store._subscriber.follow("one")
             await store.publish("one", b"again")
             assert await anext(one) == b"again"
 

@@ -20,14 +20,14 @@ from typing import Any, ParamSpec
 import httpx
 from pydantic import SecretStr
 
-from app.calls.cache import Lookup
+from app.calls.cache import CallCache
 from app.calls.ownership import Ownership
-from app.calls.poller import Watchers
-from app.calls.refresh_queue import Hints
+from app.calls.poller import CallPoller
+from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import LiveCalls, Start, TalkTime
+from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.oneinbox import OneInbox
 from app.store.memory import MemoryStore
 from tests.harness import AGENT_ID, ONEINBOX
@@ -166,10 +166,10 @@ class Replica:
     expose: tuple[str, ...] = ()
     max_streams: int = 10_000
     max_streams_total: int = 10_000
-    lookup: Lookup = field(init=False)
-    watchers: Watchers = field(init=False)
+    cache: CallCache = field(init=False)
+    poller: CallPoller = field(init=False)
     calls: Calls = field(init=False)
-    hints: Hints = field(init=False)
+    refresh_queue: RefreshQueue = field(init=False)
     live: LiveCalls = field(init=False)
     ownership: Ownership = field(init=False)
 
@@ -179,7 +179,7 @@ class Replica:
         talk = TalkTime(store, minutes=None, minutes_total=None, now=self.now)
         self.live = LiveCalls(store, oneinbox, talk, max_seconds=3600, join_timeout=0, lease=3900, now=self.now)
         self.ownership = Ownership(KEYRING)
-        self.lookup = Lookup(
+        self.cache = CallCache(
             oneinbox=oneinbox,
             store=store,
             keyring=KEYRING,
@@ -189,16 +189,16 @@ class Replica:
             clock=clock,
             now=self.now,
         )
-        self.watchers = Watchers(
-            self.lookup,
+        self.poller = CallPoller(
+            self.cache,
             store,
             max_streams=self.max_streams,
             max_streams_total=self.max_streams_total,
             clock=clock,
             now=self.now,
         )
-        self.calls = Calls(oneinbox, self.ownership, self.lookup, self.watchers, self.live, now=self.now)
-        self.hints = Hints(self.calls.hint)
+        self.calls = Calls(oneinbox, self.ownership, self.cache, self.poller, self.live, now=self.now)
+        self.refresh_queue = RefreshQueue(self.calls.hint)
 
     def now(self) -> float:
         """Its idea of the date."""
@@ -207,16 +207,16 @@ class Replica:
     async def hand_out(self, user: User, call_id: str = "call_1") -> str:
         """Remember a call as started for a user, in its live slots; its public id."""
         owner = KEYRING.pseudonym(user)
-        start = Start(f"request-{call_id}", int(self.now()), "default", user.store_name, owner)
-        for name in start.sets:
-            await self.house.store.enter(name, start.member, 3900)
-        await self.live.begin(start, call_id)
+        attempt = CallAttempt(f"request-{call_id}", int(self.now()), "default", user.store_name, owner)
+        for name in attempt.sets:
+            await self.house.store.add_member(name, attempt.key, 3900)
+        await self.live.begin(attempt, call_id)
         return self.ownership.public_id(call_id, user)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Hear of what other replicas saw."""
-        task = asyncio.create_task(self.watchers.run())
+        task = asyncio.create_task(self.poller.run())
         await asyncio.sleep(0)
         try:
             yield

@@ -355,7 +355,7 @@ async def test_a_lost_store_lets_nobody_in(service: Service, questions: int) -> 
             PASSED | {"hostname": "evil.example\n\x1b[2J" + "x" * 999},
             [
                 {
-                    "event": "challenge_of_another_host",
+                    "event": "challenge_host_mismatched",
                     "log_level": "warning",
                     "hostname": ("'evil.example\\n\\x1b[2J" + "x" * 999)[:255],
                 }

@@ -21,13 +21,13 @@ from app.calls.ownership import Ownership
 from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, load_settings
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import Start
+from app.limits import CallAttempt
 from app.oneinbox import CallRecord, OneInbox, WebCall
 from app.oneinbox.errors import NoSuchCall, OneInboxError, Rejected
 from app.oneinbox.models import CALL_ID, CallPage
 from app.problems import Problem
 from app.sessions.idempotency import PRINTABLE, _canonical, _expiry, read_key
-from app.sessions.policy import Order
+from app.sessions.policy import CallSpec
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import _of_the_browser
 from tests.harness import AGENT_ID, ONEINBOX
@@ -248,7 +248,7 @@ complaints = st.lists(
 @given(complaints)
 def test_any_complaint_of_oneinbox_is_about_the_browsers_words_or_told_to_nobody(errors: list[dict[str, Any]]) -> None:
     request = SessionRequest.model_validate({"variables": {"a": "b"}, "metadata": {"a": {"b": [1]}}})
-    order = Order(
+    order = CallSpec(
         agent=SUPPORT, variables={"a": "b", "tier": "gold"}, own_variables={"a": "b"}, overrides={}, metadata={"a": {}}
     )
     told = _of_the_browser(Rejected(errors).errors, request, order)
@@ -286,8 +286,8 @@ def test_a_call_is_found_under_its_own_name_only(call: str, user: User) -> None:
 
 @given(ids, st.integers(0, 2**40), ids, ids, ids)
 def test_a_start_is_known_again_by_its_name(request_id: str, since: int, agent: str, user: str, owner: str) -> None:
-    start = Start(request_id, since, agent, user, owner)
-    assert Start.of_member(start.member) == start
+    attempt = CallAttempt(request_id, since, agent, user, owner)
+    assert CallAttempt.from_key(attempt.key) == attempt
 
 
 # --- settings ---

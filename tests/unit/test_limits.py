@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from app.config.agents import Agent
 from app.identity import User
 from app.limits import Limits, Refused, Reservation
-from app.limits.call_attempt import Start
+from app.limits.call_attempt import CallAttempt
 from app.limits.headers import policy_name, rate_limit_headers
 from app.problems import Problem
 from app.store import Rate, RateState
@@ -66,8 +66,8 @@ class Desk:
 
     async def reserve(self, user: User = ANN, agent: Agent = MAIN) -> Reservation:
         self._members += 1
-        start = Start(f"m{self._members}", 0, agent.name, user.store_name, "pseudonym")
-        return await self.limits.reserve(user, agent, start)
+        attempt = CallAttempt(f"m{self._members}", 0, agent.name, user.store_name, "pseudonym")
+        return await self.limits.reserve(user, agent, attempt)
 
     async def refusal(self, user: User = ANN, agent: Agent = MAIN) -> Problem:
         try:
@@ -264,7 +264,7 @@ async def test_the_users_own_limit_is_told_first() -> None:
 
 async def test_nearly_used_up_is_said_once_per_window() -> None:
     desk = Desk(everybody="10/minute")
-    expected = {"event": "global_limit_nearly_used_up", "log_level": "warning", "limit": "global-minute", "of": 10}
+    expected = {"event": "global_limit_nearly_reached", "log_level": "warning", "limit": "global-minute", "of": 10}
     with capture_logs() as logs:
         for _ in range(7):
             await desk.reserve()
@@ -413,7 +413,7 @@ async def test_without_its_store_sessions_may_be_refused() -> None:
         )
         for number in range(3):
             with pytest.raises(Problem) as caught:
-                await limits.reserve(ANN, MAIN, Start(f"m{number}", 0, "main", ANN.store_name, "pseudonym"))
+                await limits.reserve(ANN, MAIN, CallAttempt(f"m{number}", 0, "main", ANN.store_name, "pseudonym"))
             assert (caught.value.slug, caught.value.headers) == ("at-capacity", {"Retry-After": "5"})
         assert await store.members("live:all") == {}
         assert (await limits.usage())[0][1] == 0, "nothing was counted"

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from app.config.agents import Agent
 from app.identity import User
-from app.limits import Limits, LiveCalls, Start, TalkTime
+from app.limits import CallAttempt, Limits, LiveCalls, TalkTime
 from app.limits.live_calls import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
@@ -71,17 +71,17 @@ class House:
             now=self.clock,
         )
 
-    def plan(self, call_id: str, user: User = ANN) -> Start:
+    def plan(self, call_id: str, user: User = ANN) -> CallAttempt:
         """A start that has not begun."""
-        return Start(f"start-of-{call_id}", int(self.clock.now), AGENT.name, user.store_name, "pseudonym")
+        return CallAttempt(f"start-of-{call_id}", int(self.clock.now), AGENT.name, user.store_name, "pseudonym")
 
-    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> Start:
+    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> CallAttempt:
         """Reserve and begin a call."""
-        start = self.plan(call_id, user)
-        await self.limits.reserve(user, AGENT, start)
-        await self.live.begin(start, call_id)
+        attempt = self.plan(call_id, user)
+        await self.limits.reserve(user, AGENT, attempt)
+        await self.live.begin(attempt, call_id)
         self.upstream.has_call(call_id, status=status)
-        return start
+        return attempt
 
     async def has_room(self, user: User = ANN) -> bool:
         """Whether the user could start one more; tries it, and takes it back."""
@@ -100,7 +100,7 @@ class House:
 
     async def live_calls(self) -> set[str]:
         """The live calls, as the store has them: the ids with which they started."""
-        return {Start.of_member(member).request_id for member in await self.store.members("live:all")}
+        return {CallAttempt.from_key(member).request_id for member in await self.store.members("live:all")}
 
     async def unstopped(self) -> set[str]:
         return set(await self.store.members(UNSTOPPED))
@@ -128,17 +128,17 @@ def record(call_id: str, status: str) -> CallRecord:
 
 @pytest.mark.parametrize("status", ["completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"])
 async def test_a_call_seen_ended_frees_its_slot(house: House, status: str) -> None:
-    start = await house.start("c1")
+    attempt = await house.start("c1")
     assert not await house.has_room()
-    await house.live.see(start.request_id, record("c1", status))
+    await house.live.note_end(attempt.request_id, record("c1", status))
     assert await house.has_room()
     assert await house.live_calls() == set()
 
 
 @pytest.mark.parametrize("status", ["queued", "initiated", "in_progress", "ringing", "something-new", None])
 async def test_any_other_status_is_a_running_call(house: House, status: str | None) -> None:
-    start = await house.start("c1")
-    await house.live.see(start.request_id, CallRecord(id="c1", status=status))
+    attempt = await house.start("c1")
+    await house.live.note_end(attempt.request_id, CallRecord(id="c1", status=status))
     assert not await house.has_room()
 
 
@@ -146,14 +146,14 @@ async def test_an_end_frees_one_slot_and_nobody_elses(house: House) -> None:
     first = await house.start("c1", ANN)
     await house.start("c2", BEN)
     for _ in range(3):
-        await house.live.see(first.request_id, record("c1", "completed"))
+        await house.live.note_end(first.request_id, record("c1", "completed"))
     assert await house.has_room(ANN)
     assert not await house.has_room(BEN)
 
 
 async def test_another_replica_sees_it_too(house: House) -> None:
-    start = await house.start("c1")
-    await house.replica().see(start.request_id, record("c1", "completed"))
+    attempt = await house.start("c1")
+    await house.replica().note_end(attempt.request_id, record("c1", "completed"))
     assert await house.has_room()
 
 
@@ -161,8 +161,8 @@ async def test_a_late_word_of_an_old_call_leaves_the_new_one_alone(house: House)
     old = await house.start("c1")
     house.clock.now += LEASE + 1
     await house.start("c2")
-    await house.live.see(old.request_id, record("c1", "completed"))
-    await house.live.abandon(old)
+    await house.live.note_end(old.request_id, record("c1", "completed"))
+    await house.live.release_slots(old)
     assert await house.live_calls() == {"start-of-c2"}
     assert not await house.has_room()
 
@@ -195,7 +195,7 @@ async def test_a_sweep_hangs_up_what_ran_too_long_once_over_all_replicas(house: 
         await asyncio.gather(*(replica.sweep() for replica in replicas))
 
     assert house.asked() == {"GET c1": 2, "POST c1/stop": 1}
-    assert logs == [{"event": "hanging_up", "log_level": "warning", "call": "c1", "why": "it ran too long"}]
+    assert logs == [{"event": "call_stop_requested", "log_level": "warning", "call": "c1", "why": "it ran too long"}]
     assert await house.has_room()
 
 
@@ -248,14 +248,14 @@ async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
     with capture_logs() as logs:
         await house.live.sweep()
     assert await house.live_calls() == {"start-of-c2"}
-    assert [(entry["event"], entry["call"]) for entry in logs] == [("look_failed", "c2")]
+    assert [(entry["event"], entry["call"]) for entry in logs] == [("call_lookup_failed", "c2")]
 
 
 async def test_a_call_that_is_still_being_started_is_left_alone(house: House) -> None:
-    start = house.plan("c1")
-    await house.limits.reserve(ANN, AGENT, start)
-    assert await house.live.is_pending(start)
-    assert await house.live.sweep() == [start], "for those who find out what became of it"
+    attempt = house.plan("c1")
+    await house.limits.reserve(ANN, AGENT, attempt)
+    assert await house.live.is_pending(attempt)
+    assert await house.live.sweep() == [attempt], "for those who find out what became of it"
     assert house.asked() == {}
     assert not await house.has_room()
 
@@ -264,30 +264,30 @@ async def test_a_call_that_is_still_being_started_is_left_alone(house: House) ->
 
 
 async def test_a_call_nobody_is_given_is_stopped_and_costs_no_slot(house: House) -> None:
-    start = await house.start("c1")
-    await house.live.stop(start, "c1", "its answer could not be kept")
+    attempt = await house.start("c1")
+    await house.live.stop(attempt, "c1", "its answer could not be kept")
     assert house.asked() == {"POST c1/stop": 1}
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
 async def test_stopping_what_is_gone_is_no_failure(house: House) -> None:
-    start = await house.start("c1")
+    attempt = await house.start("c1")
     house.stop().respond(404)
-    await house.live.stop(start, "c1", "why")
+    await house.live.stop(attempt, "c1", "why")
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
 @pytest.mark.parametrize("failure", [500, 401, 429, httpx.ConnectError("down"), httpx.ReadError("lost")])
 async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failure: int | Exception) -> None:
-    start = await house.start("c1")
+    attempt = await house.start("c1")
     stop = house.stop()
     stop.mock(side_effect=failure) if isinstance(failure, Exception) else stop.respond(failure)
     with capture_logs() as logs:
-        await house.live.stop(start, "c1", "why")
+        await house.live.stop(attempt, "c1", "why")
     assert [(entry["event"], entry["log_level"], entry["call"]) for entry in logs] == [
-        ("hanging_up", "warning", "c1"),
+        ("call_stop_requested", "warning", "c1"),
         ("call_not_stopped", "error", "c1"),
     ]
     assert await house.unstopped() == {"c1"}
@@ -308,14 +308,14 @@ async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failu
 async def test_a_refused_users_calls_are_looked_at_once_per_ten_seconds(house: House) -> None:
     await house.start("c1")
     replica = house.replica()
-    assert await asyncio.gather(*(book.look_again(ANN) for book in [house.live, replica] * 50)) == [False] * 100
+    assert await asyncio.gather(*(book.recheck(ANN) for book in [house.live, replica] * 50)) == [False] * 100
     assert house.asked() == {"GET c1": 1}
     house.clock.now += 9.9
-    assert not await house.live.look_again(ANN)
+    assert not await house.live.recheck(ANN)
     assert house.asked() == {"GET c1": 1}
     house.clock.now += 0.2
     house.upstream.has_call("c1", status="completed")
-    assert await replica.look_again(ANN)
+    assert await replica.recheck(ANN)
     assert house.asked() == {"GET c1": 2}
     assert await house.has_room()
 
@@ -323,9 +323,9 @@ async def test_a_refused_users_calls_are_looked_at_once_per_ten_seconds(house: H
 async def test_a_look_is_at_the_users_own_calls(house: House) -> None:
     await house.start("c1", ANN)
     await house.start("c2", BEN, status="completed")
-    assert not await house.live.look_again(ANN)
+    assert not await house.live.recheck(ANN)
     assert house.asked() == {"GET c1": 1}
-    assert await house.live.look_again(BEN)
+    assert await house.live.recheck(BEN)
 
 
 # --- without its store ---
@@ -337,10 +337,10 @@ async def test_a_call_begun_while_the_store_is_gone_is_not_forgotten() -> None:
     async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
         talk = TalkTime(store, minutes=None, minutes_total=None, now=clock)
         live = LiveCalls(store, oneinbox, talk, max_seconds=60, join_timeout=0, lease=3600, now=clock)
-        start = Start("start-of-c1", int(clock.now), "main", ANN.store_name, "pseudonym")
-        for name in start.sets:
-            await store.enter(name, start.member, 3600)
-        await live.begin(start, "c1")
+        attempt = CallAttempt("start-of-c1", int(clock.now), "main", ANN.store_name, "pseudonym")
+        for name in attempt.sets:
+            await store.add_member(name, attempt.key, 3600)
+        await live.begin(attempt, "c1")
         upstream.has_call("c1")
         clock.now += 62
         await live.sweep()

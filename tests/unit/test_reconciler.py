@@ -11,7 +11,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from app.limits import LiveCalls, Reconciler, Start, TalkTime
+from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.live_calls import SWEEP_SECONDS, UNSTOPPED
 from app.limits.reconciler import MOST_FETCHES, MOST_PAGES, PAGE, RUNNING, SCAN_AFTER, TRIES
@@ -71,7 +71,7 @@ class Books:
 
     async def sweep(self) -> None:
         """One round of the sweep."""
-        self.reconciler.lose_old(await self.live.sweep())
+        self.reconciler.report_stale(await self.live.sweep())
 
 
 @dataclass
@@ -121,16 +121,16 @@ class House:
         )
         return Books(live, reconciler)
 
-    async def reserve(self, name: str, agent: str = "main") -> Start:
+    async def reserve(self, name: str, agent: str = "main") -> CallAttempt:
         """A POST is about to be sent; its slots are taken."""
-        start = Start(name, int(self.now()), agent, "ann", OWNER)
-        await self.store.decide([], [Slot(each, None) for each in start.sets], member=start.member, lease=LEASE)
-        return start
+        attempt = CallAttempt(name, int(self.now()), agent, "ann", OWNER)
+        await self.store.decide([], [Slot(each, None) for each in attempt.sets], member=attempt.key, lease=LEASE)
+        return attempt
 
-    def arrives(self, start: Start, **changes: Any) -> Call:
+    def arrives(self, attempt: CallAttempt, **changes: Any) -> Call:
         """OneInbox starts the call; its answer is nobody's business here."""
-        metadata = {"broker_user": start.owner, "broker_request_id": start.request_id, **changes}
-        return self.emulator.calls.start(StartCall(agent_id=AGENTS[start.agent], metadata=metadata))
+        metadata = {"broker_user": attempt.owner, "broker_request_id": attempt.request_id, **changes}
+        return self.emulator.calls.start(StartCall(agent_id=AGENTS[attempt.agent], metadata=metadata))
 
     def others(self, count: int, metadata: Mapping[str, Any] | None = None, agent: str = "agt_main") -> list[Call]:
         """Calls that are nothing to do with the broker, or look alike."""
@@ -147,7 +147,7 @@ class House:
 
     async def live(self) -> set[str]:
         """The request ids that hold slots."""
-        return {Start.of_member(member).request_id for member in await self.store.members(ALL_CALLS)}
+        return {CallAttempt.from_key(member).request_id for member in await self.store.members(ALL_CALLS)}
 
     def fates(self) -> dict[str, int]:
         """What became of lost calls, as metrics say."""
@@ -179,12 +179,12 @@ def later(*seconds: float) -> list[float]:
 @in_own_time
 async def test_looks_two_five_fifteen_and_sixty_seconds_after_the_loss_and_frees_the_slot_then() -> None:
     house = House()
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     async with house.at_work():
         await asyncio.sleep(100)
         expected = later(2, 5, 15, 60)
-        house.first.reconciler.lose(start)
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(59.9)
         assert await house.live() == {"lost"}
         await asyncio.sleep(300)
@@ -197,11 +197,11 @@ async def test_looks_two_five_fifteen_and_sixty_seconds_after_the_loss_and_frees
 async def test_a_call_that_appears_late_is_found_by_the_next_look() -> None:
     for seconds, scans in ((0.0, 1), (4.0, 2), (14.0, 3), (59.0, 4)):
         house = House()
-        start = await house.reserve("lost")
+        attempt = await house.reserve("lost")
         async with house.at_work():
-            house.first.reconciler.lose(start)
+            house.first.reconciler.report_lost(attempt)
             await asyncio.sleep(seconds)
-            call = house.arrives(start)
+            call = house.arrives(attempt)
             assert house.runs(call)
             await asyncio.sleep(SCAN_AFTER[scans - 1] - seconds + 0.1)
             assert not house.runs(call)
@@ -214,11 +214,11 @@ async def test_a_call_that_appears_late_is_found_by_the_next_look() -> None:
 @in_own_time
 async def test_many_losses_share_a_scan() -> None:
     house = House()
-    starts = [await house.reserve(f"lost-{number}") for number in range(60)]
-    calls = [house.arrives(start) for start in starts]
+    attempts = [await house.reserve(f"lost-{number}") for number in range(60)]
+    calls = [house.arrives(attempt) for attempt in attempts]
     async with house.at_work():
-        for start in starts:
-            house.first.reconciler.lose(start)
+        for attempt in attempts:
+            house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(3)
     assert len(house.asked("list")) == len(RUNNING), "one list for each status of a running call"
     assert len(house.asked("stop")) == 60
@@ -230,11 +230,11 @@ async def test_many_losses_share_a_scan() -> None:
 async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() -> None:
     house = House()
     lost = {agent: await house.reserve(agent, agent) for agent in AGENTS}
-    calls = {agent: house.arrives(start) for agent, start in lost.items()}
+    calls = {agent: house.arrives(attempt) for agent, attempt in lost.items()}
     house.emulator.faults.add(Status(operation="list", status=500, times=TRIES * len(RUNNING)))
     async with house.at_work():
-        for start in lost.values():
-            house.first.reconciler.lose(start)
+        for attempt in lost.values():
+            house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.1)
         assert sorted(house.runs(call) for call in calls.values()) == [False, True]
         await asyncio.sleep(3)
@@ -245,11 +245,11 @@ async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() 
 async def test_a_new_loss_is_looked_for_in_time_whatever_else_is_pending() -> None:
     house = House()
     async with house.at_work():
-        house.first.reconciler.lose(await house.reserve("old"))
+        house.first.reconciler.report_lost(await house.reserve("old"))
         await asyncio.sleep(20)
-        start = await house.reserve("new")
-        call = house.arrives(start)
-        house.first.reconciler.lose(start)
+        attempt = await house.reserve("new")
+        call = house.arrives(attempt)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.1)
         assert not house.runs(call)
 
@@ -264,11 +264,11 @@ async def test_stops_that_hang_hold_no_other_loss_up() -> None:
     house.emulator.faults.add(Hang(operation="stop", times=20))
     async with house.at_work():
         for each in early:
-            house.first.reconciler.lose(each)
+            house.first.reconciler.report_lost(each)
         await asyncio.sleep(10)
-        start = await house.reserve("late")
-        call = house.arrives(start)
-        house.first.reconciler.lose(start)
+        attempt = await house.reserve("late")
+        call = house.arrives(attempt)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2 * TIMEOUT + SCAN_AFTER[0])
         assert not house.runs(call)
         await asyncio.sleep(600)
@@ -277,8 +277,8 @@ async def test_stops_that_hang_hold_no_other_loss_up() -> None:
 @in_own_time
 async def test_a_bug_in_a_scan_does_not_end_the_looking() -> None:
     house = House()
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     honest, failures = house.oneinbox.list_calls, iter([RuntimeError("a bug")])
 
     async def list_calls(**options: Any) -> Any:
@@ -288,7 +288,7 @@ async def test_a_bug_in_a_scan_does_not_end_the_looking() -> None:
 
     house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(16)
     assert not house.runs(call)
 
@@ -311,11 +311,11 @@ ALIKE: dict[str, dict[str, Any]] = {
 @in_own_time
 async def test_a_call_that_is_merely_alike_is_left_alone(changes: dict[str, Any], list_metadata: bool) -> None:
     house = House(list_metadata)
-    start = await house.reserve("lost")
-    alike = house.arrives(start, **changes)
+    attempt = await house.reserve("lost")
+    alike = house.arrives(attempt, **changes)
     others = [*house.others(1), *house.others(1, {}), *house.others(1, {"broker_user": OWNER})]
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert all(house.runs(call) for call in [alike, *others])
     assert not house.asked("stop")
@@ -324,10 +324,10 @@ async def test_a_call_that_is_merely_alike_is_left_alone(changes: dict[str, Any]
 @in_own_time
 async def test_another_agents_call_is_left_alone() -> None:
     house = House()
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     (other,) = house.others(1, {"broker_user": OWNER, "broker_request_id": "lost"}, agent="agt_side")
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert house.runs(other)
 
@@ -335,11 +335,11 @@ async def test_another_agents_call_is_left_alone() -> None:
 @in_own_time
 async def test_a_list_that_ignores_the_agent_asked_for_stops_nobody_elses() -> None:
     house = House()
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     (other,) = house.others(1, {"broker_user": OWNER, "broker_request_id": "lost"})
     other.extra["agent_id"] = "agt_side"
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert house.runs(other)
 
@@ -351,14 +351,14 @@ async def test_a_list_that_ignores_the_agent_asked_for_stops_nobody_elses() -> N
 async def test_a_call_counts_by_the_time_of_its_creation(after: float | None, found: bool) -> None:
     house = House()
     await asyncio.sleep(1000)
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     if after is None:
         call.removed.add("created_at")
     else:
-        call.created_at = start.since + after
+        call.created_at = attempt.since + after
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert house.runs(call) != found
 
@@ -371,11 +371,11 @@ async def test_a_list_without_metadata_has_its_candidates_fetched() -> None:
     house = House(list_metadata=False)
     house.others(40)
     await asyncio.sleep(LATEST + 400)
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     near = house.others(5)
-    call = house.arrives(start)
+    call = house.arrives(attempt)
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(3)
     assert not house.runs(call)
     assert len(house.asked("get")) == 6, "those in the window only"
@@ -385,10 +385,10 @@ async def test_a_list_without_metadata_has_its_candidates_fetched() -> None:
 @in_own_time
 async def test_fetching_is_bounded() -> None:
     house = House(list_metadata=False)
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     house.others(MOST_FETCHES + 50)
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.5)
     assert len(house.asked("get")) == MOST_FETCHES
 
@@ -398,16 +398,16 @@ async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
     house = House()
     house.others(3 * PAGE)
     await asyncio.sleep(LATEST + 400)
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     house.others(2 * PAGE)
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.5)
         assert not house.runs(call)
         assert len(house.asked("list")) == 3 + len(RUNNING) - 1
         house.emulator.requests.clear()
-        house.first.reconciler.lose(await house.reserve("nothing"))
+        house.first.reconciler.report_lost(await house.reserve("nothing"))
         await asyncio.sleep(2.5)
         assert len(house.asked("list")) == 3 + len(RUNNING) - 1
 
@@ -418,8 +418,8 @@ async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -
     """A list by status gets shorter: what stood on the next page may have moved to the one that was read."""
     house = House()
     house.others(150)
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     newer = house.others(140)
     honest = house.oneinbox.list_calls
 
@@ -431,7 +431,7 @@ async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -
 
     house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(SCAN_AFTER[0] + 0.5)
     assert not house.runs(call)
 
@@ -439,10 +439,10 @@ async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -
 @in_own_time
 async def test_pages_are_bounded() -> None:
     house = House()
-    start = await house.reserve("lost")
+    attempt = await house.reserve("lost")
     house.others((MOST_PAGES + 2) * PAGE)
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.5)
     assert len(house.asked("list")) == MOST_PAGES + len(RUNNING) - 1
 
@@ -452,11 +452,11 @@ async def test_pages_are_bounded() -> None:
 async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_metadata: bool) -> None:
     """Beyond the bounds there may be a call: its slot must not be given away, nor the call be forgotten."""
     house = House(list_metadata)
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     house.others((MOST_PAGES + 1) * PAGE)
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(70)
         assert not house.runs(call) or await house.live() == {"lost"}
 
@@ -468,12 +468,12 @@ async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_me
 async def test_one_call_that_cannot_be_fetched_hides_no_other() -> None:
     """A call that was deleted since it was listed, or whose record is broken."""
     house = House(list_metadata=False)
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     (odd,) = house.others(1)
     odd.extra["id"] = "not-fetched-under-this"
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert not house.runs(call)
 
@@ -482,12 +482,12 @@ async def test_one_call_that_cannot_be_fetched_hides_no_other() -> None:
 @in_own_time
 async def test_one_odd_item_of_a_list_hides_no_other(odd_id: Any) -> None:
     house = House()
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     (odd,) = house.others(1)
     odd.extra["id"] = odd_id
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
     assert not house.runs(call)
 
@@ -508,8 +508,8 @@ async def test_what_was_found_is_stopped_although_the_scan_broke_off() -> None:
             return await honest(offset=offset, **options)
 
         house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
-        house.first.reconciler.lose(first)
-        house.first.reconciler.lose(second)
+        house.first.reconciler.report_lost(first)
+        house.first.reconciler.report_lost(second)
         await asyncio.sleep(2.5)
         assert not house.runs(new)
         assert house.runs(old)
@@ -518,12 +518,12 @@ async def test_what_was_found_is_stopped_although_the_scan_broke_off() -> None:
 @in_own_time
 async def test_when_the_last_look_failed_the_slot_stays_and_the_sweep_begins_anew() -> None:
     house = House()
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     every_look = len(SCAN_AFTER) * len(RUNNING) + 1  # the last looks through all calls, too
     house.emulator.faults.add(Status(operation="list", status=500, times=every_look * TRIES))
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(61)
         assert await house.live() == {"lost"}
         await asyncio.sleep(20)
@@ -537,24 +537,24 @@ def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
     @in_own_time
     async def run() -> None:
         house = House()
-        start = await house.reserve("lost")
+        attempt = await house.reserve("lost")
         house.emulator.faults.add(Status(operation="list", status=500))
         async with house.at_work():
-            house.first.reconciler.lose(start)
+            house.first.reconciler.report_lost(attempt)
             await asyncio.sleep(61)
 
     run()
-    assert [entry["log_level"] for entry in logs if entry["event"] == "lost_call_given_up"] == ["error"]
+    assert [entry["log_level"] for entry in logs if entry["event"] == "lost_call_unresolved"] == ["error"]
 
 
 @in_own_time
 async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() -> None:
     house = House()
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     house.emulator.faults.add(Status(operation="stop", status=500, times=2))
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(3)
         assert set(await house.store.members(UNSTOPPED)) == {call.id}
         assert await house.live() == {"lost"}, "it runs"
@@ -573,11 +573,11 @@ async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() ->
 @in_own_time
 async def test_a_call_that_ended_by_itself_is_no_longer_one_that_could_not_be_stopped(gone: bool) -> None:
     house = House()
-    start = await house.reserve("lost")
-    call = house.arrives(start)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
     house.emulator.faults.add(Status(operation="stop", status=500))
     async with house.at_work():
-        house.first.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(3)
     assert set(await house.store.members(UNSTOPPED)) == {call.id}
     if gone:
@@ -595,8 +595,8 @@ async def test_a_call_that_ended_by_itself_is_no_longer_one_that_could_not_be_st
 @in_own_time
 async def test_the_sweep_finds_what_a_dead_process_left() -> None:
     house = House()
-    start = await house.reserve("left-behind")
-    call = house.arrives(start)
+    attempt = await house.reserve("left-behind")
+    call = house.arrives(attempt)
     async with house.at_work():
         await asyncio.sleep(TIMEOUT + 59)
         await house.first.sweep()
@@ -623,13 +623,13 @@ async def test_a_dead_processs_start_that_became_no_call_frees_its_slot() -> Non
 @in_own_time
 async def test_two_replicas_that_look_for_the_same_do_no_harm() -> None:
     house = House()
-    start, good = await house.reserve("lost"), await house.reserve("good")
-    calls = house.arrives(start), house.arrives(good)
+    attempt, good = await house.reserve("lost"), await house.reserve("good")
+    calls = house.arrives(attempt), house.arrives(good)
     await house.first.live.begin(good, calls[1].id)
     other = house.replica()
     async with house.at_work(house.first, other):
-        house.first.reconciler.lose(start)
-        other.reconciler.lose(start)
+        house.first.reconciler.report_lost(attempt)
+        other.reconciler.report_lost(attempt)
         await asyncio.sleep(100)
         await other.sweep()
         await asyncio.sleep(100)
@@ -641,13 +641,13 @@ async def test_two_replicas_that_look_for_the_same_do_no_harm() -> None:
 async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
     """The other replica took it for left behind while the one that asked still waited."""
     house = House()
-    start = await house.reserve("slow")
-    call = house.arrives(start)
+    attempt = await house.reserve("slow")
+    call = house.arrives(attempt)
     other = house.replica()
     async with house.at_work(other):
         await asyncio.sleep(TIMEOUT + 61)
         await other.sweep()
-        await house.first.live.begin(start, call.id)
+        await house.first.live.begin(attempt, call.id)
         await asyncio.sleep(100)
     assert house.runs(call)
 
@@ -656,9 +656,9 @@ async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
 async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
     """What became of a start is not unknown because nobody can be asked."""
     house = House()
-    start = await house.reserve("good")
-    call = house.arrives(start)
-    await house.first.live.begin(start, call.id)
+    attempt = await house.reserve("good")
+    call = house.arrives(attempt)
+    await house.first.live.begin(attempt, call.id)
     async with house.at_work():
         house.store.gone = True
         for _ in range(10):
@@ -675,11 +675,11 @@ async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
 async def test_a_call_that_the_store_was_not_told_of_in_time_is_nobody_elses_to_stop() -> None:
     """Begun while the store was gone, its member may be in the shared set before its record is."""
     house = House()
-    start = await house.reserve("good")
-    call = house.arrives(start)
+    attempt = await house.reserve("good")
+    call = house.arrives(attempt)
     first, other = house.first, house.replica()
     house.store.gone = True
-    await first.live.begin(start, call.id)
+    await first.live.begin(attempt, call.id)
     house.store.gone = False
     async with house.at_work(other):
         await asyncio.sleep(TIMEOUT + 61)
@@ -696,13 +696,13 @@ async def test_what_becomes_of_lost_calls_is_counted() -> None:
     found, absent, hidden = [await house.reserve(name) for name in ("found", "absent", "hidden")]
     async with house.at_work():
         house.arrives(found)
-        house.first.reconciler.lose(found)
-        house.first.reconciler.lose(absent)
-        house.first.reconciler.lose(absent)
+        house.first.reconciler.report_lost(found)
+        house.first.reconciler.report_lost(absent)
+        house.first.reconciler.report_lost(absent)
         await asyncio.sleep(61)
         assert house.fates() == {"lost": 2, "found": 1, "stopped": 1, "not-found": 1}
         house.emulator.faults.add(Status(operation="list", status=500))
-        house.first.reconciler.lose(hidden)
+        house.first.reconciler.report_lost(hidden)
         await asyncio.sleep(61)
     assert house.fates() == {"lost": 3, "found": 1, "stopped": 1, "not-found": 1, "given-up": 1}
 

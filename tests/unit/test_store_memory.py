@@ -59,22 +59,22 @@ async def test_a_member_ends_and_its_end_can_move(store: MemoryStore, clock: Clo
     await store.decide([], [slot], member="b", lease=10)
     assert (await store.decide([], [slot], member="c", lease=10)).refused == (0,)
     clock.now += 5
-    await store.enter("s", "a", 10)
+    await store.add_member("s", "a", 10)
     clock.now += 5
     assert await store.members("s") == {"a": 5}
     assert (await store.decide([], [slot], member="c", lease=10)).used == (2,)
-    await store.enter("s", "a", 1)
+    await store.add_member("s", "a", 1)
     clock.now += 1
     assert await store.members("s") == {"c": 9}
 
 
 async def test_members_that_come_and_go_leave_nothing(store: MemoryStore) -> None:
-    await store.enter("s", "stays", 1e6)
+    await store.add_member("s", "stays", 1e6)
     for number in range(10_000):
-        await store.enter("s", f"m{number}", 1e6)
-        await store.leave(["s"], f"m{number}")
+        await store.add_member("s", f"m{number}", 1e6)
+        await store.remove_member(["s"], f"m{number}")
     assert len(store._sets.of("s")["s"]._queue) < 200
-    await store.leave(["s"], "stays")
+    await store.remove_member(["s"], "stays")
     assert len(store) == 0
 
 
@@ -106,7 +106,7 @@ async def test_every_kind_is_swept(store: MemoryStore, clock: Clock) -> None:
     for number in range(100):
         await store.set(f"v{number}", b"", 5)
         await store.push(f"l{number}", b"", keep=1, ttl=5)
-        await store.enter(f"s{number}", "m", 5)
+        await store.add_member(f"s{number}", "m", 5)
         await store.decide([Rate(f"r{number}", 1, 5)])
     assert len(store) == 400
     clock.now += 5

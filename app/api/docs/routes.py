@@ -45,7 +45,7 @@ async def document(request: Request, broker: BrokerDep) -> Response:
     """The OpenAPI document, as it holds for this broker; made once."""
     state = request.app.state
     if not hasattr(state, "document"):
-        state.document = to_json(of_broker(request.app.openapi(), broker.rotation.settings))
+        state.document = to_json(of_broker(request.app.openapi(), broker.secret_reloader.settings))
     return Response(state.document, media_type="application/json")
 
 

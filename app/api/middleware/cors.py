@@ -19,7 +19,7 @@ PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
 VARY = (b"vary", b"Origin")
 
 
-class Origins:
+class CorsPolicy:
     """Refuses what comes from a foreign site, whatever the method, before anything else looks at it.
 
     `allowed`: origins as settings give them (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's

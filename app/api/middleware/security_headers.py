@@ -11,7 +11,7 @@ ALWAYS = [
 ]
 
 
-class ResponseHeaders:
+class SecurityHeaders:
     """Adds what every answer carries, and the strictest content policy where the answer has none.
 
     A route puts its rate-limit headers into `scope["state"]["limit_headers"]`, so that its errors carry them too.

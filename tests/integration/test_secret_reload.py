@@ -145,7 +145,7 @@ async def test_what_is_no_key_is_refused_and_the_old_one_stays(tmp_path: Path) -
     ):
         for number, content in enumerate(("", "oi_pk_0123456789abcdef"), start=1):
             file.hold(content)
-            await logged(broker, "secret_not_renewed", times=number)
+            await logged(broker, "secret_rejected", times=number)
             assert outcomes(await post_many([broker], 5)) == {"201": 5}
 
         file.hold("oi_sk_rotated")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.store.deadline import LATE_TICKS, LONGEST_FACTOR, TICKS, Patience
+from app.store.deadline import LATE_TICKS, LONGEST_FACTOR, TICKS, Deadline
 from tests.unit.following import OwnTime, in_own_time
 
 BOUND = 0.25
@@ -42,7 +42,7 @@ async def waited(heard: Callable[[], float], *, turn: float = 0) -> float:
     """Seconds after which an answer that never comes is given up, in a process with turns of such a length."""
     began = now()
     working = asyncio.create_task(busy(turn)) if turn else None
-    with pytest.raises(TimeoutError), Patience(BOUND, heard):
+    with pytest.raises(TimeoutError), Deadline(BOUND, heard):
         await asyncio.Event().wait()
     if working is not None:
         working.cancel()
@@ -75,7 +75,7 @@ async def test_an_answer_that_lies_in_the_socket_counts(turn: float) -> None:
     """However long nobody could read it."""
     here, there = socket.socketpair()
     here.setblocking(False)
-    with here, there, Patience(BOUND, never):
+    with here, there, Deadline(BOUND, never):
         reading = asyncio.create_task(asyncio.get_running_loop().sock_recv(here, 100))
         await asyncio.sleep(0)
         there.sendall(b"an answer")
@@ -86,7 +86,7 @@ async def test_an_answer_that_lies_in_the_socket_counts(turn: float) -> None:
 
 @in_own_time
 async def test_whoever_waits_for_a_turn_is_patient_while_others_are_answered() -> None:
-    with Patience(BOUND, now):
+    with Deadline(BOUND, now):
         for _ in range(25):
             work(0.03)
             await asyncio.sleep(0)
@@ -101,7 +101,7 @@ async def test_even_then_there_is_an_end() -> None:
 @in_own_time
 async def test_somebody_elses_cancellation_stays_one() -> None:
     async def ask() -> None:
-        with Patience(BOUND, never):
+        with Deadline(BOUND, never):
             await asyncio.Event().wait()
 
     asking = asyncio.create_task(ask())

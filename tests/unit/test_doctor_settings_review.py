@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from app.doctor.settings_review import cautions, review
+from app.doctor.settings_review import review, settings_warnings
 from tests.harness import settings
 
 QUIET = {
@@ -24,7 +24,7 @@ def levels(**changes: str) -> dict[str, str]:
 
 def test_nothing_to_say() -> None:
     assert levels() == {}
-    assert cautions(settings(QUIET), "127.0.0.1") == []
+    assert settings_warnings(settings(QUIET), "127.0.0.1") == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, allowed: int, expected: dic
     ],
 )
 def test_a_public_broker_without_logins(host: str, changes: dict[str, str], warned: bool) -> None:
-    names = [caution.name for caution in cautions(settings(QUIET | changes), host)]
+    names = [caution.name for caution in settings_warnings(settings(QUIET | changes), host)]
     assert names == (["anonymous and public"] if warned else [])
 
 
@@ -88,6 +88,6 @@ def test_what_it_means_to_trust_everybody() -> None:
 
 
 def test_memory_is_a_caution() -> None:
-    (caution,) = cautions(settings(QUIET | {"BROKER_STORE_URL": "memory://"}), "127.0.0.1")
+    (caution,) = settings_warnings(settings(QUIET | {"BROKER_STORE_URL": "memory://"}), "127.0.0.1")
     assert caution.name == "store"
     assert "a restart forgets" in caution.detail

@@ -190,4 +190,4 @@ async def test_a_frozen_oneinbox_ends_no_stream() -> None:
             await watcher.over()
             assert watcher.ended
             assert watcher.statuses == ["in_progress", "completed"]
-        assert [entry["event"] for entry in broker.logs if entry.get("level") == "warning"].count("watch_slowed") == 1
+        assert [entry["event"] for entry in broker.logs if entry.get("level") == "warning"].count("poll_backoff") == 1

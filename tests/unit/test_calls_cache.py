@@ -29,14 +29,14 @@ async def looks_after(replica: Replica, *pauses: float, call: str = "call_1", kn
     for pause in pauses:
         await asyncio.sleep(pause)
         before = len(replica.house.oneinbox.asked)
-        await replica.lookup.get(call, known=known)
+        await replica.cache.get(call, known=known)
         asked.append(len(replica.house.oneinbox.asked) - before)
     return asked
 
 
 async def slug_of(replica: Replica, call: str, *, known: bool = False) -> str:
     """What a reader of the call is told."""
-    found = await outcome(replica.lookup.get(call, known=known))
+    found = await outcome(replica.cache.get(call, known=known))
     if isinstance(found, Problem):
         return found.slug
     if isinstance(found, OneInboxError):
@@ -169,11 +169,11 @@ async def test_all_who_ask_at_once_share_one_look() -> None:
     house.oneinbox.delay = 2
     replica = house.replica()
 
-    first = asyncio.create_task(replica.lookup.get("call_1", known=True))
-    others = [asyncio.create_task(replica.lookup.get("call_1", known=True)) for _ in range(200)]
+    first = asyncio.create_task(replica.cache.get("call_1", known=True))
+    others = [asyncio.create_task(replica.cache.get("call_1", known=True)) for _ in range(200)]
     await asyncio.sleep(1)
     first.cancel()
-    late = [asyncio.create_task(replica.lookup.get("call_1", known=False)) for _ in range(200)]
+    late = [asyncio.create_task(replica.cache.get("call_1", known=False)) for _ in range(200)]
     found = await asyncio.gather(*others, *late)
 
     assert len(house.oneinbox.asked) == 2, "the first was given up with its look; all the others share one of theirs"
@@ -188,7 +188,7 @@ async def test_a_look_that_fails_when_nobody_waits_any_more_is_nobodys_problem()
     replica = house.replica()
 
     for call in ("call_1", "call_2"):
-        asking = asyncio.create_task(replica.lookup.get(call, known=True))
+        asking = asyncio.create_task(replica.cache.get(call, known=True))
         await asyncio.sleep(1)
         asking.cancel()
         await asyncio.sleep(3)
@@ -223,7 +223,7 @@ async def test_unknown_calls_cost_twenty_looks_a_second_and_known_ones_are_answe
 
     assert told.count("not-found") == 20
     assert told.count("at-capacity") == 480
-    refused = await outcome(replica.lookup.get("invented", known=False))
+    refused = await outcome(replica.cache.get("invented", known=False))
     assert refused.headers == {"Retry-After": "1"}
     before = len(house.oneinbox.asked)
     assert await slug_of(replica, "mine") == "found"
@@ -249,7 +249,7 @@ async def test_all_reads_cost_a_hundred_looks_a_second_and_then_known_calls_come
     assert len(house.oneinbox.asked) - before == 100
     # Fifty were seen for the first time, fifty again, fifty are answered as they were.
     assert told == ["found"] * 150
-    statuses = [replica.lookup.latest(call) for call in calls]
+    statuses = [replica.cache.latest(call) for call in calls]
     assert [b'"queued"' in (status.fields if status else b"") for status in statuses] == [True] * 50 + [False] * 100
     assert await slug_of(replica, "mine-new", known=True) == "at-capacity"
 
@@ -263,10 +263,10 @@ async def test_memory_is_bounded_by_count() -> None:
         for number in range(25):
             house.oneinbox.has(f"call_{number}")
             await asyncio.sleep(1)
-            await replica.lookup.get(f"call_{number}", known=True)
-            await replica.lookup.get("call_0", known=True)  # what is used stays
+            await replica.cache.get(f"call_{number}", known=True)
+            await replica.cache.get("call_0", known=True)  # what is used stays
 
-    kept = [number for number in range(25) if replica.lookup.latest(f"call_{number}")]
+    kept = [number for number in range(25) if replica.cache.latest(f"call_{number}")]
     assert kept == [0, *range(16, 25)]
 
 
@@ -285,8 +285,8 @@ async def test_memory_is_bounded_by_bytes_however_calls_come_grow_shrink_and_go(
             else:
                 house.oneinbox.has(call, ai_summary="x" * dice.randrange(9000))
             await asyncio.sleep(2)
-            await replica.lookup.get(call, known=True)
-            kept = [found for n in range(40) if (found := replica.lookup.latest(f"call_{n}"))]
+            await replica.cache.get(call, known=True)
+            kept = [found for n in range(40) if (found := replica.cache.latest(f"call_{n}"))]
             assert sum(len(snapshot.fields) for snapshot in kept) <= most
         # Nor does the count drift upwards until nothing fits any more.
         assert sum(len(snapshot.fields) for snapshot in kept) > most - 2 * 9300
@@ -312,7 +312,7 @@ async def test_an_answer_that_was_overtaken_changes_nothing() -> None:
     await asyncio.sleep(0.5)
 
     house.oneinbox.delay = 3
-    slow = asyncio.create_task(replica.lookup.look("call_1"))
+    slow = asyncio.create_task(replica.cache.fetch("call_1"))
     await asyncio.sleep(0.1)
     house.oneinbox.delay = 0
     stopped = await replica.calls.stop(ANN, "call_1")
@@ -332,12 +332,12 @@ async def test_a_hint_is_not_satisfied_by_an_answer_that_is_on_its_way() -> None
     await replica.hand_out(ANN)
 
     house.oneinbox.delay = 1
-    slow = asyncio.create_task(replica.lookup.look("call_1"))
+    slow = asyncio.create_task(replica.cache.fetch("call_1"))
     await asyncio.sleep(0.5)
     record["status"] = "completed"
     await replica.calls.hint("call_1")
 
-    latest = replica.lookup.latest("call_1")
+    latest = replica.cache.latest("call_1")
     assert latest is not None
     assert latest.ended
     assert (await slow) is not None
@@ -361,14 +361,14 @@ async def test_a_large_call_is_not_shared() -> None:
     house = House(shared=True)
     record = house.oneinbox.has(ai_summary="short")
     one, other = house.replica(expose=("summary",)), house.replica(expose=("summary",))
-    await one.lookup.get("call_1", known=True)
+    await one.cache.get("call_1", known=True)
 
     record["ai_summary"] = "x" * module.SHARED_BYTES
     await asyncio.sleep(2)
-    await one.lookup.get("call_1", known=True)
+    await one.cache.get("call_1", known=True)
 
     assert await looks_after(other, 0) == [1]
-    latest = other.lookup.latest("call_1")
+    latest = other.cache.latest("call_1")
     assert latest is not None
     assert len(latest.fields) > module.SHARED_BYTES
 
@@ -383,11 +383,11 @@ async def test_no_replicas_wrong_date_makes_old_news_fresh(skew: float) -> None:
     for status in ("queued", "initiated", "in_progress", "completed"):
         for reader, before in ((wrong, right), (right, wrong), (wrong, wrong), (right, right)):
             await asyncio.sleep(2.1)
-            await before.lookup.get("call_1", known=True)
+            await before.cache.get("call_1", known=True)
             # A date that is wrong by a little makes news look younger by as much.
             await asyncio.sleep(4.1)
             record["status"] = status
-            snapshot = await reader.lookup.get("call_1", known=True)
+            snapshot = await reader.cache.get("call_1", known=True)
             assert snapshot is not None
             assert f'"{status}"'.encode() in snapshot.fields
 
@@ -398,11 +398,11 @@ async def test_a_clock_that_is_put_back_or_forward_does_not_stop_the_news() -> N
     record = house.oneinbox.has(status="queued")
     replica = house.replica()
     for jump, status in ((-3600.0, "initiated"), (7200.0, "in_progress"), (-10.0, "completed")):
-        await replica.lookup.get("call_1", known=True)
+        await replica.cache.get("call_1", known=True)
         replica.skew += jump
         record["status"] = status
         await asyncio.sleep(2.1)
-        snapshot = await replica.lookup.get("call_1", known=True)
+        snapshot = await replica.cache.get("call_1", known=True)
         assert snapshot is not None
         assert f'"{status}"'.encode() in snapshot.fields
 
@@ -413,7 +413,7 @@ async def test_what_another_version_shared_is_looked_up(value: bytes) -> None:
     house = House(shared=True)
     house.oneinbox.has()
     replica = house.replica()
-    await house.store.set("seen:call_1", replica.lookup._keyring.encrypt(value), 100)
+    await house.store.set("seen:call_1", replica.cache._keyring.encrypt(value), 100)
     assert await looks_after(replica, 0) == [1]
 
     await house.store.set("seen:call_2", value, 100)  # nor does anybody read what is not ours
@@ -426,17 +426,17 @@ async def test_a_lease_is_given_back_by_its_holder_only() -> None:
     house = House(shared=True)
     one, other = house.replica(), house.replica()
 
-    assert await one.lookup.take_lease("call_1")
-    assert not await other.lookup.take_lease("call_1")
-    await other.lookup.drop_lease("call_1")
-    assert not await other.lookup.take_lease("call_1")
+    assert await one.cache.take_lease("call_1")
+    assert not await other.cache.take_lease("call_1")
+    await other.cache.drop_lease("call_1")
+    assert not await other.cache.take_lease("call_1")
     await asyncio.sleep(module.LEASE_SECONDS + 0.1)
-    assert await other.lookup.take_lease("call_1"), "its holder may have died"
-    await one.lookup.drop_lease("call_1")
-    await one.lookup.drop_lease("call_1", 100)
-    assert not await one.lookup.take_lease("call_1")
-    await other.lookup.drop_lease("call_1")
-    assert await one.lookup.take_lease("call_1")
+    assert await other.cache.take_lease("call_1"), "its holder may have died"
+    await one.cache.drop_lease("call_1")
+    await one.cache.drop_lease("call_1", 100)
+    assert not await one.cache.take_lease("call_1")
+    await other.cache.drop_lease("call_1")
+    assert await one.cache.take_lease("call_1")
 
 
 @in_own_time
@@ -446,13 +446,13 @@ async def test_the_end_lies_between_two_looks_whatever_oneinboxs_clock_says() ->
         house = House()
         record = house.oneinbox.has(status="in_progress", ended_at=None)
         replica = house.replica()
-        await replica.lookup.get("call_1", known=True)
+        await replica.cache.get("call_1", known=True)
         seen_running = DATE + loop.time()
         await asyncio.sleep(3)
         record |= {"status": "completed", "ended_at": said}
-        ended = await replica.lookup.get("call_1", known=True)
+        ended = await replica.cache.get("call_1", known=True)
         await asyncio.sleep(10)
-        later = await replica.lookup.get("call_1", known=True)
+        later = await replica.cache.get("call_1", known=True)
 
         assert ended is not None
         assert ended.ended_at is not None
@@ -468,7 +468,7 @@ async def test_an_end_that_nobody_saw_is_when_oneinbox_says() -> None:
     house.oneinbox.has("call_2", status="completed", ended_at="2101-01-01T00:00:00Z")
     replica = house.replica()
 
-    old, new = await replica.lookup.get("call_1", known=True), await replica.lookup.get("call_2", known=True)
+    old, new = await replica.cache.get("call_1", known=True), await replica.cache.get("call_2", known=True)
 
     assert old is not None
     assert old.ended_at == 978307200
@@ -498,12 +498,12 @@ async def test_an_end_frees_the_slot_whoever_sees_it() -> None:
         replica = house.replica()
         await replica.hand_out(user)
         assert await replica.live.is_live("call_1")
-        await replica.lookup.get("call_1", known=True)
+        await replica.cache.get("call_1", known=True)
         assert await replica.live.is_live("call_1")
 
         record["status"] = "completed"
         await asyncio.sleep(2)
-        await replica.lookup.get("call_1", known=True)
+        await replica.cache.get("call_1", known=True)
 
         assert not await replica.live.is_live("call_1")
         assert await replica.live.handed_out("call_1")

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pydantic import SecretStr
 
-from app.broker.build import takers
-from app.broker.secret_reload import Rotation
+from app.broker.build import secret_handlers
+from app.broker.secret_reload import SecretReloader
 from app.config.settings import SECRETS, Settings, SettingsError, field_of, load_settings, read_secret, with_secret
 from app.identity import FixedKey, secret_key
 from app.identity.keyring import Keyring
@@ -78,10 +78,10 @@ class Taken(dict[str, Callable[[Settings], None]]):
         return lambda renewed: self.noted.append((name, getattr(renewed, field_of(name)).get_secret_value()))
 
 
-def rotation_of(settings: Settings, **options: Any) -> tuple[Rotation, Taken]:
-    rotation, taken = Rotation(settings, **options), Taken()
-    rotation.hand_to(taken)
-    return rotation, taken
+def rotation_of(settings: Settings, **options: Any) -> tuple[SecretReloader, Taken]:
+    secret_reloader, taken = SecretReloader(settings, **options), Taken()
+    secret_reloader.register(taken)
+    return secret_reloader, taken
 
 
 def errors(logs: Logs) -> list[str]:
@@ -91,43 +91,43 @@ def errors(logs: Logs) -> list[str]:
 
 async def test_a_swapped_symlink_is_a_change(files: Files, logs: Logs) -> None:
     before = files.settings()
-    rotation, taken = rotation_of(before)
-    await rotation.look()
+    secret_reloader, taken = rotation_of(before)
+    await secret_reloader.reload()
     assert taken.noted == []
 
     files.hold(ONEINBOX_API_KEY=NEW_KEY)
-    await rotation.look()
-    await rotation.look()
+    await secret_reloader.reload()
+    await secret_reloader.reload()
 
     assert taken.noted == [(KEY, NEW_KEY)]
-    assert rotation.settings.oneinbox_api_key.get_secret_value() == NEW_KEY
+    assert secret_reloader.settings.oneinbox_api_key.get_secret_value() == NEW_KEY
     assert [(entry["event"], entry["setting"]) for entry in logs] == [("secret_renewed", KEY)]
     # The settings themselves never change.
     assert before.oneinbox_api_key.get_secret_value() == OLD_KEY
-    assert rotation.settings == before.model_copy(update={"oneinbox_api_key": SecretStr(NEW_KEY)})
+    assert secret_reloader.settings == before.model_copy(update={"oneinbox_api_key": SecretStr(NEW_KEY)})
 
 
 async def test_a_written_file_is_a_change(files: Files) -> None:
     file = files.root / "plain"
     file.write_text(f"{OLD_KEY}\n")
-    rotation, taken = rotation_of(load({f"{KEY}_FILE": str(file), SECRET: "s" * 32}))
+    secret_reloader, taken = rotation_of(load({f"{KEY}_FILE": str(file), SECRET: "s" * 32}))
 
     file.write_text(OLD_KEY)  # but for the line break at its end
-    await rotation.look()
+    await secret_reloader.reload()
     assert taken.noted == []
 
     file.write_text(f"{NEW_KEY}\r\n")
-    await rotation.look()
+    await secret_reloader.reload()
     assert taken.noted == [(KEY, NEW_KEY)]
 
 
 async def test_each_secret_is_taken_by_itself(files: Files) -> None:
-    rotation, taken = rotation_of(files.settings())
+    secret_reloader, taken = rotation_of(files.settings())
 
     files.hold(BROKER_SECRET="n" * 32)
-    await rotation.look()
+    await secret_reloader.reload()
     files.hold(ONEINBOX_API_KEY=NEW_KEY, BROKER_SECRET="m" * 32)
-    await rotation.look()
+    await secret_reloader.reload()
 
     assert taken.noted[0] == (SECRET, "n" * 32)
     assert sorted(taken.noted[1:]) == [(SECRET, "m" * 32), (KEY, NEW_KEY)]
@@ -154,48 +154,48 @@ async def test_what_the_setting_does_not_take_is_refused_once(
     files.hold(
         BROKER_JWT_SECRET="j" * 32, BROKER_WEBHOOK_SECRET="w" * 32, BROKER_STORE_URL="redis://:hush@valkey.example"
     )
-    rotation, taken = rotation_of(files.settings(BROKER_AUTH="jwt"))
-    before = rotation.settings
+    secret_reloader, taken = rotation_of(files.settings(BROKER_AUTH="jwt"))
+    before = secret_reloader.settings
     good = (files.root / name).read_text()
 
     files.hold(**{name: content})
     for _ in range(3):
-        await rotation.look()
+        await secret_reloader.reload()
 
     assert taken.noted == []
-    assert rotation.settings is before
+    assert secret_reloader.settings is before
     [error] = errors(logs)
     assert name in error
     assert "0123456789" not in error
     # A good content is no line, the wrong one after it another, and so is another wrong one.
     for content_now, lines in ((good, 1), (content, 2), ("  ", 3)):
         files.hold(**{name: content_now})
-        await rotation.look()
+        await secret_reloader.reload()
         assert len(errors(logs)) == lines
 
 
 async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs) -> None:
-    rotation, taken = rotation_of(files.settings())
+    secret_reloader, taken = rotation_of(files.settings())
 
     (files.root / "..data").unlink()
     for _ in range(3):
-        await rotation.look()
+        await secret_reloader.reload()
     assert taken.noted == []
     assert len(errors(logs)) == 2
     assert all("_FILE: cannot be read" in error for error in errors(logs))
 
     (files.root / "..data").symlink_to("..v1")
-    await rotation.look()
+    await secret_reloader.reload()
     files.hold(ONEINBOX_API_KEY=NEW_KEY)
-    await rotation.look()
+    await secret_reloader.reload()
     assert taken.noted == [(KEY, NEW_KEY)]
 
 
 async def test_one_bad_file_holds_no_other_up(files: Files) -> None:
-    rotation, taken = rotation_of(files.settings())
+    secret_reloader, taken = rotation_of(files.settings())
 
     files.hold(ONEINBOX_API_KEY=NEW_KEY, BROKER_SECRET="")
-    await rotation.look()
+    await secret_reloader.reload()
 
     assert taken.noted == [(KEY, NEW_KEY)]
 
@@ -204,22 +204,22 @@ async def test_what_its_user_refuses_is_not_in_force(files: Files, logs: Logs) -
     def refuse(_: Settings) -> None:
         raise SettingsError([f"{KEY}: does not please"])
 
-    rotation = Rotation(files.settings())
-    rotation.hand_to({**Taken(), KEY: refuse})
+    secret_reloader = SecretReloader(files.settings())
+    secret_reloader.register({**Taken(), KEY: refuse})
     files.hold(ONEINBOX_API_KEY=NEW_KEY)
     for _ in range(3):
-        await rotation.look()
+        await secret_reloader.reload()
 
-    assert rotation.settings.oneinbox_api_key.get_secret_value() == OLD_KEY
+    assert secret_reloader.settings.oneinbox_api_key.get_secret_value() == OLD_KEY
     assert len(errors(logs)) == 1
 
 
 async def test_no_secret_shows(files: Files, logs: Logs) -> None:
-    rotation, _ = rotation_of(files.settings())
+    secret_reloader, _ = rotation_of(files.settings())
     for content in (NEW_KEY, "oi_pk_0123456789abcdef", "", OLD_KEY):
         files.hold(ONEINBOX_API_KEY=content)
-        await rotation.look()
-        for text in (repr(logs), repr(rotation), repr(vars(rotation)), repr(rotation.settings)):
+        await secret_reloader.reload()
+        for text in (repr(logs), repr(secret_reloader), repr(vars(secret_reloader)), repr(secret_reloader.settings)):
             assert OLD_KEY not in text
             assert NEW_KEY not in text
             assert "0123456789" not in text
@@ -231,9 +231,9 @@ async def test_files_are_read_off_the_event_loop(files: Files) -> None:
         return read_secret(name, path)
 
     readers: set[int] = set()
-    rotation, _ = rotation_of(files.settings(), read=read)
+    secret_reloader, _ = rotation_of(files.settings(), read=read)
 
-    await rotation.look()
+    await secret_reloader.reload()
 
     assert readers
     assert threading.get_ident() not in readers
@@ -266,24 +266,24 @@ def plain(tmp_path: Path) -> Settings:
 
 async def test_who_asks_at_once_shares_a_look(plain: Settings) -> None:
     slow = SlowReader()
-    rotation, _ = rotation_of(plain, read=slow)
+    secret_reloader, _ = rotation_of(plain, read=slow)
 
-    looks = [asyncio.create_task(rotation.look()) for _ in range(100)]
+    looks = [asyncio.create_task(secret_reloader.reload()) for _ in range(100)]
     await asyncio.to_thread(slow.has_read.wait)
-    looks += [asyncio.create_task(rotation.look()) for _ in range(100)]
+    looks += [asyncio.create_task(secret_reloader.reload()) for _ in range(100)]
     await asyncio.sleep(0)  # so that these have asked, too
     slow.go_on.set()
     await asyncio.gather(*looks)
 
     assert slow.reads == 1
-    await rotation.look()
+    await secret_reloader.reload()
     assert slow.reads == 2
 
 
 async def test_whose_look_is_cancelled_takes_it_from_nobody(plain: Settings, tmp_path: Path) -> None:
     slow = SlowReader()
-    rotation, taken = rotation_of(plain, read=slow)
-    first, second = asyncio.create_task(rotation.look()), asyncio.create_task(rotation.look())
+    secret_reloader, taken = rotation_of(plain, read=slow)
+    first, second = asyncio.create_task(secret_reloader.reload()), asyncio.create_task(secret_reloader.reload())
     await asyncio.to_thread(slow.has_read.wait)
 
     first.cancel()
@@ -322,8 +322,8 @@ class Ticks:
 
 async def test_it_looks_every_few_seconds(files: Files) -> None:
     ticks = Ticks()
-    rotation, taken = rotation_of(files.settings(), every=3, sleep=ticks.sleep)
-    running = asyncio.create_task(rotation.run())
+    secret_reloader, taken = rotation_of(files.settings(), every=3, sleep=ticks.sleep)
+    running = asyncio.create_task(secret_reloader.run())
 
     await ticks.tick()
     files.hold(ONEINBOX_API_KEY=NEW_KEY)
@@ -336,17 +336,17 @@ async def test_it_looks_every_few_seconds(files: Files) -> None:
 
 async def test_it_goes_on_after_a_bug(files: Files, logs: Logs) -> None:
     ticks, noted = Ticks(), Taken()
-    rotation = Rotation(files.settings(), sleep=ticks.sleep)
+    secret_reloader = SecretReloader(files.settings(), sleep=ticks.sleep)
 
     def fail(_: Settings) -> None:
-        rotation.hand_to(noted)
+        secret_reloader.register(noted)
         raise RuntimeError("a bug")
 
-    rotation.hand_to({**noted, KEY: fail})
-    running = asyncio.create_task(rotation.run())
+    secret_reloader.register({**noted, KEY: fail})
+    running = asyncio.create_task(secret_reloader.run())
     files.hold(ONEINBOX_API_KEY=NEW_KEY)
     await ticks.tick()
-    assert "rotation_failed" in repr(logs)
+    assert "secret_reload_failed" in repr(logs)
     await ticks.tick()
     running.cancel()
 
@@ -354,24 +354,24 @@ async def test_it_goes_on_after_a_bug(files: Files, logs: Logs) -> None:
 
 
 async def test_without_files_there_is_nothing_to_do() -> None:
-    rotation, taken = rotation_of(settings())
+    secret_reloader, taken = rotation_of(settings())
 
-    await rotation.run()
-    await rotation.look()
+    await secret_reloader.run()
+    await secret_reloader.reload()
 
     assert taken.noted == []
 
 
 async def test_a_look_on_demand_does_not_believe_one_that_had_begun(plain: Settings, tmp_path: Path) -> None:
     slow, ticks = SlowReader(), Ticks()
-    rotation, taken = rotation_of(plain, read=slow, sleep=ticks.sleep)
-    running = asyncio.create_task(rotation.run())
+    secret_reloader, taken = rotation_of(plain, read=slow, sleep=ticks.sleep)
+    running = asyncio.create_task(secret_reloader.run())
     await ticks.begin()
     await asyncio.to_thread(slow.has_read.wait)
 
     (tmp_path / "plain").write_text(NEW_KEY)
     slow.go_on_reading = True
-    asked = asyncio.create_task(rotation.look())
+    asked = asyncio.create_task(secret_reloader.reload())
     await asyncio.wait({asked}, timeout=0.05)  # a chance to overtake, which it must not take
     slow.go_on.set()
     await asked
@@ -385,7 +385,7 @@ async def test_a_look_on_demand_does_not_believe_one_that_had_begun(plain: Setti
 def test_every_secret_has_a_taker() -> None:
     oneinbox = OneInbox(ONEINBOX, SecretStr(OLD_KEY), Telling(), timeout=1, connect_timeout=1)
 
-    assert takers(oneinbox, Keyring(["s" * 32]), None, None).keys() == SECRETS
+    assert secret_handlers(oneinbox, Keyring(["s" * 32]), None, None).keys() == SECRETS
 
 
 def test_a_secret_alone_is_checked_and_replaced() -> None:
@@ -443,18 +443,18 @@ async def test_a_login_key_that_does_not_go_with_the_algorithms_is_refused(files
     before = files.settings(BROKER_AUTH="jwt", BROKER_JWT_ALGORITHMS="ES256")
     keys = FixedKey(secret_key("o" * 32))
     oneinbox = OneInbox(ONEINBOX, SecretStr(OLD_KEY), Telling(), timeout=1, connect_timeout=1)
-    rotation = Rotation(before)
-    rotation.hand_to(takers(oneinbox, Keyring(["s" * 32]), keys, None))
+    secret_reloader = SecretReloader(before)
+    secret_reloader.register(secret_handlers(oneinbox, Keyring(["s" * 32]), keys, None))
 
     for wrong in (unfit, private, "no key at all"):
         files.hold(BROKER_JWT_PUBLIC_KEY=wrong)
-        await rotation.look()
+        await secret_reloader.reload()
     assert keys.version == 0
     assert len(errors(logs)) == 3
     assert all("BROKER_JWT_PUBLIC_KEY" in error for error in errors(logs))
 
     files.hold(BROKER_JWT_PUBLIC_KEY=second)
-    await rotation.look()
+    await secret_reloader.reload()
     assert await keys.find("ES256", None) is not None
     assert await keys.find("HS256", None) is None
 
@@ -660,7 +660,7 @@ async def test_a_429_to_the_retry_begins_the_cool_down() -> None:
     with pytest.raises(Busy):
         await client.start()
 
-    assert 6 < client.oneinbox.cooldown.seconds_left <= 7
+    assert 6 < client.oneinbox.breaker.seconds_left <= 7
 
 
 async def test_a_client_shows_no_key() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 from typing import Any
 
-from app.sessions.disconnect import Caller
+from app.sessions.disconnect import ClientConnection
 
 GONE = {"type": "http.disconnect"}
 MORE = {"type": "http.request", "body": b"", "more_body": False}
@@ -47,7 +47,7 @@ async def turn() -> None:
 
 
 async def test_a_caller_who_stays_is_there() -> None:
-    caller = Caller(Server().receive)
+    caller = ClientConnection(Server().receive)
 
     assert not caller.has_gone()
     assert not await caller.has_left()
@@ -55,7 +55,7 @@ async def test_a_caller_who_stays_is_there() -> None:
 
 async def test_a_hang_up_is_known_by_this_moment_and_not_by_the_last_turn() -> None:
     server = Server()
-    caller = Caller(server.receive)
+    caller = ClientConnection(server.receive)
     await turn()
 
     server.hang_up()
@@ -67,12 +67,12 @@ async def test_a_hang_up_that_the_loop_has_yet_to_see_is_known_before_an_answer(
     server = Server()
     asyncio.get_running_loop().call_soon(server.hang_up)
 
-    assert await Caller(server.receive).has_left()
+    assert await ClientConnection(server.receive).has_left()
 
 
 async def test_who_has_gone_stays_gone() -> None:
     server = Server()
-    caller = Caller(server.receive)
+    caller = ClientConnection(server.receive)
     server.hang_up()
     assert caller.has_gone()
 
@@ -83,7 +83,7 @@ async def test_who_has_gone_stays_gone() -> None:
 
 async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
     server = Server()
-    caller = Caller(server.receive)
+    caller = ClientConnection(server.receive)
     server.say(MORE)
     server.say(MORE)
 
@@ -98,7 +98,7 @@ async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
 
 async def test_asking_often_leaves_nobody_waiting() -> None:
     server = Server()
-    caller = Caller(server.receive)
+    caller = ClientConnection(server.receive)
 
     for _ in range(100):
         assert not caller.has_gone()
@@ -108,7 +108,7 @@ async def test_asking_often_leaves_nobody_waiting() -> None:
 
 async def test_nothing_is_left_to_complain_about() -> None:
     """No coroutine that was never awaited: warnings are errors."""
-    caller = Caller(Server().receive)
+    caller = ClientConnection(Server().receive)
     caller.has_gone()
     await turn()
     del caller

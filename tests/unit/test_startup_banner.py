@@ -65,5 +65,5 @@ def test_a_named_format_is_kept_on_a_terminal_too(monkeypatch: pytest.MonkeyPatc
     assert said(monkeypatch, BROKER_LOG_FORMAT="json") == ""
 
     assert (logs[0]["event"], logs[0]["url"], logs[0]["auth"]) == ("listening", URL, "anonymous")
-    assert {each["event"] for each in logs[1:]} == {"caution"}
+    assert {each["event"] for each in logs[1:]} == {"settings_warning"}
     assert all(each["remedy"] for each in logs[1:])

@@ -6,7 +6,7 @@ from functools import partial
 import httpx
 import pytest
 
-from app.oneinbox.circuit_breaker import FAILURE_PAUSE, FAILURES_IN_A_ROW, Cooldown
+from app.oneinbox.circuit_breaker import FAILURE_PAUSE, FAILURES_IN_A_ROW, CircuitBreaker
 from tests.conftest import OpenBroker
 from tests.harness import CLIENT, Upstream, post_session, start_call, started
 from tests.shapes import assert_problem, assert_session, remaining
@@ -25,7 +25,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of every cool-down."""
     clock = Clock()
-    monkeypatch.setattr("app.oneinbox.client.Cooldown", partial(Cooldown, clock))
+    monkeypatch.setattr("app.oneinbox.client.CircuitBreaker", partial(CircuitBreaker, clock))
     return clock
 
 

@@ -8,9 +8,9 @@ import pytest
 from app.broker.build import open_broker
 from app.identity import User
 from app.limits.call_attempt import ALL_CALLS
-from app.sessions.disconnect import Caller
+from app.sessions.disconnect import ClientConnection
 from app.sessions.schemas import SessionRequest
-from app.sessions.service import Asked
+from app.sessions.service import SessionInput
 from tests.harness import Upstream, settings
 
 
@@ -26,7 +26,7 @@ async def test_a_slot_whose_call_nobody_sees_any_more_is_free_in_the_end(
 ) -> None:
     """Five minutes after the longest call; a day where calls may run for ever."""
     async with open_broker(settings({"BROKER_MAX_CALL_SECONDS": max_call_seconds}), upstream) as broker:
-        asked = Asked(SessionRequest(), {}, [], None, Caller(nothing_more), {})
+        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {})
         await broker.sessions.start(User(mode="jwt", id="ann"), asked)
         (left,) = (await broker.store.members(ALL_CALLS)).values()
     assert left == pytest.approx(lease, abs=60)

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from app.calls import refresh_queue as hints_module
-from app.calls.refresh_queue import Hints
+from app.calls import refresh_queue as refresh_queue_module
+from app.calls.refresh_queue import RefreshQueue
 from app.identity import User
 from app.problems import Problem
 from tests.unit.following import (
@@ -161,7 +161,7 @@ async def test_a_reader_that_has_seen_the_end_is_told_to_stay_away() -> None:
         reader = follow(replica, last_event_id=other)
         await finish([reader])
         assert (reader.statuses, reader.ended) == (["completed"], True), other
-    assert not replica.watchers.watches("call_1")
+    assert not replica.poller.is_watched("call_1")
 
 
 @in_own_time
@@ -204,7 +204,7 @@ async def test_a_stream_ends_with_its_login() -> None:
         assert reader.statuses == ["in_progress"]
         assert abs(now() - began - max(left, 0)) < 0.1
     await asyncio.sleep(0)
-    assert not replica.watchers.watches("call_1")
+    assert not replica.poller.is_watched("call_1")
 
 
 @in_own_time
@@ -214,7 +214,7 @@ async def test_going_down_ends_streams_without_an_end() -> None:
     readers = [follow(replica) for _ in range(20)]
     await asyncio.sleep(2)
 
-    replica.watchers.close()
+    replica.poller.close()
     began = now()
     await finish(readers)
 
@@ -233,8 +233,8 @@ async def test_going_down_still_tells_what_is_new() -> None:
     house.oneinbox.records["call_1"]["status"] = "completed"
 
     async with replica.listening():
-        await replica.lookup.look("call_1")
-        replica.watchers.close()
+        await replica.cache.fetch("call_1")
+        replica.poller.close()
         await finish([reader])
 
     assert reader.statuses[0] == "in_progress"
@@ -278,7 +278,7 @@ async def test_watchers_that_come_and_go_leave_nothing_behind() -> None:
 
     await asyncio.sleep(1)
     assert len(asyncio.all_tasks()) == tasks
-    assert not replica.watchers.watches("call_1")
+    assert not replica.poller.is_watched("call_1")
     places = [follow(replica) for _ in range(3)]
     await asyncio.sleep(0.5)
     assert all(reader.statuses for reader in places)
@@ -396,7 +396,7 @@ async def test_a_failing_oneinbox_is_asked_less_and_ends_no_stream(
 
     assert all(reader.ended for reader in readers)
     assert {entry["log_level"] for entry in logs} <= {"warning", "error"}
-    assert {entry["event"] for entry in logs} <= {"watch_slowed", "watch_failed"}
+    assert {entry["event"] for entry in logs} <= {"poll_backoff", "poll_failed"}
     assert logs
 
 
@@ -412,14 +412,14 @@ async def test_hours_of_failures_end_no_watch() -> None:
         for _ in range(13):  # watchers relieve each other: one watch, twelve hours and 1,300 failures
             await asyncio.sleep(3000)
             # Whoever comes now cannot read the call; the watch goes on.
-            snapshot = replica.lookup.latest("call_1")
+            snapshot = replica.cache.latest("call_1")
             assert snapshot is not None
-            places.enter_context(replica.watchers.watch(ANN, "call_1", snapshot))
+            places.enter_context(replica.poller.subscribe(ANN, "call_1", snapshot))
         house.oneinbox.failures.clear()
         house.oneinbox.records["call_1"]["status"] = "completed"
         await asyncio.sleep(60)
         assert snapshot is not None
-        with replica.watchers.watch(ANN, "call_1", snapshot) as watch:
+        with replica.poller.subscribe(ANN, "call_1", snapshot) as watch:
             assert watch.over
             assert watch.latest.ended
     await finish([reader])
@@ -484,7 +484,7 @@ async def test_another_replica_takes_over_from_one_that_died_in_the_middle_of_a_
     reader = follow(other)
     await asyncio.sleep(5)
 
-    await house.store.set("look:call_1", dying.lookup._lease, 3)  # what a killed replica leaves
+    await house.store.set("look:call_1", dying.cache._lease, 3)  # what a killed replica leaves
     house.oneinbox.records["call_1"]["status"] = "completed"
     killed = now()
     await finish([reader])
@@ -571,17 +571,17 @@ async def test_duplicates_coalesce_and_none_is_lost() -> None:
         looked.append((now(), call_id))
         await asyncio.sleep(1)
 
-    hints = Hints(look)
+    refresh_queue = RefreshQueue(look)
     began = now()
     for _ in range(1000):
-        hints.add("call_1")
+        refresh_queue.add("call_1")
     await asyncio.sleep(0.5)
     for _ in range(1000):
-        hints.add("call_1")
+        refresh_queue.add("call_1")
     await asyncio.sleep(10)
 
     assert [round(at - began, 2) for at, _ in looked] == [0, 1]
-    await hints.aclose()
+    await refresh_queue.aclose()
 
 
 @in_own_time
@@ -596,16 +596,16 @@ async def test_hints_are_bounded_and_followed_a_few_at_a_time() -> None:
         await asyncio.sleep(0.1)
         under_way -= 1
 
-    hints = Hints(look)
+    refresh_queue = RefreshQueue(look)
     for number in range(5000):
-        hints.add(f"call_{number}")
+        refresh_queue.add(f"call_{number}")
     await asyncio.sleep(60)
 
-    assert (looked, most) == (hints_module.MOST_HINTS, hints_module.AT_ONCE)
-    hints.add("call_1")
+    assert (looked, most) == (refresh_queue_module.MOST_HINTS, refresh_queue_module.AT_ONCE)
+    refresh_queue.add("call_1")
     await asyncio.sleep(1)
-    assert looked == hints_module.MOST_HINTS + 1
-    await hints.aclose()
+    assert looked == refresh_queue_module.MOST_HINTS + 1
+    await refresh_queue.aclose()
 
 
 @in_own_time
@@ -616,12 +616,12 @@ async def test_a_hint_that_goes_wrong_is_logged_and_forgotten() -> None:
     house.oneinbox.failures = [httpx.Response(500), RuntimeError("a bug")]
     with capture_logs() as logs:
         for _ in range(3):
-            replica.hints.add("call_1")
+            replica.refresh_queue.add("call_1")
             await asyncio.sleep(1)
 
     assert len(house.oneinbox.asked) == 3
-    assert [entry["event"] for entry in logs] == ["hint_failed"]
-    await replica.hints.aclose()
+    assert [entry["event"] for entry in logs] == ["refresh_failed"]
+    await replica.refresh_queue.aclose()
 
 
 @in_own_time
@@ -629,19 +629,19 @@ async def test_only_live_and_watched_calls_are_looked_up() -> None:
     house = house_with_a_call(status="in_progress")
     replica = house.replica()
     for call in ("call_1", "call_2", "cursor"):
-        replica.hints.add(call)
+        replica.refresh_queue.add(call)
     await asyncio.sleep(1)
     assert not house.oneinbox.asked
 
     await replica.hand_out(ANN)
-    replica.hints.add("call_1")
+    replica.refresh_queue.add("call_1")
     await asyncio.sleep(1)
     assert len(house.oneinbox.asked) == 1
 
     house.oneinbox.records["call_1"]["status"] = "completed"
-    replica.hints.add("call_1")
+    replica.refresh_queue.add("call_1")
     await asyncio.sleep(1)
-    replica.hints.add("call_1")
+    replica.refresh_queue.add("call_1")
     await asyncio.sleep(1)
     assert len(house.oneinbox.asked) == 2, "its slot is free, nobody watches"
 
@@ -649,11 +649,11 @@ async def test_only_live_and_watched_calls_are_looked_up() -> None:
     reader = follow(replica, call="call_3")
     await asyncio.sleep(2)
     before = len(house.oneinbox.asked)
-    replica.hints.add("call_3")
+    replica.refresh_queue.add("call_3")
     await asyncio.sleep(0.01)
     assert len(house.oneinbox.asked) == before + 1
     await leave(reader)
-    await replica.hints.aclose()
+    await replica.refresh_queue.aclose()
 
 
 @in_own_time

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from app.cli.operator import Operator
 from app.config.settings import SettingsError
 from app.identity import Anonymous, User
-from app.limits import Brake
+from app.limits import KillSwitch
 from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
@@ -24,9 +24,9 @@ class Clock:
         return self.now
 
 
-def verdict(brake: Brake, user: User = ANN) -> tuple[str, str | None]:
+def verdict(kill_switch: KillSwitch, user: User = ANN) -> tuple[str, str | None]:
     try:
-        brake.check(user)
+        kill_switch.check(user)
     except Problem as problem:
         return problem.slug, problem.headers.get("Retry-After")
     return "open", None
@@ -47,78 +47,78 @@ def store(clock: Clock) -> MemoryStore:
 
 
 async def test_a_pause_stops_everybody_until_it_ends(store: MemoryStore, clock: Clock) -> None:
-    brake, other = Brake(store, clock), Brake(store, clock)
+    kill_switch, other = KillSwitch(store, clock), KillSwitch(store, clock)
     await other.pause(90)
-    assert verdict(brake) == OPEN, "seen at the next look"
-    await brake.read()
-    assert verdict(brake) == verdict(brake, BEN) == ("at-capacity", "60")
+    assert verdict(kill_switch) == OPEN, "seen at the next look"
+    await kill_switch.refresh()
+    assert verdict(kill_switch) == verdict(kill_switch, BEN) == ("at-capacity", "60")
     clock.now += 70.5
-    assert verdict(brake) == ("at-capacity", "20")
+    assert verdict(kill_switch) == ("at-capacity", "20")
     clock.now += 20
-    assert verdict(brake) == OPEN
-    await brake.read()
-    assert verdict(brake) == OPEN
+    assert verdict(kill_switch) == OPEN
+    await kill_switch.refresh()
+    assert verdict(kill_switch) == OPEN
 
 
 async def test_resume_ends_a_pause(store: MemoryStore, clock: Clock) -> None:
-    brake = Brake(store, clock)
-    await brake.pause(3600)
-    await brake.read()
-    assert await brake.resume()
-    await brake.read()
-    assert verdict(brake) == OPEN
-    assert not await brake.resume()
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.pause(3600)
+    await kill_switch.refresh()
+    assert await kill_switch.resume()
+    await kill_switch.refresh()
+    assert verdict(kill_switch) == OPEN
+    assert not await kill_switch.resume()
 
 
 async def test_a_second_pause_moves_the_end(store: MemoryStore, clock: Clock) -> None:
-    brake = Brake(store, clock)
-    await brake.pause(3600)
-    await brake.pause(30)
-    await brake.read()
-    assert verdict(brake) == ("at-capacity", "30")
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.pause(3600)
+    await kill_switch.pause(30)
+    await kill_switch.refresh()
+    assert verdict(kill_switch) == ("at-capacity", "30")
     clock.now += 31
-    assert verdict(brake) == OPEN
+    assert verdict(kill_switch) == OPEN
 
 
 async def test_a_block_is_for_one_user(store: MemoryStore, clock: Clock) -> None:
-    brake = Brake(store, clock)
-    await brake.block(ANN, 60)
-    await brake.read()
-    assert verdict(brake, ANN) == BLOCKED
-    assert verdict(brake, BEN) == verdict(brake, User(mode="header", id="ann")) == OPEN
-    assert await brake.unblock(ANN)
-    assert not await brake.unblock(ANN)
-    await brake.read()
-    assert verdict(brake, ANN) == OPEN
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.block(ANN, 60)
+    await kill_switch.refresh()
+    assert verdict(kill_switch, ANN) == BLOCKED
+    assert verdict(kill_switch, BEN) == verdict(kill_switch, User(mode="header", id="ann")) == OPEN
+    assert await kill_switch.unblock(ANN)
+    assert not await kill_switch.unblock(ANN)
+    await kill_switch.refresh()
+    assert verdict(kill_switch, ANN) == OPEN
 
 
 async def test_a_block_ends_by_itself(store: MemoryStore, clock: Clock) -> None:
-    brake = Brake(store, clock)
-    await brake.block(ANN, 60)
-    await brake.block(BEN, 120)
-    await brake.read()
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.block(ANN, 60)
+    await kill_switch.block(BEN, 120)
+    await kill_switch.refresh()
     clock.now += 61
-    assert (verdict(brake, ANN), verdict(brake, BEN)) == (OPEN, BLOCKED)
+    assert (verdict(kill_switch, ANN), verdict(kill_switch, BEN)) == (OPEN, BLOCKED)
 
 
 async def test_a_paused_user_who_is_blocked_is_told_of_the_pause(store: MemoryStore, clock: Clock) -> None:
-    brake = Brake(store, clock)
-    await brake.block(ANN, 60)
-    await brake.pause(60)
-    await brake.read()
-    assert verdict(brake, ANN)[0] == "at-capacity"
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.block(ANN, 60)
+    await kill_switch.pause(60)
+    await kill_switch.refresh()
+    assert verdict(kill_switch, ANN)[0] == "at-capacity"
 
 
 async def test_without_its_store_a_brake_stays_as_it_is(clock: Clock) -> None:
     async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
-        brake = Brake(store, clock)
-        brake._paused_until, brake._blocked_until = clock.now + 100, {ANN.store_name: clock.now + 200}
+        kill_switch = KillSwitch(store, clock)
+        kill_switch._paused_until, kill_switch._blocked_until = clock.now + 100, {ANN.store_name: clock.now + 200}
         for _ in range(3):
-            await brake.read()
+            await kill_switch.refresh()
         assert store.state == "down"
-        assert verdict(brake, BEN) == ("at-capacity", "60")
+        assert verdict(kill_switch, BEN) == ("at-capacity", "60")
         clock.now += 101
-        assert (verdict(brake, ANN), verdict(brake, BEN)) == (BLOCKED, OPEN)
+        assert (verdict(kill_switch, ANN), verdict(kill_switch, BEN)) == (BLOCKED, OPEN)
 
 
 ADDRESSES = [
@@ -136,18 +136,18 @@ ADDRESSES = [
 async def test_an_address_means_who_comes_from_there(
     store: MemoryStore, clock: Clock, named: str, peer: str, same: bool
 ) -> None:
-    brake = Brake(store, clock)
-    operator = Operator(settings(), store, brake, limits=None)  # type: ignore[arg-type]  # names users only
-    await brake.block(operator.user(named), 60)
-    await brake.read()
+    kill_switch = KillSwitch(store, clock)
+    operator = Operator(settings(), store, kill_switch, limits=None)  # type: ignore[arg-type]  # names users only
+    await kill_switch.block(operator.user(named), 60)
+    await kill_switch.refresh()
 
     caller = await Anonymous([]).identify(Request({"type": "http", "headers": [], "client": (peer, 1)}))
 
-    assert verdict(brake, caller) == (BLOCKED if same else OPEN)
+    assert verdict(kill_switch, caller) == (BLOCKED if same else OPEN)
 
 
 @pytest.mark.parametrize("name", ["", "ann", "192.0.2", "192.0.2.1/32", "2001:db8::/64", "192.0.2.1 "])
 def test_what_is_no_address_is_refused(store: MemoryStore, name: str) -> None:
-    operator = Operator(settings(), store, Brake(store), limits=None)  # type: ignore[arg-type]  # names users only
+    operator = Operator(settings(), store, KillSwitch(store), limits=None)  # type: ignore[arg-type]  # names users only
     with pytest.raises(SettingsError, match="takes an IPv4 or IPv6 address"):
         operator.user(name)

@@ -19,10 +19,10 @@ from app.oneinbox.circuit_breaker import (
     FAILURES_IN_A_ROW,
     LONGEST_PAUSE,
     WHILE_PROBING,
-    Cooldown,
+    CircuitBreaker,
     pause_asked_for,
 )
-from app.oneinbox.errors import Busy, CoolingDown, Failed, OneInboxError, TimedOut, Unreachable
+from app.oneinbox.errors import Busy, CircuitOpen, Failed, OneInboxError, TimedOut, Unreachable
 from tests.conftest import Logs
 from tests.harness import API_KEY, ONEINBOX, Upstream
 
@@ -48,27 +48,27 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def cooldown(clock: Clock) -> Cooldown:
-    return Cooldown(clock)
+def breaker(clock: Clock) -> CircuitBreaker:
+    return CircuitBreaker(clock)
 
 
-def answered(cooldown: Cooldown) -> None:
+def answered(breaker: CircuitBreaker) -> None:
     """A request that is let through and answered."""
-    with cooldown.turn():
+    with breaker.guard():
         pass
 
 
-def fails(cooldown: Cooldown, error: OneInboxError = NO_ANSWER, times: int = 1) -> None:
+def fails(breaker: CircuitBreaker, error: OneInboxError = NO_ANSWER, times: int = 1) -> None:
     """Requests that are let through and end in an error."""
     for _ in range(times):
-        with pytest.raises(type(error)) as raised, cooldown.turn():
+        with pytest.raises(type(error)) as raised, breaker.guard():
             raise error
         assert raised.value is error
 
 
-def refused(cooldown: Cooldown) -> int:
+def refused(breaker: CircuitBreaker) -> int:
     """A request that is not let through; the seconds it is told to wait."""
-    with pytest.raises(CoolingDown) as raised, cooldown.turn():
+    with pytest.raises(CircuitOpen) as raised, breaker.guard():
         pytest.fail("it was let through")
     assert raised.value.slug == "upstream-busy"
     assert raised.value.may_have_acted is False
@@ -76,182 +76,184 @@ def refused(cooldown: Cooldown) -> int:
     return raised.value.retry_after
 
 
-def test_nothing_is_refused_at_first(cooldown: Cooldown) -> None:
+def test_nothing_is_refused_at_first(breaker: CircuitBreaker) -> None:
     for _ in range(3):
-        answered(cooldown)
+        answered(breaker)
 
-    assert cooldown.seconds_left == 0
+    assert breaker.seconds_left == 0
 
 
-def test_a_429_is_a_pause_of_its_length(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, Busy(7))
+def test_a_429_is_a_pause_of_its_length(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, Busy(7))
 
-    assert refused(cooldown) == 7
+    assert refused(breaker) == 7
     clock.now += 5.5
-    assert cooldown.seconds_left == 1.5
-    assert refused(cooldown) == 2  # whole seconds, after which a try really passes
+    assert breaker.seconds_left == 1.5
+    assert refused(breaker) == 2  # whole seconds, after which a try really passes
     clock.now += 1.4
-    assert refused(cooldown) == 1
+    assert refused(breaker) == 1
     clock.now += 0.11
-    assert cooldown.seconds_left == 0
-    answered(cooldown)
-    answered(cooldown)
+    assert breaker.seconds_left == 0
+    answered(breaker)
+    answered(breaker)
 
 
 @pytest.mark.parametrize("error", NO_ANSWERS.values(), ids=NO_ANSWERS.keys())
-def test_ten_requests_without_an_answer_are_a_pause(error: OneInboxError, cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, error, times=FAILURES_IN_A_ROW - 1)
-    assert cooldown.seconds_left == 0
+def test_ten_requests_without_an_answer_are_a_pause(
+    error: OneInboxError, breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fails(breaker, error, times=FAILURES_IN_A_ROW - 1)
+    assert breaker.seconds_left == 0
 
-    fails(cooldown, error)
+    fails(breaker, error)
 
-    assert cooldown.seconds_left == FAILURE_PAUSE
-    assert refused(cooldown) == FAILURE_PAUSE
+    assert breaker.seconds_left == FAILURE_PAUSE
+    assert refused(breaker) == FAILURE_PAUSE
     clock.now += FAILURE_PAUSE
-    answered(cooldown)
+    answered(breaker)
 
 
-def test_failures_of_different_kinds_are_one_row(cooldown: Cooldown) -> None:
+def test_failures_of_different_kinds_are_one_row(breaker: CircuitBreaker) -> None:
     for error in (list(NO_ANSWERS.values()) * 3)[:FAILURES_IN_A_ROW]:
-        fails(cooldown, error)
+        fails(breaker, error)
 
-    refused(cooldown)
-
-
-def test_any_answer_ends_the_row(cooldown: Cooldown) -> None:
-    fails(cooldown, times=FAILURES_IN_A_ROW - 1)
-    answered(cooldown)
-    fails(cooldown, times=FAILURES_IN_A_ROW - 1)
-
-    answered(cooldown)
+    refused(breaker)
 
 
-def test_a_pause_ends_the_row_too(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, times=FAILURES_IN_A_ROW - 1)
-    fails(cooldown, Busy(1))
+def test_any_answer_ends_the_row(breaker: CircuitBreaker) -> None:
+    fails(breaker, times=FAILURES_IN_A_ROW - 1)
+    answered(breaker)
+    fails(breaker, times=FAILURES_IN_A_ROW - 1)
+
+    answered(breaker)
+
+
+def test_a_pause_ends_the_row_too(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, times=FAILURES_IN_A_ROW - 1)
+    fails(breaker, Busy(1))
     clock.now += 1
-    answered(cooldown)
+    answered(breaker)
 
-    fails(cooldown, times=FAILURES_IN_A_ROW - 1)
+    fails(breaker, times=FAILURES_IN_A_ROW - 1)
 
-    answered(cooldown)
+    answered(breaker)
 
 
-def test_one_request_probes_and_the_others_wait_for_it(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, Busy(7))
+def test_one_request_probes_and_the_others_wait_for_it(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, Busy(7))
     clock.now += 7
 
-    with cooldown.turn():
-        assert cooldown.seconds_left == 0
+    with breaker.guard():
+        assert breaker.seconds_left == 0
         for _ in range(100):
-            assert refused(cooldown) == WHILE_PROBING
+            assert refused(breaker) == WHILE_PROBING
 
-    answered(cooldown)
+    answered(breaker)
 
 
-def test_a_probe_without_an_answer_begins_it_anew(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, times=FAILURES_IN_A_ROW)
+def test_a_probe_without_an_answer_begins_it_anew(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, times=FAILURES_IN_A_ROW)
     for _ in range(3):
         clock.now += FAILURE_PAUSE
-        fails(cooldown)
-        assert refused(cooldown) == FAILURE_PAUSE
+        fails(breaker)
+        assert refused(breaker) == FAILURE_PAUSE
 
     clock.now += FAILURE_PAUSE
-    answered(cooldown)
-    answered(cooldown)
+    answered(breaker)
+    answered(breaker)
 
 
-def test_a_probe_with_a_429_begins_it_anew(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, Busy(7))
+def test_a_probe_with_a_429_begins_it_anew(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, Busy(7))
     clock.now += 7
 
-    fails(cooldown, Busy(3))
+    fails(breaker, Busy(3))
 
-    assert refused(cooldown) == 3
+    assert refused(breaker) == 3
 
 
-def test_a_cancelled_probe_locks_nobody_out(cooldown: Cooldown, clock: Clock) -> None:
-    fails(cooldown, Busy(7))
+def test_a_cancelled_probe_locks_nobody_out(breaker: CircuitBreaker, clock: Clock) -> None:
+    fails(breaker, Busy(7))
     clock.now += 7
 
-    with pytest.raises(asyncio.CancelledError), cooldown.turn():
+    with pytest.raises(asyncio.CancelledError), breaker.guard():
         raise asyncio.CancelledError
     # It found out nothing: the next request is the probe, and the only one.
-    with cooldown.turn():
-        refused(cooldown)
+    with breaker.guard():
+        refused(breaker)
 
-    answered(cooldown)
+    answered(breaker)
 
 
-def test_a_cancelled_request_is_no_failure(cooldown: Cooldown) -> None:
-    fails(cooldown, times=FAILURES_IN_A_ROW - 1)
-    with pytest.raises(asyncio.CancelledError), cooldown.turn():
+def test_a_cancelled_request_is_no_failure(breaker: CircuitBreaker) -> None:
+    fails(breaker, times=FAILURES_IN_A_ROW - 1)
+    with pytest.raises(asyncio.CancelledError), breaker.guard():
         raise asyncio.CancelledError
 
-    answered(cooldown)
+    answered(breaker)
 
 
-def begun(cooldown: Cooldown, error: OneInboxError | None = None) -> Iterator[None]:
+def begun(breaker: CircuitBreaker, error: OneInboxError | None = None) -> Iterator[None]:
     """A request that is under way from the first step to the second."""
-    with cooldown.turn():
+    with breaker.guard():
         yield
         if error is not None:
             raise error
 
 
-def test_what_was_sent_before_the_pause_does_not_lengthen_it(cooldown: Cooldown, clock: Clock) -> None:
-    under_way = [begun(cooldown, NO_ANSWER) for _ in range(5 * FAILURES_IN_A_ROW)]
+def test_what_was_sent_before_the_pause_does_not_lengthen_it(breaker: CircuitBreaker, clock: Clock) -> None:
+    under_way = [begun(breaker, NO_ANSWER) for _ in range(5 * FAILURES_IN_A_ROW)]
     for request in under_way:
         next(request)
     for request in under_way[:FAILURES_IN_A_ROW]:
         assert_fails(request)
-    assert cooldown.seconds_left == FAILURE_PAUSE
+    assert breaker.seconds_left == FAILURE_PAUSE
 
     clock.now += 1
     for request in under_way[FAILURES_IN_A_ROW : 3 * FAILURES_IN_A_ROW]:
         assert_fails(request)
-    assert cooldown.seconds_left == FAILURE_PAUSE - 1
+    assert breaker.seconds_left == FAILURE_PAUSE - 1
 
     clock.now += FAILURE_PAUSE
-    answered(cooldown)
+    answered(breaker)
     for request in under_way[3 * FAILURES_IN_A_ROW :]:
         assert_fails(request)
-    answered(cooldown)
+    answered(breaker)
 
 
-def test_an_answer_to_what_was_sent_before_the_pause_does_not_end_it(cooldown: Cooldown) -> None:
-    under_way = begun(cooldown)
+def test_an_answer_to_what_was_sent_before_the_pause_does_not_end_it(breaker: CircuitBreaker) -> None:
+    under_way = begun(breaker)
     next(under_way)
-    fails(cooldown, Busy(7))
+    fails(breaker, Busy(7))
 
     assert next(under_way, None) is None
 
-    assert refused(cooldown) == 7
+    assert refused(breaker) == 7
 
 
 @pytest.mark.parametrize(("first", "second"), [(7, 3), (3, 7)])
-def test_of_two_pauses_the_longer_counts(first: int, second: int, cooldown: Cooldown) -> None:
-    under_way = begun(cooldown, Busy(second))
+def test_of_two_pauses_the_longer_counts(first: int, second: int, breaker: CircuitBreaker) -> None:
+    under_way = begun(breaker, Busy(second))
     next(under_way)
-    fails(cooldown, Busy(first))
+    fails(breaker, Busy(first))
 
     assert_fails(under_way)
 
-    assert refused(cooldown) == 7
+    assert refused(breaker) == 7
 
 
-def test_a_good_probe_does_not_end_a_pause_asked_for_meanwhile(cooldown: Cooldown, clock: Clock) -> None:
-    under_way = begun(cooldown, Busy(30))
+def test_a_good_probe_does_not_end_a_pause_asked_for_meanwhile(breaker: CircuitBreaker, clock: Clock) -> None:
+    under_way = begun(breaker, Busy(30))
     next(under_way)
-    fails(cooldown, Busy(7))
+    fails(breaker, Busy(7))
     clock.now += 7
-    with cooldown.turn():
+    with breaker.guard():
         assert_fails(under_way)
 
-    assert refused(cooldown) == 30
+    assert refused(breaker) == 30
     clock.now += 30
-    answered(cooldown)
-    answered(cooldown)
+    answered(breaker)
+    answered(breaker)
 
 
 def assert_fails(request: Iterator[None]) -> None:
@@ -259,17 +261,17 @@ def assert_fails(request: Iterator[None]) -> None:
         next(request)
 
 
-def test_beginning_and_end_are_said_once(cooldown: Cooldown, clock: Clock, logs: Logs) -> None:
-    fails(cooldown, times=FAILURES_IN_A_ROW)
+def test_beginning_and_end_are_said_once(breaker: CircuitBreaker, clock: Clock, logs: Logs) -> None:
+    fails(breaker, times=FAILURES_IN_A_ROW)
     for _ in range(3):
-        refused(cooldown)
+        refused(breaker)
         clock.now += FAILURE_PAUSE
-        fails(cooldown)
+        fails(breaker)
     clock.now += FAILURE_PAUSE
-    answered(cooldown)
-    answered(cooldown)
+    answered(breaker)
+    answered(breaker)
 
-    assert [entry["event"] for entry in logs] == ["oneinbox_cooling_down", "oneinbox_answers_again"]
+    assert [entry["event"] for entry in logs] == ["oneinbox_paused", "oneinbox_recovered"]
 
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -326,8 +328,8 @@ ERRORS = {"500": 500, "503": 503, "404": 404, "401": 401, "302": 302, "no-sessio
 
 
 @pytest.mark.parametrize("status", ERRORS.values(), ids=ERRORS.keys())
-async def test_every_status_but_429_is_an_answer(status: int, cooldown: Cooldown, upstream: Upstream) -> None:
-    oneinbox = client(cooldown, upstream)
+async def test_every_status_but_429_is_an_answer(status: int, breaker: CircuitBreaker, upstream: Upstream) -> None:
+    oneinbox = client(breaker, upstream)
     upstream.start.mock(side_effect=httpx.ConnectError(""))
     for _ in range(FAILURES_IN_A_ROW - 1):
         with pytest.raises(Unreachable):
@@ -340,18 +342,18 @@ async def test_every_status_but_429_is_an_answer(status: int, cooldown: Cooldown
     for _ in range(FAILURES_IN_A_ROW):
         with pytest.raises(Unreachable):
             await start(oneinbox)
-    with pytest.raises(CoolingDown):
+    with pytest.raises(CircuitOpen):
         await start(oneinbox)
 
 
-async def test_what_is_refused_is_not_sent(cooldown: Cooldown, upstream: Upstream) -> None:
-    oneinbox = client(cooldown, upstream)
+async def test_what_is_refused_is_not_sent(breaker: CircuitBreaker, upstream: Upstream) -> None:
+    oneinbox = client(breaker, upstream)
     upstream.start.respond(429, headers={"Retry-After": "7"})
     with pytest.raises(Busy):
         await start(oneinbox)
 
     for _ in range(5):
-        with pytest.raises(CoolingDown):
+        with pytest.raises(CircuitOpen):
             await start(oneinbox)
 
     assert upstream.start.call_count == 1
@@ -368,39 +370,39 @@ class Telling(httpx.AsyncBaseTransport):
         return httpx.Response(self.status, json={"id": "call_1", "items": []})
 
 
-async def test_reads_neither_begin_it_nor_mind_it(cooldown: Cooldown) -> None:
+async def test_reads_neither_begin_it_nor_mind_it(breaker: CircuitBreaker) -> None:
     transport = Telling()
-    oneinbox = client(cooldown, transport)
+    oneinbox = client(breaker, transport)
     reads = (lambda: oneinbox.get_call("call_1"), lambda: oneinbox.stop_call("call_1"), oneinbox.list_calls)
     for transport.status in (429, *[None] * FAILURES_IN_A_ROW):
         for read in reads:
             with pytest.raises(OneInboxError):
                 await read()
-    assert cooldown.seconds_left == 0
-    answered(cooldown)
+    assert breaker.seconds_left == 0
+    answered(breaker)
 
-    fails(cooldown, Busy(7))
+    fails(breaker, Busy(7))
     transport.status = 200
     for read in reads:
         await read()
     # Nor do their answers say anything of starting calls.
-    assert refused(cooldown) == 7
+    assert refused(breaker) == 7
 
 
-async def test_a_cancelled_caller_of_the_probe(cooldown: Cooldown, clock: Clock, upstream: Upstream) -> None:
+async def test_a_cancelled_caller_of_the_probe(breaker: CircuitBreaker, clock: Clock, upstream: Upstream) -> None:
     async def never(_: httpx.Request) -> httpx.Response:
         arrived.set()
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
     arrived = asyncio.Event()
-    oneinbox = client(cooldown, upstream)
-    fails(cooldown, Busy(7))
+    oneinbox = client(breaker, upstream)
+    fails(breaker, Busy(7))
     clock.now += 7
     upstream.start.mock(side_effect=never)
     probe = asyncio.create_task(start(oneinbox))
     await arrived.wait()
-    with pytest.raises(CoolingDown):
+    with pytest.raises(CircuitOpen):
         await start(oneinbox)
 
     probe.cancel()
@@ -412,8 +414,8 @@ async def test_a_cancelled_caller_of_the_probe(cooldown: Cooldown, clock: Clock,
     await start(oneinbox)
 
 
-def client(cooldown: Cooldown, transport: httpx.AsyncBaseTransport) -> OneInbox:
-    return OneInbox(ONEINBOX, SecretStr(API_KEY), transport, timeout=15, connect_timeout=3, cooldown=cooldown)
+def client(breaker: CircuitBreaker, transport: httpx.AsyncBaseTransport) -> OneInbox:
+    return OneInbox(ONEINBOX, SecretStr(API_KEY), transport, timeout=15, connect_timeout=3, breaker=breaker)
 
 
 async def start(oneinbox: OneInbox) -> None:

@@ -10,7 +10,7 @@ import httpx
 import jwt
 import pytest
 
-from app.broker.secret_reload import Rotation
+from app.broker.secret_reload import SecretReloader
 from tests.conftest import Logs, OpenBroker
 from tests.harness import API_KEY, ONEINBOX, Upstream, post_session, start_call, started
 from tests.shapes import assert_problem, assert_session
@@ -42,7 +42,7 @@ class Ticks:
 def tick(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     """Has every broker look at its files when it is called, and never else."""
     ticks = Ticks()
-    monkeypatch.setattr("app.broker.build.Rotation", partial(Rotation, sleep=ticks.sleep))
+    monkeypatch.setattr("app.broker.build.SecretReloader", partial(SecretReloader, sleep=ticks.sleep))
     return ticks
 
 
@@ -119,7 +119,7 @@ async def test_a_key_that_is_refused_for_good_is_the_operators_business(
         assert_problem(await post_session(broker), "upstream-misconfigured")
 
     assert oneinbox.refused == 3
-    assert sum(entry["event"] == "secret_not_renewed" for entry in logs) == 2
+    assert sum(entry["event"] == "secret_rejected" for entry in logs) == 2
     # It spent nothing.
     file.write_text(NEW_KEY)
     assert_session(await post_session(broker))

@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.identity import User
-from app.limits import LiveCalls, Start, TalkTime
+from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
@@ -43,17 +43,17 @@ class House:
     def replica(self) -> TalkTime:
         return TalkTime(self.store, now=self.clock, **self.options)
 
-    async def start(self, user: User = ANN) -> Start:
+    async def start(self, user: User = ANN) -> CallAttempt:
         """A call begins."""
         self._started += 1
-        start = Start(f"r{self._started}", int(self.clock()), "main", user.store_name, "owner")
-        await self.store.decide([], [Slot(name, None) for name in start.sets], member=start.member, lease=2 * DAY)
-        return start
+        attempt = CallAttempt(f"r{self._started}", int(self.clock()), "main", user.store_name, "owner")
+        await self.store.decide([], [Slot(name, None) for name in attempt.sets], member=attempt.key, lease=2 * DAY)
+        return attempt
 
-    async def end(self, start: Start, seconds: float | None) -> None:
+    async def end(self, attempt: CallAttempt, seconds: float | None) -> None:
         """A call is seen ended, as LiveCalls does it."""
-        if await self.store.leave(start.sets, start.member):
-            await self.talk.count(start, ended(seconds))
+        if await self.store.remove_member(attempt.sets, attempt.key):
+            await self.talk.count(attempt, ended(seconds))
 
     async def refusal(self, user: User = ANN) -> Problem | None:
         """What a user who asks now is told; None: nothing."""
@@ -112,29 +112,29 @@ async def test_finished_and_running_calls_count_together() -> None:
 
 async def test_the_end_of_a_call_counts_its_talk_and_not_its_life() -> None:
     house = House(minutes=10)
-    start = await house.start()
+    attempt = await house.start()
     house.clock.now += 601
     assert await house.is_refused()
-    await house.end(start, 120)
+    await house.end(attempt, 120)
     assert not await house.is_refused()
 
 
 @pytest.mark.parametrize("record", [None, CallRecord(id="c", status="completed")], ids=["gone", "no-duration"])
 async def test_a_call_that_says_no_duration_counts_from_its_post(record: CallRecord | None) -> None:
     house = House(minutes=10)
-    start = await house.start()
+    attempt = await house.start()
     house.clock.now += 600
-    await house.store.leave(start.sets, start.member)
-    await house.talk.count(start, record)
+    await house.store.remove_member(attempt.sets, attempt.key)
+    await house.talk.count(attempt, record)
     assert await house.is_refused()
 
 
 @pytest.mark.parametrize("seconds", [0.0, -5.0])
 async def test_a_call_without_talk_counts_nothing(seconds: float) -> None:
     house = House(minutes=1)
-    start = await house.start()
+    attempt = await house.start()
     house.clock.now += 30
-    await house.end(start, seconds)
+    await house.end(attempt, seconds)
     await house.start()
     house.clock.now += 59
     assert not await house.is_refused()
@@ -179,9 +179,9 @@ async def test_never_more_than_the_minutes_in_any_day(minutes: int) -> None:
         if await house.is_refused():
             house.clock.now += 50
             continue
-        start = await house.start()
+        attempt = await house.start()
         house.clock.now += 50
-        await house.end(start, 50)
+        await house.end(attempt, 50)
         talked.append(house.clock.now)
     first = 0
     for last, at in enumerate(talked):
@@ -247,13 +247,13 @@ async def test_an_end_that_many_see_counts_once_over_replicas() -> None:
         )
 
     replicas = [replica() for _ in range(5)]
-    start = await house.start()
-    await replicas[0].begin(start, "c")
+    attempt = await house.start()
+    await replicas[0].begin(attempt, "c")
     house.clock.now += SWEEP_SECONDS
     upstream.has_call("c", status="completed", duration_seconds=300)
     sweeps = [each.sweep() for each in replicas]
-    sights = [each.see(start.request_id, ended(300)) for each in replicas * 3]
-    await asyncio.gather(*sweeps, *sights, *(each.stop(start, "c", "why") for each in replicas))
+    sights = [each.note_end(attempt.request_id, ended(300)) for each in replicas * 3]
+    await asyncio.gather(*sweeps, *sights, *(each.stop(attempt, "c", "why") for each in replicas))
     await house.start()
     house.clock.now += 299
     assert not await house.is_refused()
@@ -271,11 +271,11 @@ async def test_a_session_is_refused_once_the_minutes_are_used_up(open_broker: Op
     assert_session(await post_session(broker))
     upstream.has_call("call_1", status="completed", duration_seconds=3600, metadata={"broker_request_id": request_id})
     assert (await broker.get(path)).status_code == 200
-    starts = upstream.start.call_count
+    attempts = upstream.start.call_count
     response = await post_session(broker)
     assert_problem(response, "talk-time-used-up")
     assert DAY - DAY / 64 - 60 <= int(response.headers["retry-after"]) <= DAY + DAY / 64
-    assert upstream.start.call_count == starts
+    assert upstream.start.call_count == attempts
 
 
 async def test_a_refusal_for_the_minutes_spends_no_session(open_broker: OpenBroker, upstream: Upstream) -> None:
