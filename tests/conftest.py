@@ -15,7 +15,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from app.server.gc import freeze_gc
-from tests.harness import BROKER, CLIENT, Upstream, running_broker, settings
+from tests.support.harness import BROKER, CLIENT, Upstream, running_broker, settings
 
 # How long an example takes is for a busy machine to say; what it shows is not.
 hypothesis_settings.register_profile(

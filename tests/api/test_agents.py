@@ -8,8 +8,8 @@ import jwt
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import Upstream, post_session
-from tests.shapes import assert_limited, assert_problem, assert_session, policies, states
+from tests.support.harness import Upstream, post_session
+from tests.support.shapes import assert_limited, assert_problem, assert_session, policies, states
 
 SECRET = "a secret shared with the issuer, long enough"
 

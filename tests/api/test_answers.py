@@ -9,8 +9,8 @@ import pytest
 
 from app.problems import KINDS
 from tests.conftest import Logs, OpenBroker
-from tests.harness import API_KEY, TOKEN, Upstream, post_session, start_call
-from tests.shapes import STATUS, assert_problem, assert_safe_headers, assert_session
+from tests.support.harness import API_KEY, TOKEN, Upstream, post_session, start_call
+from tests.support.shapes import STATUS, assert_problem, assert_safe_headers, assert_session
 
 KEPT = ["a", "abc-DEF_1.2", "0" * 128, "..", "-"]
 REPLACED = ["", "a" * 129, "a b", "a\tb", 'a"', "a/b", "ä", "a;b", "a\x7f", "<script>", "%41"]

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import AGENT_ID, API_KEY, Upstream, start_call
-from tests.shapes import assert_problem, assert_safe_headers
+from tests.support.harness import AGENT_ID, API_KEY, Upstream, start_call
+from tests.support.shapes import assert_problem, assert_safe_headers
 
 BASIC = {
     "id",

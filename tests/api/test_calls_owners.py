@@ -10,8 +10,8 @@ import jwt
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import AGENT_ID, CLIENT, Upstream, post_session
-from tests.shapes import assert_problem, assert_safe_headers
+from tests.support.harness import AGENT_ID, CLIENT, Upstream, post_session
+from tests.support.shapes import assert_problem, assert_safe_headers
 
 SECRET = "an issuer's secret of more than 32 characters"
 ELSEWHERE = "198.51.100.9"

@@ -9,8 +9,8 @@ import pytest
 
 from app.api.webhooks import MAX_WEBHOOK as MAX_BODY
 from tests.conftest import OpenBroker
-from tests.harness import JSON, Upstream, post_session
-from tests.shapes import STATUS, assert_problem
+from tests.support.harness import JSON, Upstream, post_session
+from tests.support.shapes import STATUS, assert_problem
 
 SECRET = "abcdefghijklmnopqrstuvwxyz-_0123456789"
 PATH = f"/webhooks/oneinbox/{SECRET}"

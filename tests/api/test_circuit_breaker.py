@@ -8,8 +8,8 @@ import pytest
 
 from app.oneinbox.circuit_breaker import FAILURE_PAUSE, FAILURES_IN_A_ROW, CircuitBreaker
 from tests.conftest import OpenBroker
-from tests.harness import CLIENT, Upstream, post_session, start_call, started
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import CLIENT, Upstream, post_session, start_call, started
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 MANY = "100000/minute"
 

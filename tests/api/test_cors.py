@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import Upstream, post_session, start_call
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import Upstream, post_session, start_call
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 APP = "https://app.example"
 EXPOSED = {

@@ -1,4 +1,4 @@
-"""What the OpenAPI document promises is what happens; tests.harness holds every answer of every test against it."""
+"""What the OpenAPI document promises is what happens: the harness holds every answer of every test against it."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,8 @@ import pytest
 
 from app.sessions.schemas import REQUESTS
 from tests.conftest import OpenBroker
-from tests.harness import CLIENT, Upstream, post_session
-from tests.shapes import assert_problem, assert_session
+from tests.support.harness import CLIENT, Upstream, post_session
+from tests.support.shapes import assert_problem, assert_session
 
 HEADER_MODE = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": f"{CLIENT}/32"}
 ADA = {"X-Forwarded-User": "ada", "Sec-Fetch-Site": "same-origin"}

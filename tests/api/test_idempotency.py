@@ -20,8 +20,8 @@ from app.sessions.disconnect import ClientConnection
 from app.sessions.idempotency import LOOK_SECONDS, Idempotency, StartedCall
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
-from tests.harness import ONEINBOX, Upstream, post_session, started
-from tests.shapes import assert_limited, assert_problem, assert_session, remaining
+from tests.support.harness import ONEINBOX, Upstream, post_session, started
+from tests.support.shapes import assert_limited, assert_problem, assert_session, remaining
 
 KEY = "0123456789abcdef"
 VERIFY = "https://verify.example/siteverify"

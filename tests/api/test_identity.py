@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.conftest import Logs, OpenBroker
-from tests.harness import CLIENT, Upstream, post_session
-from tests.shapes import assert_problem, assert_safe_headers, remaining
+from tests.support.harness import CLIENT, Upstream, post_session
+from tests.support.shapes import assert_problem, assert_safe_headers, remaining
 
 SECRET = "a secret shared with the issuer, long enough"
 ISSUER, AUDIENCE = "https://login.example/", "voice"

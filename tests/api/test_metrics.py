@@ -7,8 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Logs, OpenBroker
-from tests.harness import Upstream, post_session, start_call, started
-from tests.shapes import assert_problem
+from tests.support.harness import Upstream, post_session, start_call, started
+from tests.support.shapes import assert_problem
 
 TOKEN = "metrics-token-of-the-operator"
 METRICS = {"BROKER_METRICS_TOKEN": TOKEN}

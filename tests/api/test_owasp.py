@@ -15,8 +15,8 @@ import respx
 
 from app.broker.build import secret_lines
 from tests.conftest import Logs, OpenBroker
-from tests.harness import AGENT_ID, API_KEY, ONEINBOX, TOKEN, Upstream, post_session, settings, started
-from tests.shapes import assert_problem, assert_safe_headers, assert_session
+from tests.support.harness import AGENT_ID, API_KEY, ONEINBOX, TOKEN, Upstream, post_session, settings, started
+from tests.support.shapes import assert_problem, assert_safe_headers, assert_session
 
 SECRET = "a secret shared with the issuer, long enough"
 SIGNED_IN: dict[str, Any] = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": SECRET}

@@ -12,8 +12,8 @@ import pytest
 
 from app.broker.secret_reload import SecretReloader
 from tests.conftest import Logs, OpenBroker
-from tests.harness import API_KEY, ONEINBOX, Upstream, post_session, start_call, started
-from tests.shapes import assert_problem, assert_session
+from tests.support.harness import API_KEY, ONEINBOX, Upstream, post_session, start_call, started
+from tests.support.shapes import assert_problem, assert_session
 
 NEW_KEY = "oi_sk_new_9876543210"
 OLD, NEW = "old-" * 8, "new-" * 8

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import AGENT_ID, API_KEY, JSON, TOKEN, Upstream, post_session, started
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import AGENT_ID, API_KEY, JSON, TOKEN, Upstream, post_session, started
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 ALL_LEAVES = (
     "llm.provider,llm.model,llm.temperature,llm.system_prompt,transcriber.model,transcriber.language,"

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.conftest import OpenBroker
-from tests.harness import Upstream, post_session
-from tests.shapes import assert_limited, assert_problem, assert_session, policies, remaining, states
+from tests.support.harness import Upstream, post_session
+from tests.support.shapes import assert_limited, assert_problem, assert_session, policies, remaining, states
 
 
 async def test_five_a_minute_and_fifty_a_day(broker: httpx.AsyncClient, upstream: Upstream) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.api.test_session import nested
 from tests.conftest import OpenBroker
-from tests.harness import AGENT_ID, JSON, Upstream, post_session
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import AGENT_ID, JSON, Upstream, post_session
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 
 async def assert_nothing_was_spent(broker: httpx.AsyncClient, upstream: Upstream) -> None:

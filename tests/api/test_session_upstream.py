@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from tests.conftest import Logs, OpenBroker
-from tests.harness import AGENT_ID, API_KEY, TOKEN, Upstream, post_session, started, without
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import AGENT_ID, API_KEY, TOKEN, Upstream, post_session, started, without
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 
 def rejected(*locs: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NonRecordingSpan, Span
 
 from tests.conftest import Logs, OpenBroker
-from tests.harness import Upstream, post_session, start_call
+from tests.support.harness import Upstream, post_session, start_call
 
 
 class Recorder(NonRecordingSpan, trace.Tracer, trace.TracerProvider):

@@ -23,7 +23,7 @@ from string import Template
 from typing import Any
 
 from app.config.settings import KNOWN
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.benchmarks import rig
 from tests.benchmarks.rig import Missing, say
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 SETTLED = 3.0
 """Seconds after which a started broker needs no more memory."""

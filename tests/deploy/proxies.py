@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from tests.deploy.settings import DEPLOY
-from tests.needs import program
+from tests.support.needs import program
 
 PATIENCE = 30
 """Seconds for a proxy to start and to end; ample on a busy machine."""

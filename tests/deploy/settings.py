@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tests.documents import ROOT
-from tests.needs import program
+from tests.support.needs import program
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"

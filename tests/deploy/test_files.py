@@ -26,7 +26,7 @@ from tests.deploy.settings import (
     of_kind,
 )
 from tests.documents import ROOT
-from tests.needs import program
+from tests.support.needs import program
 
 SCRIPTS = Path(sys.executable).parent
 EXPOSURE = 1.5

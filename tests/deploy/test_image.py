@@ -15,7 +15,7 @@ from app import __version__
 from app.sandbox.emulator import EmulatorOptions
 from tests.deploy.images import PACKAGES, Container, Image, built_image
 from tests.documents import ROOT
-from tests.needs import cannot, program
+from tests.support.needs import cannot, program
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -20,8 +20,8 @@ from app.sandbox.faults import Drop, Fields
 from app.sandbox.server import running_emulator
 from app.telemetry.metrics import Metrics
 from tests.documents import ROOT
-from tests.integration.brokers import LONG_CALLS, PATIENCE, eventually, running_broker_process
-from tests.needs import program
+from tests.support.brokers import LONG_CALLS, PATIENCE, eventually, running_broker_process
+from tests.support.needs import program
 
 MONITORING = ROOT / "deploy" / "monitoring"
 ALERTS = MONITORING / "alerts.yaml"

@@ -28,14 +28,14 @@ from tests.deploy.settings import (
     objects,
     of_kind,
 )
-from tests.integration.brokers import (
+from tests.support.brokers import (
     environ_of,
     outcomes,
     post_many,
     running_broker_process,
     running_broker_processes,
 )
-from tests.integration.processes import Finished, run
+from tests.support.processes import Finished, run
 
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 ONEINBOX = EmulatorOptions(

@@ -13,7 +13,7 @@ import pytest_asyncio
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.deploy.proxies import NAMES, Proxy, running
-from tests.integration.brokers import LONG_CALLS, BrokerProcess, asked, eventually, running_broker_process
+from tests.support.brokers import LONG_CALLS, BrokerProcess, asked, eventually, running_broker_process
 
 PER_USER = 2
 METRICS = {"Authorization": "Bearer a-token-of-the-operators"}

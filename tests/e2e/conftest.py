@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 
-from tests.integration.processes import Process, running
-from tests.needs import program
+from tests.support.needs import program
+from tests.support.processes import Process, running
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 FLAGS = (

@@ -14,8 +14,8 @@ from playwright.sync_api import Page, expect
 
 from app.sandbox.demo import LIVEKIT_CLIENT, LIVEKIT_CLIENT_INTEGRITY
 from tests.e2e.conftest import OpenPage, running_sandbox
-from tests.integration.processes import Process
-from tests.needs import NODE_MODULES, node
+from tests.support.needs import NODE_MODULES, node
+from tests.support.processes import Process
 
 PATIENCE = 20_000
 """Milliseconds for what the page does by itself; ample on a busy machine."""

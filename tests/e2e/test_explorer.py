@@ -14,8 +14,8 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.e2e.conftest import OpenPage
-from tests.integration.processes import running, serving
-from tests.needs import program
+from tests.support.needs import program
+from tests.support.processes import running, serving
 
 SECRET = "a-secret-shared-with-the-sign-in-service"
 EXAMPLES = ".opblock-section-request-body .examples-select select"

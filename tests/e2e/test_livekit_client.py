@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.needs import node
+from tests.support.needs import node
 
 HERE = Path(__file__).parent
 PATIENCE = 30

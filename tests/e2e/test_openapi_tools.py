@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.documents import ROOT
-from tests.needs import NODE_MODULES, node
+from tests.support.needs import NODE_MODULES, node
 
 HERE = Path(__file__).parent
 DOCUMENT = ROOT / "deploy" / "openapi.json"

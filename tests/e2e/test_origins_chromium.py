@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Page
 
 from tests.e2e.conftest import OpenPage
-from tests.integration.processes import Process, running, serving
+from tests.support.processes import Process, running, serving
 
 SECRET = "origins_c4b1f08a6d2e4b7c9a5e3f10"
 COOKIE = "who"

@@ -23,9 +23,9 @@ from playwright.sync_api import Page, Request, Route, expect
 
 from app.problems import KINDS
 from tests.e2e.conftest import OpenPage
-from tests.harness import ROOMY
-from tests.integration.processes import ROOT, running, serving
-from tests.needs import NODE_MODULES, node
+from tests.support.harness import ROOMY
+from tests.support.needs import NODE_MODULES, node
+from tests.support.processes import ROOT, running, serving
 
 PRINTED_BROKER = "http://127.0.0.1:8000"
 LIVEKIT = "127.0.0.1:7880"

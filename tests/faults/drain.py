@@ -33,7 +33,7 @@ from typing import Any
 
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, check
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 HONEST = 5
 TRY_SECONDS = 5.0

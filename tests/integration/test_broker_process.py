@@ -18,9 +18,9 @@ import pytest_asyncio
 from app import __version__
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.harness import JSON, ROOMY
-from tests.integration.processes import PATIENCE, ROOT, Process, exchange, run, running, serving
-from tests.shapes import assert_problem, assert_session
+from tests.support.harness import JSON, ROOMY
+from tests.support.processes import PATIENCE, ROOT, Process, exchange, run, running, serving
+from tests.support.shapes import assert_problem, assert_session
 
 KEY = "oi_sk_integration_77c1d0"
 
@@ -314,7 +314,7 @@ async def test_a_request_that_never_finishes_does_not_hold_the_end_up(environ: d
     upstream = await asyncio.start_server(silent_oneinbox, "127.0.0.1", 0)
     port = upstream.sockets[0].getsockname()[1]
     slow = {**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}", "ONEINBOX_TIMEOUT": "60"}
-    hasty = running("serve", "--port", "0", cwd=tmp_path, environ=slow, module="tests.integration.hasty")
+    hasty = running("serve", "--port", "0", cwd=tmp_path, environ=slow, module="tests.support.hasty")
     with hasty as process:
         url = json.loads(process.wait_for('"listening"'))["url"]
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:

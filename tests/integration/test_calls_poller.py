@@ -9,9 +9,9 @@ from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Latency
 from app.sandbox.schemas import CallOverride, RegisterWebhook
 from app.sandbox.server import running_emulator
-from tests.integration.brokers import asked, running_broker_process, running_broker_processes
-from tests.integration.valkey import running_valkey
-from tests.integration.watchers import Watcher, figure, memory, open_many, room_for_sockets
+from tests.support.brokers import asked, running_broker_process, running_broker_processes
+from tests.support.valkey import running_valkey
+from tests.support.watchers import Watcher, figure, memory, open_many, room_for_sockets
 
 WATCHERS = 1000
 STREAMS = {"BROKER_MAX_STREAMS": "2000"}

@@ -8,8 +8,8 @@ from collections import Counter
 import jwt
 
 from app.sandbox.server import running_emulator
-from tests.integration.brokers import LONG_CALLS, asked, running_broker_process
-from tests.integration.watchers import figure
+from tests.support.brokers import LONG_CALLS, asked, running_broker_process
+from tests.support.watchers import figure
 
 ISSUER = "an issuer's secret of more than 32 characters"
 SETTINGS = {

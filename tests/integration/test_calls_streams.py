@@ -13,7 +13,7 @@ import jwt
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.schemas import CallOverride
 from app.sandbox.server import running_emulator
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     PATIENCE,
     BrokerProcess,
@@ -21,9 +21,9 @@ from tests.integration.brokers import (
     running_broker_process,
     running_broker_processes,
 )
-from tests.integration.valkey import running_valkey
-from tests.integration.watchers import Watcher, figure, memory, open_many
-from tests.shapes import assert_problem
+from tests.support.shapes import assert_problem
+from tests.support.valkey import running_valkey
+from tests.support.watchers import Watcher, figure, memory, open_many
 
 ISSUER = "an issuer's secret of more than 32 characters"
 VANISHED_SECONDS = 20

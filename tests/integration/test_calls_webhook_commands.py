@@ -11,8 +11,8 @@ from app.config.settings import SettingsError
 from app.oneinbox.errors import OneInboxError
 from app.sandbox.schemas import RegisterWebhook
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.brokers import LONG_CALLS, environ_of, settings_of
-from tests.integration.processes import Finished, run
+from tests.support.brokers import LONG_CALLS, environ_of, settings_of
+from tests.support.processes import Finished, run
 
 SECRET = "webhook-secret-of-the-tests-0123456789"
 SETTINGS = {"BROKER_PUBLIC_URL": "https://broker.example/voice", "BROKER_WEBHOOK_SECRET": SECRET}

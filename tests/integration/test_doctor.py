@@ -16,8 +16,8 @@ from app.doctor.findings import Finding, as_json
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Drip, Drop, Hang, Status
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.processes import PATIENCE, Finished, run
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.processes import PATIENCE, Finished, run
+from tests.support.valkey import Valkey, running_valkey
 
 KEY = "oi_sk_PLANTEDKEY_77c1d0"
 PASSWORD = "PLANTEDPASSWORD"

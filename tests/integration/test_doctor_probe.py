@@ -10,8 +10,8 @@ import pytest_asyncio
 
 from app.doctor.probe import probe
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.brokers import running_broker_process
-from tests.integration.processes import run
+from tests.support.brokers import running_broker_process
+from tests.support.processes import run
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -19,16 +19,16 @@ import pytest_asyncio
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.server.server import KEEP_ALIVE
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
     eventually,
     running_broker_process,
 )
-from tests.integration.processes import running
-from tests.integration.valkey import running_valkey
-from tests.shapes import assert_session
+from tests.support.processes import running
+from tests.support.shapes import assert_session
+from tests.support.valkey import running_valkey
 
 MEGABYTE = 1024 * 1024
 ARRIVAL = 10

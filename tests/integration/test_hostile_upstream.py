@@ -30,8 +30,7 @@ from app.sandbox.faults import (
     Truncated,
 )
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.harness import TOKEN
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
@@ -40,7 +39,8 @@ from tests.integration.brokers import (
     post_many,
     running_broker_process,
 )
-from tests.shapes import assert_problem, assert_session, remaining
+from tests.support.harness import TOKEN
+from tests.support.shapes import assert_problem, assert_session, remaining
 
 TIMEOUT = 1.0
 PATIENCE = TIMEOUT + 1

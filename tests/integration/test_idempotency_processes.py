@@ -11,8 +11,7 @@ import pytest
 from app.oneinbox.transport import open_transport
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.harness import running_broker
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     asked,
     eventually,
@@ -22,8 +21,9 @@ from tests.integration.brokers import (
     running_broker_processes,
     settings_of,
 )
-from tests.integration.valkey import Valkey, running_valkey
-from tests.shapes import assert_problem
+from tests.support.harness import running_broker
+from tests.support.shapes import assert_problem
+from tests.support.valkey import Valkey, running_valkey
 
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 

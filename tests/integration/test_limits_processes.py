@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from app.cli.operator import Operator, operate
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
@@ -24,8 +24,8 @@ from tests.integration.brokers import (
     running_broker_processes,
     settings_of,
 )
-from tests.integration.valkey import Valkey, running_valkey
-from tests.shapes import policies, remaining, states
+from tests.support.shapes import policies, remaining, states
+from tests.support.valkey import Valkey, running_valkey
 
 GLOBAL_MINUTE = 5000
 PROXIED = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}

@@ -7,9 +7,9 @@ import pytest
 from app.oneinbox.transport import open_transport
 from app.sandbox.faults import BrokenJson, Drop, Fault, Fields, Hang, NotUtf8, Redirect, Status, Truncated
 from app.sandbox.server import running_emulator
-from tests.harness import running_broker
-from tests.integration.brokers import LONG_CALLS, asked, eventually, settings_of
-from tests.shapes import STATUS, assert_problem, remaining, states
+from tests.support.brokers import LONG_CALLS, asked, eventually, settings_of
+from tests.support.harness import running_broker
+from tests.support.shapes import STATUS, assert_problem, remaining, states
 
 START: dict[str, Any] = {"operation": "start", "times": 1}
 UNREACHABLE = "http://127.0.0.1:1"

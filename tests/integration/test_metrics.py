@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.sandbox.faults import Drop
 from app.sandbox.server import running_emulator
-from tests.integration.brokers import LONG_CALLS, PATIENCE, BrokerProcess, eventually, post_many, running_broker_process
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.brokers import LONG_CALLS, PATIENCE, BrokerProcess, eventually, post_many, running_broker_process
+from tests.support.valkey import Valkey, running_valkey
 
 TOKEN = "metrics-token-of-the-operator"
 METRICS = {"BROKER_METRICS_TOKEN": TOKEN, "BROKER_SESSION_LIMITS": "10/hour"}

@@ -42,8 +42,7 @@ from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS
 from app.store import Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
-from tests.harness import ONEINBOX
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
@@ -51,9 +50,10 @@ from tests.integration.brokers import (
     running_broker_process,
     settings_of,
 )
-from tests.integration.valkey import Valkey, running_valkey
-from tests.shapes import assert_problem, assert_session
-from tests.unit.following import in_own_time
+from tests.support.following import in_own_time
+from tests.support.harness import ONEINBOX
+from tests.support.shapes import assert_problem, assert_session
+from tests.support.valkey import Valkey, running_valkey
 
 KEY = "0123456789abcdef"
 NOTICED_SECONDS = 1.0

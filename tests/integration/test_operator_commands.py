@@ -15,8 +15,7 @@ from app.cli.operator import Operator, operate
 from app.limits.kill_switch import IN_FORCE_SECONDS
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.conftest import OpenBroker
-from tests.harness import settings
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     environ_of,
@@ -26,8 +25,9 @@ from tests.integration.brokers import (
     post_many,
     running_broker_processes,
 )
-from tests.integration.processes import Finished, run
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.harness import settings
+from tests.support.processes import Finished, run
+from tests.support.valkey import Valkey, running_valkey
 
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
 NOWHERE = "redis://127.0.0.1:1"

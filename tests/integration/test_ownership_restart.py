@@ -9,8 +9,7 @@ import pytest
 
 from app.oneinbox.transport import open_transport
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.harness import running_broker
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     SECRET,
     from_address,
@@ -19,8 +18,9 @@ from tests.integration.brokers import (
     running_broker_process,
     settings_of,
 )
-from tests.integration.valkey import running_valkey
-from tests.shapes import assert_problem, remaining
+from tests.support.harness import running_broker
+from tests.support.shapes import assert_problem, remaining
+from tests.support.valkey import running_valkey
 
 NEW_SECRET = "the secret that comes after it, and no shorter"
 JWT_SECRET = "a secret shared with the issuer, long enough"

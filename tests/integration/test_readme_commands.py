@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import PATIENCE, ROOT, run, running, surroundings
-from tests.integration.valkey import running_valkey
-from tests.needs import program
+from tests.support.needs import program
+from tests.support.processes import PATIENCE, ROOT, run, running, surroundings
+from tests.support.valkey import running_valkey
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [

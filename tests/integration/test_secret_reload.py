@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,

@@ -18,8 +18,8 @@ from app.sandbox import faults
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import AnyFault, Fault
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.harness import JSON, ROOMY
-from tests.integration.processes import Process, serving
+from tests.support.harness import JSON, ROOMY
+from tests.support.processes import Process, serving
 
 KEY = "oi_sk_PLANTEDKEY_b3f1"
 TOKEN = "PLANTEDTOKEN.c0ffee.d00d"

@@ -8,7 +8,7 @@ import pytest
 
 from app.store import Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.valkey import Valkey, running_valkey
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from app.store import Rate, Slot, StoreUnavailable
 from app.store.failover import MISSED, FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.valkey import Valkey, running_valkey
 
 
 @pytest.fixture

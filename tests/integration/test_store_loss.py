@@ -15,8 +15,7 @@ from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.protocol import Rate
 from app.store.valkey import ValkeyStore
-from tests.harness import running_broker
-from tests.integration.brokers import (
+from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
     asked,
@@ -28,8 +27,9 @@ from tests.integration.brokers import (
     running_broker_processes,
     settings_of,
 )
-from tests.integration.valkey import Valkey, running_valkey
-from tests.shapes import assert_problem
+from tests.support.harness import running_broker
+from tests.support.shapes import assert_problem
+from tests.support.valkey import Valkey, running_valkey
 
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8", "BROKER_SESSION_LIMITS": "5/hour"}
 USER, BLOCKED, FRESH = (from_address(f"198.51.100.{number}") for number in (1, 2, 3))

@@ -13,7 +13,7 @@ from app.store import Decision, Rate, Slot, StoreUnavailable, scripts
 from app.store.memory import MemoryStore
 from app.store.scripts import Script
 from app.store.valkey import ValkeyStore
-from tests.integration.valkey import Valkey, running_valkey
+from tests.support.valkey import Valkey, running_valkey
 
 
 @pytest.fixture(scope="module")

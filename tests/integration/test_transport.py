@@ -21,7 +21,7 @@ from app.api.app import create_app
 from app.config.settings import SettingsError
 from app.oneinbox import transport as module
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
-from tests.harness import settings
+from tests.support.harness import settings
 
 pytestmark = pytest.mark.every_loop
 

@@ -11,7 +11,7 @@ from app.limits.call_attempt import ALL_CALLS
 from app.sessions.disconnect import ClientConnection
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import SessionInput
-from tests.harness import Upstream, settings
+from tests.support.harness import Upstream, settings
 
 
 async def nothing_more() -> dict[str, Any]:

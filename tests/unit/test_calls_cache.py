@@ -10,7 +10,7 @@ from app.calls import cache as module
 from app.calls.snapshots import Snapshot
 from app.oneinbox.errors import OneInboxError
 from app.problems import Problem
-from tests.unit.following import (
+from tests.support.following import (
     ANN,
     BEN,
     DATE,

@@ -14,7 +14,7 @@ from app.calls import refresh_queue as refresh_queue_module
 from app.calls.refresh_queue import RefreshQueue
 from app.identity import User
 from app.problems import Problem
-from tests.unit.following import (
+from tests.support.following import (
     ANN,
     BEN,
     DATE,

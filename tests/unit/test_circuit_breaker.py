@@ -24,7 +24,7 @@ from app.oneinbox.circuit_breaker import (
 )
 from app.oneinbox.errors import Busy, CircuitOpen, Failed, OneInboxError, TimedOut, Unreachable
 from tests.conftest import Logs
-from tests.harness import API_KEY, ONEINBOX, Upstream
+from tests.support.harness import API_KEY, ONEINBOX, Upstream
 
 NO_ANSWERS: dict[str, OneInboxError] = {
     "unreachable": Unreachable("cannot be reached", may_have_acted=False),

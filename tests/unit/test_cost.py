@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.processes import run
+from tests.support.processes import run
 
 CALLS = {"session": 915, "read": 360}
 """Function calls of a request, Python's and C's; an empty FastAPI route takes 275. Whoever needs more says so here."""

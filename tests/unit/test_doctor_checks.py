@@ -16,7 +16,7 @@ from jwt.algorithms import ECAlgorithm
 from app.doctor import checks as module
 from app.doctor.checks import diagnose
 from app.doctor.findings import DEADLINE, Finding, as_json, fine, within
-from tests.harness import API_KEY, ENVIRON, Upstream
+from tests.support.harness import API_KEY, ENVIRON, Upstream
 
 NOW = 1_800_000_000.0
 JWKS = "https://login.example/jwks.json?token=hush"

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from app.doctor.settings_review import review, settings_warnings
-from tests.harness import settings
+from tests.support.harness import settings
 
 QUIET = {
     "BROKER_ALLOWED_ORIGINS": "https://www.example.com",

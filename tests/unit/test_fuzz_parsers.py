@@ -30,8 +30,8 @@ from app.sessions.idempotency import PRINTABLE, _canonical, _expiry, read_key
 from app.sessions.policy import CallSpec
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import _of_the_browser
-from tests.harness import AGENT_ID, ONEINBOX
-from tests.unit.following import outcome
+from tests.support.following import outcome
+from tests.support.harness import AGENT_ID, ONEINBOX
 from tests.unit.test_agents import SUPPORT
 
 ANN, NOBODY = User(mode="jwt", id="ann"), User(mode="anonymous", id="192.0.2.1")

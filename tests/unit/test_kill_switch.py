@@ -11,7 +11,7 @@ from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
-from tests.harness import settings
+from tests.support.harness import settings
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 

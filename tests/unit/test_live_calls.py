@@ -20,7 +20,7 @@ from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
-from tests.harness import AGENT_ID, ONEINBOX, Upstream
+from tests.support.harness import AGENT_ID, ONEINBOX, Upstream
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 AGENT = Agent("main", AGENT_ID, None, frozenset())

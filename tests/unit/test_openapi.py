@@ -14,7 +14,7 @@ from app.config.settings import load_settings
 from app.problems import KINDS
 from app.sessions.schemas import REQUESTS, SessionRequest
 from tests.documents import document
-from tests.shapes import RETRY_LATER
+from tests.support.shapes import RETRY_LATER
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"

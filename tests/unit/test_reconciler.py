@@ -25,8 +25,8 @@ from app.store import Slot, StoreUnavailable, Value
 from app.store.memory import MemoryStore
 from app.telemetry.metrics import ORPHANS, Metrics
 from tests.conftest import Logs
-from tests.harness import ONEINBOX
-from tests.unit.following import in_own_time
+from tests.support.following import in_own_time
+from tests.support.harness import ONEINBOX
 
 DATE = 1_800_000_000.0
 AGENTS = {"main": "agt_main", "side": "agt_side"}

@@ -21,7 +21,7 @@ from app.identity.keyring import Keyring
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, Misconfigured, OneInboxError, TimedOut
 from tests.conftest import Logs
-from tests.harness import AGENT_ID, ONEINBOX, settings, started
+from tests.support.harness import AGENT_ID, ONEINBOX, settings, started
 
 OLD_KEY, NEW_KEY = "oi_sk_old_0123456789", "oi_sk_new_9876543210"
 KEY, SECRET = "ONEINBOX_API_KEY", "BROKER_SECRET"

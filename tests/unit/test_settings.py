@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.config.settings import Settings, SettingsError, load_settings
-from tests.harness import AGENT_ID, API_KEY
+from tests.support.harness import AGENT_ID, API_KEY
 
 NEEDED = {"ONEINBOX_API_KEY": API_KEY, "ONEINBOX_AGENT_ID": AGENT_ID}
 SECRET = "a-secret-of-more-than-thirty-two-characters"

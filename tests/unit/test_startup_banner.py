@@ -6,7 +6,7 @@ import pytest
 
 from app.cli.startup_banner import announce
 from tests.conftest import Logs
-from tests.harness import settings
+from tests.support.harness import settings
 
 URL = "http://127.0.0.1:8000"
 

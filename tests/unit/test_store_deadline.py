@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from app.store.deadline import LATE_TICKS, LONGEST_FACTOR, TICKS, Deadline
-from tests.unit.following import OwnTime, in_own_time
+from tests.support.following import OwnTime, in_own_time
 
 BOUND = 0.25
 TICK = BOUND / TICKS

@@ -15,8 +15,8 @@ from app.problems import Problem
 from app.store import Slot
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
-from tests.harness import ONEINBOX, Upstream, post_session, start_call
-from tests.shapes import assert_problem, assert_session
+from tests.support.harness import ONEINBOX, Upstream, post_session, start_call
+from tests.support.shapes import assert_problem, assert_session
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 DAY = 86400

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-NODE_MODULES = Path(__file__).parent / "e2e" / "node_modules"
+NODE_MODULES = Path(__file__).parents[1] / "e2e" / "node_modules"
 
 
 def cannot(reason: str) -> NoReturn:

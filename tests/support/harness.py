@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.app import create_app
 from app.config.settings import Settings, load_settings
-from tests.shapes import assert_documented
+from tests.support.shapes import assert_documented
 
 API_KEY = "oi_sk_test_5d1f0c9a77e34b22"
 AGENT_ID = "agt_test"

@@ -30,7 +30,7 @@ from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.oneinbox import OneInbox
 from app.store.memory import MemoryStore
-from tests.harness import AGENT_ID, ONEINBOX
+from tests.support.harness import AGENT_ID, ONEINBOX
 
 P = ParamSpec("P")
 

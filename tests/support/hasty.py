@@ -1,4 +1,4 @@
-"""The broker with a second's patience at its end instead of GRACE: `python -m tests.integration.hasty serve`."""
+"""The broker with a second's patience at its end instead of GRACE: `python -m tests.support.hasty serve`."""
 
 from app.cli.commands import main
 from app.server import server

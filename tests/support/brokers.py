@@ -20,7 +20,7 @@ from app.config.settings import Settings, load_settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.middleware import RecordedRequest
-from tests.integration.processes import surroundings
+from tests.support.processes import surroundings
 
 PATIENCE = 30
 """Seconds for a process to start, to answer or to end; ample on a busy machine."""
