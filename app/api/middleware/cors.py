@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import problem_response
+from app.api.middleware.root_path import route_path
 from app.config.settings import is_loopback
 from app.problems import Problem
 
@@ -51,7 +51,7 @@ class CorsPolicy:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         origins = [value for name, value in scope["headers"] if name == b"origin"]
-        if get_route_path(scope).startswith("/webhooks/"):
+        if route_path(scope).startswith("/webhooks/"):
             return await self.app(scope, receive, send)  # no browser's business; a secret of its own protects it
         if not origins and not self._needs_origin(scope):
 
@@ -92,7 +92,7 @@ class CorsPolicy:
     def _needs_origin(self, scope: Scope) -> bool:
         if scope["method"] != "POST":
             return False
-        if self.require and get_route_path(scope) == "/session":
+        if self.require and route_path(scope) == "/session":
             return True
         return self.same_site_posts and (b"sec-fetch-site", b"same-origin") not in scope["headers"]
 

@@ -5,9 +5,9 @@ import secrets
 import time
 
 import structlog
-from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.middleware.root_path import route_path
 from app.telemetry.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -75,7 +75,7 @@ class RequestLog:
             return  # no lifespan runs
         metrics.answered(scope["method"], route, status, seconds)
         # By path: what is refused before it is routed was a request for a session all the same.
-        if scope["method"] == "POST" and get_route_path(scope) == "/session":
+        if scope["method"] == "POST" and route_path(scope) == "/session":
             metrics.session(state.get("problem") or state.get("outcome", "hung-up"))
 
 
