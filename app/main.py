@@ -4,7 +4,8 @@ import sys
 from typing import Any
 
 from app.api.app import create_app
-from app.config.settings import SettingsError, load_settings
+from app.config.loading import load_settings
+from app.config.settings import SettingsError
 from app.server.gc import freeze_gc
 from app.telemetry.logging import configure_logging
 

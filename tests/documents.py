@@ -18,7 +18,8 @@ from typer.main import get_group
 
 from app.api.app import create_app
 from app.cli.commands import cli
-from app.config.settings import FIELDS, SECRETS, SettingsError, load_settings
+from app.config.loading import load_settings
+from app.config.settings import FIELDS, SECRETS, SettingsError
 from app.problems import KINDS
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from app.calls.ownership import Ownership
 from app.calls.poller import CallPoller
 from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
-from app.config.agents import Agents, AgentsError, read_agents, single_agent
+from app.config.agents import Agents, load_agents
+from app.config.loading import secret_lines
 from app.config.settings import Settings, SettingsError, is_loopback, takes
 from app.identity import (
     Anonymous,
@@ -52,7 +53,7 @@ LONGEST_LEASE = 86400
 
 def check(settings: Settings) -> None:
     """What only the parts can check: agents file, keys against algorithms, the store's URL. Raises SettingsError."""
-    agents_of(settings)
+    load_agents(settings)
     _keys(settings)
     try:
         open_store(settings.store_url.get_secret_value())
@@ -71,7 +72,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
 
     `transport` replaces the connections to OneInbox and to the challenge service.
     """
-    agents, keys = agents_of(settings), _keys(settings)
+    agents, keys = load_agents(settings), _keys(settings)
     identity = _identity(settings, keys)
     keyring = Keyring(secret_lines(settings))
     secret_reloader = SecretReloader(settings)
@@ -252,32 +253,6 @@ def open_limits(
         count_locally=settings.on_store_loss == "local",
         metrics=metrics,
     )
-
-
-def agents_of(settings: Settings) -> Agents:
-    """The configured agents. Raises SettingsError, a line for each wrong place of the agents file."""
-    variables = None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables)
-    overrides = frozenset(settings.allowed_overrides)
-    if settings.agents_file is None:
-        assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires one of the two
-        return single_agent(settings.oneinbox_agent_id, variables, overrides)
-    try:
-        text = settings.agents_file.read_text(encoding="utf-8")
-        return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
-    except OSError as error:
-        lines = [f"cannot be read ({error.strerror}); takes the path of a TOML file"]
-    except UnicodeDecodeError:
-        lines = ["is not UTF-8 text; takes the path of a TOML file"]
-    except AgentsError as error:
-        lines = error.lines
-    raise SettingsError([f"BROKER_AGENTS_FILE: {line}" for line in lines])
-
-
-def secret_lines(settings: Settings) -> list[str]:
-    """The secrets that keys are derived from, newest first."""
-    if settings.secret is None:
-        return [settings.oneinbox_api_key.get_secret_value()]
-    return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
 
 
 def _identity(settings: Settings, keys: Keys | None) -> Identity:

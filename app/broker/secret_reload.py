@@ -10,7 +10,8 @@ from pathlib import Path
 
 import structlog
 
-from app.config.settings import Settings, SettingsError, field_of, read_secret, with_secret
+from app.config.loading import read_secret, with_secret
+from app.config.settings import Settings, SettingsError, field_of
 
 EVERY_SECONDS = 2
 

@@ -19,7 +19,8 @@ from app import __version__
 from app.api.app import create_app
 from app.cli.operator import Operator, WebhookOperator, operate, operate_webhooks
 from app.cli.startup_banner import announce
-from app.config.settings import Settings, SettingsError, load_settings, split_url, takes
+from app.config.loading import load_settings
+from app.config.settings import Settings, SettingsError, split_url, takes
 from app.doctor.findings import Finding, all_ok, as_json, as_text
 from app.limits.kill_switch import IN_FORCE_SECONDS
 from app.oneinbox.errors import OneInboxError

@@ -3,7 +3,8 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from app.broker.build import agents_of, open_limits, open_oneinbox
+from app.broker.build import open_limits, open_oneinbox
+from app.config.agents import load_agents
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
@@ -116,7 +117,7 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
         raise SettingsError(
             ["BROKER_STORE_URL: is memory://; a command reaches running brokers only through a shared store"]
         )
-    agents = agents_of(settings)
+    agents = load_agents(settings)
     async with open_store(url) as store:
         said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
         if store.state == "down":

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value
+from app.config.settings import Settings, SettingsError
 from app.config.validation import MAX_VARIABLES, VariableName, VariableValue, check_limits
 
 AGENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -86,6 +87,25 @@ class Agents:
         self.by_name: Mapping[str, Agent] = {agent.name: agent for agent in agents}
         self.by_id: Mapping[str, Agent] = {agent.agent_id: agent for agent in self.by_name.values()}
         self.default = default
+
+
+def load_agents(settings: Settings) -> Agents:
+    """The configured agents. Raises SettingsError, a line for each wrong place of the agents file."""
+    variables = None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables)
+    overrides = frozenset(settings.allowed_overrides)
+    if settings.agents_file is None:
+        assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires one of the two
+        return single_agent(settings.oneinbox_agent_id, variables, overrides)
+    try:
+        text = settings.agents_file.read_text(encoding="utf-8")
+        return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
+    except OSError as error:
+        lines = [f"cannot be read ({error.strerror}); takes the path of a TOML file"]
+    except UnicodeDecodeError:
+        lines = ["is not UTF-8 text; takes the path of a TOML file"]
+    except AgentsError as error:
+        lines = error.lines
+    raise SettingsError([f"BROKER_AGENTS_FILE: {line}" for line in lines])
 
 
 class AgentsError(Exception):

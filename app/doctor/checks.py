@@ -13,9 +13,10 @@ from typing import Any
 
 import httpx
 
-from app.broker.build import agents_of, check, open_oneinbox
-from app.config.agents import Agents
-from app.config.settings import Settings, SettingsError, load_settings
+from app.broker.build import check, open_oneinbox
+from app.config.agents import Agents, load_agents
+from app.config.loading import load_settings
+from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.identity.jwks import FETCH_SECONDS, KeySet, KeySetError
@@ -89,7 +90,7 @@ def _parts(settings: Settings) -> list[Finding]:
     """The agents file, and keys against algorithms."""
     name = "agents file"
     try:
-        agents = agents_of(settings)
+        agents = load_agents(settings)
     except SettingsError as error:
         findings = [wrong(name, line, "mend the file") for line in error.lines]
     else:
@@ -198,7 +199,7 @@ async def _agents(settings: Settings, oneinbox: OneInbox, reached: Finding) -> F
     """Without starting a call OneInbox says of an agent only whether it had calls."""
     name = "agents"
     try:
-        agents = agents_of(settings)
+        agents = load_agents(settings)
     except SettingsError:
         return warning(name, "not checked, as the agents file cannot be read")
     if reached.level != "ok":

@@ -13,7 +13,7 @@ import jwt
 import pytest
 import respx
 
-from app.broker.build import secret_lines
+from app.config.loading import secret_lines
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import AGENT_ID, API_KEY, ONEINBOX, TOKEN, Upstream, post_session, settings, started
 from tests.support.shapes import assert_problem, assert_safe_headers, assert_session

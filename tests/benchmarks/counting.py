@@ -20,7 +20,7 @@ import httpx
 from starlette.types import ASGIApp, Message
 
 from app.api.app import create_app
-from app.config.settings import load_settings
+from app.config.loading import load_settings
 from app.server.gc import freeze_gc
 from app.telemetry.logging import configure_logging
 from tests.benchmarks import rig

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app import __version__
-from app.config.settings import load_settings
+from app.config.loading import load_settings
 from app.server.server import GRACE
 from tests.deploy.settings import (
     DEPLOY,

@@ -10,7 +10,7 @@ import json
 import sys
 
 from app.api.app import create_app
-from app.config.settings import load_settings
+from app.config.loading import load_settings
 from app.server.server import create_server, listen, url_of
 from app.telemetry.logging import configure_logging
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from app.config.settings import Settings, load_settings
+from app.config.loading import load_settings
+from app.config.settings import Settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.middleware import RecordedRequest

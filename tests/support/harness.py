@@ -11,7 +11,8 @@ import respx
 from starlette.types import Receive, Scope, Send
 
 from app.api.app import create_app
-from app.config.settings import Settings, load_settings
+from app.config.loading import load_settings
+from app.config.settings import Settings
 from tests.support.shapes import assert_documented
 
 API_KEY = "oi_sk_test_5d1f0c9a77e34b22"

@@ -9,7 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from app.config.settings import FIELDS, load_settings
+from app.config.loading import load_settings
+from app.config.settings import FIELDS
 from app.problems import KINDS
 from tests.documents import COMMAND, ROOT, documents, required
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 from app.calls.ownership import Ownership
-from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, load_settings
+from app.config.loading import load_settings
+from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt

@@ -10,7 +10,7 @@ import pytest
 
 from app.api.middleware.cors import ALLOWED_HEADERS, EXPOSED
 from app.api.openapi import of_broker
-from app.config.settings import load_settings
+from app.config.loading import load_settings
 from app.problems import KINDS
 from app.sessions.schemas import REQUESTS, SessionRequest
 from tests.documents import document

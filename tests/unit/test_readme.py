@@ -12,7 +12,8 @@ from uvicorn.main import main as uvicorn
 
 from app.api.app import create_app
 from app.cli.commands import cli
-from app.config.settings import KNOWN, load_settings
+from app.config.loading import load_settings
+from app.config.settings import KNOWN
 from app.server.server import GRACE
 from app.sessions.schemas import SessionRequest
 from tests.documents import ROOT

@@ -15,7 +15,8 @@ from pydantic import SecretStr
 
 from app.broker.build import secret_handlers
 from app.broker.secret_reload import SecretReloader
-from app.config.settings import SECRETS, Settings, SettingsError, field_of, load_settings, read_secret, with_secret
+from app.config.loading import load_settings, read_secret, with_secret
+from app.config.settings import SECRETS, Settings, SettingsError, field_of
 from app.identity import FixedKey, secret_key
 from app.identity.keyring import Keyring
 from app.oneinbox import OneInbox

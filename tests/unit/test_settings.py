@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.config.settings import Settings, SettingsError, load_settings
+from app.config.loading import load_settings
+from app.config.settings import Settings, SettingsError
 from tests.support.harness import AGENT_ID, API_KEY
 
 NEEDED = {"ONEINBOX_API_KEY": API_KEY, "ONEINBOX_AGENT_ID": AGENT_ID}
