@@ -1,1 +1,1 @@
-"""An offline OneInbox to develop and test against. Imports nothing from the broker, and the broker nothing from it."""
+"""An offline OneInbox to develop and test against. It and the broker import nothing from each other."""

@@ -1,4 +1,4 @@
-"""Calls: the book of them, their life by the clock, and their record as OneInbox shows it."""
+"""Calls: how they are kept, how their state follows the clock, and their record as OneInbox shows it."""
 
 import math
 import secrets
@@ -39,7 +39,7 @@ _OLDER_FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How and when a call ended: by the clock, a stop, or the control surface."""
+    """How and when a call ended: by the clock, by a stop, or through the control surface."""
 
     status: str
     reason: str
@@ -49,7 +49,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A status the control surface keeps a call in."""
+    """A status in which the control surface keeps a call."""
 
     status: str
     since: float
@@ -57,7 +57,7 @@ class Hold:
 
 @dataclass(slots=True)
 class Call:
-    """What is remembered of a call; its status follows from this and the time."""
+    """A call. Its state follows from these fields and the time."""
 
     number: int
     """Counts up in the order of creation."""
@@ -69,19 +69,19 @@ class Call:
     overrides: dict[str, Any]
     metadata: dict[str, Any]
     ending: Ending | None = None
-    """Set when it was not the clock that ended it."""
+    """Set unless the clock ended it."""
     hold: Hold | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """Fields the control surface laid over the record."""
+    """Fields of the record replaced by the control surface."""
     removed: set[str] = field(default_factory=set)
-    """Fields the control surface took out of the record."""
+    """Fields of the record removed by the control surface."""
     announced: frozenset[str] = frozenset()
     """Webhook events already sent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """A call at one point in time."""
+class CallState:
+    """A call's state at one point in time."""
 
     status: str
     changed_at: float
@@ -89,17 +89,17 @@ class Moment:
     ended_at: float | None = None
     end_reason: str | None = None
     ready: bool = False
-    """Transcript and the rest are there."""
+    """True once the transcript and the rest are filled in."""
     next_change: float | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the call costs money; a status nobody knows does."""
+        """True while the call costs money; an unknown status counts as running."""
         return self.status not in TERMINAL
 
     @property
     def duration(self) -> int | None:
-        """Seconds talked, once ended."""
+        """Seconds talked; None until the call has ended."""
         if self.ended_at is None:
             return None
         return 0 if self.started_at is None else round(self.ended_at - self.started_at)
@@ -117,8 +117,8 @@ class Moment:
         return tuple(due)
 
 
-def moment(call: Call, options: EmulatorOptions, now: float) -> Moment:
-    """`call` at time `now`."""
+def state_at(call: Call, options: EmulatorOptions, now: float) -> CallState:
+    """Return the state of `call` at time `now`."""
     if call.ending is not None:
         return _ended(call.ending, options, now)
     initiated_at = call.created_at + options.queued
@@ -126,29 +126,29 @@ def moment(call: Call, options: EmulatorOptions, now: float) -> Moment:
     ended_at = started_at + options.in_progress
     if call.hold is not None:
         started = None if call.hold.status in _NOT_STARTED else min(started_at, call.hold.since)
-        return Moment(call.hold.status, call.hold.since, started)
+        return CallState(call.hold.status, call.hold.since, started)
     if now < initiated_at:
-        return Moment("queued", call.created_at, next_change=initiated_at)
+        return CallState("queued", call.created_at, next_change=initiated_at)
     if now < started_at:
-        return Moment("initiated", initiated_at, next_change=started_at)
+        return CallState("initiated", initiated_at, next_change=started_at)
     if now < ended_at:
-        return Moment("in_progress", started_at, started_at, next_change=ended_at)
+        return CallState("in_progress", started_at, started_at, next_change=ended_at)
     return _ended(Ending("completed", "user_hangup", started_at, ended_at), options, now)
 
 
-def _ended(end: Ending, options: EmulatorOptions, now: float) -> Moment:
+def _ended(end: Ending, options: EmulatorOptions, now: float) -> CallState:
     ready_at = end.ended_at + options.transcript_delay
     if now < ready_at:
-        return Moment(end.status, end.ended_at, end.started_at, end.ended_at, end.reason, next_change=ready_at)
-    return Moment(end.status, ready_at, end.started_at, end.ended_at, end.reason, ready=True)
+        return CallState(end.status, end.ended_at, end.started_at, end.ended_at, end.reason, next_change=ready_at)
+    return CallState(end.status, ready_at, end.started_at, end.ended_at, end.reason, ready=True)
 
 
 class Calls:
-    """The account's calls, at most MAX_CALLS of them."""
+    """The account's calls, at most MAX_CALLS."""
 
     def __init__(self, options: EmulatorOptions) -> None:
         self._options = options
-        # Ordered by creation. A plain dict pays for every entry deleted at its front when it is next iterated.
+        # In order of creation. Not a plain dict: iterating one steps over every entry deleted at its front.
         self._calls: OrderedDict[str, Call] = OrderedDict()
         self._created = 0
 
@@ -156,20 +156,20 @@ class Calls:
         return len(self._calls)
 
     def __iter__(self) -> Iterator[Call]:
-        """Newest first."""
+        """Iterate over the calls, newest first."""
         return reversed(self._calls.values())
 
     def get(self, call_id: str) -> Call | None:
-        """The call with this id, if it is (still) there."""
+        """Return the call with this id, or None."""
         return self._calls.get(call_id)
 
-    def moment(self, call: Call) -> Moment:
-        """`call` now."""
-        return moment(call, self._options, self._options.now())
+    def state(self, call: Call) -> CallState:
+        """Return the current state of `call`."""
+        return state_at(call, self._options, self._options.now())
 
     def running(self) -> list[Call]:
-        """The calls that have not ended, newest first."""
-        return [call for call in self if self.moment(call).running]
+        """Return the calls that have not ended, newest first."""
+        return [call for call in self if self.state(call).running]
 
     def start(self, body: StartCall) -> Call:
         """Create a call."""
@@ -190,12 +190,12 @@ class Calls:
         return call
 
     def stop(self, call: Call) -> None:
-        """End a running call; one that has ended stays as it is."""
-        if self.moment(call).running:
+        """End a call if it is running."""
+        if self.state(call).running:
             self._end(call, "completed", "stopped")
 
     def force(self, call: Call, status: str | None) -> None:
-        """Put a call into `status` until told otherwise or stopped; None gives it back to the clock."""
+        """Keep a call in `status` until the next change or stop; None returns it to the clock."""
         if status is None:
             call.ending = call.hold = None
         elif status in TERMINAL:
@@ -204,53 +204,53 @@ class Calls:
             call.ending, call.hold = None, Hold(status, self._options.now())
 
     def delete(self, call: Call) -> None:
-        """Forget a call."""
+        """Remove a call."""
         del self._calls[call.id]
 
     def _end(self, call: Call, status: str, reason: str) -> None:
-        now = self.moment(call)
-        ended_at = self._options.now() if now.ended_at is None else now.ended_at
-        call.ending, call.hold = Ending(status, reason, now.started_at, ended_at), None
+        state = self.state(call)
+        ended_at = self._options.now() if state.ended_at is None else state.ended_at
+        call.ending, call.hold = Ending(status, reason, state.started_at, ended_at), None
 
     def _evict(self) -> None:
-        """Drop the oldest ended call; the oldest of all when a long row at the front is held running."""
+        """Remove the oldest ended call; the oldest of all if the first _EVICTION_SCAN are running."""
         oldest = list(islice(self._calls.values(), _EVICTION_SCAN))
-        self.delete(next((call for call in oldest if not self.moment(call).running), oldest[0]))
+        self.delete(next((call for call in oldest if not self.state(call).running), oldest[0]))
 
 
-def record(call: Call, at: Moment, options: EmulatorOptions) -> dict[str, Any]:
-    """The call as GET /v1/calls/{id} answers it."""
-    talked = at.ready and at.started_at is not None
+def record(call: Call, state: CallState, options: EmulatorOptions) -> dict[str, Any]:
+    """Return the call's record, as GET /v1/calls/{id} answers it."""
+    talked = state.ready and state.started_at is not None
     messages = _messages(call) if talked else []
-    duration = at.duration or 0
+    duration = state.duration or 0
     fields: dict[str, Any] = {
         "id": call.id,
         "agent_id": call.agent_id,
         "type": "web",
-        "status": at.status,
+        "status": state.status,
         "from_number": None,
         "to_number": None,
         "room_name": call.room_name,
         "direction": "inbound",
         "scheduled_at": None,
         "variables": call.variables,
-        "started_at": timestamp(at.started_at),
-        "ended_at": timestamp(at.ended_at),
-        "duration_seconds": at.duration,
-        "end_reason": at.end_reason,
+        "started_at": timestamp(state.started_at),
+        "ended_at": timestamp(state.ended_at),
+        "duration_seconds": state.duration,
+        "end_reason": state.end_reason,
         "transcript": _transcript(messages, options) if talked else None,
         "messages": messages,
         "recording_url": f"https://recordings.oneinbox.example/{call.id}.wav" if talked else None,
         "analysis": {"sentiment": "positive", "success": True} if talked else {},
         "latency": {"stt_ms": 120, "llm_ms": 340, "tts_ms": 180} if talked else {},
-        "cost_cents": math.ceil(duration / 60 * 10) if at.ready else None,
+        "cost_cents": math.ceil(duration / 60 * 10) if state.ready else None,
         "metadata": call.metadata,
         "created_at": timestamp(call.created_at),
-        "updated_at": timestamp(at.changed_at),
+        "updated_at": timestamp(state.changed_at),
         "twilio_call_sid": None,
         "outcome": "resolved" if talked else None,
         "ai_summary": "The caller asked for the opening hours and was told." if talked else None,
-        "credits_used": round(duration / 60, 2) if at.ready else None,
+        "credits_used": round(duration / 60, 2) if state.ready else None,
     }
     if options.edition == "guide":
         fields = {name: value for name, value in fields.items() if name in _OLDER_FIELDS}
@@ -259,7 +259,7 @@ def record(call: Call, at: Moment, options: EmulatorOptions) -> dict[str, Any]:
 
 
 def timestamp(at: float | None) -> str | None:
-    """RFC 3339 in UTC."""
+    """Format a time as RFC 3339 in UTC."""
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
 
 

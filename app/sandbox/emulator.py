@@ -1,6 +1,6 @@
-"""The OneInbox emulator: an offline OneInbox for anybody's tests, with faults on demand.
+"""The OneInbox emulator: an offline OneInbox for tests, with faults on demand.
 
-`/v1` is OneInbox's; `/_emulator` is the control surface, for loopback peers only.
+`/v1` is OneInbox's API; `/_emulator` is the control surface, for loopback peers only.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ import base64
 import binascii
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from typing import Annotated, Any, cast
@@ -28,7 +28,7 @@ __all__ = ["Emulator", "EmulatorOptions", "create_emulator"]
 
 
 class Emulator:
-    """All that the emulated account remembers; `app.state.emulator` of the app."""
+    """The emulated account's state, at `app.state.emulator`."""
 
     def __init__(self, options: EmulatorOptions) -> None:
         self.options = options
@@ -38,11 +38,11 @@ class Emulator:
         self.requests: deque[RecordedRequest] = deque(maxlen=MAX_REQUESTS)
 
     def record(self, call: Call, *, listed: bool = False) -> dict[str, Any]:
-        """The call as OneInbox answers it now."""
-        shown = record(call, self.calls.moment(call), self.options)
+        """Return the call's record as OneInbox answers it now."""
+        answer = record(call, self.calls.state(call), self.options)
         if listed and not self.options.list_metadata:
-            shown.pop("metadata", None)
-        return shown
+            answer.pop("metadata", None)
+        return answer
 
     def override(self, call: Call, change: CallOverride) -> None:
         """Change a call by hand: its status, or what its record shows."""
@@ -54,9 +54,9 @@ class Emulator:
 
 
 def create_emulator(options: EmulatorOptions = EmulatorOptions()) -> FastAPI:  # noqa: B008 - frozen
-    """The emulator as an ASGI app; its state is `app.state.emulator`.
+    """Return the emulator as an ASGI app, with its state at `app.state.emulator`.
 
-    Dropped connections need the server that `app.sandbox.server` runs it on; webhooks need the lifespan.
+    Faults that cut connections need the server of `app.sandbox.server`; webhooks need the lifespan.
     """
     emulator = Emulator(options)
 
@@ -76,7 +76,7 @@ def create_emulator(options: EmulatorOptions = EmulatorOptions()) -> FastAPI:  #
     return app
 
 
-# Dependencies are coroutines: FastAPI runs plain functions in a thread, one more hop for every request.
+# Dependencies are coroutines because FastAPI runs plain functions in a thread.
 
 
 async def _state(request: Request) -> Emulator:
@@ -95,7 +95,7 @@ async def _authenticated(request: Request, emulator: State) -> None:
 
 async def _from_loopback(request: Request) -> None:
     if request.client is None or not is_loopback_address(request.client.host):
-        raise HTTPException(403, "The control surface takes loopback peers only")
+        raise HTTPException(403, "The control surface is for loopback peers only")
 
 
 async def _known_call(call_id: str, emulator: State) -> Call:
@@ -129,7 +129,7 @@ async def start_call(body: StartCall, emulator: State) -> JSONResponse:
         answer |= {
             "agent_id": call.agent_id,
             "type": "web",
-            "status": emulator.calls.moment(call).status,
+            "status": emulator.calls.state(call).status,
             "room_name": call.room_name,
             "created_at": timestamp(call.created_at),
         }
@@ -144,8 +144,8 @@ async def list_calls(
     agent_id: str | None = None,
     status: str | None = None,
 ) -> JSONResponse:
-    """Calls, newest first, by offset."""
-    found = [call for call in emulator.calls if _matches(emulator, call, agent_id, status)]
+    """List calls, newest first, by offset."""
+    found = list(_find(emulator, agent_id, status))
     items = [emulator.record(call, listed=True) for call in found[offset : offset + limit]]
     return JSONResponse({"items": items, "total": len(found), "limit": limit, "offset": offset})
 
@@ -158,13 +158,9 @@ async def list_calls_by_cursor(
     agent_id: str | None = None,
     status: str | None = None,
 ) -> JSONResponse:
-    """Calls, newest first, by cursor."""
+    """List calls, newest first, by cursor."""
     before = None if cursor is None else _decode_cursor(cursor)
-    found = (
-        call
-        for call in emulator.calls
-        if (before is None or call.number < before) and _matches(emulator, call, agent_id, status)
-    )
+    found = (call for call in _find(emulator, agent_id, status) if before is None or call.number < before)
     page = list(islice(found, limit + 1))
     more = len(page) > limit
     items = [emulator.record(call, listed=True) for call in page[:limit]]
@@ -174,7 +170,7 @@ async def list_calls_by_cursor(
 
 @_api.get("/calls/{call_id}")
 async def get_call(call: KnownCall, emulator: State) -> JSONResponse:
-    """One call."""
+    """Return one call."""
     return JSONResponse(emulator.record(call))
 
 
@@ -197,13 +193,13 @@ async def delete_call(call: KnownCall, emulator: State) -> Response:
 async def register_webhook(body: RegisterWebhook, emulator: State) -> JSONResponse:
     """Register a webhook."""
     webhook = emulator.webhooks.register(body)
-    return JSONResponse(webhook.shown() | {"secret": webhook.secret}, 201)
+    return JSONResponse(webhook.to_json() | {"secret": webhook.secret}, 201)
 
 
 @_api.get("/webhooks")
 async def list_webhooks(emulator: State) -> JSONResponse:
-    """All webhooks."""
-    items = [webhook.shown() for webhook in emulator.webhooks]
+    """List all webhooks."""
+    items = [webhook.to_json() for webhook in emulator.webhooks]
     return JSONResponse({"items": items, "total": len(items)})
 
 
@@ -217,34 +213,34 @@ async def remove_webhook(webhook_id: str, emulator: State) -> Response:
 
 @_control.post("/faults")
 async def add_faults(rules: Annotated[list[AnyFault], Body()], emulator: State) -> JSONResponse:
-    """Put fault rules behind those in force."""
+    """Append fault rules."""
     emulator.faults.add(*rules)
     return JSONResponse([rule.model_dump() for rule in rules], 201)
 
 
 @_control.delete("/faults", status_code=204)
 async def clear_faults(emulator: State) -> Response:
-    """Forget all fault rules."""
+    """Remove all fault rules."""
     emulator.faults.clear()
     return Response(status_code=204)
 
 
 @_control.get("/requests")
 async def list_requests(emulator: State) -> JSONResponse:
-    """The requests seen under /v1 (and anywhere else but here), oldest first."""
-    return JSONResponse([request.shown() for request in emulator.requests])
+    """List the requests received, except those to the control surface, oldest first."""
+    return JSONResponse([request.to_json() for request in emulator.requests])
 
 
 @_control.delete("/requests", status_code=204)
 async def clear_requests(emulator: State) -> Response:
-    """Forget the requests seen."""
+    """Clear the list of requests."""
     emulator.requests.clear()
     return Response(status_code=204)
 
 
 @_control.get("/calls")
 async def inspect_calls(emulator: State) -> JSONResponse:
-    """All calls, newest first, with what the emulator knows of them whatever the edition shows."""
+    """List all calls, newest first, with the same fields in both editions."""
     return JSONResponse([_inspected(emulator, call) for call in emulator.calls])
 
 
@@ -256,25 +252,27 @@ async def override_call(call: KnownCall, change: CallOverride, emulator: State) 
 
 
 def _inspected(emulator: Emulator, call: Call) -> dict[str, Any]:
-    at = emulator.calls.moment(call)
+    state = emulator.calls.state(call)
     return {
         "id": call.id,
         "agent_id": call.agent_id,
         "room_name": call.room_name,
         "created_at": timestamp(call.created_at),
-        "status": at.status,
-        "running": at.running,
-        "end_reason": at.end_reason,
+        "status": state.status,
+        "running": state.running,
+        "end_reason": state.end_reason,
         "variables": call.variables,
         "overrides": call.overrides,
         "metadata": call.metadata,
     }
 
 
-def _matches(emulator: Emulator, call: Call, agent_id: str | None, status: str | None) -> bool:
-    if agent_id is not None and call.agent_id != agent_id:
-        return False
-    return status is None or emulator.calls.moment(call).status == status
+def _find(emulator: Emulator, agent_id: str | None, status: str | None) -> Iterator[Call]:
+    for call in emulator.calls:
+        if agent_id not in (None, call.agent_id):
+            continue
+        if status is None or emulator.calls.state(call).status == status:
+            yield call
 
 
 def _encode_cursor(number: int) -> str:

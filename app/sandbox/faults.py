@@ -1,9 +1,10 @@
-"""Faults on demand: each kind is a rule that says when it strikes and how the answer is spoiled."""
+"""Faults on demand: each kind is a rule that says when it applies and how it changes the answer."""
 
 import asyncio
 import json
 import random
 import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,112 +15,112 @@ from app.sandbox.http_exchange import Answer, HttpExchange
 
 Operation = Literal["start", "get", "stop", "list"]
 
-LONGEST = 300.0
-"""Seconds after which a fault that has no end by itself cuts the connection."""
+LONGEST_SECONDS = 300.0
+"""Seconds until an endless fault cuts the connection."""
 
-_PIECE = 64 * 1024
+_CHUNK = 64 * 1024
 
 
 class Fault(BaseModel):
-    """A rule: for which operation, how often, and (in the subclasses) what happens."""
+    """A rule: which operation, how often, and (in the subclasses) what happens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     operation: Operation
     times: int | None = Field(default=None, ge=1)
-    """How often it strikes; None: for ever."""
+    """How often it applies; None: always."""
     probability: float = Field(default=1, ge=0, le=1)
     seed: int | None = None
-    """Makes the dice repeatable."""
+    """Makes `probability` repeatable."""
 
     needs_socket: ClassVar[bool] = False
-    """Whether it is about the connection: an in-process client has none."""
+    """True if it needs a real connection; an in-process client has none."""
 
-    async def strike(self, exchange: HttpExchange) -> None:
-        """Answer the request, or not. Here: OneInbox does what it was asked, then the answer is spoiled."""
+    async def apply(self, exchange: HttpExchange) -> None:
+        """Handle the request. Default: OneInbox handles it, and the fault alters its answer unless that is an error."""
         answer = await exchange.run()
-        if answer.status >= 400:  # nothing was done, so there is nothing to spoil
+        if answer.status >= 400:
             await exchange.answer(answer)
         else:
-            await self.spoil(exchange, answer)
+            await self.alter(exchange, answer)
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
-        """Send `answer` as this fault would have it."""
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
+        """Send `answer`, altered."""
         raise NotImplementedError
 
 
-class _Instead(Fault):
-    """Something else than OneInbox's answer."""
+class _Replacement(Fault):
+    """A fault that replaces OneInbox's answer."""
 
     takes_effect: bool = False
-    """Whether the call exists (was stopped, …) all the same."""
+    """If true, OneInbox still handles the request: the call exists, was stopped, and so on."""
 
-    async def strike(self, exchange: HttpExchange) -> None:
+    async def apply(self, exchange: HttpExchange) -> None:
         if self.takes_effect:
             await exchange.run()
-        await self.instead(exchange)
+        await self.replace(exchange)
 
-    async def instead(self, exchange: HttpExchange) -> None:
-        """Answer, or not."""
+    async def replace(self, exchange: HttpExchange) -> None:
+        """Send another answer, or none."""
         raise NotImplementedError
 
 
 class Latency(Fault):
-    """OneInbox does what it was asked at once and answers `seconds` later."""
+    """OneInbox handles the request at once and answers `seconds` later."""
 
     kind: Literal["latency"] = "latency"
     seconds: float = Field(ge=0)
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
-        if not await exchange.gone_within(self.seconds):
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
+        if not await exchange.disconnected_within(self.seconds):
             await exchange.answer(answer)
 
 
-class Status(_Instead):
-    """An error status, in one of the shapes OneInbox's errors have."""
+class Status(_Replacement):
+    """An error status, in one of the shapes of OneInbox's errors."""
 
     kind: Literal["status"] = "status"
     status: int = Field(ge=400, le=599)
     detail: Any = None
-    """Default: the status' phrase. FastAPI's list for a 422."""
+    """Default: the status's phrase. For a 422, pass FastAPI's list."""
     shape: Literal["detail", "message", "error"] = "detail"
     retry_after: int | str | None = None
-    """Retry-After, seconds or a date, or anything a client should survive."""
+    """Retry-After: seconds, a date, or anything else a client should survive."""
 
-    async def instead(self, exchange: HttpExchange) -> None:
+    async def replace(self, exchange: HttpExchange) -> None:
         detail = HTTPStatus(self.status).phrase if self.detail is None else self.detail
         headers = [] if self.retry_after is None else [(b"retry-after", str(self.retry_after).encode())]
         await exchange.answer(Answer.of(self.status, {self.shape: detail}, headers))
 
 
-class Drop(_Instead):
-    """The connection is cut without a byte of answer."""
+class Drop(_Replacement):
+    """The connection is cut before any answer."""
 
     kind: Literal["drop"] = "drop"
     needs_socket = True
 
-    async def instead(self, exchange: HttpExchange) -> None:
+    async def replace(self, exchange: HttpExchange) -> None:
         await exchange.drop()
 
 
-class Hang(_Instead):
+class Hang(_Replacement):
     """No answer is ever sent."""
 
     kind: Literal["hang"] = "hang"
 
-    async def instead(self, exchange: HttpExchange) -> None:
-        if not await exchange.gone_within(LONGEST) and exchange.on_socket:
+    async def replace(self, exchange: HttpExchange) -> None:
+        if not await exchange.disconnected_within(LONGEST_SECONDS) and exchange.on_socket:
             await exchange.drop()
 
 
-class Redirect(_Instead):
+class Redirect(_Replacement):
     """A redirect."""
 
     kind: Literal["redirect"] = "redirect"
     status: Literal[301, 302, 303, 307, 308] = 307
     location: str
 
-    async def instead(self, exchange: HttpExchange) -> None:
+    async def replace(self, exchange: HttpExchange) -> None:
         await exchange.answer(Answer(self.status, [(b"location", self.location.encode())], b""))
 
 
@@ -129,106 +130,106 @@ class Truncated(Fault):
     kind: Literal["truncated"] = "truncated"
     needs_socket = True
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, len(answer.body))
         await exchange.write(answer.body[: len(answer.body) // 2])
-        # The half answer must be out before the cut, which throws away what is still buffered.
-        await exchange.gone_within(0.05)
+        # Let the half answer out first: the cut discards what is still buffered.
+        await exchange.disconnected_within(0.05)
         await exchange.drop()
 
 
 class BrokenJson(Fault):
-    """The answer's JSON ends too early."""
+    """The answer's JSON ends early."""
 
     kind: Literal["broken_json"] = "broken_json"
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.answer(Answer(answer.status, answer.headers, answer.body[:-2]))
 
 
 class NotUtf8(Fault):
-    """The answer has a string that is not UTF-8."""
+    """The answer contains a string that is not UTF-8."""
 
     kind: Literal["not_utf8"] = "not_utf8"
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.answer(_padded(answer, b"\xff\xfe\xc3"))
 
 
 class Fields(Fault):
-    """Fields of the answer are set (wrong types, extra ones, a `server_url` that is none) or missing."""
+    """Fields of the answer are set (wrong types, extra fields, an invalid `server_url`) or removed."""
 
     kind: Literal["fields"] = "fields"
     set: dict[str, Any] = Field(default_factory=dict)
     remove: list[str] = Field(default_factory=list)
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         content = json.loads(answer.body) | self.set
         kept = {name: value for name, value in content.items() if name not in self.remove}
         await exchange.answer(Answer(answer.status, answer.headers, json.dumps(kept).encode()))
 
 
 class HeaderFlood(Fault):
-    """The right answer under a heap of headers."""
+    """The right answer with `count` more headers."""
 
     kind: Literal["header_flood"] = "header_flood"
     count: int = Field(default=1_000, ge=1)
     size: int = Field(default=1_000, ge=0)
     """Bytes of each value."""
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         flood = [(b"x-flood-%d" % number, b"x" * self.size) for number in range(self.count)]
         await exchange.answer(Answer(answer.status, [*answer.headers, *flood], answer.body))
 
 
 class BigBody(Fault):
-    """The right answer in valid JSON, with a field of `megabytes` more."""
+    """The right answer in valid JSON, with one more field of `megabytes`."""
 
     kind: Literal["big_body"] = "big_body"
     megabytes: int = Field(default=300, ge=1)
     needs_socket = True
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         head, tail = _padded(answer, b"|").body.split(b"|")
-        pieces = self.megabytes * 1024 * 1024 // _PIECE
-        await exchange.begin(answer, len(head) + pieces * _PIECE + len(tail))
+        chunks = self.megabytes * 1024 * 1024 // _CHUNK
+        await exchange.begin(answer, len(head) + chunks * _CHUNK + len(tail))
         await exchange.write(head)
-        for _ in range(pieces):
-            if await exchange.gone_within(0):
+        for _ in range(chunks):
+            if await exchange.disconnected_within(0):
                 return
-            await exchange.write(b"x" * _PIECE)
+            await exchange.write(b"x" * _CHUNK)
         await exchange.write(tail, more=False)
 
 
 class EndlessBody(Fault):
-    """An answer that starts well and does not end."""
+    """An answer that starts well and never ends."""
 
     kind: Literal["endless_body"] = "endless_body"
     needs_socket = True
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, None)
         await exchange.write(_padded(answer, b"|").body.split(b"|")[0])
-        end = asyncio.get_running_loop().time() + LONGEST
+        end = asyncio.get_running_loop().time() + LONGEST_SECONDS
         while asyncio.get_running_loop().time() < end:
-            if await exchange.gone_within(0):
+            if await exchange.disconnected_within(0):
                 return
-            await exchange.write(b"x" * _PIECE)
+            await exchange.write(b"x" * _CHUNK)
         await exchange.drop()
 
 
 class Drip(Fault):
-    """The right answer, one byte per `interval` seconds."""
+    """The right answer, one byte every `interval` seconds."""
 
     kind: Literal["drip"] = "drip"
     interval: float = Field(default=1, gt=0)
     needs_socket = True
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         await exchange.begin(answer, len(answer.body))
-        end = asyncio.get_running_loop().time() + LONGEST
+        end = asyncio.get_running_loop().time() + LONGEST_SECONDS
         for sent in range(len(answer.body)):
-            if await exchange.gone_within(self.interval):
+            if await exchange.disconnected_within(self.interval):
                 return
             if asyncio.get_running_loop().time() > end:
                 await exchange.drop()
@@ -242,7 +243,7 @@ class GzipBomb(Fault):
     kind: Literal["gzip_bomb"] = "gzip_bomb"
     megabytes: int = Field(default=300, ge=1)
 
-    async def spoil(self, exchange: HttpExchange, answer: Answer) -> None:
+    async def alter(self, exchange: HttpExchange, answer: Answer) -> None:
         bomb = await asyncio.to_thread(_bomb, self.megabytes)
         await exchange.answer(Answer(answer.status, [*answer.headers, (b"content-encoding", b"gzip")], bomb))
 
@@ -266,16 +267,14 @@ AnyFault = Annotated[
 ]
 
 
-class _Armed:
-    """A rule with what is left of it."""
+@dataclass(slots=True)
+class _ActiveRule:
+    fault: Fault
+    left: int | None
+    dice: random.Random
 
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-        self.left = fault.times
-        self._dice = random.Random(fault.seed)  # noqa: S311 - dice, not secrets
-
-    def strikes(self, operation: Operation) -> bool:
-        if operation != self.fault.operation or self.left == 0 or self._dice.random() >= self.fault.probability:
+    def applies(self, operation: Operation) -> bool:
+        if operation != self.fault.operation or self.dice.random() >= self.fault.probability:
             return False
         if self.left is not None:
             self.left -= 1
@@ -283,31 +282,31 @@ class _Armed:
 
 
 class Faults:
-    """The rules in force, in the order they were added; the first that strikes is the one."""
+    """The active rules, in the order they were added; the first that applies wins."""
 
     def __init__(self) -> None:
-        self._armed: list[_Armed] = []
+        self._rules: list[_ActiveRule] = []
 
     def add(self, *faults: Fault) -> None:
-        """Put rules behind those in force."""
-        self._armed += [_Armed(fault) for fault in faults]
+        """Append rules."""
+        self._rules += [_ActiveRule(fault, fault.times, random.Random(fault.seed)) for fault in faults]  # noqa: S311
 
     def clear(self) -> None:
-        """Forget all rules."""
-        self._armed.clear()
+        """Remove all rules."""
+        self._rules.clear()
 
-    def draw(self, operation: Operation) -> Fault | None:
-        """The fault that strikes this request, if any; counts as one of its times."""
-        armed = next((armed for armed in self._armed if armed.strikes(operation)), None)
-        if armed is None:
+    def take(self, operation: Operation) -> Fault | None:
+        """Return the fault for this request, if any, and count it as one of the rule's times."""
+        rule = next((rule for rule in self._rules if rule.applies(operation)), None)
+        if rule is None:
             return None
-        if armed.left == 0:
-            self._armed.remove(armed)
-        return armed.fault
+        if rule.left == 0:
+            self._rules.remove(rule)
+        return rule.fault
 
 
 def _padded(answer: Answer, padding: bytes) -> Answer:
-    """`answer`, a JSON object, with one more field."""
+    """Return `answer`, a JSON object, with one more field."""
     body = answer.body.rstrip()[:-1] + b',"padding":"' + padding + b'"}'
     return Answer(answer.status, answer.headers, body)
 

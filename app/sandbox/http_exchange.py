@@ -1,23 +1,22 @@
-"""One request and its answer on the wire, for those who want to spoil it."""
+"""One HTTP request and its answer, which a fault may change."""
 
 import asyncio
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DROP = "emulator.drop"
-"""Name of the ASGI extension under which the emulator's server offers to cut the connection."""
+"""ASGI extension of the emulator's server: a function that cuts the connection."""
 
 JSON = (b"content-type", b"application/json")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -25,33 +24,33 @@ class Answer:
 
     @classmethod
     def of(cls, status: int, content: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> Self:
-        """A JSON answer, without its content-length."""
+        """Return a JSON answer, without content-length."""
         return cls(status, [JSON, *headers], json.dumps(content).encode())
 
 
+@dataclass(slots=True)
 class HttpExchange:
-    """A request whose body has been read; as a context manager it lets go of the connection at the end."""
+    """A request whose body has been read, and the way to answer it. Close it at the end."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        self._app, self._scope, self._receive, self._send, self._body = app, scope, receive, send, body
-        self._gone: asyncio.Task[Message] | None = None
+    app: ASGIApp
+    scope: Scope
+    receive: Receive
+    send: Send
+    body: bytes
+    _disconnected: asyncio.Task[None] | None = field(default=None, init=False)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._gone is not None:
-            self._gone.cancel()
+    def close(self) -> None:
+        """Stop listening for the disconnect."""
+        if self._disconnected is not None:
+            self._disconnected.cancel()
 
     @property
     def on_socket(self) -> bool:
-        """Whether there is a real connection under this; in process there is only a client that buffers."""
-        return DROP in self._scope.get("extensions", {})
+        """True on a real connection; an in-process client has none."""
+        return DROP in self.scope.get("extensions", {})
 
     async def run(self) -> Answer:
-        """Let OneInbox do what it was asked, and keep its answer back."""
+        """Let OneInbox handle the request; return its answer without sending it."""
         status, headers, parts = 0, list[tuple[bytes, bytes]](), list[bytes]()
 
         async def keep(message: Message) -> None:
@@ -65,42 +64,41 @@ class HttpExchange:
         return Answer(status, [header for header in headers if header[0] != b"content-length"], b"".join(parts))
 
     async def forward(self, send: Send | None = None) -> None:
-        """Let OneInbox answer by itself."""
-        pending = [{"type": "http.request", "body": self._body, "more_body": False}]
+        """Let OneInbox handle the request and answer it."""
+        pending = [{"type": "http.request", "body": self.body, "more_body": False}]
 
         async def replay() -> Message:
-            return pending.pop() if pending else await self._receive()
+            return pending.pop() if pending else await self.receive()
 
-        await self._app(self._scope, replay, send or self._send)
+        await self.app(self.scope, replay, send or self.send)
 
     async def answer(self, answer: Answer) -> None:
-        """Send a whole answer."""
+        """Send a complete answer."""
         await self.begin(answer, len(answer.body))
         await self.write(answer.body, more=False)
 
     async def begin(self, answer: Answer, length: int | None) -> None:
-        """Send the head of `answer`; a `length` of None means chunked."""
+        """Send the head of `answer`; chunked if `length` is None."""
         headers = answer.headers if length is None else [*answer.headers, (b"content-length", b"%d" % length)]
-        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send a piece of the body."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def gone_within(self, seconds: float | None) -> bool:
-        """Wait so long, or until the client hangs up, or the server is shut down; whether it did."""
-        if self._gone is None:
-            self._gone = asyncio.create_task(self._hang_up())
-        await asyncio.wait((self._gone,), timeout=seconds)
-        return self._gone.done()
+    async def disconnected_within(self, seconds: float | None) -> bool:
+        """Wait up to `seconds` for the client to disconnect or the server to stop; return whether either did."""
+        if self._disconnected is None:
+            self._disconnected = asyncio.create_task(self._wait_for_disconnect())
+        await asyncio.wait((self._disconnected,), timeout=seconds)
+        return self._disconnected.done()
 
     async def drop(self) -> None:
         """Cut the connection."""
-        self._scope["extensions"][DROP]()
-        # uvicorn would answer 500 to an application that returns before it has noticed.
-        await self.gone_within(None)
+        self.scope["extensions"][DROP]()
+        # uvicorn answers 500 if the application returns before uvicorn has noticed the cut.
+        await self.disconnected_within(None)
 
-    async def _hang_up(self) -> Message:
-        while (message := await self._receive())["type"] != "http.disconnect":
+    async def _wait_for_disconnect(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
             pass
-        return message

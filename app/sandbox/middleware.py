@@ -1,9 +1,10 @@
-"""What stands between the wire and the emulated API: it writes down every request and brings the faults in."""
+"""Middleware in front of the emulated API: records every request and applies the faults."""
 
 import json
 import re
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.sandbox.faults import Faults, Operation
 from app.sandbox.http_exchange import Answer, HttpExchange
 
 CONTROL = "/_emulator"
-"""Prefix of the control surface, which is no part of OneInbox: not recorded, never faulty."""
+"""Path prefix of the control surface. Its requests are not recorded and meet no faults."""
 
 MAX_REQUESTS = 10_000
 MAX_BODY = 1024 * 1024
@@ -32,24 +33,24 @@ class RecordedRequest:
     """A request as it arrived."""
 
     at: float
-    """When it had arrived, by the emulator's clock."""
+    """When it had arrived in full, by the emulator's clock."""
     method: str
     path: str
     query: str
     headers: Headers
     json: Any
-    """The parsed body; None when there was none, or no JSON."""
+    """The parsed body; None if it is empty or not JSON."""
 
     @property
     def operation(self) -> Operation | None:
-        """Which of the operations that faults know it asks for."""
+        """The operation it asks for, of those that faults apply to."""
         for method, path, operation in _OPERATIONS:
             if method == self.method and path.fullmatch(self.path):
                 return operation
         return None
 
-    def shown(self) -> dict[str, Any]:
-        """As the control surface answers it; headers as pairs, since some come twice."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the control surface's record; headers as pairs, since some come twice."""
         return {
             "at": self.at,
             "method": self.method,
@@ -60,33 +61,34 @@ class RecordedRequest:
         }
 
 
+@dataclass(frozen=True, slots=True)
 class RecordingMiddleware:
-    """ASGI middleware: records, and lets a fault take the request over."""
+    """ASGI middleware: records each request, then lets a fault or the API answer it."""
 
-    def __init__(
-        self, app: ASGIApp, faults: Faults, requests: deque[RecordedRequest], now: Callable[[], float]
-    ) -> None:
-        self._app, self._faults, self._requests, self._now = app, faults, requests, now
+    app: ASGIApp
+    faults: Faults
+    requests: deque[RecordedRequest]
+    now: Callable[[], float]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(CONTROL):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         body = await _read(receive)
         if body is None:
             return
         request = RecordedRequest(
-            at=self._now(),
+            at=self.now(),
             method=scope["method"],
             path=scope["path"],
             query=scope["query_string"].decode("latin-1"),
             headers=Headers(raw=list(scope["headers"])),
             json=_parse(body),
         )
-        self._requests.append(request)
-        async with HttpExchange(self._app, scope, receive, send, body) as exchange:
+        self.requests.append(request)
+        with closing(HttpExchange(self.app, scope, receive, send, body)) as exchange:
             operation = request.operation
-            fault = self._faults.draw(operation) if operation else None
+            fault = self.faults.take(operation) if operation else None
             if len(body) > MAX_BODY:
                 await exchange.answer(Answer.of(413, {"detail": "Request body too large"}, [(b"connection", b"close")]))
             elif fault is None:
@@ -94,11 +96,11 @@ class RecordingMiddleware:
             elif fault.needs_socket and not exchange.on_socket:
                 raise RuntimeError(f"{type(fault).__name__} needs a connection: use running_emulator, not the bare app")
             else:
-                await fault.strike(exchange)
+                await fault.apply(exchange)
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body, or so much of it that it is surely too long; None when the client went away."""
+    """Return the body, cut off once it is over MAX_BODY; None if the client disconnected."""
     body = bytearray()
     while len(body) <= MAX_BODY:
         message = await receive()
@@ -113,5 +115,5 @@ async def _read(receive: Receive) -> bytes | None:
 def _parse(body: bytes) -> Any:
     try:
         return json.loads(body)
-    except ValueError:  # also what is not UTF-8
+    except ValueError:  # also raised for bad UTF-8
         return None

@@ -1,4 +1,4 @@
-"""What an emulated OneInbox is like."""
+"""The emulator's options."""
 
 import time
 from collections.abc import Callable
@@ -8,43 +8,43 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulatorOptions:
-    """How the emulated account, its voice service and its calls behave. All durations are in seconds."""
+    """The emulated account, its voice service and its calls. Durations are in seconds."""
 
     api_key: str = "oi_sk_sandbox"
     """The bearer token every `/v1` request must carry."""
 
     agents: tuple[str, ...] = ("agt_sandbox",)
-    """Ids of the agents of the account; any other is a 404."""
+    """Ids of the account's agents; any other is a 404."""
 
     server_url: str = "ws://127.0.0.1:7880"
-    """Where a participant connects to: LiveKit's own development address by default."""
+    """The address participants connect to; by default LiveKit's development address."""
 
     livekit_key: str = "devkey"
-    """Issuer of participant tokens; `livekit-server --dev` knows this one."""
+    """Issuer of participant tokens; the default is the key of `livekit-server --dev`."""
 
     livekit_secret: str = "secret"  # noqa: S105 - the published secret of `livekit-server --dev`
-    """Signs participant tokens (HS256)."""
+    """Secret that signs participant tokens (HS256)."""
 
     token_ttl: float = 900
-    """Life of a participant token."""
+    """Lifetime of a participant token."""
 
     queued: float = 1
-    """How long a call stays `queued`."""
+    """Time a call stays `queued`."""
 
     initiated: float = 1
-    """How long it then stays `initiated`."""
+    """Time it then stays `initiated`."""
 
     in_progress: float = 8
-    """How long it then stays `in_progress`, unless it is stopped."""
+    """Time it then stays `in_progress`, unless it is stopped."""
 
     transcript_delay: float = 2.5
-    """How long after the end transcript, messages, recording, analysis and summary are filled in."""
+    """Time from a call's end until its transcript, messages, recording, analysis and summary are filled in."""
 
     list_metadata: bool = True
-    """Whether the items of a list carry `metadata`."""
+    """Include `metadata` in lists of calls."""
 
     edition: Literal["reference", "guide"] = "reference"
-    """`reference`: UUID ids and all fields. `guide`: `call_…` ids, the older fields only, the transcript an array."""
+    """`reference`: UUID ids, all fields. `guide`: `call_…` ids, only the older fields, the transcript as an array."""
 
     now: Callable[[], float] = time.time
-    """The clock: seconds since the epoch. A call's status is a pure function of it."""
+    """The clock, in seconds since the epoch; a call's status follows from it."""

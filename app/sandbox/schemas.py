@@ -1,4 +1,4 @@
-"""What OneInbox and the control surface take. Unknown fields of OneInbox's bodies are ignored, as FastAPI does."""
+"""Request bodies of OneInbox and of the control surface. OneInbox ignores unknown fields, as FastAPI does."""
 
 from typing import Annotated, Any
 
@@ -8,13 +8,13 @@ _url = TypeAdapter(AnyHttpUrl)
 
 
 def _is_http_url(value: str) -> str:
-    """`value` itself: AnyHttpUrl would give it back normalised, and OneInbox echoes what it was sent."""
+    """Check `value` and return it unchanged: AnyHttpUrl would normalise it, and OneInbox echoes what it was sent."""
     _url.validate_python(value)
     return value
 
 
 class _UpstreamBody(BaseModel):
-    # `model` is a field name of OneInbox's here, `model_` a prefix pydantic keeps for itself.
+    # OneInbox has a field `model`, and pydantic reserves the prefix `model_`.
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
@@ -68,8 +68,8 @@ class CallOverride(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: str | None = None
-    """Any status, kept until told otherwise or stopped; `null`: back to the clock; absent: as it was."""
+    """Any status, kept until the next change or stop; `null`: back to the clock; absent: unchanged."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Fields laid over the call's record, wherever it is answered."""
+    """Fields that replace the record's own, in every answer."""
     remove: list[str] = Field(default_factory=list)
     """Fields left out of the record."""

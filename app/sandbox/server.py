@@ -1,4 +1,4 @@
-"""Runs the emulator on a real socket, with a server that can cut connections."""
+"""Run the emulator on a real socket, with a server that can cut connections."""
 
 import asyncio
 import socket
@@ -16,19 +16,19 @@ from app.sandbox.http_exchange import DROP
 
 
 class _CuttingProtocol(HttpToolsProtocol):
-    """Offers the application to cut the connection, which ASGI has no word for."""
+    """Lets the application cut the connection, which ASGI cannot express."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         cast("dict[str, Any]", self.scope)["extensions"] = {DROP: self.transport.abort}
 
     def shutdown(self) -> None:
-        # An answer that hangs, drips or never ends on purpose must not hold the server up.
+        # A fault that hangs, drips or never ends must not delay the shutdown.
         self.transport.abort()
 
 
-class _GuestServer(uvicorn.Server):
-    """A server in somebody else's event loop: signals are the host's, and it can tell when it is up."""
+class _EmbeddedServer(uvicorn.Server):
+    """A server in the host's event loop: it leaves signals to the host and sets `up` once it has started."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -45,10 +45,10 @@ class _GuestServer(uvicorn.Server):
 
 @dataclass(frozen=True, slots=True)
 class RunningEmulator:
-    """An emulator that listens."""
+    """A running emulator."""
 
     url: str
-    """Base URL, without a slash at the end."""
+    """Base URL, without a trailing slash."""
     emulator: Emulator
 
 
@@ -57,7 +57,7 @@ def emulator_server(
     host: str = "127.0.0.1",
     port: int = 9000,
 ) -> uvicorn.Server:
-    """The emulator as a server of its own; `run()` it."""
+    """Return the emulator as a server, to be `run()`."""
     return uvicorn.Server(_config(create_emulator(options), host, port))
 
 
@@ -66,10 +66,10 @@ async def running_emulator(
     options: EmulatorOptions = EmulatorOptions(),  # noqa: B008 - frozen
     port: int = 0,
 ) -> AsyncIterator[RunningEmulator]:
-    """An emulator in this event loop, on a loopback port (0: a free one), for as long as the context lasts."""
+    """Run an emulator in this event loop, on a loopback port (0: a free one), until the context ends."""
     app = create_emulator(options)
     with socket.create_server(("127.0.0.1", port)) as listener:
-        server = _GuestServer(_config(app, *listener.getsockname()))
+        server = _EmbeddedServer(_config(app, *listener.getsockname()))
         serving = asyncio.create_task(server.serve([listener]))
         await server.up.wait()
         try:
@@ -77,7 +77,7 @@ async def running_emulator(
         finally:
             server.should_exit = True
             await serving
-            for _ in range(3):  # connections that were cut close their sockets in the loop's next turns
+            for _ in range(3):  # aborted connections close their sockets in the loop's next iterations
                 await asyncio.sleep(0)
 
 
@@ -92,7 +92,6 @@ def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         proxy_headers=False,
-        # Longer than clients keep idle connections: a server that closes one just as it is used again is a fault
-        # nobody asked for.
+        # Longer than clients keep idle connections, so that none is closed just as it is reused.
         timeout_keep_alive=75,
     )

@@ -1,4 +1,4 @@
-"""Participant tokens as LiveKit's server SDKs make them."""
+"""Participant tokens, as LiveKit's server SDKs make them."""
 
 import secrets
 import warnings
@@ -9,7 +9,7 @@ from app.sandbox.options import EmulatorOptions
 
 
 def participant_token(options: EmulatorOptions, room: str, now: float) -> str:
-    """A JWT with which one fresh participant may join `room` (https://docs.livekit.io/home/get-started/authentication/)."""
+    """Return a JWT that lets one new participant join `room` (docs.livekit.io/home/get-started/authentication/)."""
     claims = {
         "iss": options.livekit_key,
         "sub": f"user-{secrets.token_hex(6)}",
@@ -20,7 +20,6 @@ def participant_token(options: EmulatorOptions, room: str, now: float) -> str:
         "video": {"room": room, "roomJoin": True, "canPublish": True, "canSubscribe": True},
     }
     with warnings.catch_warnings():
-        # PyJWT warns about HS256 secrets under 32 bytes. `livekit-server --dev` has a fixed one of 6, and a token
-        # signed with any other would not open its rooms; the warning is right everywhere else.
+        # PyJWT warns about HS256 secrets under 32 bytes; the one of `livekit-server --dev` is fixed and has 6.
         warnings.simplefilter("ignore", jwt.InsecureKeyLengthWarning)
         return jwt.encode(claims, options.livekit_secret, algorithm="HS256")

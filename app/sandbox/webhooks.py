@@ -1,4 +1,4 @@
-"""Webhooks: who wants to be told, what is due, and the telling."""
+"""Webhooks: registrations, and the delivery of events."""
 
 import asyncio
 import heapq
@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from app.sandbox.calls import Call, Calls, Moment, timestamp
+from app.sandbox.calls import Call, Calls, CallState, timestamp
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.schemas import RegisterWebhook
 
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 """Seconds before each repeat of a delivery that got no 2xx."""
 
-_AT_ONCE = 20
+_MAX_CONCURRENT = 20
 
 _logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class Webhook:
     secret: str
     created_at: float
 
-    def shown(self) -> dict[str, Any]:
-        """As a list shows it: the secret is told once, at registration."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the webhook without its secret, which only the answer to its registration holds."""
         return {
             "id": self.id,
             "name": self.name,
@@ -53,31 +53,31 @@ class Webhook:
 class _Delivery:
     url: str
     events: list[dict[str, Any]]
-    """Sent one after the other, so that a call never ends before it started."""
+    """Sent in order, so that a call's end never arrives before its start."""
 
 
 class Webhooks:
-    """Tells registered loopback URLs what happens to calls. Any other URL may be registered but is never called."""
+    """Sends calls' events to registered loopback URLs. Other URLs can be registered but are never called."""
 
     def __init__(self, options: EmulatorOptions, calls: Calls) -> None:
         self._options = options
         self._calls = calls
         self._webhooks: dict[str, Webhook] = {}
-        self._agenda: list[tuple[float, str]] = []
-        """Heap of (time of a call's next change, its id)."""
+        self._upcoming: list[tuple[float, str]] = []
+        """Heap of (time of a call's next change, call id)."""
         self._wake = asyncio.Event()
 
     def __iter__(self) -> Iterator[Webhook]:
         return iter(self._webhooks.values())
 
     def register(self, body: RegisterWebhook) -> Webhook:
-        """Add a webhook. It hears of changes from now on, not of those before."""
+        """Add a webhook for events from now on."""
         if not self._webhooks:
-            # Nobody listened until now, so nothing was followed.
+            # Calls are followed only while there is a webhook.
             for call in self._calls:
-                at = self._calls.moment(call)
-                call.announced = frozenset(at.events)
-                self._schedule(call, at)
+                state = self._calls.state(call)
+                call.announced = frozenset(state.events)
+                self._schedule(call, state)
             self._wake.set()
         webhook = Webhook(
             id=str(uuid.uuid4()),
@@ -91,23 +91,23 @@ class Webhooks:
         return webhook
 
     def remove(self, webhook_id: str) -> bool:
-        """Whether there was such a webhook."""
+        """Remove a webhook; return whether it existed."""
         removed = self._webhooks.pop(webhook_id, None) is not None
         if not self._webhooks:
-            self._agenda.clear()
+            self._upcoming.clear()
         return removed
 
     def follow(self, call: Call) -> None:
-        """Look at a call that was just created or changed."""
+        """Check a new or changed call for events."""
         if self._webhooks:
-            heapq.heappush(self._agenda, (self._options.now(), call.id))
+            heapq.heappush(self._upcoming, (self._options.now(), call.id))
             self._wake.set()
 
     async def run(self) -> None:
-        """Deliver for ever; sleeps until the next change."""
-        # Neither a proxy nor a redirect may carry a delivery off this machine.
-        # httpx's pool looks through all who wait for it at every step: they wait at the semaphore instead.
-        turn = asyncio.Semaphore(_AT_ONCE)
+        """Deliver events until cancelled."""
+        # No proxy and no redirect may take a delivery off this machine. A semaphore limits concurrency because
+        # httpx's pool scans all its waiting requests at every step.
+        slots = asyncio.Semaphore(_MAX_CONCURRENT)
         async with (
             httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=5) as client,
             asyncio.TaskGroup() as deliveries,
@@ -115,36 +115,36 @@ class Webhooks:
             while True:
                 self._wake.clear()
                 for delivery in self._due():
-                    deliveries.create_task(_deliver(client, turn, delivery))
-                pause = max(0.0, self._agenda[0][0] - self._options.now()) if self._agenda else None
+                    deliveries.create_task(_deliver(client, slots, delivery))
+                pause = max(0.0, self._upcoming[0][0] - self._options.now()) if self._upcoming else None
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._wake.wait()
 
-    def _schedule(self, call: Call, at: Moment) -> None:
-        if at.next_change is not None:
-            heapq.heappush(self._agenda, (at.next_change, call.id))
+    def _schedule(self, call: Call, state: CallState) -> None:
+        if state.next_change is not None:
+            heapq.heappush(self._upcoming, (state.next_change, call.id))
 
     def _due(self) -> list[_Delivery]:
         due: list[_Delivery] = []
         now = self._options.now()
-        while self._agenda and self._agenda[0][0] <= now:
-            call = self._calls.get(heapq.heappop(self._agenda)[1])
+        while self._upcoming and self._upcoming[0][0] <= now:
+            call = self._calls.get(heapq.heappop(self._upcoming)[1])
             if call is None:
                 continue
-            at = self._calls.moment(call)
-            self._schedule(call, at)
-            news = [event for event in at.events if event not in call.announced]
-            call.announced |= set(news)
+            state = self._calls.state(call)
+            self._schedule(call, state)
+            events = [event for event in state.events if event not in call.announced]
+            call.announced |= set(events)
             for webhook in self:
-                wanted = [_payload(event, call, at, now) for event in news if event in webhook.events]
+                wanted = [_payload(event, call, state, now) for event in events if event in webhook.events]
                 if wanted and _is_loopback(webhook.url):
                     due.append(_Delivery(webhook.url, wanted))
         return due
 
 
 def is_loopback_address(host: str) -> bool:
-    """Whether `host` is a loopback IP address."""
+    """Return whether `host` is a loopback IP address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -156,25 +156,25 @@ def _is_loopback(url: str) -> bool:
     return host == "localhost" or is_loopback_address(host)
 
 
-def _payload(event: str, call: Call, at: Moment, now: float) -> dict[str, Any]:
+def _payload(event: str, call: Call, state: CallState, now: float) -> dict[str, Any]:
     return {
         "event": event,
         "call_id": call.id,
         "agent_id": call.agent_id,
-        "status": at.status,
-        "duration_seconds": at.duration,
+        "status": state.status,
+        "duration_seconds": state.duration,
         "created_at": timestamp(now),
     }
 
 
-async def _deliver(client: httpx.AsyncClient, turn: asyncio.Semaphore, delivery: _Delivery) -> None:
+async def _deliver(client: httpx.AsyncClient, slots: asyncio.Semaphore, delivery: _Delivery) -> None:
     for event in delivery.events:
         for delay in (0.0, *RETRY_DELAYS):
             await asyncio.sleep(delay)
             with suppress(httpx.HTTPError):
-                async with turn:
+                async with slots:
                     answer = await client.post(delivery.url, json=event)
                 if answer.is_success:
                     break
         else:
-            _logger.warning("webhook given up: %s of call %s", event["event"], event["call_id"])
+            _logger.warning("webhook not delivered: %s of call %s", event["event"], event["call_id"])

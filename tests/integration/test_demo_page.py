@@ -1,4 +1,4 @@
-"""The sandbox's page, as a process serves it; no browser yet."""
+"""The demo page as the sandbox process serves it, without a browser."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def policy_of(response: httpx.Response) -> dict[str, list[str]]:
     return {name: sources for name, *sources in directives}
 
 
-def test_the_sandbox_serves_the_page_and_the_broker_behind_it(tmp_path: Path) -> None:
+def test_sandbox_serves_the_page_and_the_broker(tmp_path: Path) -> None:
     with running("sandbox", "--port", "0", cwd=tmp_path, environ={}) as process:
         url = process.wait_for("Open ").split()[1]
         assert url.endswith("/")
@@ -58,7 +58,7 @@ def test_the_sandbox_serves_the_page_and_the_broker_behind_it(tmp_path: Path) ->
         assert process.terminate() == 0
 
 
-def test_the_broker_has_no_such_page(tmp_path: Path) -> None:
+def test_broker_alone_has_no_demo_page(tmp_path: Path) -> None:
     settings = {"ONEINBOX_API_KEY": "oi_sk_integration", "ONEINBOX_AGENT_ID": "agt_1"}
     with serving(tmp_path, settings) as (_, url), httpx.Client(base_url=url, timeout=10) as client:
         for path in ("/", *(f"/demo/{name}" for name in ASSETS)):
@@ -66,7 +66,7 @@ def test_the_broker_has_no_such_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["option", "environment"])
-def test_tokens_for_a_real_livekit_server(given: str, tmp_path: Path) -> None:
+def test_sandbox_signs_tokens_for_a_real_livekit_server(given: str, tmp_path: Path) -> None:
     arguments = (*LIVEKIT, "--livekit-secret", SECRET) if given == "option" else LIVEKIT
     environ = {} if given == "option" else {"LIVEKIT_API_SECRET": SECRET}
     with running("sandbox", "--port", "0", *arguments, cwd=tmp_path, environ=environ) as process:
@@ -107,7 +107,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG.keys())
-def test_livekit_options_that_make_no_sense_are_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_livekit_options_are_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run("sandbox", "--port", "0", *arguments, cwd=tmp_path, environ={})
 
     assert done.code == 2

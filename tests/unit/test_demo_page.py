@@ -1,4 +1,4 @@
-"""The sandbox's page in process: what it answers itself, what it passes on, and what its policy lets a page ask."""
+"""The demo page in process: what it serves, what it passes on, and its Content-Security-Policy."""
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ def page() -> DemoPage:
 
 
 @pytest.mark.parametrize(("path", "media_type"), [("/", "text/html"), *((f"/demo/{n}", t) for n, t in ASSETS.items())])
-async def test_the_page_and_its_files(page: DemoPage, path: str, media_type: str) -> None:
+async def test_page_and_its_files_are_served(page: DemoPage, path: str, media_type: str) -> None:
     answer = await ask(page, "GET", path)
 
     assert answer.status_code == 200
@@ -31,11 +31,11 @@ async def test_the_page_and_its_files(page: DemoPage, path: str, media_type: str
     ("method", "path"),
     [("POST", "/"), ("GET", "/session"), ("GET", "/demo"), ("GET", "/demo/index.html"), ("GET", "/demo/..%2Fcli.py")],
 )
-async def test_everything_else_is_the_brokers(page: DemoPage, method: str, path: str) -> None:
+async def test_other_requests_reach_the_broker(page: DemoPage, method: str, path: str) -> None:
     assert (await ask(page, method, path)).text == "the broker"
 
 
-async def test_a_livekit_server_and_its_client_may_be_asked_where_one_is_named() -> None:
+async def test_policy_allows_the_given_livekit_server_and_its_client() -> None:
     answer = await ask(DemoPage(PlainTextResponse("the broker"), "wss://livekit.example"), "GET", "/")
 
     policy = answer.headers["content-security-policy"]
@@ -47,6 +47,6 @@ async def test_a_livekit_server_and_its_client_may_be_asked_where_one_is_named()
 @pytest.mark.parametrize(
     "url", ["", "https://a.example", "wss://", "wss://a b", "wss://a;script-src *", "wss://[::1]:7880", "wss://a/b"]
 )
-def test_what_is_no_livekit_server(url: str) -> None:
+def test_invalid_livekit_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="takes ws"):
         content_security_policy(url)

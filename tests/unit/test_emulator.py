@@ -1,4 +1,4 @@
-"""The emulated OneInbox in process, on a clock the tests turn."""
+"""The emulated OneInbox in process, with a clock that the tests set."""
 
 import re
 import uuid
@@ -87,7 +87,7 @@ async def test_wrong_key_is_401(oneinbox: OneInbox, authorization: str) -> None:
     assert len(oneinbox.emulator.calls) == 0
 
 
-async def test_start_answers_a_call_with_a_token_livekit_takes(oneinbox: OneInbox) -> None:
+async def test_start_returns_a_call_and_a_livekit_token(oneinbox: OneInbox) -> None:
     started = await oneinbox.start()
 
     assert str(uuid.UUID(started["id"])) == started["id"]
@@ -107,7 +107,7 @@ async def test_start_answers_a_call_with_a_token_livekit_takes(oneinbox: OneInbo
     }
 
 
-async def test_every_participant_is_a_fresh_one() -> None:
+async def test_each_token_names_a_new_participant() -> None:
     secret = "s" * 32
     oneinbox = connect(livekit_secret=secret)
 
@@ -157,7 +157,7 @@ async def test_unknown_fields_are_ignored(oneinbox: OneInbox) -> None:
     assert call.overrides == {"tts": {"voice_id": "v"}}
 
 
-async def test_call_lives_by_the_clock(oneinbox: OneInbox) -> None:
+async def test_status_follows_the_clock(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
 
     seen = []
@@ -168,7 +168,7 @@ async def test_call_lives_by_the_clock(oneinbox: OneInbox) -> None:
     assert seen == ["queued", "initiated", *["in_progress"] * 8, "completed"]
 
 
-async def test_running_call_has_no_end_and_no_words(oneinbox: OneInbox) -> None:
+async def test_running_call_has_no_end_and_no_transcript(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
     oneinbox.clock.forward(3)
 
@@ -179,7 +179,7 @@ async def test_running_call_has_no_end_and_no_words(oneinbox: OneInbox) -> None:
     assert (call["transcript"], call["messages"], call["recording_url"]) == (None, [], None)
 
 
-async def test_words_come_after_the_end(oneinbox: OneInbox) -> None:
+async def test_transcript_appears_after_the_end(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start(metadata={"a": {"b": 1}}, variables={"name": "Ada"}))["id"]
     oneinbox.clock.forward(12)
     early = await oneinbox.call(call_id)
@@ -220,7 +220,7 @@ async def test_stop_ends_a_running_call(oneinbox: OneInbox) -> None:
     assert (await oneinbox.call(call_id))["messages"]
 
 
-async def test_call_stopped_before_it_began_has_no_words(oneinbox: OneInbox) -> None:
+async def test_call_stopped_before_it_began_has_no_transcript(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
     await oneinbox.http.post(f"/v1/calls/{call_id}/stop")
     oneinbox.clock.forward(100)
@@ -260,7 +260,7 @@ async def test_list_pages_newest_first(oneinbox: OneInbox) -> None:
     assert (answer["total"], answer["limit"], answer["offset"]) == (5, 2, 1)
 
 
-async def test_list_filters() -> None:
+async def test_list_filters_by_agent_and_status() -> None:
     oneinbox = connect(agents=("a", "b"))
     old = await oneinbox.start(agent_id="a")
     oneinbox.clock.forward(100)
@@ -276,7 +276,7 @@ async def test_list_filters() -> None:
     assert await found(status="failed") == []
 
 
-async def test_cursor_walks_through_all_calls(oneinbox: OneInbox) -> None:
+async def test_cursor_pages_through_all_calls(oneinbox: OneInbox) -> None:
     ids = [(await oneinbox.start())["id"] for _ in range(5)]
 
     seen: list[str] = []
@@ -287,7 +287,7 @@ async def test_cursor_walks_through_all_calls(oneinbox: OneInbox) -> None:
         if not page["has_more"]:
             break
         params["cursor"] = page["next_cursor"]
-        await oneinbox.start()  # what comes in front does not shift the pages behind
+        await oneinbox.start()  # newer calls do not shift the later pages
 
     assert seen == ids[::-1]
     assert page["next_cursor"] is None
@@ -300,12 +300,12 @@ async def test_wrong_cursor_is_400(oneinbox: OneInbox) -> None:
 
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 101}, {"offset": -1}])
-async def test_list_bounds(oneinbox: OneInbox, params: dict[str, int]) -> None:
+async def test_list_parameters_out_of_bounds_are_422(oneinbox: OneInbox, params: dict[str, int]) -> None:
     assert (await oneinbox.http.get("/v1/calls", params=params)).status_code == 422
 
 
 @pytest.mark.parametrize("listed", [True, False])
-async def test_list_metadata_is_an_option(listed: bool) -> None:
+async def test_metadata_in_lists_is_optional(listed: bool) -> None:
     oneinbox = connect(list_metadata=listed)
     call_id = (await oneinbox.start(metadata={"a": 1}))["id"]
 
@@ -315,7 +315,7 @@ async def test_list_metadata_is_an_option(listed: bool) -> None:
     assert (await oneinbox.call(call_id))["metadata"] == {"a": 1}
 
 
-async def test_guide_edition() -> None:
+async def test_guide_edition_has_short_ids_and_older_fields() -> None:
     oneinbox = connect(edition="guide")
     started = await oneinbox.start(metadata={"a": 1})
     oneinbox.clock.forward(100)
@@ -352,7 +352,7 @@ async def test_webhook_url_must_be_http(oneinbox: OneInbox, url: str) -> None:
     assert answer.status_code == 422
 
 
-async def test_held_status_outlasts_the_clock(oneinbox: OneInbox) -> None:
+async def test_held_status_ignores_the_clock(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
     held = await oneinbox.override(call_id, status="in_progress")
     oneinbox.clock.forward(1_000)
@@ -374,7 +374,7 @@ async def test_held_call_can_be_stopped(oneinbox: OneInbox) -> None:
     assert (stopped["status"], stopped["duration_seconds"]) == ("completed", 1_000)
 
 
-async def test_released_call_goes_by_the_clock_again(oneinbox: OneInbox) -> None:
+async def test_released_call_follows_the_clock_again(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
     await oneinbox.override(call_id, status="queued")
     oneinbox.clock.forward(5)
@@ -384,14 +384,14 @@ async def test_released_call_goes_by_the_clock_again(oneinbox: OneInbox) -> None
     assert released["status"] == "in_progress"
 
 
-async def test_unknown_status_is_running(oneinbox: OneInbox) -> None:
+async def test_unknown_status_counts_as_running(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
 
     assert (await oneinbox.override(call_id, status="transferring"))["running"] is True
 
 
 @pytest.mark.parametrize("status", ["failed", "no-answer", "cancelled"])
-async def test_forced_end(oneinbox: OneInbox, status: str) -> None:
+async def test_forced_terminal_status_ends_the_call(oneinbox: OneInbox, status: str) -> None:
     call_id = (await oneinbox.start())["id"]
     oneinbox.clock.forward(4)
 
@@ -402,7 +402,7 @@ async def test_forced_end(oneinbox: OneInbox, status: str) -> None:
     assert (call["status"], call["end_reason"], call["duration_seconds"]) == (status, status, 2)
 
 
-async def test_record_is_overridden(oneinbox: OneInbox) -> None:
+async def test_record_fields_can_be_overridden(oneinbox: OneInbox) -> None:
     call_id = (await oneinbox.start())["id"]
     await oneinbox.override(call_id, set={"transcript": 7, "new": "x"}, remove=["messages", "status"])
 
@@ -414,7 +414,7 @@ async def test_record_is_overridden(oneinbox: OneInbox) -> None:
     assert (await oneinbox.call(call_id))["status"] == "odd"
 
 
-async def test_control_surface_knows_all_calls(oneinbox: OneInbox) -> None:
+async def test_control_surface_lists_calls_in_full(oneinbox: OneInbox) -> None:
     started = await oneinbox.start(metadata={"a": 1}, variables={"b": 2}, overrides={"llm": {"model": "m"}})
 
     (call,) = (await oneinbox.http.get("/_emulator/calls")).json()
@@ -453,7 +453,7 @@ async def test_control_surface_is_for_loopback_only(peer: str, method: str, path
     assert answer.status_code == 403
 
 
-async def test_requests_are_written_down(oneinbox: OneInbox) -> None:
+async def test_requests_are_recorded(oneinbox: OneInbox) -> None:
     await oneinbox.http.post("/v1/calls/web?a=b", json=START, headers=[("X-Twice", "1"), ("X-Twice", "2")])
 
     (shown,) = (await oneinbox.http.get("/_emulator/requests")).json()
@@ -469,7 +469,7 @@ async def test_requests_are_written_down(oneinbox: OneInbox) -> None:
 
 
 @pytest.mark.parametrize("body", NOT_JSON)
-async def test_broken_request_is_422_and_written_down(oneinbox: OneInbox, body: bytes) -> None:
+async def test_broken_request_is_422_and_recorded(oneinbox: OneInbox, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     answer = await oneinbox.http.post("/v1/calls/web", content=body, headers=headers)
 
@@ -477,7 +477,7 @@ async def test_broken_request_is_422_and_written_down(oneinbox: OneInbox, body: 
     assert oneinbox.emulator.requests[-1].json is None
 
 
-async def test_memory_is_bounded(oneinbox: OneInbox, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_oldest_calls_and_requests_are_evicted(oneinbox: OneInbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls_module, "MAX_CALLS", 3)
     held, ended, other = [oneinbox.emulator.calls.start(StartCall(agent_id="a")) for _ in range(3)]
     oneinbox.emulator.override(held, CallOverride(status="in_progress"))
@@ -499,7 +499,7 @@ async def test_huge_request_is_413(oneinbox: OneInbox) -> None:
     assert answer.status_code == 413
 
 
-async def test_faults_over_the_control_surface(oneinbox: OneInbox) -> None:
+async def test_control_surface_adds_faults(oneinbox: OneInbox) -> None:
     rules = [{"kind": "status", "operation": "start", "status": 503, "times": 2}]
 
     added = await oneinbox.http.post("/_emulator/faults", json=rules)
@@ -542,7 +542,7 @@ async def test_wrong_fault_rule_is_422(oneinbox: OneInbox, rule: dict[str, Any])
         ("list", "GET", "/v1/calls/cursor"),
     ],
 )
-async def test_fault_strikes_its_operation_only(oneinbox: OneInbox, operation: str, method: str, path: str) -> None:
+async def test_fault_affects_only_its_operation(oneinbox: OneInbox, operation: str, method: str, path: str) -> None:
     rules = [{"kind": "status", "operation": operation, "status": 418}]
     await oneinbox.http.post("/_emulator/faults", json=rules)
 
@@ -552,7 +552,7 @@ async def test_fault_strikes_its_operation_only(oneinbox: OneInbox, operation: s
     assert (hit.status_code, missed.status_code) == (418, 200)
 
 
-async def test_first_rule_that_strikes_is_the_one(oneinbox: OneInbox) -> None:
+async def test_first_matching_rule_wins(oneinbox: OneInbox) -> None:
     oneinbox.emulator.faults.add(Status(operation="start", status=500, times=1), Status(operation="start", status=503))
 
     statuses = [(await oneinbox.http.post("/v1/calls/web", json=START)).status_code for _ in range(2)]
@@ -560,7 +560,7 @@ async def test_first_rule_that_strikes_is_the_one(oneinbox: OneInbox) -> None:
     assert statuses == [500, 503]
 
 
-async def test_seeded_dice_repeat(oneinbox: OneInbox) -> None:
+async def test_seed_makes_probability_repeatable(oneinbox: OneInbox) -> None:
     async def statuses() -> list[int]:
         oneinbox.emulator.faults.clear()
         oneinbox.emulator.faults.add(Status(operation="list", status=500, probability=0.5, seed=7))
@@ -586,7 +586,9 @@ async def test_seeded_dice_repeat(oneinbox: OneInbox) -> None:
         ),
     ],
 )
-async def test_error_statuses(oneinbox: OneInbox, fault: Status, body: dict[str, Any], headers: dict[str, str]) -> None:
+async def test_status_fault_answers_the_error(
+    oneinbox: OneInbox, fault: Status, body: dict[str, Any], headers: dict[str, str]
+) -> None:
     oneinbox.emulator.faults.add(fault)
 
     answer = await oneinbox.http.post("/v1/calls/web", json=START)
@@ -596,7 +598,7 @@ async def test_error_statuses(oneinbox: OneInbox, fault: Status, body: dict[str,
     assert answer.headers.get("retry-after") == headers.get("retry-after")
 
 
-async def test_error_status_though_the_call_exists(oneinbox: OneInbox) -> None:
+async def test_status_fault_can_take_effect(oneinbox: OneInbox) -> None:
     oneinbox.emulator.faults.add(Status(operation="start", status=500, takes_effect=True))
 
     answer = await oneinbox.http.post("/v1/calls/web", json=START)
@@ -616,7 +618,7 @@ async def test_fields_are_set_and_removed(oneinbox: OneInbox) -> None:
     assert "participant_token" not in started
 
 
-async def test_what_was_refused_is_not_spoiled(oneinbox: OneInbox) -> None:
+async def test_refusal_is_not_altered(oneinbox: OneInbox) -> None:
     oneinbox.emulator.faults.add(NotUtf8(operation="start"))
 
     answer = await oneinbox.http.post("/v1/calls/web", json={"agent_id": "agt_other"})
@@ -624,7 +626,7 @@ async def test_what_was_refused_is_not_spoiled(oneinbox: OneInbox) -> None:
     assert (answer.status_code, answer.json()) == (404, {"detail": "Agent not found"})
 
 
-async def test_late_answer_is_the_right_one(oneinbox: OneInbox) -> None:
+async def test_latency_keeps_the_answer(oneinbox: OneInbox) -> None:
     oneinbox.emulator.faults.add(Latency(operation="start", seconds=0))
 
     assert (await oneinbox.start())["status"] == "queued"

@@ -1,4 +1,4 @@
-"""The demo page of the sandbox: what a frontend does with the broker, with everything it gets in plain view."""
+"""The sandbox's demo page: what a frontend does with the broker, and everything it receives."""
 
 import re
 from html import escape
@@ -8,7 +8,7 @@ from string import Template
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# A real LiveKit server is joined with LiveKit's own client, the published file of this version and no other.
+# LiveKit's own client, to join a real LiveKit server. The hash pins the published file of this version.
 LIVEKIT_CLIENT = "https://cdn.jsdelivr.net/npm/livekit-client@2.23.0/dist/livekit-client.umd.js"
 LIVEKIT_CLIENT_INTEGRITY = "sha384-HkA7rQNo8H04l1p4zoXX1Cy+h9YoYp8LvKt4vfMFhv4KFk07UkrNwIUnyBum8Pw6"
 
@@ -19,14 +19,14 @@ ASSETS = {
     "icon.svg": "image/svg+xml",
 }
 _HERE = Path(__file__).parent
-# What a Content-Security-Policy can name: no address in brackets, and nothing that would end the source.
+# URLs that a Content-Security-Policy can name: no IPv6 address, and no character that would end the source.
 _SERVER = re.compile(r"(wss?)://([A-Za-z0-9.-]+(?::[0-9]{1,5})?)/?", re.ASCII)
 
 
 class DemoPage:
-    """ASGI: answers `/` and the page's own files, and passes everything else on to `app`, the broker.
+    """ASGI app: serves `/` and the page's files, and passes all other requests to `app`, the broker.
 
-    `livekit_url`: a LiveKit server that the page offers to join. Raises ValueError when it is none.
+    `livekit_url`: a LiveKit server that the page offers to join. Raises ValueError if it is not a LiveKit URL.
     """
 
     def __init__(self, app: ASGIApp, livekit_url: str | None = None) -> None:
@@ -50,14 +50,14 @@ class DemoPage:
 
 
 def content_security_policy(livekit_url: str | None) -> str:
-    """Files of the page's own, requests to the broker; LiveKit's client and server only where one is named."""
+    """Return the page's policy; it allows LiveKit's client and server if given. Raises ValueError for a bad URL."""
     scripts = connections = ""
     if livekit_url is not None:
         match = _SERVER.fullmatch(livekit_url)
         if match is None:
-            raise ValueError("takes ws:// or wss://, a host name or IPv4 address, and perhaps a port")
+            raise ValueError("takes ws:// or wss://, a host name or IPv4 address, and an optional port")
         scripts = f" {LIVEKIT_CLIENT}"
-        # The client asks over http why a socket did not open.
+        # If the WebSocket fails, the client asks over HTTP for the reason.
         connections = f" {match[1]}://{match[2]} {match[1].replace('ws', 'http')}://{match[2]}"
     return (
         f"default-src 'none'; script-src 'self'{scripts}; style-src 'self'; img-src 'self'; "

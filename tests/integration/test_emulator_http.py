@@ -1,4 +1,4 @@
-"""The emulated OneInbox over real sockets: what happens to connections, and webhooks."""
+"""The emulated OneInbox over real sockets: connection faults and webhooks."""
 
 import asyncio
 import gzip
@@ -36,8 +36,6 @@ from app.sandbox.server import RunningEmulator, emulator_server, running_emulato
 
 START = {"agent_id": "agt_sandbox"}
 KEY = {"Authorization": "Bearer oi_sk_sandbox"}
-
-
 QUICK = EmulatorOptions(queued=0.01, initiated=0.01, in_progress=0.01, transcript_delay=0.01)
 
 # Stopping a uvicorn server takes 0.2 s: the tests share two.
@@ -87,7 +85,7 @@ async def start(client: httpx.AsyncClient) -> httpx.Response:
     return await client.post("/v1/calls/web", json=START)
 
 
-async def test_right_answers_keep_the_connection(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_complete_answers_keep_the_connection(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(Status(operation="start", status=503, times=1), Latency(operation="start", seconds=0))
 
     answers = [await start(client) for _ in range(3)]
@@ -97,7 +95,7 @@ async def test_right_answers_keep_the_connection(client: httpx.AsyncClient, runn
 
 
 @pytest.mark.parametrize("takes_effect", [False, True])
-async def test_drop_sends_not_a_byte(
+async def test_drop_cuts_the_connection_before_any_answer(
     client: httpx.AsyncClient, running: RunningEmulator, caplog: pytest.LogCaptureFixture, takes_effect: bool
 ) -> None:
     running.emulator.faults.add(Drop(operation="start", times=1, takes_effect=takes_effect))
@@ -110,7 +108,7 @@ async def test_drop_sends_not_a_byte(
     assert caplog.records == []
 
 
-async def test_truncated_answer(
+async def test_truncated_cuts_the_connection_mid_answer(
     client: httpx.AsyncClient, running: RunningEmulator, caplog: pytest.LogCaptureFixture
 ) -> None:
     running.emulator.faults.add(Truncated(operation="start"))
@@ -123,7 +121,7 @@ async def test_truncated_answer(
 
 
 @pytest.mark.parametrize("takes_effect", [False, True])
-async def test_hang_ends_with_the_client(
+async def test_hang_ends_when_the_client_leaves(
     client: httpx.AsyncClient, running: RunningEmulator, takes_effect: bool
 ) -> None:
     running.emulator.faults.add(Hang(operation="start", takes_effect=takes_effect))
@@ -134,10 +132,10 @@ async def test_hang_ends_with_the_client(
     assert len(running.emulator.calls) == takes_effect
 
 
-async def test_hang_is_cut_at_last(
+async def test_endless_faults_are_cut_in_the_end(
     client: httpx.AsyncClient, running: RunningEmulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "LONGEST", 0)
+    monkeypatch.setattr(faults, "LONGEST_SECONDS", 0)
     running.emulator.faults.add(Hang(operation="start", times=1), EndlessBody(operation="start"))
 
     with pytest.raises(httpx.RemoteProtocolError, match="without sending a response"):
@@ -147,7 +145,7 @@ async def test_hang_is_cut_at_last(
 
 
 @pytest.mark.parametrize("fault", [Hang(operation="get"), Latency(operation="get", seconds=100)])
-async def test_shutdown_waits_for_no_fault(fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
+async def test_shutdown_does_not_wait_for_faults(fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
     async with httpx.AsyncClient(headers=KEY, trust_env=False) as client:
         async with running_emulator() as running:
             call = running.emulator.calls.start(StartCall(agent_id="agt_sandbox"))
@@ -162,7 +160,7 @@ async def test_shutdown_waits_for_no_fault(fault: Fault, caplog: pytest.LogCaptu
     assert caplog.records == []
 
 
-async def test_latency(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_latency_delays_the_answer(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(Latency(operation="start", seconds=0.05))
 
     answer = await start(client)
@@ -171,7 +169,9 @@ async def test_latency(client: httpx.AsyncClient, running: RunningEmulator) -> N
     assert answer.elapsed.total_seconds() >= 0.05
 
 
-async def test_answer_nobody_waits_for(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_latency_takes_effect_though_the_client_leaves(
+    client: httpx.AsyncClient, running: RunningEmulator
+) -> None:
     running.emulator.faults.add(Latency(operation="start", seconds=100))
 
     with pytest.raises(httpx.ReadTimeout):
@@ -180,7 +180,7 @@ async def test_answer_nobody_waits_for(client: httpx.AsyncClient, running: Runni
     assert len(running.emulator.calls) == 1
 
 
-async def test_broken_bodies(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_broken_bodies_cannot_be_parsed(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(BrokenJson(operation="start", times=1), NotUtf8(operation="start", times=1))
 
     broken, odd = await start(client), await start(client)
@@ -193,7 +193,7 @@ async def test_broken_bodies(client: httpx.AsyncClient, running: RunningEmulator
     assert len(running.emulator.calls) == 2
 
 
-async def test_redirect(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_redirect_starts_no_call(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(Redirect(operation="start", status=302, location="http://127.0.0.1:1/"))
 
     answer = await start(client)
@@ -202,7 +202,7 @@ async def test_redirect(client: httpx.AsyncClient, running: RunningEmulator) -> 
     assert len(running.emulator.calls) == 0
 
 
-async def test_header_flood(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_header_flood_keeps_the_answer(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(HeaderFlood(operation="start", count=50, size=100))
 
     answer = await start(client)
@@ -221,7 +221,7 @@ async def test_big_body_is_valid_json(client: httpx.AsyncClient, running: Runnin
 
 
 @pytest.mark.parametrize("fault", [BigBody(operation="start"), EndlessBody(operation="start")])
-async def test_flood_stops_when_the_client_goes(
+async def test_endless_bodies_stop_when_the_client_leaves(
     client: httpx.AsyncClient, running: RunningEmulator, fault: Fault
 ) -> None:
     running.emulator.faults.add(fault)
@@ -237,7 +237,9 @@ async def test_flood_stops_when_the_client_goes(
     assert (await client.get("/v1/calls")).json()["total"] == 1
 
 
-async def test_drip(client: httpx.AsyncClient, running: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_drip_sends_byte_by_byte(
+    client: httpx.AsyncClient, running: RunningEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running.emulator.faults.add(Drip(operation="start", interval=0.0001))
 
     async with client.stream("POST", "/v1/calls/web", json=START) as answer:
@@ -246,12 +248,12 @@ async def test_drip(client: httpx.AsyncClient, running: RunningEmulator, monkeyp
     assert json.loads(b"".join(pieces))["type"] == "web"
     assert len(pieces) > 50
 
-    monkeypatch.setattr(faults, "LONGEST", 0)
+    monkeypatch.setattr(faults, "LONGEST_SECONDS", 0)
     with pytest.raises(httpx.RemoteProtocolError, match="complete message body"):
         await start(client)
 
 
-async def test_gzip_bomb(client: httpx.AsyncClient, running: RunningEmulator) -> None:
+async def test_gzip_bomb_unpacks_to_valid_json(client: httpx.AsyncClient, running: RunningEmulator) -> None:
     running.emulator.faults.add(GzipBomb(operation="start", megabytes=2))
 
     async with client.stream("POST", "/v1/calls/web", json=START) as answer:
@@ -272,7 +274,7 @@ async def test_emulator_server_is_quiet() -> None:
 
 
 class Receiver:
-    """A loopback URL for webhooks; answers what `statuses` says, then 200."""
+    """A loopback server for webhooks; answers `statuses` in turn, then 200."""
 
     def __init__(self, *statuses: int) -> None:
         self._statuses = list(statuses)
@@ -307,7 +309,7 @@ class Receiver:
 ALL = ["call.started", "call.ended", "call.failed", "call.recording.available", "transcript.final", "call.analyzed"]
 
 
-async def test_webhooks_tell_a_calls_life(quick: RunningEmulator) -> None:
+async def test_webhooks_report_each_event_of_a_call(quick: RunningEmulator) -> None:
     async with Receiver() as receiver, httpx.AsyncClient(base_url=quick.url, headers=KEY, trust_env=False) as client:
         await client.post("/v1/webhooks", json={"name": "n", "url": receiver.url, "events": ALL})
 
@@ -321,7 +323,7 @@ async def test_webhooks_tell_a_calls_life(quick: RunningEmulator) -> None:
     assert (ended["agent_id"], ended["status"], ended["duration_seconds"]) == ("agt_sandbox", "completed", 0)
 
 
-async def test_webhooks_tell_what_they_were_asked_for_and_from_then_on(
+async def test_webhooks_report_only_chosen_and_later_events(
     client: httpx.AsyncClient, running: RunningEmulator
 ) -> None:
     async with Receiver() as receiver:
@@ -334,11 +336,11 @@ async def test_webhooks_tell_what_they_were_asked_for_and_from_then_on(
         await client.post(f"/_emulator/calls/{gone}", json={"status": "in_progress"})
         await client.delete(f"/v1/calls/{gone}")
         await client.post(f"/_emulator/calls/{new}", json={"status": "failed"})
-        told = await receiver.next()
+        received = await receiver.next()
         await client.delete(f"/v1/webhooks/{webhook['id']}")
         await start(client)
 
-        assert (told["event"], told["call_id"], told["status"]) == ("call.failed", new, "failed")
+        assert (received["event"], received["call_id"], received["status"]) == ("call.failed", new, "failed")
         assert receiver.empty
 
 
@@ -349,7 +351,7 @@ def start_followed(server: RunningEmulator, url: str, *events: str) -> Call:
     return call
 
 
-async def test_webhooks_are_repeated_until_2xx(quick: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_webhooks_are_retried_until_2xx(quick: RunningEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhooks, "RETRY_DELAYS", (0, 0, 0))
     async with Receiver(500, 302, 404) as receiver:
         start_followed(quick, receiver.url, "call.ended")
@@ -358,23 +360,23 @@ async def test_webhooks_are_repeated_until_2xx(quick: RunningEmulator, monkeypat
     assert tries == tries[:1] * 4
 
 
-async def test_webhooks_are_given_up(
+async def test_webhooks_are_dropped_after_the_last_retry(
     quick: RunningEmulator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(webhooks, "RETRY_DELAYS", (0, 0, 0))
     async with Receiver(500, 500, 500, 500) as receiver:
         start_followed(quick, receiver.url, "transcript.final", "call.analyzed")
-        told = [(await receiver.next())["event"] for _ in range(5)]
+        received = [(await receiver.next())["event"] for _ in range(5)]
 
-    assert told == [*["transcript.final"] * 4, "call.analyzed"]
-    assert "webhook given up: transcript.final" in caplog.text
+    assert received == [*["transcript.final"] * 4, "call.analyzed"]
+    assert "webhook not delivered: transcript.final" in caplog.text
 
 
-async def test_only_loopback_is_told(quick: RunningEmulator) -> None:
-    told: asyncio.Queue[str] = asyncio.Queue()
+async def test_only_loopback_urls_are_called(quick: RunningEmulator) -> None:
+    received: asyncio.Queue[str] = asyncio.Queue()
 
     def answer(request: httpx.Request) -> httpx.Response:
-        told.put_nowait(request.url.host)
+        received.put_nowait(request.url.host)
         return httpx.Response(200)
 
     with respx.mock:
@@ -383,7 +385,7 @@ async def test_only_loopback_is_told(quick: RunningEmulator) -> None:
             quick.emulator.webhooks.register(RegisterWebhook(name="n", url=url, events=["call.ended"]))
         start_followed(quick, "http://localhost:1/", "call.ended")
         async with asyncio.timeout(2):
-            hosts = {await told.get()}
+            hosts = {await received.get()}
 
     assert hosts == {"localhost"}
-    assert told.empty()
+    assert received.empty()
