@@ -1,4 +1,4 @@
-"""The leaves of an agent's configuration that `overrides` may replace, as OneInbox's documentation types them."""
+"""The leaves of an agent's configuration that `overrides` may replace, with their types in OneInbox's documentation."""
 
 import sys
 from collections.abc import Mapping
@@ -22,8 +22,19 @@ OVERRIDE_LEAVES: Mapping[str, type] = {
 
 
 def is_leaf_value(leaf: type, value: Any) -> bool:
-    """Whether a value is of the type that OVERRIDE_LEAVES gives for a leaf: `float` takes any finite number."""
+    """Return whether a value is of the type that OVERRIDE_LEAVES gives for a leaf: `float` takes any finite number."""
     if leaf is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and -sys.float_info.max <= value <= sys.float_info.max
     return isinstance(value, leaf)
+
+
+def leaves_of(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping's values by dotted path."""
+    leaves: dict[str, Any] = {}
+    for key, each in nested.items():
+        if isinstance(each, Mapping):
+            leaves.update(leaves_of(each, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = each
+    return leaves
