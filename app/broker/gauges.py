@@ -11,7 +11,7 @@ from app.limits.call_attempt import ALL_CALLS
 from app.limits.live_calls import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.sessions.service import Sessions
-from app.store import Slot, Store, StoreUnavailable
+from app.store import LimitRequest, Slot, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 EVERY_SECONDS = 5
@@ -37,7 +37,7 @@ class Gauges:
         self._read_own()
         try:
             counts, rates, talk = await asyncio.gather(
-                self.store.decide((), (Slot(ALL_CALLS, None), Slot(UNSTOPPED, None)), cost=0),
+                self.store.decide(LimitRequest(slots=(Slot(ALL_CALLS, None), Slot(UNSTOPPED, None)), cost=0)),
                 self.limits.usage(),
                 self.talk.usage(),
             )

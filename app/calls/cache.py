@@ -13,7 +13,7 @@ from app.limits import LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, Rejected
 from app.problems import Problem
-from app.store import Rate, Store, StoreUnavailable
+from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.store.memory import MemoryStore
 
 FRESH_SECONDS = 1.0
@@ -118,7 +118,8 @@ class CallCache:
             return None
         if call_id not in self._fetching:
             once = Rate(f"call:{known}:{call_id}", 1, 1)
-            if not (await self._budgets.decide([once, BUDGET] if known else [once, BUDGET, UNKNOWN_BUDGET])).allowed:
+            rates = [once, BUDGET] if known else [once, BUDGET, UNKNOWN_BUDGET]
+            if not (await self._budgets.decide(LimitRequest(rates))).allowed:
                 latest = self.latest(call_id)
                 if latest is None:
                     raise Problem("at-capacity", headers={"Retry-After": "1"})

@@ -24,7 +24,7 @@ from app.identity.keys import VerifyingKey
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, OneInboxError
 from app.oneinbox.transport import open_transport
-from app.store import Rate, Slot, StoreUnavailable
+from app.store import LimitRequest, Rate, Slot, StoreUnavailable
 from app.store.valkey import ValkeyStore
 
 LONGEST_ANSWER = 8.0
@@ -315,10 +315,10 @@ async def _exercise(store: ValkeyStore) -> float:
     milliseconds = (time.perf_counter() - asked) * 1000
     if kept != value or not deleted:
         raise _UnexpectedError
-    rates, slots = [Rate(key, 1, 10)], [Slot(key, 1)]
-    first = await store.decide(rates, slots, member="first", lease=10)
-    second = await store.decide(rates, slots, member="second", lease=10)
-    await store.give_back(rates, first, slots, member="first")
+    request = LimitRequest([Rate(key, 1, 10)], [Slot(key, 1)], member="first", lease=10)
+    first = await store.decide(request)
+    second = await store.decide(request._replace(member="second"))
+    await store.give_back(request, first)
     if not first.allowed or second.allowed:
         raise _UnexpectedError
     return milliseconds

@@ -15,7 +15,7 @@ from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
 from app.limits.talk_time import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
-from app.store import Rate, Store, StoreUnavailable, Value
+from app.store import LimitRequest, Rate, Store, StoreUnavailable, Value
 from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
@@ -163,7 +163,7 @@ class LiveCalls:
 
     async def recheck(self, user: User) -> bool:
         """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
-        if not (await self._store.decide([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)])).allowed:
+        if not (await self._store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)]))).allowed:
             return False
         members = await self._store.members(calls_of_user(user.store_name))
         freed = await asyncio.gather(
@@ -183,7 +183,7 @@ class LiveCalls:
     async def sweep(self) -> list[CallAttempt]:
         """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
         await self.flush()
-        if not (await self._store.decide([Rate("sweep", 1, SWEEP_SECONDS - 1)])).allowed:
+        if not (await self._store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
         pending: list[CallAttempt] = []

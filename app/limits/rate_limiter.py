@@ -18,7 +18,7 @@ from app.identity.addresses import limit_key
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
 from app.problems import Problem
-from app.store import Decision, Rate, RateState, Slot, Store
+from app.store import Decision, LimitRequest, Rate, RateState, Slot, Store
 from app.telemetry.metrics import Metrics
 
 FAILED_LOGINS = 60
@@ -33,8 +33,8 @@ NEARLY = 0.8
 SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
 """Names of a session's slots, in the order in which they are asked for."""
 
-QUESTIONS = 4096
-"""Users whose questions are kept."""
+CACHED_USERS = 4096
+"""Users whose applicable limits are cached."""
 
 log = structlog.get_logger(__name__)
 
@@ -74,35 +74,31 @@ class Refused(RateLimitExceeded):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """All that is asked for at once.
+class UserLimits:
+    """The limits that one user meets, all asked for in one request.
 
-    `owners`: whose each rate is, then whose each slot is. `names`: what each is called, the same for all users.
-    `own`: the places of the user's own rates.
+    `request`: without its member. `owners` and `names` (the same for all users): of the rates, then of the slots.
+    `own`: indices of the user's own rates.
     """
 
     limits: Sequence[Limit]
-    rates: Sequence[Rate]
-    slots: Sequence[Slot]
+    request: LimitRequest
     owners: Sequence[Owner]
     names: Sequence[str]
     own: Sequence[int]
 
     def headers(self, states: Sequence[RateState]) -> dict[str, str]:
-        """What is left of the user's own rates; the global ones are nobody's business."""
-        return rate_limit_headers([(self.names[index], self.rates[index], states[index]) for index in self.own])
+        """Headers that say what is left of the user's own rates; the global ones stay private."""
+        rates = self.request.rates
+        return rate_limit_headers([(self.names[index], rates[index], states[index]) for index in self.own])
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one session counted, so that it can be given back.
+    """What one session counted, so that it can be given back. `headers`: what is left, for the browser."""
 
-    `member`: the call's name in the sets of live calls. `headers`: what is left, for the browser.
-    """
-
-    question: Question
+    request: LimitRequest
     decision: Decision
-    member: str
     headers: Mapping[str, str]
 
 
@@ -150,15 +146,15 @@ class Limits:
         self._metrics = metrics or Metrics()
         self._nearly_until: dict[str, float] = {}
         # Made once for each user: what is asked is the same every time.
-        self._session_question = lru_cache(QUESTIONS)(self._make_session_question)
-        self._request_question = lru_cache(QUESTIONS)(self._make_request_question)
+        self._session_limits = lru_cache(CACHED_USERS)(self._make_session_limits)
+        self._request_limits = lru_cache(CACHED_USERS)(self._make_request_limits)
 
     async def count_request(self, user: User) -> dict[str, str]:
         """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
-        question = self._request_question(user.store_name)
-        decision = await self._store.decide(question.rates, enforce=self._enforce)
-        headers = question.headers(decision.rates)
-        if decision.refused and not self._is_observed(question, decision):
+        limits = self._request_limits(user.store_name)
+        decision = await self._store.decide(limits.request)
+        headers = limits.headers(decision.rates)
+        if decision.refused and not self._is_observed(limits, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
             raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
         return headers
@@ -170,7 +166,7 @@ class Limits:
     async def count_failure(self, kind: str, address: str, most: int) -> None:
         """Count a failure of an address, at most `most` a minute. Raises a 429 problem beyond."""
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
-        decision = await self._store.decide([Rate(f"rate:{kind}:{digest}:60", most, 60)])
+        decision = await self._store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
         if decision.refused:
             self._metrics.refused([f"failed-{kind}"])
             raise _wait("rate-limited", decision.rates[0].reset, {})
@@ -180,34 +176,33 @@ class Limits:
 
         Raises Refused and Problem, the user's own limits first.
         """
-        question, member = self._session_question(user.store_name, agent.name), attempt.key
-        decision = await self._store.decide(
-            question.rates, question.slots, member=member, lease=self._lease, enforce=self._enforce
-        )
+        limits = self._session_limits(user.store_name, agent.name)
+        rates, slots, _, lease, cost, enforce = limits.request
+        request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce)
+        decision = await self._store.decide(request)
         if decision.local and not self._count_locally:
-            await self._store.give_back(question.rates, decision, question.slots, member=member)
+            await self._store.give_back(request, decision)
             raise _wait("at-capacity", STORE_RETRY_AFTER, {})
-        self._warn_when_nearly_used_up(question, decision)
-        headers = question.headers(decision.rates)
-        if decision.refused and not self._is_observed(question, decision):
-            raise self._refusal(question, decision, headers)
-        return Reservation(question, decision, member, headers)
+        self._warn_when_nearly_used_up(limits, decision)
+        headers = limits.headers(decision.rates)
+        if decision.refused and not self._is_observed(limits, decision):
+            raise self._refusal(limits, decision, headers)
+        return Reservation(request, decision, headers)
 
     async def release(self, reservation: Reservation) -> None:
         """Give a reservation back; only where no call can exist."""
-        question = reservation.question
-        await self._store.give_back(question.rates, reservation.decision, question.slots, member=reservation.member)
+        await self._store.give_back(reservation.request, reservation.decision)
 
     async def usage(self) -> list[tuple[str, int, int]]:
         """The global limits: name, sessions counted, sessions allowed."""
         rates = [_rate(limit, "all") for limit in self._global]
-        decision = await self._store.decide(rates, cost=0)
+        decision = await self._store.decide(LimitRequest(rates, cost=0))
         return [
             (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
             for rate, state in zip(rates, decision.rates, strict=True)
         ]
 
-    def _make_session_question(self, user: str, agent: str) -> Question:
+    def _make_session_limits(self, user: str, agent: str) -> UserLimits:
         limits = self._sessions[agent]
         rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
         owners = [cast("Owner", limit.scope) for limit in limits]
@@ -219,36 +214,38 @@ class Limits:
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        return Question(limits, rates, slots, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
+        request = LimitRequest(rates, slots, lease=self._lease, enforce=self._enforce)
+        return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
 
-    def _make_request_question(self, user: str) -> Question:
+    def _make_request_limits(self, user: str) -> UserLimits:
         rates = [_rate(limit, user) for limit in self._requests]
         names = [policy_name("request", rate) for rate in rates]
-        return Question(self._requests, rates, (), ["user"] * len(rates), names, range(len(rates)))
+        request = LimitRequest(rates, enforce=self._enforce)
+        return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
 
-    def _refusal(self, question: Question, decision: Decision, headers: dict[str, str]) -> Exception:
-        count = len(question.rates)
-        own_rates = [i for i in decision.refused if i < count and question.owners[i] != "all"]
+    def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
+        count = len(decision.rates)
+        own_rates = [i for i in decision.refused if i < count and limits.owners[i] != "all"]
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
-            return Refused(question.limits[own_rates[0]], _wait("rate-limited", wait, headers))
-        if any(question.owners[index] == "user" for index in decision.refused):
+            return Refused(limits.limits[own_rates[0]], _wait("rate-limited", wait, headers))
+        if any(limits.owners[index] == "user" for index in decision.refused):
             return _wait("too-many-live-calls", LIVE_RETRY_AFTER, headers)
         waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
         return _wait("at-capacity", max(waits), headers)
 
-    def _is_observed(self, question: Question, decision: Decision) -> bool:
+    def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
         """Whether a refusal is only watched. Counts it, and says in the log which limit would have refused."""
-        self._metrics.refused([question.names[index] for index in decision.refused], enforced=self._enforce)
+        self._metrics.refused([limits.names[index] for index in decision.refused], enforced=self._enforce)
         if self._enforce:
             return False
-        names = [*(rate.name for rate in question.rates), *(slot.name for slot in question.slots)]
+        names = [*(rate.name for rate in limits.request.rates), *(slot.name for slot in limits.request.slots)]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
         return True
 
-    def _warn_when_nearly_used_up(self, question: Question, decision: Decision) -> None:
+    def _warn_when_nearly_used_up(self, limits: UserLimits, decision: Decision) -> None:
         """Say once per window that a global limit is used to 80%."""
-        for owner, rate, state in zip(question.owners, question.rates, decision.rates, strict=False):
+        for owner, rate, state in zip(limits.owners, limits.request.rates, decision.rates, strict=False):
             used = rate.amount - state.remaining
             if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self._clock():
                 continue

@@ -10,7 +10,7 @@ from app.identity import User
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
 from app.oneinbox import CallRecord
 from app.problems import Problem
-from app.store import Rate, Store
+from app.store import LimitRequest, Rate, Store
 from app.telemetry.metrics import Metrics
 
 DAY = 86400
@@ -59,7 +59,7 @@ class TalkTime:
         if self._minutes_total is None:
             return []
         rate = self._rate("all", self._minutes_total)
-        state = (await self._store.decide([rate], cost=0)).rates[0]
+        state = (await self._store.decide(LimitRequest([rate], cost=0))).rates[0]
         running = await self._running(ALL_CALLS)
         return [(GLOBAL_MINUTES, rate.amount - state.remaining + math.ceil(running), rate.amount)]
 
@@ -72,13 +72,13 @@ class TalkTime:
         if seconds is None:
             seconds = self._now() - attempt.since
         if seconds > 0:
-            await self._store.decide(rates, cost=math.ceil(seconds), enforce=False)
+            await self._store.decide(LimitRequest(rates, cost=math.ceil(seconds), enforce=False))
 
     def _limits(self, attempt: CallAttempt) -> Sequence[tuple[str, int | None]]:
         return (attempt.user, self._minutes), ("all", self._minutes_total)
 
     async def _check(self, rate: Rate, running: str, slug: str) -> None:
-        state = (await self._store.decide([rate], cost=0)).rates[0]
+        state = (await self._store.decide(LimitRequest([rate], cost=0))).rates[0]
         if state.remaining > 0 and await self._running(running) < state.remaining:
             return
         limit = "user-talk-minutes" if slug == "talk-time-used-up" else GLOBAL_MINUTES

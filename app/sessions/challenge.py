@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from app.identity.addresses import limit_key, parse_address
 from app.problems import Problem
-from app.store import Rate, Store, StoreUnavailable
+from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 FAILURES, FAILURE_SECONDS = 10, 60
@@ -81,7 +81,7 @@ class Challenge:
     async def _room(self, failures: Rate, *, cost: int) -> None:
         """Count `cost` failures. Raises Problem `rate-limited` when there is no room for another one."""
         try:
-            decision = await self._store.decide([failures], cost=cost)
+            decision = await self._store.decide(LimitRequest([failures], cost=cost))
         except StoreUnavailable:
             raise _unavailable() from None
         (state,) = decision.rates

@@ -1,9 +1,9 @@
 """The broker's memory: small, expiring, and shared by all replicas where BROKER_STORE_URL says so."""
 
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, Rate, RateState, Slot, Store, StoreUnavailable, Value
+from app.store.protocol import Decision, LimitRequest, Rate, RateState, Slot, Store, StoreUnavailable, Value
 
-__all__ = ["Decision", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "Value", "open_store"]
+__all__ = ["Decision", "LimitRequest", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "Value", "open_store"]
 
 
 def open_store(url: str) -> Store:

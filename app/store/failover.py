@@ -32,10 +32,11 @@ from typing import Literal, ParamSpec, Self, TypeVar
 import structlog
 
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, Rate, Slot, StoreUnavailable, Value
+from app.store.protocol import Decision, LimitRequest, Rate, Slot, StoreUnavailable, Value
 from app.store.valkey import ValkeyStore
 
 PROBE_SECONDS = 1.0
+PROBE = LimitRequest([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
 MISSED = 10_000
 """Entries and departures remembered for the shared store while it is gone; beyond, the oldest are forgotten."""
 
@@ -78,49 +79,36 @@ class FailoverStore:
     ) -> None:
         await self.aclose()
 
-    async def decide(
-        self,
-        rates: Sequence[Rate],
-        slots: Sequence[Slot] = (),
-        *,
-        member: str = "",
-        lease: float = 0,
-        cost: int = 1,
-        enforce: bool = True,
-    ) -> Decision:
+    async def decide(self, request: LimitRequest) -> Decision:
         """See `Store.decide`."""
         sent = self._down_since is None
         try:
-            decision = await self._ask(
-                self._shared.decide, rates, slots, member=member, lease=lease, cost=cost, enforce=enforce
-            )
+            decision = await self._ask(self._shared.decide, request)
         except StoreUnavailable:
             if sent:  # a frozen server may let the member in yet
-                self._miss([slot.name for slot in slots], member, None)
-            alone = await self._local.decide(rates, slots, member=member, lease=lease, cost=cost, enforce=enforce)
+                self._miss_slots(request, None)
+            alone = await self._local.decide(request)
             if alone.counted:
-                self._miss([slot.name for slot in slots], member, lease)
+                self._miss_slots(request, request.lease)
             return dataclasses.replace(alone, local=True)
         if not decision.counted:
             return decision
-        own = await self._local.decide(rates, slots, member=member, lease=lease, cost=cost, enforce=False)
-        return _Fed(decision.refused, decision.rates, decision.used, True, cost, own=own)
+        own = await self._local.decide(request._replace(enforce=False))
+        return _Fed(decision.refused, decision.rates, decision.used, True, own=own)
 
-    async def give_back(
-        self, rates: Sequence[Rate], decision: Decision, slots: Sequence[Slot] = (), *, member: str = ""
-    ) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """See `Store.give_back`. Never raises."""
         if not isinstance(decision, _Fed):
-            await self._local.give_back(rates, decision, slots, member=member)
+            await self._local.give_back(request, decision)
             if decision.counted:
-                self._miss([slot.name for slot in slots], member, None)
+                self._miss_slots(request, None)
             return
         if decision.own is not None:
-            await self._local.give_back(rates, decision.own, slots, member=member)
+            await self._local.give_back(request, decision.own)
         try:
-            await self._ask(self._shared.give_back, rates, decision, slots, member=member)
+            await self._ask(self._shared.give_back, request, decision)
         except StoreUnavailable:
-            self._miss([slot.name for slot in slots], member, None)
+            self._miss_slots(request, None)
 
     async def get(self, name: str) -> bytes | None:
         """See `Store.get`."""
@@ -215,11 +203,14 @@ class FailoverStore:
                 del self._missed[next(iter(self._missed))]
             self._missed[name, member] = None if ttl is None else time.monotonic() + ttl
 
+    def _miss_slots(self, request: LimitRequest, ttl: float | None) -> None:
+        self._miss([slot.name for slot in request.slots], request.member, ttl)
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:
-                await self._shared.decide([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
+                await self._shared.decide(PROBE)
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)

@@ -14,7 +14,7 @@ from typing import Generic, Literal, Self, TypeVar
 
 from app.store import sliding_window as windows
 from app.store.local_pubsub import LocalPubSub
-from app.store.protocol import Decision, Rate, RateState, Slot, Value
+from app.store.protocol import Decision, LimitRequest, RateState, Value
 from app.store.sliding_window import Window
 
 SHARDS = 256
@@ -56,17 +56,9 @@ class MemoryStore:
         """Names held, dead ones not swept yet included."""
         return sum(len(each) for each in self._dicts)
 
-    async def decide(
-        self,
-        rates: Sequence[Rate],
-        slots: Sequence[Slot] = (),
-        *,
-        member: str = "",
-        lease: float = 0,
-        cost: int = 1,
-        enforce: bool = True,
-    ) -> Decision:
+    async def decide(self, request: LimitRequest) -> Decision:
         """See `Store.decide`."""
+        rates, slots, member, lease, cost, enforce = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
         now = self._now()
@@ -97,19 +89,17 @@ class MemoryStore:
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
-        return Decision(tuple(refused), tuple(states), tuple(used), counted, cost)
+        return Decision(tuple(refused), tuple(states), tuple(used), counted)
 
-    async def give_back(
-        self, rates: Sequence[Rate], decision: Decision, slots: Sequence[Slot] = (), *, member: str = ""
-    ) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """See `Store.give_back`."""
         if not decision.counted:
             return
-        for rate, state in zip(rates, decision.rates, strict=True):
+        for rate, state in zip(request.rates, decision.rates, strict=True):
             shard = self._windows.of(rate.name)
             if rate.name in shard:
-                shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, decision.cost)
-        await self.remove_member([slot.name for slot in slots], member)
+                shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, request.cost)
+        await self.remove_member([slot.name for slot in request.slots], request.member)
 
     async def get(self, name: str) -> bytes | None:
         """See `Store.get`."""

@@ -18,7 +18,7 @@ class StoreUnavailable(Exception):
 class Rate:
     """At most `amount` in any window of `seconds`, counted under `name`.
 
-    Rates of different windows need different names; one question asks a name once.
+    Rates of different windows need different names; one request asks a name once.
     """
 
     name: str
@@ -30,7 +30,7 @@ class RateState(NamedTuple):
     """One rate after a decision.
 
     `remaining`: how many more the window takes (never below 0). `reset`: seconds until the window takes more than it
-    does now (the whole window when it is empty); after a refusal, seconds after which the same question would pass
+    does now (the whole window when it is empty); after a refusal, seconds after which the same request would pass
     this rate, if nothing else was counted (a cost above `amount` never passes). `mark`: the entry that this decision
     counted in, for giving it back; opaque.
     """
@@ -48,21 +48,36 @@ class Slot:
     capacity: int | None
 
 
+class LimitRequest(NamedTuple):
+    """A request for room under several rates and slots at once.
+
+    `member`: enters every slot, for `lease` seconds; one that is in already takes no further room. `cost`: counted in
+    each rate; 0 only looks, and a rate or slot that is merely full does not refuse it. `enforce` False: count it
+    whatever the answer.
+    """
+
+    rates: Sequence[Rate] = ()
+    slots: Sequence[Slot] = ()
+    member: str = ""
+    lease: float = 0
+    cost: int = 1
+    enforce: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The one answer to a question about several rates and slots at once.
+    """The answer to a `LimitRequest`.
 
     `refused`: indices into rates then slots (a slot's index is len(rates) + its own) that had no room; empty means yes.
     `rates`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
-    `counted`: whether this question was counted (allowed, or asked with enforce=False; never when it only looked).
-    `cost`: what was asked for. `local`: answered by this process alone, the shared store being gone.
+    `counted`: the request was counted (allowed, or not enforced; never when it only looked). `local`: answered by this
+    process alone, because the shared store is gone.
     """
 
     refused: tuple[int, ...]
     rates: tuple[RateState, ...]
     used: tuple[int, ...]
     counted: bool
-    cost: int = 1
     local: bool = False
 
     @property
@@ -100,30 +115,17 @@ class Store(Protocol):
         """As `aclose`."""
         ...
 
-    async def decide(
-        self,
-        rates: Sequence[Rate],
-        slots: Sequence[Slot] = (),
-        *,
-        member: str = "",
-        lease: float = 0,
-        cost: int = 1,
-        enforce: bool = True,
-    ) -> Decision:
+    async def decide(self, request: LimitRequest) -> Decision:
         """Ask all rates and slots at once: all are counted, or none.
 
-        `member` enters every slot until `lease` seconds from now; one that is in already takes no further room. `cost`
-        0 only looks, and is refused by nothing that is merely full. With `enforce` False the question is counted
-        whatever the answer. Raises ValueError for slots without a member, unless it only looks.
+        Raises ValueError for slots without a member, unless `cost` is 0.
         """
         ...
 
-    async def give_back(
-        self, rates: Sequence[Rate], decision: Decision, slots: Sequence[Slot] = (), *, member: str = ""
-    ) -> None:
-        """Undo what `decide` counted: each rate only in the entry it was counted in, and `member` leaves the slots.
+    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
+        """Undo what `decide` counted: each rate only in the entry it was counted in, and the member leaves the slots.
 
-        At most once per decision: what stands in an entry is not told apart.
+        At most once per decision, since an entry does not tell its hits apart.
         """
         ...
 

@@ -25,7 +25,7 @@ from app.store import scripts
 from app.store.deadline import Deadline
 from app.store.local_pubsub import LocalPubSub
 from app.store.pipeline import PipelinedConnection
-from app.store.protocol import Decision, Rate, RateState, Slot, StoreUnavailable, Value
+from app.store.protocol import Decision, LimitRequest, RateState, StoreUnavailable, Value
 from app.store.subscriber import Subscriber
 
 PREFIX = "oib:"
@@ -83,24 +83,16 @@ class ValkeyStore:
     ) -> None:
         await self.aclose()
 
-    async def decide(
-        self,
-        rates: Sequence[Rate],
-        slots: Sequence[Slot] = (),
-        *,
-        member: str = "",
-        lease: float = 0,
-        cost: int = 1,
-        enforce: bool = True,
-    ) -> Decision:
+    async def decide(self, request: LimitRequest) -> Decision:
         """See `Store.decide`."""
+        rates, slots, member, lease, cost, enforce = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
         asked: list[str | int] = [len(rates), cost, int(enforce), member, round(lease * 1e6)]
         for rate in rates:
             asked += (rate.amount, rate.seconds * 1_000_000)
         asked += [-1 if slot.capacity is None else slot.capacity for slot in slots]
-        answer: bytes = await self._run(scripts.DECIDE, _keys(rates, slots), *asked)
+        answer: bytes = await self._run(scripts.DECIDE, _keys(request), *asked)
         numbers = list(map(int, answer.split()))
         split = 1 + 4 * len(rates)
         refusals = [*numbers[1:split:4], *numbers[split::2]]
@@ -111,19 +103,16 @@ class ValkeyStore:
             ),
             used=tuple(numbers[split + 1 :: 2]),
             counted=numbers[0] == 1,
-            cost=cost,
         )
 
-    async def give_back(
-        self, rates: Sequence[Rate], decision: Decision, slots: Sequence[Slot] = (), *, member: str = ""
-    ) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """See `Store.give_back`."""
         if not decision.counted:
             return
-        asked: list[str | int] = [len(rates), decision.cost, member]
-        for rate, state in zip(rates, decision.rates, strict=True):
+        asked: list[str | int] = [len(request.rates), request.cost, request.member]
+        for rate, state in zip(request.rates, decision.rates, strict=True):
             asked += (rate.amount, rate.seconds * 1_000_000, int(state.mark))
-        await self._run(scripts.GIVE_BACK, _keys(rates, slots), *asked)
+        await self._run(scripts.GIVE_BACK, _keys(request), *asked)
 
     async def get(self, name: str) -> bytes | None:
         """See `Store.get`."""
@@ -239,8 +228,8 @@ def _slot(name: str) -> str:
     return f"{PREFIX}s:{name}"
 
 
-def _keys(rates: Sequence[Rate], slots: Sequence[Slot]) -> list[str]:
-    return [*(f"{PREFIX}r:{rate.name}" for rate in rates), *(_slot(slot.name) for slot in slots)]
+def _keys(request: LimitRequest) -> list[str]:
+    return [*(f"{PREFIX}r:{rate.name}" for rate in request.rates), *(_slot(slot.name) for slot in request.slots)]
 
 
 def _milliseconds(ttl: float) -> int:

@@ -39,7 +39,7 @@ from app.server.server import create_server, listen, url_of
 from app.sessions import idempotency
 from app.sessions.disconnect import ClientConnection
 from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, StartedCall
-from app.store import Slot, StoreUnavailable, open_store
+from app.store import LimitRequest, Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
 from tests.support.brokers import (
@@ -615,7 +615,7 @@ class Replica:
 
         async def run() -> StartedCall:
             slots = [Slot(name, None) for name in attempt.sets]
-            await house.store.decide([], slots, member=attempt.key, lease=3900)
+            await house.store.decide(LimitRequest([], slots, member=attempt.key, lease=3900))
             await asyncio.sleep(takes)
             metadata = {"broker_user": attempt.owner, "broker_request_id": attempt.request_id}
             call = house.account.calls.start(StartCall(agent_id="agt_sandbox", metadata=metadata))

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from app.store import Rate, Slot, Store, Value, open_store
+from app.store import LimitRequest, Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
 from tests.support.valkey import Valkey, running_valkey
 
@@ -47,13 +47,13 @@ async def test_a_rate_lets_in_its_amount(store: Store, name: str) -> None:
     rate = Rate(name, 3, 60)
     remaining = []
     for _ in range(3):
-        decision = await store.decide([rate])
+        decision = await store.decide(LimitRequest([rate]))
         assert decision.allowed
         assert decision.counted
         assert 59 < decision.rates[0].reset <= 60
         remaining.append(decision.rates[0].remaining)
     assert remaining == [2, 1, 0]
-    refused = await store.decide([rate])
+    refused = await store.decide(LimitRequest([rate]))
     assert (refused.refused, refused.counted, refused.rates[0].remaining) == ((0,), False, 0)
     assert 59 < refused.rates[0].reset <= 60
 
@@ -61,25 +61,25 @@ async def test_a_rate_lets_in_its_amount(store: Store, name: str) -> None:
 @pytest.mark.parametrize("amount", [5, 500])
 async def test_all_or_nothing(store: Store, name: str, amount: int) -> None:
     full, open_, slot = Rate(name, 1, 60), Rate(name + "open", amount, 60), Slot(name, 1)
-    await store.decide([full])
-    refused = await store.decide([open_, full], [slot], member="a", lease=60)
+    await store.decide(LimitRequest([full]))
+    refused = await store.decide(LimitRequest([open_, full], [slot], member="a", lease=60))
     assert (refused.refused, refused.counted, refused.used) == ((1,), False, (0,))
-    assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
+    assert (await store.decide(LimitRequest([open_], cost=0))).rates[0].remaining == amount
     await store.add_member(name, "other", 60)
-    refused = await store.decide([open_], [slot], member="a", lease=60)
+    refused = await store.decide(LimitRequest([open_], [slot], member="a", lease=60))
     assert (refused.refused, refused.used) == ((1,), (1,))
-    assert (await store.decide([open_], cost=0)).rates[0].remaining == amount
-    assert (await store.decide([full], [slot], member="a", lease=60)).refused == (0, 1)
+    assert (await store.decide(LimitRequest([open_], cost=0))).rates[0].remaining == amount
+    assert (await store.decide(LimitRequest([full], [slot], member="a", lease=60))).refused == (0, 1)
 
 
 async def test_a_look_counts_nothing(store: Store, name: str) -> None:
     rate, slot = Rate(name, 2, 60), Slot(name, 1)
     for _ in range(3):
-        look = await store.decide([rate], [slot], cost=0)
+        look = await store.decide(LimitRequest([rate], [slot], cost=0))
         assert (look.refused, look.counted, look.used, look.rates[0].remaining) == ((), False, (0,), 2)
         assert look.rates[0].reset == 60
-    await store.decide([rate], [slot], member="a", lease=60, cost=2)
-    look = await store.decide([rate], [slot], cost=0)
+    await store.decide(LimitRequest([rate], [slot], member="a", lease=60, cost=2))
+    look = await store.decide(LimitRequest([rate], [slot], cost=0))
     assert (look.refused, look.used, look.rates[0].remaining) == ((), (1,), 0)
 
 
@@ -87,7 +87,7 @@ async def test_a_look_counts_nothing(store: Store, name: str) -> None:
 async def test_observing_counts_past_the_amount(store: Store, name: str, amount: int) -> None:
     rate, slot = Rate(name, amount, 60), Slot(name, 1)
     for number in range(amount + 100):
-        decision = await store.decide([rate], [slot], member=f"m{number}", lease=60, enforce=False)
+        decision = await store.decide(LimitRequest([rate], [slot], member=f"m{number}", lease=60, enforce=False))
         assert decision.counted
         assert decision.used == (number + 1,)
         assert (0 in decision.refused) == (number >= amount)
@@ -96,33 +96,33 @@ async def test_observing_counts_past_the_amount(store: Store, name: str, amount:
 
 async def test_cost(store: Store, name: str) -> None:
     rate = Rate(name, 10, 60)
-    assert (await store.decide([rate], cost=7)).rates[0].remaining == 3
-    assert not (await store.decide([rate], cost=4)).allowed
-    assert (await store.decide([rate], cost=3)).allowed
-    assert not (await store.decide([Rate(name + "2", 2, 60)], cost=3)).allowed
+    assert (await store.decide(LimitRequest([rate], cost=7))).rates[0].remaining == 3
+    assert not (await store.decide(LimitRequest([rate], cost=4))).allowed
+    assert (await store.decide(LimitRequest([rate], cost=3))).allowed
+    assert not (await store.decide(LimitRequest([Rate(name + "2", 2, 60)], cost=3))).allowed
 
 
 @pytest.mark.parametrize("amount", [5, 500])
 async def test_give_back(store: Store, name: str, amount: int) -> None:
     rate, slot = Rate(name, amount, 60), Slot(name, 1)
-    first = await store.decide([rate], cost=2)
-    second = await store.decide([rate], [slot], member="a", lease=60, cost=3)
-    await store.give_back([rate], second, [slot], member="a")
-    look = await store.decide([rate], [slot], cost=0)
+    two, three = LimitRequest([rate], cost=2), LimitRequest([rate], [slot], member="a", lease=60, cost=3)
+    first, second = await store.decide(two), await store.decide(three)
+    await store.give_back(three, second)
+    look = await store.decide(LimitRequest([rate], [slot], cost=0))
     assert (look.rates[0].remaining, look.used) == (amount - 2, (0,))
-    await store.give_back([rate], first)
-    look = await store.decide([rate], cost=0)
+    await store.give_back(two, first)
+    look = await store.decide(LimitRequest([rate], cost=0))
     assert (look.rates[0].remaining, look.rates[0].reset) == (amount, 60)
-    await store.give_back([rate], look)  # counted nothing
-    assert (await store.decide([rate], cost=0)).rates[0].remaining == amount
+    await store.give_back(two, look)  # counted nothing
+    assert (await store.decide(LimitRequest([rate], cost=0))).rates[0].remaining == amount
 
 
 async def test_slots(store: Store, name: str) -> None:
     slot, open_ = Slot(name, 2), Slot(name + "all", None)
-    assert (await store.decide([], [slot, open_], member="a", lease=60)).used == (1, 1)
-    assert (await store.decide([], [slot, open_], member="a", lease=30)).used == (1, 1)  # in already
-    assert (await store.decide([], [slot, open_], member="b", lease=60)).used == (2, 2)
-    refused = await store.decide([], [slot, open_], member="c", lease=60)
+    assert (await store.decide(LimitRequest([], [slot, open_], member="a", lease=60))).used == (1, 1)
+    assert (await store.decide(LimitRequest([], [slot, open_], member="a", lease=30))).used == (1, 1)  # in already
+    assert (await store.decide(LimitRequest([], [slot, open_], member="b", lease=60))).used == (2, 2)
+    refused = await store.decide(LimitRequest([], [slot, open_], member="c", lease=60))
     assert (refused.refused, refused.used) == ((0,), (2, 2))
     members = await store.members(name)
     assert members.keys() == {"a", "b"}
@@ -130,12 +130,12 @@ async def test_slots(store: Store, name: str) -> None:
     assert await store.remove_member([name, name + "all"], "a")
     assert not await store.remove_member([name, name + "all"], "a")
     assert (await store.members(name + "all")).keys() == {"b"}
-    assert (await store.decide([], [slot, open_], member="c", lease=60)).allowed
+    assert (await store.decide(LimitRequest([], [slot, open_], member="c", lease=60))).allowed
 
 
 async def test_slots_want_a_member(store: Store, name: str) -> None:
     with pytest.raises(ValueError, match="member"):
-        await store.decide([], [Slot(name, 1)], lease=60)
+        await store.decide(LimitRequest([], [Slot(name, 1)], lease=60))
 
 
 async def test_members_end(store: Store, name: str) -> None:
@@ -145,7 +145,7 @@ async def test_members_end(store: Store, name: str) -> None:
         while (await store.members(name)).keys() != {"long"}:
             await asyncio.sleep(0.005)
     assert not await store.remove_member([name], "short")
-    assert (await store.decide([], [Slot(name, 2)], member="new", lease=60)).used == (2,)
+    assert (await store.decide(LimitRequest([], [Slot(name, 2)], member="new", lease=60))).used == (2,)
 
 
 async def test_values(store: Store, name: str) -> None:
@@ -176,7 +176,7 @@ async def test_one_name_for_every_kind(store: Store, name: str) -> None:
     await store.set(name, b"a", 60)
     await store.push(name, b"b", keep=2, ttl=60)
     await store.add_member(name, "c", 60)
-    await store.decide([Rate(name, 1, 60)])
+    await store.decide(LimitRequest([Rate(name, 1, 60)]))
     assert await store.get(name) == b"a"
     assert await store.items(name) == [b"b"]
 
@@ -202,7 +202,7 @@ async def test_names_are_any_text(store: Store, name: str) -> None:
     odd = f"{name} \n\x00ü\ud800 {{x}}"
     await store.add_member(odd, odd, 60)
     assert (await store.members(odd)).keys() == {odd}
-    assert (await store.decide([Rate(odd, 1, 60)], [Slot(odd, 5)], member="b\n c", lease=60)).used == (2,)
+    assert (await store.decide(LimitRequest([Rate(odd, 1, 60)], [Slot(odd, 5)], member="b\n c", lease=60))).used == (2,)
 
 
 async def test_messages(store: Store, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from app.store import Rate, Slot, StoreUnavailable
+from app.store import LimitRequest, Rate, Slot, StoreUnavailable
 from app.store.failover import MISSED, FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
@@ -53,9 +53,10 @@ async def load(store: FailoverStore) -> AsyncIterator[list[float]]:
     async def ask(caller: int) -> None:
         while not over.is_set():
             began = time.monotonic()
-            decision = await store.decide(rates, [Slot("load", None)], member=f"m{caller}", lease=60)
+            request = LimitRequest(rates, [Slot("load", None)], member=f"m{caller}", lease=60)
+            decision = await store.decide(request)
             await store.remove_member(["load"], f"m{caller}")
-            await store.give_back(rates, decision)
+            await store.give_back(request, decision)
             assert f"m{caller}" not in await store.members("load")
             await store.publish("load", b"")
             took.append(time.monotonic() - began)
@@ -89,14 +90,14 @@ def callbacks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str, callbacks: list[float]) -> None:
     user = Rate("user", 5, 60)
     for _ in range(3):
-        assert not (await store.decide([user])).local
+        assert not (await store.decide(LimitRequest([user]))).local
     with capture_logs() as logs:
         async with load(store) as took:
             await asyncio.sleep(0.2)
             valkey.kill() if accident == "kill" else valkey.freeze()
             assert await until(store, "down") < 0.5
             began = time.monotonic()
-            answers = [await store.decide([user]) for _ in range(4)]
+            answers = [await store.decide(LimitRequest([user])) for _ in range(4)]
             assert time.monotonic() - began < 0.1
             assert [answer.allowed for answer in answers] == [True, True, False, False]  # three were counted before
             assert {answer.local for answer in answers} == {True}
@@ -107,7 +108,7 @@ async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str,
             valkey.restart() if accident == "kill" else valkey.thaw()
             assert await until(store, "ok") < 2
             after = len(took)
-            assert not (await store.decide([user], cost=0)).local
+            assert not (await store.decide(LimitRequest([user], cost=0))).local
             await asyncio.sleep(0.2)
         assert max(took) < 0.5
         assert len(took) > after > 1000
@@ -123,16 +124,20 @@ async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str,
 @pytest.mark.usefixtures("quick_probe")
 async def test_what_entered_and_left_meanwhile_is_told(store: FailoverStore, valkey: Valkey) -> None:
     rate, slot = Rate("r", 5, 60), Slot("calls", 2)
-    await store.decide([rate], [slot], member="before", lease=60)
-    undone = await store.decide([rate], [slot], member="undone", lease=60)
+
+    def request(member: str) -> LimitRequest:
+        return LimitRequest([rate], [slot], member=member, lease=60)
+
+    await store.decide(request("before"))
+    undone = await store.decide(request("undone"))
     valkey.freeze()
     try:
         assert await store.remove_member(["calls"], "before")
-        assert (await store.decide([rate], [slot], member="during", lease=60)).used == (2,)
-        assert (await store.decide([rate], [slot], member="refused", lease=60)).refused == (1,)
-        await store.give_back([rate], undone, [slot], member="undone")
-        brief = await store.decide([rate], [slot], member="brief", lease=60)
-        await store.give_back([rate], brief, [slot], member="brief")
+        assert (await store.decide(request("during"))).used == (2,)
+        assert (await store.decide(request("refused"))).refused == (1,)
+        await store.give_back(request("undone"), undone)
+        brief = await store.decide(request("brief"))
+        await store.give_back(request("brief"), brief)
         await store.add_member("calls", "entered", 60)
         await store.add_member("calls", "over", 0.01)
         assert (await store.members("calls")).keys() >= {"during", "entered"}
@@ -146,12 +151,12 @@ async def test_what_entered_and_left_meanwhile_is_told(store: FailoverStore, val
 
 
 async def test_a_give_back_reaches_both(store: FailoverStore, valkey: Valkey) -> None:
-    rate, slot = Rate("r", 1, 60), Slot("s", 1)
-    decision = await store.decide([rate], [slot], member="a", lease=60)
-    await store.give_back([rate], decision, [slot], member="a")
-    assert (await store.decide([rate], [slot], cost=0)).used == (0,)
+    request = LimitRequest([Rate("r", 1, 60)], [Slot("s", 1)], member="a", lease=60)
+    decision = await store.decide(request)
+    await store.give_back(request, decision)
+    assert (await store.decide(request._replace(cost=0))).used == (0,)
     valkey.kill()
-    alone = await store.decide([rate], [slot], member="a", lease=60)
+    alone = await store.decide(request)
     assert alone.local
     assert alone.allowed
 
@@ -160,11 +165,12 @@ async def test_a_give_back_reaches_both(store: FailoverStore, valkey: Valkey) ->
 async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valkey: Valkey) -> None:
     """A frozen server carries out what it was sent: a member that was then refused locally must not stay."""
     full = Slot("full", 1)
-    await store.decide([], [Slot("other", 1)], member="warm", lease=60)  # connected, and the script is known
+    # Connected, and the script is known.
+    await store.decide(LimitRequest([], [Slot("other", 1)], member="warm", lease=60))
     await store._local.add_member("full", "mine", 60)
     valkey.freeze()
     try:
-        assert not (await store.decide([], [full], member="late", lease=60)).allowed
+        assert not (await store.decide(LimitRequest([], [full], member="late", lease=60))).allowed
     finally:
         valkey.thaw()
     await until(store, "ok")
@@ -236,7 +242,7 @@ async def test_a_store_that_takes_no_writes_counts_as_lost(store: FailoverStore,
     """It answers pings all the while; a probe that only pinged would call it back each second."""
     with valkey.client() as client, capture_logs() as logs:
         client.config_set("maxmemory", "1")
-        assert (await store.decide([Rate("r", 1, 60)])).local
+        assert (await store.decide(LimitRequest([Rate("r", 1, 60)]))).local
         await asyncio.sleep(0.5)
         assert store.state == "down"
         client.config_set("maxmemory", "0")
@@ -248,7 +254,7 @@ async def test_a_store_that_takes_no_writes_counts_as_lost(store: FailoverStore,
 async def test_nothing_is_left_running(valkey: Valkey) -> None:
     before = asyncio.all_tasks()
     async with FailoverStore(ValkeyStore(valkey.url), MemoryStore()) as store:
-        await store.decide([Rate("r", 1, 60)])
+        await store.decide(LimitRequest([Rate("r", 1, 60)]))
         async with store.subscribe("c"):
             assert len(asyncio.all_tasks()) > len(before)
     assert asyncio.all_tasks() == before

@@ -13,7 +13,7 @@ from app.oneinbox.transport import open_transport
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
-from app.store.protocol import Rate
+from app.store.protocol import LimitRequest, Rate
 from app.store.valkey import ValkeyStore
 from tests.support.brokers import (
     LONG_CALLS,
@@ -221,10 +221,10 @@ async def test_a_busy_broker_does_not_take_the_store_for_lost(valkey: Valkey) ->
     """The answer is there in time; that the process has had no time to read it is not the store's fault."""
     async with FailoverStore(ValkeyStore(valkey.url), MemoryStore()) as store:
         rate = Rate("busy", 5, 60)
-        await store.decide([rate])
+        await store.decide(LimitRequest([rate]))
         with valkey.client() as client:
             before = client.get("oib:r:busy")
-            asking = asyncio.create_task(store.decide([rate]))
+            asking = asyncio.create_task(store.decide(LimitRequest([rate])))
             for _ in range(1000):
                 await asyncio.sleep(0)
                 if client.get("oib:r:busy") != before:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from app.store import Decision, Rate, Slot, StoreUnavailable, scripts
+from app.store import Decision, LimitRequest, Rate, Slot, StoreUnavailable, scripts
 from app.store.memory import MemoryStore
 from app.store.scripts import Script
 from app.store.valkey import ValkeyStore
@@ -32,7 +32,7 @@ async def store(valkey: Valkey) -> AsyncIterator[ValkeyStore]:
 
 RACE = """
 import asyncio, sys
-from app.store import Rate, Slot
+from app.store import LimitRequest, Rate, Slot
 from app.store.valkey import ValkeyStore
 
 async def main():
@@ -42,7 +42,7 @@ async def main():
         print("ready", flush=True)
         sys.stdin.readline()
         answers = await asyncio.gather(*(
-            store.decide(rates, [Slot("s", 50)], member=f"{sys.argv[2]}{n}", lease=60) for n in range(100)
+            store.decide(LimitRequest(rates, [Slot("s", 50)], member=f"{sys.argv[2]}{n}", lease=60)) for n in range(100)
         ))
         print(sum(answer.allowed for answer in answers), flush=True)
 
@@ -66,7 +66,7 @@ async def test_two_processes_and_two_hundred_questions_at_once(valkey: Valkey, s
         racer.stdin.flush()
     allowed = [int(racer.communicate(timeout=10)[0]) for racer in racers]
     assert sum(allowed) == 5
-    look = await store.decide([Rate("user", 5, 60), Rate("all", 500, 60)], [Slot("s", 50)], cost=0)
+    look = await store.decide(LimitRequest([Rate("user", 5, 60), Rate("all", 500, 60)], [Slot("s", 50)], cost=0))
     assert ([state.remaining for state in look.rates], look.used) == ([0, 495], (5,))
 
 
@@ -85,7 +85,7 @@ async def test_the_scripts_decide_as_memory_does(
     memory = MemoryStore(lambda: now)
     rates = [Rate("one", 1, 10), Rate("five", 5, 20), Rate("exact", 64, 30), Rate("grid", 65, 30), Rate("big", 300, 30)]
     slots = [Slot("few", 3), Slot("many", None)]
-    given: list[tuple[list[Rate], list[Slot], str, Decision, Decision]] = []
+    given: list[tuple[LimitRequest, Decision, Decision]] = []
     with valkey.client() as client:
         for _ in range(600):
             now += chance.choice([0, 0, 1, 2, 5, 40]) / 64
@@ -95,9 +95,9 @@ async def test_the_scripts_decide_as_memory_does(
             member = f"m{chance.randrange(6)}"
             match chance.randrange(12):
                 case 0 if given:
-                    asked, entered, member, shared, own = given.pop(chance.randrange(len(given)))
-                    await store.give_back(asked, shared, entered, member=member)
-                    await memory.give_back(asked, own, entered, member=member)
+                    request, shared, own = given.pop(chance.randrange(len(given)))
+                    await store.give_back(request, shared)
+                    await memory.give_back(request, own)
                 case 1:
                     assert await store.remove_member(["few", "many"], member) == await memory.remove_member(
                         ["few", "many"], member
@@ -106,13 +106,13 @@ async def test_the_scripts_decide_as_memory_does(
                     assert await store.members("few") == pytest.approx(await memory.members("few"))
                 case _:
                     cost, enforce, lease = chance.choice([0, 1, 1, 1, 3]), chance.random() < 0.8, chance.choice([1, 9])
-                    shared = await store.decide(asked, entered, member=member, lease=lease, cost=cost, enforce=enforce)
-                    own = await memory.decide(asked, entered, member=member, lease=lease, cost=cost, enforce=enforce)
+                    request = LimitRequest(asked, entered, member, lease, cost, enforce)
+                    shared, own = await store.decide(request), await memory.decide(request)
                     assert (shared.refused, shared.used, shared.counted) == (own.refused, own.used, own.counted)
                     assert [s.remaining for s in shared.rates] == [s.remaining for s in own.rates]
                     assert [s.reset for s in shared.rates] == pytest.approx([s.reset for s in own.rates])
                     if own.counted:
-                        given.append((asked, entered, member, shared, own))
+                        given.append((request, shared, own))
                         del given[:-10]
 
 
@@ -120,20 +120,20 @@ async def test_a_window_moves_on(store: ValkeyStore) -> None:
     rates = [Rate("few", 5, 1), Rate("many", 500, 1)]
     loop = asyncio.get_running_loop()
     began = loop.time()
-    await store.decide(rates, cost=5)
-    await store.decide(rates[1:], cost=495)
-    refused = await store.decide(rates)
+    await store.decide(LimitRequest(rates, cost=5))
+    await store.decide(LimitRequest(rates[1:], cost=495))
+    refused = await store.decide(LimitRequest(rates))
     assert refused.refused == (0, 1)
     await asyncio.sleep(max(state.reset for state in refused.rates) + 0.002)
-    assert (await store.decide(rates, cost=5)).allowed
+    assert (await store.decide(LimitRequest(rates, cost=5))).allowed
     assert loop.time() - began >= 1
 
 
 async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: Valkey) -> None:
     rates, slots = [Rate("a", 5, 60), Rate("b", 500, 86400)], [Slot("s", 5), Slot("t", None)]
-    first = await store.decide(rates, slots, member="m", lease=3600)
-    await store.decide(rates, slots, member="n", lease=60)
-    await store.give_back(rates, first)
+    first = await store.decide(LimitRequest(rates, slots, member="m", lease=3600))
+    await store.decide(LimitRequest(rates, slots, member="n", lease=60))
+    await store.give_back(LimitRequest(rates), first)
     await store.add_member("s", "o", 5)
     await store.set("v", b"", 60)
     await store.add("w", b"", 60)
@@ -147,18 +147,19 @@ async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: V
 
 async def test_a_question_is_one_command(store: ValkeyStore, valkey: Valkey) -> None:
     rates, slots = [Rate(f"r{n}", 5, 60) for n in range(4)], [Slot("s", 5), Slot("t", 5)]
+    request = LimitRequest(rates, slots, member="n", lease=60)
     with valkey.client() as client:
         client.script_flush()
-        await store.decide(rates, slots, member="m", lease=60)
+        await store.decide(request._replace(member="m"))
         client.config_resetstat()
-        decision = await store.decide(rates, slots, member="n", lease=60)
-        await store.give_back(rates, decision, slots, member="n")  # the first of its kind: unknown, then told
-        await store.decide(rates, slots, member="n", lease=60)
+        decision = await store.decide(request)
+        await store.give_back(request, decision)  # the first of its kind: unknown, then told
+        await store.decide(request)
         stats = client.info("commandstats")
         assert stats["cmdstat_evalsha"]["calls"] == 3
         assert stats["cmdstat_eval"]["calls"] == 1
         client.script_flush()
-    assert (await store.decide(rates, slots, member="o", lease=60)).allowed
+    assert (await store.decide(request._replace(member="o"))).allowed
 
 
 async def test_questions_cut_short_harm_nobody(store: ValkeyStore, valkey: Valkey) -> None:
@@ -260,10 +261,10 @@ async def test_a_server_that_takes_no_writes(store: ValkeyStore, valkey: Valkey)
         client.config_set("maxmemory", "1")
         try:
             with pytest.raises(StoreUnavailable, match="OutOfMemory"):
-                await store.decide([Rate("full", 1, 60)])
+                await store.decide(LimitRequest([Rate("full", 1, 60)]))
         finally:
             client.config_set("maxmemory", "0")
-    assert (await store.decide([Rate("full", 1, 60)])).allowed
+    assert (await store.decide(LimitRequest([Rate("full", 1, 60)]))).allowed
 
 
 async def test_subscriptions_come_back(store: ValkeyStore, valkey: Valkey) -> None:

@@ -232,7 +232,7 @@ async def test_giving_back_late_frees_nobody_elses_place() -> None:
     await desk.limits.release(first)
 
     assert (await desk.refusal()).slug == "rate-limited"
-    assert list(await desk.store.members("live:all")) == [second.member]
+    assert list(await desk.store.members("live:all")) == [second.request.member]
 
 
 # --- everybody's limits ---
@@ -335,7 +335,7 @@ async def test_a_slot_nobody_confirms_is_free_after_its_lease() -> None:
     newer = await desk.reserve()
     # The end of the first lease was no end of the second.
     desk.clock.now += LEASE - 0.01
-    assert list(await desk.store.members("live:all")) == [newer.member]
+    assert list(await desk.store.members("live:all")) == [newer.request.member]
     assert (await desk.refusal()).slug == "too-many-live-calls"
 
 

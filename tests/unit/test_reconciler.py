@@ -21,7 +21,7 @@ from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, EmulatorOptions, create_emulator
 from app.sandbox.faults import Hang, Operation, Status
 from app.sandbox.schemas import StartCall
-from app.store import Slot, StoreUnavailable, Value
+from app.store import LimitRequest, Slot, StoreUnavailable, Value
 from app.store.memory import MemoryStore
 from app.telemetry.metrics import ORPHANS, Metrics
 from tests.conftest import Logs
@@ -124,7 +124,8 @@ class House:
     async def reserve(self, name: str, agent: str = "main") -> CallAttempt:
         """A POST is about to be sent; its slots are taken."""
         attempt = CallAttempt(name, int(self.now()), agent, "ann", OWNER)
-        await self.store.decide([], [Slot(each, None) for each in attempt.sets], member=attempt.key, lease=LEASE)
+        slots = [Slot(each, None) for each in attempt.sets]
+        await self.store.decide(LimitRequest([], slots, member=attempt.key, lease=LEASE))
         return attempt
 
     def arrives(self, attempt: CallAttempt, **changes: Any) -> Call:

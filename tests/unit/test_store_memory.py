@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from app.store import Rate, Slot, open_store
+from app.store import LimitRequest, Rate, Slot, open_store
 from app.store.memory import SHARDS, SWEEP_SECONDS, MemoryStore
 
 
@@ -55,14 +55,14 @@ async def test_a_list_ends_after_its_last_push(store: MemoryStore, clock: Clock)
 
 async def test_a_member_ends_and_its_end_can_move(store: MemoryStore, clock: Clock) -> None:
     slot = Slot("s", 2)
-    await store.decide([], [slot], member="a", lease=10)
-    await store.decide([], [slot], member="b", lease=10)
-    assert (await store.decide([], [slot], member="c", lease=10)).refused == (0,)
+    await store.decide(LimitRequest([], [slot], member="a", lease=10))
+    await store.decide(LimitRequest([], [slot], member="b", lease=10))
+    assert (await store.decide(LimitRequest([], [slot], member="c", lease=10))).refused == (0,)
     clock.now += 5
     await store.add_member("s", "a", 10)
     clock.now += 5
     assert await store.members("s") == {"a": 5}
-    assert (await store.decide([], [slot], member="c", lease=10)).used == (2,)
+    assert (await store.decide(LimitRequest([], [slot], member="c", lease=10))).used == (2,)
     await store.add_member("s", "a", 1)
     clock.now += 1
     assert await store.members("s") == {"c": 9}
@@ -82,7 +82,7 @@ async def test_users_pass_and_nothing_remains(store: MemoryStore, clock: Clock) 
     most = 0
     for number in range(100_000):
         clock.now += 0.002  # five hundred new users a second, each with a window of ten seconds
-        await store.decide((Rate(f"user{number}", 5, 10),))
+        await store.decide(LimitRequest((Rate(f"user{number}", 5, 10),)))
         if number % 1000 == 0:
             most = max(most, len(store))
     assert most <= 5_000 + 32_000 + 1_000  # those that count, and a round of sweeping
@@ -107,7 +107,7 @@ async def test_every_kind_is_swept(store: MemoryStore, clock: Clock) -> None:
         await store.set(f"v{number}", b"", 5)
         await store.push(f"l{number}", b"", keep=1, ttl=5)
         await store.add_member(f"s{number}", "m", 5)
-        await store.decide([Rate(f"r{number}", 1, 5)])
+        await store.decide(LimitRequest([Rate(f"r{number}", 1, 5)]))
     assert len(store) == 400
     clock.now += 5
     for _ in range(SHARDS):

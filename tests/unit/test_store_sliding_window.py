@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.store import Decision, Rate
+from app.store import Decision, LimitRequest, Rate
 from app.store.memory import MemoryStore
 from app.store.sliding_window import GRID, MOST, current, total
 
@@ -57,7 +57,7 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
     store, rate = MemoryStore(lambda: now), Rate("r", amount, seconds)
     model = Model(rate)
     cell = seconds / GRID if amount > GRID else 0
-    given: list[tuple[Decision, list[float]]] = []
+    given: list[tuple[LimitRequest, Decision, list[float]]] = []
     reset = 0.0
     blurred = False  # counted past the amount: entries were merged, and nothing can be said of what is given back
     for what, ticks, size in questions:
@@ -67,13 +67,14 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
         cost = 0 if what == "look" else size
         if what == "give back":
             if given and not blurred:
-                decision, hit = given.pop()
-                now_or_never(store.give_back([rate], decision))
+                request, decision, hit = given.pop()
+                now_or_never(store.give_back(request, decision))
                 if hit[0] > now - seconds:
-                    hit[1] -= decision.cost
+                    hit[1] -= request.cost
             continue
         before = model.held(now, seconds)
-        decision = now_or_never(store.decide([rate], cost=cost, enforce=what != "observe"))
+        request = LimitRequest([rate], cost=cost, enforce=what != "observe")
+        decision = now_or_never(store.decide(request))
         if decision.allowed:
             assert before + cost <= amount
         else:
@@ -81,7 +82,7 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
         reset = 0.0 if decision.allowed else decision.rates[0].reset
         if decision.counted:
             model.hits.append([now, cost])
-            given.append((decision, model.hits[-1]))
+            given.append((request, decision, model.hits[-1]))
         assert decision.counted == (cost > 0 and (decision.allowed or what == "observe"))
         held, late = model.held(now, seconds), model.held(now, seconds + cell)
         if what == "observe":
@@ -100,43 +101,44 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
 def test_a_hit_leaves_when_the_window_has_passed_and_not_before() -> None:
     now = 100.0
     store, rate = MemoryStore(lambda: now), Rate("r", 2, 10)
-    assert now_or_never(store.decide([rate])).rates[0].remaining == 1
+    assert now_or_never(store.decide(LimitRequest([rate]))).rates[0].remaining == 1
     now = 104.0
-    assert now_or_never(store.decide([rate])).rates[0].remaining == 0
+    assert now_or_never(store.decide(LimitRequest([rate]))).rates[0].remaining == 0
     now = 109.875
-    refused = now_or_never(store.decide([rate]))
+    refused = now_or_never(store.decide(LimitRequest([rate])))
     assert refused.refused == (0,)
     assert refused.rates[0].reset == 0.125
-    both = now_or_never(store.decide([rate], cost=2))
+    both = now_or_never(store.decide(LimitRequest([rate], cost=2)))
     assert both.rates[0].reset == 4.125
     now = 110.0
-    assert now_or_never(store.decide([rate])).allowed
-    assert not now_or_never(store.decide([rate])).allowed
+    assert now_or_never(store.decide(LimitRequest([rate]))).allowed
+    assert not now_or_never(store.decide(LimitRequest([rate]))).allowed
 
 
 def test_a_shared_entry_leaves_with_its_newest_hit() -> None:
     now = 640.0
     store, rate = MemoryStore(lambda: now), Rate("r", 100, 64)  # a cell is a second
-    now_or_never(store.decide([rate], cost=50))
+    now_or_never(store.decide(LimitRequest([rate], cost=50)))
     now = 640.875
-    now_or_never(store.decide([rate], cost=50))
+    now_or_never(store.decide(LimitRequest([rate], cost=50)))
     now = 704.75
-    refused = now_or_never(store.decide([rate]))
+    refused = now_or_never(store.decide(LimitRequest([rate])))
     assert not refused.allowed
     assert refused.rates[0].reset == 0.125
     now = 704.875
-    assert now_or_never(store.decide([rate], cost=100)).allowed
+    assert now_or_never(store.decide(LimitRequest([rate], cost=100))).allowed
 
 
 def test_reset_says_when_more_is_free() -> None:
     now = 100.0
     store, rate = MemoryStore(lambda: now), Rate("r", 5, 10)
-    assert now_or_never(store.decide([rate], cost=0)).rates[0].reset == 10  # empty: the whole window
-    now_or_never(store.decide([rate]))
+    assert now_or_never(store.decide(LimitRequest([rate], cost=0))).rates[0].reset == 10  # empty: the whole window
+    now_or_never(store.decide(LimitRequest([rate])))
     now = 103.0
-    assert now_or_never(store.decide([rate])).rates[0].reset == 7  # the oldest hit leaves
-    now_or_never(store.decide([rate], cost=9, enforce=False))
-    assert now_or_never(store.decide([rate], cost=0)).rates[0].reset == 10  # far above: not before the nine leave
+    assert now_or_never(store.decide(LimitRequest([rate]))).rates[0].reset == 7  # the oldest hit leaves
+    now_or_never(store.decide(LimitRequest([rate], cost=9, enforce=False)))
+    look = now_or_never(store.decide(LimitRequest([rate], cost=0)))
+    assert look.rates[0].reset == 10  # far above: not before the nine leave
 
 
 def test_a_large_amount_costs_few_entries_and_little_accuracy() -> None:
@@ -145,7 +147,7 @@ def test_a_large_amount_costs_few_entries_and_little_accuracy() -> None:
     allowed = 0
     for _ in range(64 * 50 * 4):
         now += 1 / 50
-        allowed += now_or_never(store.decide([rate])).allowed
+        allowed += now_or_never(store.decide(LimitRequest([rate]))).allowed
     assert 3 * 1000 <= allowed <= 4 * 1000
     assert len(store._windows.of("r")["r"]) <= 2 + 2 * MOST
 
@@ -153,9 +155,9 @@ def test_a_large_amount_costs_few_entries_and_little_accuracy() -> None:
 def test_give_back_takes_only_from_the_entry_it_was_counted_in() -> None:
     now = 100.0
     store, rate = MemoryStore(lambda: now), Rate("r", 2, 10)
-    first = now_or_never(store.decide([rate]))
+    first = now_or_never(store.decide(LimitRequest([rate])))
     now = 110.0  # the first has left by itself
-    now_or_never(store.decide([rate]))
-    now_or_never(store.decide([rate]))
-    now_or_never(store.give_back([rate], first))
-    assert not now_or_never(store.decide([rate])).allowed
+    now_or_never(store.decide(LimitRequest([rate])))
+    now_or_never(store.decide(LimitRequest([rate])))
+    now_or_never(store.give_back(LimitRequest([rate]), first))
+    assert not now_or_never(store.decide(LimitRequest([rate]))).allowed

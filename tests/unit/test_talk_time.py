@@ -12,7 +12,7 @@ from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
-from app.store import Slot
+from app.store import LimitRequest, Slot
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import ONEINBOX, Upstream, post_session, start_call
@@ -47,7 +47,8 @@ class House:
         """A call begins."""
         self._started += 1
         attempt = CallAttempt(f"r{self._started}", int(self.clock()), "main", user.store_name, "owner")
-        await self.store.decide([], [Slot(name, None) for name in attempt.sets], member=attempt.key, lease=2 * DAY)
+        slots = [Slot(name, None) for name in attempt.sets]
+        await self.store.decide(LimitRequest([], slots, member=attempt.key, lease=2 * DAY))
         return attempt
 
     async def end(self, attempt: CallAttempt, seconds: float | None) -> None:
