@@ -30,6 +30,7 @@ from app.identity import (
     public_key,
     secret_key,
 )
+from app.identity.addresses import ClientAddresses
 from app.identity.keyring import Keyring
 from app.identity.keys import Keys, VerifyingKey
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
@@ -193,7 +194,7 @@ def secret_handlers(
 
     def ask_challenges(renewed: Settings) -> None:
         if challenge is not None and renewed.challenge_secret is not None:
-            challenge.use_secret(renewed.challenge_secret)
+            challenge.secret = renewed.challenge_secret
 
     def wait_for_restart(_: Settings) -> None:
         # What is counted there, and who listens there, hangs on its open connections, which stay logged in.
@@ -256,13 +257,14 @@ def open_limits(
 
 
 def _identity(settings: Settings, keys: Keys | None) -> Identity:
+    addresses = ClientAddresses(settings.trusted_proxies)
     if settings.auth == "header":
-        return HeaderIdentity(settings.user_header, settings.trusted_proxies)
+        return HeaderIdentity(addresses, settings.user_header)
     if keys is None:
-        return Anonymous(settings.trusted_proxies)
+        return Anonymous(addresses)
     return JwtIdentity(
+        addresses,
         keys,
-        settings.trusted_proxies,
         issuer=settings.jwt_issuer or "",
         audience=settings.jwt_audience or "",
         user_claim=settings.jwt_user_claim,
@@ -316,7 +318,8 @@ def _challenge(
         if "*" in sites or not sites
         else frozenset(urlsplit(site.removesuffix(":*")).hostname or "" for site in sites)
     )
-    return Challenge(settings.challenge_verify_url, settings.challenge_secret, hosts, transport, store, metrics=metrics)
+    url = httpx.URL(settings.challenge_verify_url)
+    return Challenge(url, settings.challenge_secret, hosts, transport, store, metrics=metrics)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

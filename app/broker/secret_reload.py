@@ -6,6 +6,7 @@ Which secrets there are and what takes each is one table: `takers` in app.broker
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import structlog
@@ -21,6 +22,7 @@ SecretHandler = Callable[[Settings], None]
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class SecretReloader:
     """Holds the settings in force, and renews them when a secret's file changes.
 
@@ -31,22 +33,15 @@ class SecretReloader:
     `settings`: those in force; a new object after each change. `sleep`: waits so many seconds.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        every: float = EVERY_SECONDS,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        read: Callable[[str, Path], str] = read_secret,
-    ) -> None:
-        self.settings = settings
-        self._every = every
-        self._sleep = sleep
-        self._read = read
-        self._handlers: Mapping[str, SecretHandler] = {}
-        self._refused: dict[str, bytes] = {}
-        self._lock = asyncio.Lock()
-        self._requested_reloads = 0
+    settings: Settings
+    _: KW_ONLY
+    every: float = EVERY_SECONDS
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    read: Callable[[str, Path], str] = read_secret
+    _handlers: Mapping[str, SecretHandler] = field(default_factory=dict, init=False)
+    _refused: dict[str, bytes] = field(default_factory=dict, init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _requested_reloads: int = field(default=0, init=False)
 
     def register(self, secret_handlers: Mapping[str, SecretHandler]) -> None:
         """Give new secrets to these, by variable. Until then nothing is read."""
@@ -55,7 +50,7 @@ class SecretReloader:
     async def run(self) -> None:
         """Look every few seconds, for ever."""
         while self._handlers:
-            await self._sleep(self._every)
+            await self.sleep(self.every)
             try:
                 async with self._lock:
                     await self._reload()
@@ -87,7 +82,7 @@ class SecretReloader:
         found: dict[str, str | SettingsError] = {}
         for name in self._handlers:
             try:
-                found[name] = self._read(name, self.settings.secret_files[name])
+                found[name] = self.read(name, self.settings.secret_files[name])
             except SettingsError as error:
                 found[name] = error
         return found

@@ -5,9 +5,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 
 
+@dataclass
 class Shutdown:
     """Knows when the process is about to end.
 
@@ -15,10 +17,9 @@ class Shutdown:
     `close`: ends what would outlive every request, when that time is over.
     """
 
-    def __init__(self, drain_seconds: float, close: Callable[[], None]) -> None:
-        self.draining = False
-        self._drain_seconds = drain_seconds
-        self._close = close
+    drain_seconds: float
+    close: Callable[[], None]
+    draining: bool = field(default=False, init=False)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -30,7 +31,7 @@ class Shutdown:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def finish(number: int, frame: FrameType | None) -> None:
-            self._close()
+            self.close()
             servers_own = before[signal.Signals(number)]
             if callable(servers_own):
                 servers_own(number, frame)
@@ -39,12 +40,12 @@ class Shutdown:
                 signal.raise_signal(number)
 
         def begin(number: int, frame: FrameType | None) -> None:
-            if self.draining or not self._drain_seconds or number != signal.SIGTERM:
+            if self.draining or not self.drain_seconds or number != signal.SIGTERM:
                 self.draining = True
                 loop.call_soon_threadsafe(finish, number, frame)
                 return
             self.draining = True
-            loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, finish, number, frame)
+            loop.call_soon_threadsafe(loop.call_later, self.drain_seconds, finish, number, frame)
 
         for number in before:
             signal.signal(number, begin)

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.calls.snapshots import Snapshot
 from app.identity.keyring import Keyring
@@ -51,37 +51,29 @@ class Cached:
     ours: bool = False
 
 
+@dataclass(kw_only=True)
 class CallCache:
     """The status cache, shared by plain reads and watchers.
 
     `clock`: monotonic seconds; `now`: Unix time.
     """
 
-    def __init__(
-        self,
-        *,
-        oneinbox: OneInbox,
-        store: Store,
-        keyring: Keyring,
-        live: LiveCalls,
-        agent_names: Mapping[str, str],
-        expose: Collection[str],
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        self._oneinbox = oneinbox
-        self._store = store
-        self._keyring = keyring
-        self._live = live
-        self._agent_names = agent_names
-        self._expose = expose
-        self.clock = clock
-        self._now = now
-        self._budgets = MemoryStore(clock)
-        self._cache: OrderedDict[str, Cached] = OrderedDict()
-        self._cached_bytes = 0
-        self._fetching: dict[str, asyncio.Future[Snapshot | None]] = {}
-        self._lease = secrets.token_bytes(8)
+    oneinbox: OneInbox
+    store: Store
+    keyring: Keyring
+    live: LiveCalls
+    agent_names: Mapping[str, str]
+    expose: Collection[str]
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    _budgets: MemoryStore = field(init=False)
+    _cache: OrderedDict[str, Cached] = field(default_factory=OrderedDict, init=False)
+    _cached_bytes: int = field(default=0, init=False)
+    _fetching: dict[str, asyncio.Future[Snapshot | None]] = field(default_factory=dict, init=False)
+    _lease: bytes = field(default_factory=lambda: secrets.token_bytes(8), init=False)
+
+    def __post_init__(self) -> None:
+        self._budgets = MemoryStore(self.clock)
 
     def remembered(self, call_id: str) -> Snapshot | None:
         """A state of the call out of the last minute; enough to say whose it is."""
@@ -113,7 +105,7 @@ class CallCache:
         if cached is not None and (cached.snapshot is not None or cached.ours):
             return cached.snapshot
         # Whatever was seen once is known: neither its look-ups nor its answers depend on strangers' questions.
-        known = known or self.latest(call_id) is not None or await self._live.handed_out(call_id)
+        known = known or self.latest(call_id) is not None or await self.live.handed_out(call_id)
         if cached is not None and not known:
             return None
         if call_id not in self._fetching:
@@ -163,31 +155,31 @@ class CallCache:
     async def take_lease(self, call_id: str) -> bool:
         """Whether this replica is the one to look now. Alone, it always is."""
         try:
-            return not self._store.shared or await self._store.add(f"look:{call_id}", self._lease, LEASE_SECONDS)
+            return not self.store.shared or await self.store.add(f"look:{call_id}", self._lease, LEASE_SECONDS)
         except StoreUnavailable:
             return True
 
     async def drop_lease(self, call_id: str, rest: float = 0) -> None:
         """Let the next one look, after `rest` seconds. A lease that has passed on to another replica stays there."""
-        if not self._store.shared:
+        if not self.store.shared:
             return
         try:
             if rest:
-                await self._store.replace(f"look:{call_id}", self._lease, self._lease, rest)
+                await self.store.replace(f"look:{call_id}", self._lease, self._lease, rest)
             else:
-                await self._store.delete(f"look:{call_id}", self._lease)
+                await self.store.delete(f"look:{call_id}", self._lease)
         except StoreUnavailable:
             return
 
     async def read_shared(self, call_id: str) -> None:
         """Take what any replica has seen last into this process's cache, where it is news."""
-        if not self._store.shared:
+        if not self.store.shared:
             return
         try:
-            value = await self._store.get(f"seen:{call_id}")
+            value = await self.store.get(f"seen:{call_id}")
         except StoreUnavailable:
             return
-        plain = self._keyring.decrypt(value) if value is not None else None
+        plain = self.keyring.decrypt(value) if value is not None else None
         snapshot = Snapshot.from_bytes(plain) if plain is not None else None
         if snapshot is None:
             return
@@ -195,7 +187,7 @@ class CallCache:
         if cached is not None and cached.snapshot is not None and cached.snapshot.seen == snapshot.seen:
             return  # the same look
         # Replicas' clocks differ: a look of the future may be as old as any.
-        since = self.clock() - abs(self._now() - snapshot.seen)
+        since = self.clock() - abs(self.now() - snapshot.seen)
         if cached is None or since > cached.since:
             self._keep(call_id, snapshot, since)
 
@@ -208,14 +200,14 @@ class CallCache:
         before = cached.snapshot if cached is not None else None
         if cached is not None and before is not None and cached.since > since:
             return before
-        seen = self._now() - (self.clock() - since)
-        snapshot = Snapshot.of(record, seen=seen, before=before, agent_names=self._agent_names, expose=self._expose)
+        seen = self.now() - (self.clock() - since)
+        snapshot = Snapshot.of(record, seen=seen, before=before, agent_names=self.agent_names, expose=self.expose)
         self._keep(record.id, snapshot, since)
         if record.request_id:
-            await self._live.note_end(record.request_id, record)
+            await self.live.note_end(record.request_id, record)
         await self._share(record.id, snapshot)
         if before is None or before.etag != snapshot.etag:
-            await self._store.publish(CHANNEL, record.id.encode())
+            await self.store.publish(CHANNEL, record.id.encode())
         return self.latest(record.id) or snapshot
 
     async def _fetch(self, call_id: str, known: bool) -> Snapshot | None:
@@ -223,23 +215,23 @@ class CallCache:
         # An id that OneInbox never gives out may be refused for its form.
         nothing = NoSuchCall if known else (NoSuchCall, Rejected)
         try:
-            record = await self._oneinbox.get_call(call_id)
+            record = await self.oneinbox.get_call(call_id)
         except nothing:
             self._keep(call_id, None, since, ours=known)
             if known:
-                await self._live.note_gone(call_id)
+                await self.live.note_gone(call_id)
             return None
         return await self.update(record, since)
 
     async def _share(self, call_id: str, snapshot: Snapshot) -> None:
-        if not self._store.shared:
+        if not self.store.shared:
             return
         value = snapshot.to_bytes()
         try:
             if len(value) <= SHARED_BYTES:
-                await self._store.set(f"seen:{call_id}", self._keyring.encrypt(value), SHARED_SECONDS)
+                await self.store.set(f"seen:{call_id}", self.keyring.encrypt(value), SHARED_SECONDS)
             else:
-                await self._store.delete(f"seen:{call_id}")
+                await self.store.delete(f"seen:{call_id}")
         except StoreUnavailable:
             return
 

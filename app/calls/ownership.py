@@ -3,6 +3,8 @@
 Both hold without any memory: every replica, restarted, still knows.
 """
 
+from dataclasses import dataclass
+
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.oneinbox.models import CALL_ID
@@ -11,17 +13,17 @@ ROUTES = frozenset({"cursor", "web"})
 """Names that OneInbox has routes for where a call's id stands."""
 
 
+@dataclass(frozen=True, slots=True)
 class Ownership:
     """Names calls for browsers, and knows whose they are."""
 
-    def __init__(self, keyring: Keyring) -> None:
-        self._keyring = keyring
+    keyring: Keyring
 
     def public_id(self, call_id: str, user: User) -> str:
         """A call as its owner may name it: `{id}.{key}` in anonymous mode, else the id."""
         if user.mode != "anonymous":
             return call_id
-        return f"{call_id}.{self._keyring.sign('call-key', call_id.encode())}"
+        return f"{call_id}.{self.keyring.sign('call-key', call_id.encode())}"
 
     def call_id(self, public_id: str, user: User) -> str | None:
         """OneInbox's id out of a public one; None when it is not one, or its key is wrong."""
@@ -30,7 +32,7 @@ class Ownership:
             call_id, _, key = public_id.partition(".")
         if not CALL_ID.fullmatch(call_id) or call_id in ROUTES:
             return None
-        if key is not None and not self._keyring.verify("call-key", call_id.encode(), key):
+        if key is not None and not self.keyring.verify("call-key", call_id.encode(), key):
             return None
         return call_id
 
@@ -39,4 +41,4 @@ class Ownership:
 
         In anonymous mode the call's key, checked before, has already said so.
         """
-        return user.mode == "anonymous" or self._keyring.verify("pseudonym", user.canonical, pseudonym)
+        return user.mode == "anonymous" or self.keyring.verify("pseudonym", user.canonical, pseudonym)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
 
@@ -33,6 +34,7 @@ RETRY_AFTER = 10
 log = structlog.get_logger(__name__)
 
 
+@dataclass(eq=False)
 class Subscription:
     """One call that somebody in this process watches.
 
@@ -40,12 +42,11 @@ class Subscription:
     replaced by a fresh one, whenever any of them changes.
     """
 
-    def __init__(self, latest: Snapshot) -> None:
-        self.latest = latest
-        self.over = False
-        self.closed = False
-        self.changed = asyncio.Event()
-        self.subscribers = 0
+    latest: Snapshot
+    over: bool = False
+    closed: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    subscribers: int = 0
 
     def update(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
         """Wake the watchers, if there is anything new."""
@@ -58,34 +59,25 @@ class Subscription:
         self.changed = asyncio.Event()
 
 
+@dataclass
 class CallPoller:
     """All watches of this process, and who may have how many.
 
     `clock`: monotonic seconds; `now`: Unix time. `metrics`: count what is refused.
     """
 
-    def __init__(
-        self,
-        cache: CallCache,
-        store: Store,
-        *,
-        max_streams: int,
-        max_streams_total: int,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._cache = cache
-        self._store = store
-        self._max_streams = max_streams
-        self._max_streams_total = max_streams_total
-        self._clock = clock
-        self._now = now
-        self._metrics = metrics or Metrics()
-        self._subscriptions: dict[str, Subscription] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._streams: Counter[str] = Counter()
-        self._closed = False
+    cache: CallCache
+    store: Store
+    _: KW_ONLY
+    max_streams: int
+    max_streams_total: int
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    metrics: Metrics = field(default_factory=Metrics)
+    _subscriptions: dict[str, Subscription] = field(default_factory=dict, init=False)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _streams: Counter[str] = field(default_factory=Counter, init=False)
+    _closed: bool = field(default=False, init=False)
 
     def is_watched(self, call_id: str) -> bool:
         """Whether anybody in this process watches the call."""
@@ -109,11 +101,11 @@ class CallPoller:
     def subscribe(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Subscription]:
         """Watch a call for as long as the context lasts. Raises `too-many-streams` and `at-capacity`."""
         wait = {"Retry-After": str(RETRY_AFTER)}
-        if self._streams[user.store_name] >= self._max_streams:
-            self._metrics.refused(["user-streams"])
+        if self._streams[user.store_name] >= self.max_streams:
+            self.metrics.refused(["user-streams"])
             raise Problem("too-many-streams", headers=wait)
-        if self._closed or self._streams.total() >= self._max_streams_total:
-            self._metrics.refused(["process-streams"])
+        if self._closed or self._streams.total() >= self.max_streams_total:
+            self.metrics.refused(["process-streams"])
             raise Problem("at-capacity", headers=wait)
         subscription = self._subscriptions.get(call_id)
         if subscription is None:
@@ -121,7 +113,7 @@ class CallPoller:
             self._tasks[call_id] = asyncio.create_task(self._poll(call_id, subscription), name="watch")
         else:
             subscription.update(
-                self._cache.latest(call_id) or latest, over=subscription.over, closed=subscription.closed
+                self.cache.latest(call_id) or latest, over=subscription.over, closed=subscription.closed
             )
         subscription.subscribers += 1
         self._streams[user.store_name] += 1
@@ -144,19 +136,19 @@ class CallPoller:
 
     async def run(self) -> None:
         """Pass on, for ever, what any replica sees anew."""
-        async with self._store.subscribe(CHANNEL) as seen:
+        async with self.store.subscribe(CHANNEL) as seen:
             async for message in seen:
                 call_id = message.decode(errors="replace")
                 subscription = self._subscriptions.get(call_id)
                 if subscription is None:
                     continue
-                await self._cache.read_shared(call_id)
-                subscription.update(self._cache.latest(call_id), over=subscription.over, closed=subscription.closed)
+                await self.cache.read_shared(call_id)
+                subscription.update(self.cache.latest(call_id), over=subscription.over, closed=subscription.closed)
 
     async def _poll(self, call_id: str, subscription: Subscription) -> None:
         """Look at a call again and again until it is over; a look that fails slows it down, and ends nothing."""
         failures = 0
-        rested = self._clock()
+        rested = self.clock()
         while not self.finished(subscription.latest):
             changed = subscription.changed
             with suppress(TimeoutError):
@@ -165,39 +157,39 @@ class CallPoller:
                     continue  # the end may be among the news
             try:
                 if await self._is_my_turn(call_id, self._pace(subscription.latest), rested):
-                    gone = await self._cache.fetch(call_id) is None
+                    gone = await self.cache.fetch(call_id) is None
                     failures = 0
-                    await self._cache.drop_lease(call_id)
+                    await self.cache.drop_lease(call_id)
                     if gone:
                         break  # there is no more to say than what was said last
             except asyncio.CancelledError:
-                await self._cache.drop_lease(call_id)
+                await self.cache.drop_lease(call_id)
                 raise
             except Exception as error:
                 failures += 1
                 rest = min(2.0 ** min(failures, 10), LONGEST_BACKOFF_SECONDS)
                 if isinstance(error, Busy):
                     rest = error.retry_after
-                rested = self._clock() + rest
+                rested = self.clock() + rest
                 if isinstance(error, OneInboxError):
                     log.warning("poll_backoff", call=call_id, reason=error.reason, seconds=rest)
                 else:
                     log.exception("poll_failed", call=call_id, seconds=rest)
-                await self._cache.drop_lease(call_id, rest)
-            subscription.update(self._cache.latest(call_id), closed=subscription.closed)
+                await self.cache.drop_lease(call_id, rest)
+            subscription.update(self.cache.latest(call_id), closed=subscription.closed)
         subscription.update(over=True, closed=subscription.closed)
 
     async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
         """Whether it is time to look, and no other replica is looking."""
-        await self._cache.read_shared(call_id)
-        if self._cache.age(call_id) < pace or self._clock() < rested:
+        await self.cache.read_shared(call_id)
+        if self.cache.age(call_id) < pace or self.clock() < rested:
             return False
-        return await self._cache.take_lease(call_id)
+        return await self.cache.take_lease(call_id)
 
     def _pause(self, call_id: str, snapshot: Snapshot, rested: float) -> float:
         """Seconds until the call needs attention, unless there is news before."""
-        due = max(self._pace(snapshot) - self._cache.age(call_id), rested - self._clock(), SHORTEST_PAUSE_SECONDS)
-        pause = TICK_SECONDS if self._store.shared else due
+        due = max(self._pace(snapshot) - self.cache.age(call_id), rested - self.clock(), SHORTEST_PAUSE_SECONDS)
+        pause = TICK_SECONDS if self.store.shared else due
         if snapshot.ended:
             pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))
         # A little apart, so that replicas and calls do not all look at the same moment.
@@ -205,11 +197,11 @@ class CallPoller:
 
     def _late_left(self, snapshot: Snapshot) -> float:
         """Seconds that an ended call is still watched for."""
-        return LATE_SECONDS - (self._now() - (snapshot.ended_at or snapshot.seen))
+        return LATE_SECONDS - (self.now() - (snapshot.ended_at or snapshot.seen))
 
     def _pace(self, snapshot: Snapshot) -> float:
         """Seconds between looks: one while the call is young, then slower by and by."""
         if snapshot.ended:
             return LATE_PACE_SECONDS
-        age = self._now() - (snapshot.created or snapshot.seen)
+        age = self.now() - (snapshot.created or snapshot.seen)
         return min(SLOWEST_SECONDS, max(1.0, 1.0 + (age - YOUNG_SECONDS) / YOUNG_SECONDS))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -12,14 +13,14 @@ AT_ONCE = 8
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class RefreshQueue:
     """Looks at hinted calls in the background, each once at a time. `look`: looks at one."""
 
-    def __init__(self, look: Callable[[str], Awaitable[None]]) -> None:
-        self._look = look
-        self._places = asyncio.Semaphore(AT_ONCE)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._again: set[str] = set()
+    look: Callable[[str], Awaitable[None]]
+    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _again: set[str] = field(default_factory=set, init=False)
 
     def add(self, call_id: str) -> None:
         """Look at a call soon; one that is being looked at is looked at once more afterwards."""
@@ -40,7 +41,7 @@ class RefreshQueue:
             while True:
                 self._again.discard(call_id)
                 async with self._places:
-                    await self._look(call_id)
+                    await self.look(call_id)
                 if call_id not in self._again:
                     return
         except Exception:

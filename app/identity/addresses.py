@@ -6,6 +6,7 @@ wrote it: https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
@@ -90,12 +91,12 @@ def _hops_from_right(forwarded: Sequence[str]) -> Iterator[str]:
             return
 
 
+@dataclass
 class ClientAddresses:
     """The client address of requests, behind given trusted networks."""
 
-    def __init__(self, trusted: Sequence[Network]) -> None:
-        self.trusted = tuple(trusted)
-        self._warned = False
+    trusted: Sequence[Network]
+    _warned: bool = field(default=False, init=False)
 
     def of(self, request: HTTPConnection) -> str:
         """The client address of a request. Warns once of an X-Forwarded-For that is not believed."""

@@ -2,12 +2,11 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from starlette.requests import HTTPConnection
 
-from app.config.settings import Network
 from app.identity.addresses import ClientAddresses
 from app.identity.user import User
 
@@ -21,14 +20,14 @@ def is_user_id(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNFIT.search(value)
 
 
+@dataclass
 class Identity(ABC):
     """A request in, a user out.
 
-    `trusted`: networks of the proxies in front. `addresses`: the client address of a request, also of a refused one.
+    `addresses`: the client address of a request, also of a refused one.
     """
 
-    def __init__(self, trusted: Sequence[Network]) -> None:
-        self.addresses = ClientAddresses(trusted)
+    addresses: ClientAddresses
 
     @abstractmethod
     async def identify(self, request: HTTPConnection) -> User:

@@ -5,21 +5,19 @@ proxy must remove what the client sent under that name, and under names that dif
 take them for one (https://nginx.org/en/docs/http/ngx_http_core_module.html#underscores_in_headers).
 """
 
-from collections.abc import Sequence
-
 from starlette.requests import HTTPConnection
 
-from app.config.settings import Network
+from app.identity.addresses import ClientAddresses
 from app.identity.base import Identity, is_user_id
 from app.identity.user import User
 from app.problems import Problem
 
 
 class HeaderIdentity(Identity):
-    """Users by header. `header`: its name; `trusted`: networks of the proxies that may send it."""
+    """Users by header. `header`: its name; `addresses` knows the proxies that may send it."""
 
-    def __init__(self, header: str, trusted: Sequence[Network]) -> None:
-        super().__init__(trusted)
+    def __init__(self, addresses: ClientAddresses, header: str) -> None:
+        super().__init__(addresses)
         self._header = header.lower().encode("ascii")
         self._plain = _plain(self._header)
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ class KeySetError(Exception):
     """An answer that is no usable key set. Says why, without repeating it."""
 
 
+@dataclass
 class KeySet:
     """The keys behind a JWKS URL.
 
@@ -44,30 +46,26 @@ class KeySet:
     monotonic. `sleep`: waits so many seconds.
     """
 
-    def __init__(
-        self,
-        url: str,
-        algorithms: Collection[str] = (),
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        unfit = sorted(set(algorithms) - PUBLIC_KEY_ALGORITHMS)
+    url: str = field(repr=False)
+    algorithms: Collection[str] = ()
+    _: KW_ONLY
+    transport: httpx.AsyncBaseTransport | None = None
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    version: int = field(default=0, init=False)
+    _keys: list[VerifyingKey] = field(default_factory=list, init=False)
+    _fetched_at: float | None = field(default=None, init=False)
+    _asked_for_unknown_at: float = field(default=float("-inf"), init=False)
+    _fetching: asyncio.Task[bool] | None = field(default=None, init=False)
+    _refreshing: asyncio.Task[None] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        unfit = sorted(set(self.algorithms) - PUBLIC_KEY_ALGORITHMS)
         if unfit:
             raise ValueError(f"does not go with {', '.join(unfit)}, only with public-key algorithms")
-        self.version = 0
-        self._url = url
-        self._algorithms = tuple(algorithms) or tuple(PUBLIC_KEY_ALGORITHMS)
+        self.algorithms = self.algorithms or PUBLIC_KEY_ALGORITHMS
         # A redirect would let whoever answers there choose the keys.
-        self._client = httpx.AsyncClient(transport=transport, follow_redirects=False, timeout=FETCH_SECONDS)
-        self._clock = clock
-        self._sleep = sleep
-        self._keys: list[VerifyingKey] = []
-        self._fetched_at: float | None = None
-        self._asked_for_unknown_at = float("-inf")
-        self._fetching: asyncio.Task[bool] | None = None
-        self._refreshing: asyncio.Task[None] | None = None
+        self._client = httpx.AsyncClient(transport=self.transport, follow_redirects=False, timeout=FETCH_SECONDS)
 
     async def start(self) -> None:
         """Fetch now, and again every REFRESH_SECONDS. Does not wait for it."""
@@ -83,14 +81,14 @@ class KeySet:
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """The key for a token. Raises Problem `at-capacity` while there are none to be believed."""
-        if algorithm not in self._algorithms:
+        if algorithm not in self.algorithms:
             return None
         if self._fetched_at is None:
             await self._fetched()
         self._check_age()
         if kid is not None and not self._knows(kid):
-            if self._clock() - self._asked_for_unknown_at >= UNKNOWN_KEY_SECONDS:
-                self._asked_for_unknown_at = self._clock()
+            if self.clock() - self._asked_for_unknown_at >= UNKNOWN_KEY_SECONDS:
+                self._asked_for_unknown_at = self.clock()
                 self._begin_fetch()
             await self._fetched()
         fitting = [key for key in self._keys if algorithm in key.algorithms and kid in (None, key.kid)]
@@ -102,7 +100,7 @@ class KeySet:
         return any(key.kid == kid for key in self._keys)
 
     def _check_age(self) -> None:
-        if self._fetched_at is None or self._clock() - self._fetched_at > BELIEVED_SECONDS:
+        if self._fetched_at is None or self.clock() - self._fetched_at > BELIEVED_SECONDS:
             raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
 
     def _begin_fetch(self) -> asyncio.Task[bool]:
@@ -119,9 +117,9 @@ class KeySet:
     async def _refresh(self, fetch: asyncio.Task[bool]) -> None:
         while True:
             if await fetch:
-                await self._sleep(REFRESH_SECONDS)
+                await self.sleep(REFRESH_SECONDS)
             else:
-                await self._sleep(FIRST_RETRY_SECONDS if self._fetched_at is None else RETRY_SECONDS)
+                await self.sleep(FIRST_RETRY_SECONDS if self._fetched_at is None else RETRY_SECONDS)
             fetch = self._begin_fetch()
 
     async def _fetch(self) -> bool:
@@ -133,17 +131,17 @@ class KeySet:
         except Exception as error:  # whatever a transport raises: the keys at hand stay good
             # Neither the path and query of the URL, which may hold a secret, nor a message that may repeat them.
             reason = str(error) if isinstance(error, KeySetError) else type(error).__name__
-            log.error("jwks_fetch_failed", host=urlsplit(self._url).hostname, reason=reason)
+            log.error("jwks_fetch_failed", host=urlsplit(self.url).hostname, reason=reason)
             return False
         self._keys = keys
-        self._fetched_at = self._clock()
+        self._fetched_at = self.clock()
         self.version += 1
         return True
 
     async def _download(self) -> bytes:
         # Not compressed: the bound holds for what is read, not for what a small answer unpacks to.
         headers = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
-        async with self._client.stream("GET", self._url, headers=headers) as response:
+        async with self._client.stream("GET", self.url, headers=headers) as response:
             if response.status_code != 200:
                 raise KeySetError(f"status {response.status_code}")
             if response.headers.get("content-encoding", "identity") != "identity":
@@ -163,7 +161,7 @@ class KeySet:
         keys = []
         for entry in islice(entries, MAX_KEYS):
             with suppress(ValueError):  # RFC 7517, section 5: what is not understood is ignored
-                keys.append(jwk_key(entry, self._algorithms))
+                keys.append(jwk_key(entry, self.algorithms))
         if not keys:
             # More likely an accident than a revocation of everything, which would lock everybody out.
             raise KeySetError("no usable key")

@@ -9,14 +9,13 @@ import json
 import re
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import jwt
 from starlette.requests import HTTPConnection
 
-from app.config.settings import Network
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
 from app.identity.user import User
@@ -45,6 +44,7 @@ class Remembered:
     until: float
 
 
+@dataclass
 class JwtIdentity(Identity):
     """Users by token, from `Authorization: Bearer` or a cookie.
 
@@ -52,36 +52,25 @@ class JwtIdentity(Identity):
     `cookie`: its name; empty: no cookie counts. `now`: Unix time.
     """
 
-    def __init__(
-        self,
-        keys: Keys,
-        trusted: Sequence[Network],
-        *,
-        issuer: str = "",
-        audience: str = "",
-        user_claim: str = "sub",
-        cookie: str = "",
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        super().__init__(trusted)
-        self._keys = keys
-        self._issuer = issuer
-        self._audience = audience
-        self._user_claim = user_claim
-        self._cookie = cookie
-        self._now = now
-        # By hash, so that no token lies in memory longer than its request. A page asks several times a minute, and
-        # an answer out of here costs some tenth of a verification.
-        self._remembered: dict[bytes, Remembered] = {}
-        self._remembered_version = keys.version
+    keys: Keys
+    _: KW_ONLY
+    issuer: str = ""
+    audience: str = ""
+    user_claim: str = "sub"
+    cookie: str = ""
+    now: Callable[[], float] = time.time
+    # By hash, so that no token lies in memory longer than its request. A page asks several times a minute, and
+    # an answer out of here costs some tenth of a verification.
+    _remembered: dict[bytes, Remembered] = field(default_factory=dict, init=False)
+    _remembered_version: int = field(default=0, init=False)
 
     async def start(self) -> None:
         """Begin to fetch keys."""
-        await self._keys.start()
+        await self.keys.start()
 
     async def aclose(self) -> None:
         """Stop that."""
-        await self._keys.aclose()
+        await self.keys.aclose()
 
     async def identify(self, request: HTTPConnection) -> User:
         """The user of the request's token. Raises Problem: 401, or 503 while there are no keys to check it with."""
@@ -99,7 +88,7 @@ class JwtIdentity(Identity):
     def _token(self, request: HTTPConnection) -> tuple[str | None, bool]:
         """The token, and whether the cookie alone brought it."""
         in_header = self._header_token(request)
-        in_cookie = self._cookie_token(request) if self._cookie else None
+        in_cookie = self._cookie_token(request) if self.cookie else None
         if in_header is None:
             return in_cookie, True
         if in_cookie not in (None, in_header):
@@ -121,7 +110,7 @@ class JwtIdentity(Identity):
         found = set()
         for pair in "; ".join(request.headers.getlist("cookie")).split(";"):
             name, _, value = pair.partition("=")
-            if name.strip() == self._cookie:
+            if name.strip() == self.cookie:
                 found.add(value.strip().strip('"'))
         found.discard("")  # how some servers sign out
         if len(found) > 1:
@@ -132,11 +121,11 @@ class JwtIdentity(Identity):
     async def _verified(self, token: str) -> User:
         if len(token) > MAX_TOKEN_BYTES:
             raise InvalidLogin("The token is longer than 8 KiB.")
-        if self._remembered_version != self._keys.version:
+        if self._remembered_version != self.keys.version:
             self._remembered.clear()
-            self._remembered_version = self._keys.version
+            self._remembered_version = self.keys.version
         digest = hashlib.sha256(token.encode("latin-1")).digest()
-        now = self._now()
+        now = self.now()
         remembered = self._remembered.get(digest)
         if remembered is not None and now < remembered.until:
             return remembered.user
@@ -154,7 +143,7 @@ class JwtIdentity(Identity):
             raise InvalidLogin("The token's header has critical extensions.")
         if not isinstance(algorithm, str) or not isinstance(kid, str | None):
             raise InvalidLogin("The token's header is malformed.")
-        key = await self._keys.find(algorithm, kid)
+        key = await self.keys.find(algorithm, kid)
         if key is None:
             raise InvalidLogin("The token is signed with a key or an algorithm that is not accepted.")
         try:
@@ -162,12 +151,12 @@ class JwtIdentity(Identity):
                 token,
                 key.key,
                 algorithms=key.algorithms,
-                issuer=self._issuer or None,
-                audience=self._audience or None,
+                issuer=self.issuer or None,
+                audience=self.audience or None,
                 options={
                     "require": ["exp"],
-                    "verify_iss": bool(self._issuer),
-                    "verify_aud": bool(self._audience),
+                    "verify_iss": bool(self.issuer),
+                    "verify_aud": bool(self.audience),
                     # Ours: by the clock given, and without taking text and truth values for numbers.
                     "verify_exp": False,
                     "verify_nbf": False,
@@ -188,7 +177,7 @@ class JwtIdentity(Identity):
         return self._user(claims)
 
     def _user(self, claims: Mapping[str, Any]) -> User:
-        now = self._now()
+        now = self.now()
         expires_at = _time(claims, "exp")
         if now >= expires_at:
             raise InvalidLogin("The token has expired.")
@@ -197,10 +186,10 @@ class JwtIdentity(Identity):
                 raise InvalidLogin("The token is not valid yet.")
         return User(
             mode="jwt",
-            id=_name(claims, self._user_claim),
+            id=_name(claims, self.user_claim),
             # What a token says of its issuer is worth something only when it was checked; operators block users by
             # the configured one.
-            issuer=self._issuer,
+            issuer=self.issuer,
             claims=claims,
             expires_at=expires_at,
         )

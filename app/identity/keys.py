@@ -5,7 +5,7 @@ of the public key as its secret, or with `none`, finds no key.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -36,7 +36,7 @@ JWK_LOADERS = {"RSA": RSAAlgorithm.from_jwk, "EC": ECAlgorithm.from_jwk, "OKP": 
 class VerifyingKey:
     """One key, the algorithms it may verify, and its name in a key set."""
 
-    key: PublicKey | bytes
+    key: PublicKey | bytes = field(repr=False)
     algorithms: Sequence[str]
     kid: str | None = None
 
@@ -59,12 +59,12 @@ class Keys(Protocol):
         ...
 
 
+@dataclass
 class FixedKey:
     """One configured key; a token's key id does not matter."""
 
-    def __init__(self, key: VerifyingKey) -> None:
-        self.version = 0
-        self.key = key
+    key: VerifyingKey
+    version: int = field(default=0, init=False)
 
     def use(self, key: VerifyingKey) -> None:
         """Another key from now on; logins remembered under the old one are forgotten."""

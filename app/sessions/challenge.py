@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import math
 import re
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import httpx
@@ -31,6 +32,7 @@ BROKERS_FAULT = ("missing-input-secret", "invalid-input-secret", "sitekey-secret
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class Challenge:
     """Asks the challenge's service whether a browser passed. Fails closed.
 
@@ -39,29 +41,14 @@ class Challenge:
     for its whole answer. `metrics`: count what is refused.
     """
 
-    def __init__(
-        self,
-        verify_url: str,
-        secret: SecretStr,
-        hosts: frozenset[str] | None,
-        transport: httpx.AsyncBaseTransport,
-        store: Store,
-        *,
-        timeout: float = 3,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._url = httpx.URL(verify_url)
-        self._secret = secret
-        self._hosts = hosts
-        self._transport = transport
-        self._store = store
-        self._metrics = metrics or Metrics()
-        self._timeout = timeout
-        self._timeouts = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
-
-    def use_secret(self, secret: SecretStr) -> None:
-        """Ask with another secret from now on."""
-        self._secret = secret
+    url: httpx.URL = field(repr=False)
+    secret: SecretStr
+    hosts: frozenset[str] | None
+    transport: httpx.AsyncBaseTransport
+    store: Store
+    _: KW_ONLY
+    timeout: float = 3
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def check(self, token: str | None, address: str) -> None:
         """Return if the challenge was passed.
@@ -81,12 +68,12 @@ class Challenge:
     async def _room(self, failures: Rate, *, cost: int) -> None:
         """Count `cost` failures. Raises Problem `rate-limited` when there is no room for another one."""
         try:
-            decision = await self._store.decide(LimitRequest([failures], cost=cost))
+            decision = await self.store.decide(LimitRequest([failures], cost=cost))
         except StoreUnavailable:
             raise _unavailable() from None
         (state,) = decision.rates
         if not decision.allowed or (cost == 0 and state.remaining == 0):
-            self._metrics.refused(["failed-challenge"])
+            self.metrics.refused(["failed-challenge"])
             headers = {"Retry-After": str(max(1, math.ceil(state.reset)))}
             raise Problem("rate-limited", "Too many challenges failed.", headers)
 
@@ -101,27 +88,28 @@ class Challenge:
             codes = answer.get("error-codes")
             faults = [code for code in BROKERS_FAULT if code in codes] if isinstance(codes, list) else []
             if faults:
-                log.error("challenge_misconfigured", host=self._url.host, codes=faults)
+                log.error("challenge_misconfigured", host=self.url.host, codes=faults)
             return "The challenge was not passed. A token counts once and for a few minutes: solve a new one."
         hostname = answer.get("hostname")
-        if self._hosts is None or hostname is None:
+        if self.hosts is None or hostname is None:
             return None
-        if not isinstance(hostname, str) or hostname.lower() not in self._hosts:
+        if not isinstance(hostname, str) or hostname.lower() not in self.hosts:
             log.warning("challenge_host_mismatched", hostname=ascii(hostname)[:255])
             return "The challenge was solved on a site that may not use the broker."
         return None
 
     async def _ask(self, token: str, address: str) -> dict[str, Any]:
         """The service's answer; raises Problem `at-capacity` where it is none."""
-        form = {"secret": self._secret.get_secret_value(), "response": token}
+        form = {"secret": self.secret.get_secret_value(), "response": token}
         if parse_address(address) is not None:  # a Unix socket's peer has none
             form["remoteip"] = address
         # A compressed answer could unpack to anything; none is asked for and none is taken.
         headers = {"accept": "application/json", "accept-encoding": "identity", "user-agent": "oneinbox-broker"}
-        request = httpx.Request("POST", self._url, data=form, headers=headers, extensions=dict(self._timeouts))
+        timeouts = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), self.timeout)}
+        request = httpx.Request("POST", self.url, data=form, headers=headers, extensions=timeouts)
         try:
-            async with asyncio.timeout(self._timeout):
-                response = await self._transport.handle_async_request(request)
+            async with asyncio.timeout(self.timeout):
+                response = await self.transport.handle_async_request(request)
                 try:
                     raw = await _read(response)
                 finally:
@@ -140,7 +128,7 @@ class Challenge:
 
     def _down(self, reason: str) -> Problem:
         # Neither the URL's path and query, which may hold a secret, nor a message that may repeat them.
-        log.error("challenge_unavailable", host=self._url.host, reason=reason)
+        log.error("challenge_unavailable", host=self.url.host, reason=reason)
         return _unavailable()
 
 

@@ -1,10 +1,12 @@
 """Whether whoever asked is still there."""
 
 import asyncio
+from dataclasses import dataclass
 
 from starlette.types import Receive
 
 
+@dataclass(slots=True)
 class ClientConnection:
     """The other end of one request whose body has been read. `receive`: the request's.
 
@@ -12,15 +14,14 @@ class ClientConnection:
     matters, which costs a tenth of a task that would wait for the news.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._gone = False
+    receive: Receive
+    _gone: bool = False
 
     def has_gone(self) -> bool:
         """Whether the connection is known to be closed, by this moment and not by the last turn of the event loop."""
         while not self._gone:
             # One step of receive(): it ends at once where the server has something to tell, and would wait otherwise.
-            step = self._receive()
+            step = self.receive()
             try:
                 step.send(None)  # type: ignore[attr-defined]  # servers' receive are coroutine functions
             except StopIteration as answered:  # what is left of a body is no hang-up

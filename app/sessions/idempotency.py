@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import structlog
@@ -77,12 +77,11 @@ class StartedCall(NamedTuple):
     call: WebCall
 
 
+@dataclass(eq=False)
 class NotKept(Exception):
     """A started call's answer could not be kept: given all the same, a repeat would start another."""
 
-    def __init__(self, started: StartedCall) -> None:
-        super().__init__()
-        self.started = started
+    started: StartedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +108,21 @@ class Uncollected:
     due: float
 
 
+@dataclass
 class Idempotency:
     """Runs a request once per key, and gives its answer to all who send it again.
 
     `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        keyring: Keyring,
-        live: LiveCalls,
-        *,
-        timeout: float,
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._keyring = keyring
-        self._live = live
-        self._timeout = timeout
-        self._now = now
-        # Answers that the store may have kept although it did not say so, by name: nobody may be given them.
-        self._doubtful: dict[str, bytes] = {}
+    store: Store
+    keyring: Keyring
+    live: LiveCalls
+    _: KW_ONLY
+    timeout: float
+    now: Callable[[], float] = time.time
+    # Answers that the store may have kept although it did not say so, by name: nobody may be given them.
+    _doubtful: dict[str, bytes] = field(default_factory=dict, init=False)
 
     async def once(
         self, user: User, key: str, body: Any, client: ClientConnection, run: Callable[[], Awaitable[StartedCall]]
@@ -162,17 +154,17 @@ class Idempotency:
 
     async def stop_uncollected(self) -> None:
         """Stop the calls whose callers hung up and did not come back in time. Raises StoreUnavailable."""
-        for name in await self._store.members(UNCOLLECTED):
-            value = await self._store.get(f"uncollected:{name}")
+        for name in await self.store.members(UNCOLLECTED):
+            value = await self.store.get(f"uncollected:{name}")
             uncollected = Uncollected(**json.loads(value)) if value is not None else None
-            if uncollected is None or uncollected.due > self._now():
+            if uncollected is None or uncollected.due > self.now():
                 continue
             # Whoever takes the kept answer decides: one replica, once, or the repeat that collects it. It leaves the
             # set last: a store that is lost in between may carry that out without saying so.
             if await self._withdraw(name):
                 attempt = CallAttempt.from_key(uncollected.member)
-                await self._live.stop(attempt, uncollected.call_id, NOT_COLLECTED)
-                await self._store.remove_member([UNCOLLECTED], name)
+                await self.live.stop(attempt, uncollected.call_id, NOT_COLLECTED)
+                await self.store.remove_member([UNCOLLECTED], name)
 
     async def run(self) -> None:
         """Stop uncollected calls, and take back doubtful answers, for ever."""
@@ -189,15 +181,15 @@ class Idempotency:
     async def _wait_or_mark(self, name: str, fingerprint: str, client: ClientConnection) -> WebCall | bytes:
         """The kept answer; or, where there is none, the mark with which this request runs."""
         mark = self._seal(Entry(fingerprint, secrets.token_hex(8)))
-        lifetime = self._timeout + MARK_GRACE
-        if await self._store.add(name, mark, lifetime):
+        lifetime = self.timeout + MARK_GRACE
+        if await self.store.add(name, mark, lifetime):
             return mark
-        end = self._now() + self._timeout
-        async with self._store.subscribe(name) as told:
+        end = self.now() + self.timeout
+        async with self.store.subscribe(name) as told:
             while not client.has_gone():
-                value = await self._store.get(name)
+                value = await self.store.get(name)
                 if value is None:
-                    if await self._store.add(name, mark, lifetime):
+                    if await self.store.add(name, mark, lifetime):
                         return mark
                     continue
                 entry = self._open(value)
@@ -212,10 +204,10 @@ class Idempotency:
                         await self._put_back(name, noted, entry)
                         break
                     # It was withdrawn or noted in this very moment, or is of no use any more; if so, it goes.
-                    if entry.until <= self._now():
-                        await self._store.delete(name, value)
+                    if entry.until <= self.now():
+                        await self.store.delete(name, value)
                     continue
-                if self._now() >= end:
+                if self.now() >= end:
                     raise Problem("in-progress", headers={"Retry-After": "1"})
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_SECONDS):
@@ -224,80 +216,80 @@ class Idempotency:
 
     async def _collect(self, name: str, value: bytes, entry: Entry) -> bytes | None:
         """Note that a repeat is given the answer; None: not any more, or noted by another in this very moment."""
-        left = entry.until - self._now()
+        left = entry.until - self.now()
         noted = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
-        if left <= 0 or not await self._store.replace(name, value, noted, left):
+        if left <= 0 or not await self.store.replace(name, value, noted, left):
             return None
-        await self._store.remove_member([UNCOLLECTED], name)
+        await self.store.remove_member([UNCOLLECTED], name)
         return noted
 
     async def _put_back(self, name: str, noted: bytes, entry: Entry) -> None:
         """Whoever collected has gone, too: where nobody else was given the answer, it waits once more."""
-        value = await self._store.get(f"uncollected:{name}")
-        left = entry.until - self._now()
+        value = await self.store.get(f"uncollected:{name}")
+        left = entry.until - self.now()
         again = self._seal(replace(entry, nonce=secrets.token_hex(8)))
-        if value is None or left <= 0 or not await self._store.replace(name, noted, again, left):
+        if value is None or left <= 0 or not await self.store.replace(name, noted, again, left):
             return
-        uncollected = replace(Uncollected(**json.loads(value)), due=self._now() + COLLECT_SECONDS)
+        uncollected = replace(Uncollected(**json.loads(value)), due=self.now() + COLLECT_SECONDS)
         await self._wait_for_collection(name, uncollected)
 
     async def _withdraw(self, name: str) -> bool:
         """Delete a kept answer, unless a repeat has been given it; whether nobody was, and nobody can be any more."""
-        value = await self._store.get(name)
+        value = await self.store.get(name)
         if value is None:
             return True  # expired; a repeat that was given it would have taken it out of the set
         entry = self._open(value)
-        return entry is not None and not entry.replayed and await self._store.delete(name, value)
+        return entry is not None and not entry.replayed and await self.store.delete(name, value)
 
     async def _leave_for_collection(self, name: str, started: StartedCall) -> None:
         log.warning("caller_gone", call=started.call.id, waits=COLLECT_SECONDS)
-        uncollected = Uncollected(started.attempt.key, started.call.id, self._now() + COLLECT_SECONDS)
+        uncollected = Uncollected(started.attempt.key, started.call.id, self.now() + COLLECT_SECONDS)
         try:
             await self._wait_for_collection(name, uncollected)
         except StoreUnavailable:
             # Nobody could stop it in time; and a repeat is refused while the store is gone.
-            await self._live.stop(started.attempt, started.call.id, HUNG_UP)
+            await self.live.stop(started.attempt, started.call.id, HUNG_UP)
             await self._forget(name, None)
 
     async def _wait_for_collection(self, name: str, uncollected: Uncollected) -> None:
-        await self._store.set(f"uncollected:{name}", json.dumps(asdict(uncollected)).encode(), DAY)
-        await self._store.add_member(UNCOLLECTED, name, DAY)
+        await self.store.set(f"uncollected:{name}", json.dumps(asdict(uncollected)).encode(), DAY)
+        await self.store.add_member(UNCOLLECTED, name, DAY)
 
     async def _keep(self, name: str, mark: bytes, fingerprint: str, started: StartedCall) -> None:
         expires = _expiry(started.call.participant_token)
-        now = self._now()
+        now = self.now()
         until = now + KEEP_SECONDS if expires is None else min(now + KEEP_SECONDS, expires - BEFORE_EXPIRY)
         if until <= now:
             await self._forget(name, mark)
             return
         value = self._seal(Entry(fingerprint, secrets.token_hex(8), started.call, until))
         try:
-            kept = await self._store.replace(name, mark, value, until - now)
+            kept = await self.store.replace(name, mark, value, until - now)
         except StoreUnavailable:
             self._doubtful[name] = value  # a frozen store may do it yet
             kept = False
         if not kept:
             raise NotKept(started)
-        await self._store.publish(name, b"")
+        await self.store.publish(name, b"")
 
     async def _delete_doubtful(self) -> None:
         for name, value in list(self._doubtful.items()):
-            await self._store.delete(name, value)
+            await self.store.delete(name, value)
             self._doubtful.pop(name, None)
 
     async def _forget(self, name: str, expected: bytes | None) -> None:
         try:
-            await self._store.delete(name, expected)
+            await self.store.delete(name, expected)
         except StoreUnavailable:
             return  # it dies by itself
-        await self._store.publish(name, b"")
+        await self.store.publish(name, b"")
 
     def _seal(self, entry: Entry) -> bytes:
-        return self._keyring.encrypt(json.dumps(asdict(entry)).encode())
+        return self.keyring.encrypt(json.dumps(asdict(entry)).encode())
 
     def _open(self, value: bytes) -> Entry | None:
         """None: written under a secret that is not known (any more); its request is taken as running."""
-        plain = self._keyring.decrypt(value)
+        plain = self.keyring.decrypt(value)
         if plain is None:
             return None
         fields = json.loads(plain)

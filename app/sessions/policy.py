@@ -7,7 +7,7 @@ from typing import Any
 import structlog
 
 from app.config.agents import Agent, Agents
-from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value
+from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value, leaves_of
 from app.config.validation import MAX_VARIABLES, VariableValue, check_variable_value
 from app.identity import User
 from app.problems import Problem, invalid_request
@@ -30,12 +30,12 @@ class CallSpec:
     metadata: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The configured agents and what may be asked of each. `claims`: by trusted variable, the claim it comes from."""
 
-    def __init__(self, agents: Agents, claims: Mapping[str, str]) -> None:
-        self._agents = agents
-        self._claims = claims
+    agents: Agents
+    claims: Mapping[str, str]
 
     def decide(self, user: User, request: SessionRequest) -> CallSpec:
         """Raises 403 and 422 problems."""
@@ -43,7 +43,7 @@ class Policy:
         if user.mode != "anonymous" and request.participant_identity not in (None, user.id):
             raise Problem("identity-mismatch")
         own = self._own_variables(agent, request)
-        fixed = _leaves(agent.fixed_overrides)
+        fixed = leaves_of(agent.fixed_overrides)
         allowed = agent.overrides - fixed.keys()
         refused = sorted(set(_refused_leaves(request.overrides or {}, allowed)))
         if refused:
@@ -59,13 +59,13 @@ class Policy:
 
     def _agent(self, user: User, request: SessionRequest) -> Agent:
         name, agent_id = request.agent_name, request.agent_id
-        by_name = self._agents.by_name.get(name) if name is not None else None
-        by_id = self._agents.by_id.get(agent_id) if agent_id is not None else None
+        by_name = self.agents.by_name.get(name) if name is not None else None
+        by_id = self.agents.by_id.get(agent_id) if agent_id is not None else None
         if (name is not None and by_name is None) or (agent_id is not None and by_id is None):
             raise Problem("agent-not-allowed")
         if by_name is not None and by_id is not None and by_name is not by_id:
             raise _invalid("agent_id", "Differs from the agent that is named", "contradiction")
-        agent = by_name or by_id or self._agents.default
+        agent = by_name or by_id or self.agents.default
         if agent is None:
             raise _invalid("agent", "There is no default agent: name one", "missing")
         if not agent.admits(user.claims):
@@ -74,7 +74,7 @@ class Policy:
 
     def _own_variables(self, agent: Agent, request: SessionRequest) -> dict[str, VariableValue]:
         def allows(name: str) -> bool:
-            taken = name in self._claims or name in agent.fixed_variables
+            taken = name in self.claims or name in agent.fixed_variables
             return not taken and (agent.variables is None or name in agent.variables)
 
         variables = request.all_variables
@@ -93,7 +93,7 @@ class Policy:
 
     def _trusted_variables(self, user: User) -> dict[str, VariableValue]:
         trusted: dict[str, VariableValue] = {}
-        for name, claim in self._claims.items():
+        for name, claim in self.claims.items():
             value = user.claims.get(claim)
             try:
                 if not isinstance(value, (str, int, float, bool)):
@@ -115,17 +115,6 @@ def _refused_leaves(value: Mapping[str, Any], allowed: frozenset[str], prefix: s
             yield from _refused_leaves(each, allowed, f"{path}.")
         elif "." in key or path not in allowed or not is_leaf_value(OVERRIDE_LEAVES[path], each):
             yield path
-
-
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted paths."""
-    leaves: dict[str, Any] = {}
-    for key, each in value.items():
-        if isinstance(each, Mapping):
-            leaves.update(_leaves(each, f"{prefix}{key}."))
-        else:
-            leaves[f"{prefix}{key}"] = each
-    return leaves
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -44,49 +44,29 @@ class SessionInput:
     answer_headers: dict[str, str]
 
 
+@dataclass(kw_only=True)
 class Sessions:
     """Starts calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
     `max_waiting`: sessions that may wait for OneInbox at once. `share_user_id`: whether OneInbox's record names the
     user plainly. `challenge`: None where none is asked for. `metrics`: count what is refused. `now`: Unix time.
+    `waiting`: sessions that wait for OneInbox now.
     """
 
-    def __init__(
-        self,
-        *,
-        policy: Policy,
-        limits: Limits,
-        talk: TalkTime,
-        live: LiveCalls,
-        reconciler: Reconciler,
-        oneinbox: OneInbox,
-        keyring: Keyring,
-        idempotency: Idempotency,
-        challenge: Challenge | None,
-        max_waiting: int,
-        share_user_id: bool,
-        metrics: Metrics,
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        self._policy = policy
-        self._limits = limits
-        self._talk = talk
-        self._live = live
-        self._reconciler = reconciler
-        self._oneinbox = oneinbox
-        self._keyring = keyring
-        self._idempotency = idempotency
-        self._challenge = challenge
-        self._max_waiting = max_waiting
-        self._share_user_id = share_user_id
-        self._metrics = metrics
-        self._now = now
-        self._waiting = 0
-
-    @property
-    def waiting(self) -> int:
-        """Sessions that wait for OneInbox."""
-        return self._waiting
+    policy: Policy
+    limits: Limits
+    talk: TalkTime
+    live: LiveCalls
+    reconciler: Reconciler
+    oneinbox: OneInbox
+    keyring: Keyring
+    idempotency: Idempotency
+    challenge: Challenge | None
+    max_waiting: int
+    share_user_id: bool
+    metrics: Metrics
+    now: Callable[[], float] = time.time
+    waiting: int = field(default=0, init=False)
 
     async def start(self, user: User, session_input: SessionInput) -> tuple[WebCall, bool]:
         """The user's new call, and False; or the call that this request started before, and True.
@@ -94,12 +74,12 @@ class Sessions:
         Nobody but a caller who is there is given a call: one that was started for a caller who hung up is stopped.
         Raises Problem, Refused, OneInboxError, ClientDisconnect.
         """
-        spec = self._policy.decide(user, session_input.request)
+        spec = self.policy.decide(user, session_input.request)
         key = read_key(session_input.keys, user)
         if key is None:
             started = await self._start(user, session_input, spec)
             if await session_input.client.has_left():
-                await self._live.stop(started.attempt, started.call.id, HUNG_UP)
+                await self.live.stop(started.attempt, started.call.id, HUNG_UP)
                 raise ClientDisconnect
             return started.call, False
 
@@ -107,48 +87,48 @@ class Sessions:
             return await self._start(user, session_input, spec)
 
         try:
-            return await self._idempotency.once(user, key, session_input.body, session_input.client, run)
+            return await self.idempotency.once(user, key, session_input.body, session_input.client, run)
         except NotKept as unkept:
-            await self._live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
+            await self.live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
 
     async def _start(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
-        if self._challenge is not None:
-            await self._challenge.check(session_input.proof, user.address)
-        if self._waiting >= self._max_waiting:
-            self._metrics.refused(["waiting"])
+        if self.challenge is not None:
+            await self.challenge.check(session_input.proof, user.address)
+        if self.waiting >= self.max_waiting:
+            self.metrics.refused(["waiting"])
             raise Problem("at-capacity", headers={"Retry-After": "1"})
-        self._waiting += 1
+        self.waiting += 1
         try:
             attempt = CallAttempt(
                 # Never the client's: OneInbox's record is found by it.
                 request_id=secrets.token_hex(16),
-                since=int(self._now()),
+                since=int(self.now()),
                 agent=spec.agent.name,
                 user=user.store_name,
-                owner=self._keyring.pseudonym(user),
+                owner=self.keyring.pseudonym(user),
             )
             return StartedCall(attempt, await self._reserve_and_call(user, session_input, spec, attempt))
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
     async def _reserve_and_call(
         self, user: User, session_input: SessionInput, spec: CallSpec, attempt: CallAttempt
     ) -> WebCall:
-        await self._talk.check(user)
+        await self.talk.check(user)
         try:
-            reservation = await self._limits.reserve(user, spec.agent, attempt)
+            reservation = await self.limits.reserve(user, spec.agent, attempt)
         except Problem as problem:
             # A call may have ended without anybody having looked.
-            if problem.slug != "too-many-live-calls" or not await self._live.recheck(user):
+            if problem.slug != "too-many-live-calls" or not await self.live.recheck(user):
                 raise
-            reservation = await self._limits.reserve(user, spec.agent, attempt)
+            reservation = await self.limits.reserve(user, spec.agent, attempt)
         session_input.answer_headers.update(reservation.headers)
         if session_input.client.has_gone():
-            await self._limits.release(reservation)
+            await self.limits.release(reservation)
             raise ClientDisconnect
         try:
-            call = await self._oneinbox.start_web_call(
+            call = await self.oneinbox.start_web_call(
                 agent_id=spec.agent.agent_id,
                 variables=spec.variables,
                 overrides=spec.overrides,
@@ -156,23 +136,23 @@ class Sessions:
             )
         except OneInboxError as error:
             if not error.may_have_acted:
-                await self._limits.release(reservation)
+                await self.limits.release(reservation)
             elif error.call_id is not None:
-                await self._live.stop(attempt, error.call_id, UNUSABLE)
+                await self.live.stop(attempt, error.call_id, UNUSABLE)
             else:
-                self._reconciler.report_lost(attempt)
+                self.reconciler.report_lost(attempt)
             if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, session_input.request, spec)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
         except BaseException:  # cancelled: the process goes down, or worse
-            self._reconciler.report_lost(attempt)
+            self.reconciler.report_lost(attempt)
             raise
-        await self._live.begin(attempt, call.id)
+        await self.live.begin(attempt, call.id)
         return call
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
         own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}
-        if self._share_user_id:
+        if self.share_user_id:
             own[BROKER_USER_ID] = user.id
         return {**spec.metadata, **own}
 

@@ -817,7 +817,7 @@ async def test_a_clock_that_is_put_forward_stops_nobody() -> None:
             raise AssertionError("it asks again and again without a pause: the event loop stands still")
         return 1_800_000_000 + asyncio.get_running_loop().time() + house.ahead
 
-    first.idempotency._now = look
+    first.idempotency.now = look
     async with asyncio.timeout(60):
         await first.post(life=1000)
 

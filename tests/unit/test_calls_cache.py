@@ -413,7 +413,7 @@ async def test_what_another_version_shared_is_looked_up(value: bytes) -> None:
     house = House(shared=True)
     house.oneinbox.has()
     replica = house.replica()
-    await house.store.set("seen:call_1", replica.cache._keyring.encrypt(value), 100)
+    await house.store.set("seen:call_1", replica.cache.keyring.encrypt(value), 100)
     assert await looks_after(replica, 0) == [1]
 
     await house.store.set("seen:call_2", value, 100)  # nor does anybody read what is not ours

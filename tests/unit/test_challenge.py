@@ -72,7 +72,7 @@ def challenge(service: Service, store: MemoryStore) -> Challenge:
 def make(
     transport: httpx.AsyncBaseTransport, store: MemoryStore, hosts: frozenset[str] | None = None, timeout: float = 3
 ) -> Challenge:
-    return Challenge(URL, SecretStr(SECRET), hosts, transport, store, timeout=timeout)
+    return Challenge(httpx.URL(URL), SecretStr(SECRET), hosts, transport, store, timeout=timeout)
 
 
 async def outcome(challenge: Challenge, token: str | None = "token", address: str = ADDRESS) -> str:

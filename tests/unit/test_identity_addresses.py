@@ -172,7 +172,7 @@ def test_ignored_header_is_warned_about_once() -> None:
 
 
 async def test_anonymous_users_are_counted_by_address() -> None:
-    identity = Anonymous(TRUSTED)
+    identity = Anonymous(ClientAddresses(TRUSTED))
     await identity.start()
     user = await identity.identify(request_from(PROXY, "1.1.1.1, 2001:db8:1:2:3:4:5:6"))
     assert (user.mode, user.id, user.address) == ("anonymous", "2001:db8:1:2::/64", "2001:db8:1:2:3:4:5:6")

@@ -6,9 +6,10 @@ import pytest
 from starlette.requests import Request
 
 from app.identity import HeaderIdentity, User
+from app.identity.addresses import ClientAddresses
 from app.problems import Problem
 
-TRUSTED = [ip_network("10.0.0.0/8")]
+BEHIND_PROXY = ClientAddresses([ip_network("10.0.0.0/8")])
 PROXY = "10.0.0.1"
 
 
@@ -28,7 +29,7 @@ def request_from(peer: str | None, *headers: tuple[str, bytes]) -> Request:
     ],
 )
 async def test_user_of_a_trusted_proxy(value: bytes, user: str) -> None:
-    identity = HeaderIdentity("X-Forwarded-User", TRUSTED)
+    identity = HeaderIdentity(BEHIND_PROXY, "X-Forwarded-User")
     await identity.start()
     request = request_from(PROXY, ("x-forwarded-user", value), ("x-forwarded-for", b"1.1.1.1, 198.51.100.1"))
     assert await identity.identify(request) == User(mode="header", id=user, address="198.51.100.1")
@@ -37,7 +38,7 @@ async def test_user_of_a_trusted_proxy(value: bytes, user: str) -> None:
 
 async def test_peer_may_be_ipv4_in_ipv6() -> None:
     request = request_from("::ffff:10.0.0.1", ("x-forwarded-user", b"jane"))
-    assert (await HeaderIdentity("X-Forwarded-User", TRUSTED).identify(request)).address == "10.0.0.1"
+    assert (await HeaderIdentity(BEHIND_PROXY, "X-Forwarded-User").identify(request)).address == "10.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -76,19 +77,20 @@ async def test_peer_may_be_ipv4_in_ipv6() -> None:
 )
 async def test_refused(peer: str | None, headers: list[tuple[str, bytes]]) -> None:
     with pytest.raises(Problem) as caught:
-        await HeaderIdentity("X-Forwarded-User", TRUSTED).identify(request_from(peer, *headers))
+        await HeaderIdentity(BEHIND_PROXY, "X-Forwarded-User").identify(request_from(peer, *headers))
     assert caught.value.slug == "unauthenticated"
     assert caught.value.headers == {"WWW-Authenticate": "ForwardedUser"}
     assert "jane" not in caught.value.detail
 
 
 async def test_nobody_is_trusted_by_default() -> None:
+    identity = HeaderIdentity(ClientAddresses([]), "X-Forwarded-User")
     with pytest.raises(Problem):
-        await HeaderIdentity("X-Forwarded-User", []).identify(request_from("127.0.0.1", ("x-forwarded-user", b"jane")))
+        await identity.identify(request_from("127.0.0.1", ("x-forwarded-user", b"jane")))
 
 
 async def test_a_configured_name_with_underscores() -> None:
-    identity = HeaderIdentity("X_User", TRUSTED)
+    identity = HeaderIdentity(BEHIND_PROXY, "X_User")
     assert (await identity.identify(request_from(PROXY, ("x_user", b"jane")))).id == "jane"
     with pytest.raises(Problem):
         await identity.identify(request_from(PROXY, ("x-user", b"jane")))

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 
 from app.identity import JwtIdentity, KeySet, User
 from app.identity import jwks as module
+from app.identity.addresses import ClientAddresses
 from app.problems import Problem
 
 NOW = 1_800_000_000.0
@@ -87,7 +88,7 @@ class Setup:
         self.keys = KeySet(
             URL, algorithms, transport=httpx.MockTransport(issuer), clock=self.clock, sleep=self.clock.sleep
         )
-        self.identity = JwtIdentity(self.keys, [], issuer="i", audience="a", now=lambda: NOW)
+        self.identity = JwtIdentity(ClientAddresses([]), self.keys, issuer="i", audience="a", now=lambda: NOW)
 
     async def login(self, key: Any = RSA, algorithm: str = "RS256", kid: str | None = "k1", **more: Any) -> User:
         claims = {"sub": "user-1", "exp": NOW + 600, "iss": "i", "aud": "a"} | more

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from starlette.requests import Request
 
 from app.identity import FixedKey, JwtIdentity, User, public_key, secret_key
+from app.identity.addresses import ClientAddresses
 from app.identity.jwt import MAX_TOKEN_BYTES, NOT_YET_LEEWAY_SECONDS, REMEMBERED_SECONDS, REMEMBERED_TOKENS
 from app.identity.keys import VerifyingKey
 from app.problems import Problem
@@ -75,7 +76,8 @@ def bearer(token: str) -> tuple[str, str]:
 
 
 def identity_of(key: VerifyingKey | None = None, now: float = NOW, **settings: Any) -> JwtIdentity:
-    return JwtIdentity(FixedKey(key or secret_key(SECRET)), [ip_network("10.0.0.0/8")], now=lambda: now, **settings)
+    addresses = ClientAddresses([ip_network("10.0.0.0/8")])
+    return JwtIdentity(addresses, FixedKey(key or secret_key(SECRET)), now=lambda: now, **settings)
 
 
 async def login(identity: JwtIdentity, *headers: tuple[str, str]) -> User:
@@ -408,7 +410,7 @@ class CountingKey(FixedKey):
 
 async def test_verified_tokens_are_remembered_for_a_while() -> None:
     keys, clock = CountingKey(secret_key(SECRET)), [NOW]
-    identity = JwtIdentity(keys, [], now=lambda: clock[0])
+    identity = JwtIdentity(ClientAddresses([]), keys, now=lambda: clock[0])
     token = bearer(token_of(exp=NOW + REMEMBERED_SECONDS * 2.5))
     for clock[0], verified in (
         (NOW, 1),
@@ -430,7 +432,7 @@ async def test_verified_tokens_are_remembered_for_a_while() -> None:
 
 async def test_memory_is_bounded_and_failures_are_not_kept() -> None:
     keys = CountingKey(secret_key(SECRET))
-    identity = JwtIdentity(keys, [], now=lambda: NOW)
+    identity = JwtIdentity(ClientAddresses([]), keys, now=lambda: NOW)
     tokens = [bearer(token_of(sub=f"user-{number}")) for number in range(REMEMBERED_TOKENS + 1)]
     for token in tokens:
         await login(identity, token)

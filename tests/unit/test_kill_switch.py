@@ -6,6 +6,7 @@ from starlette.requests import Request
 from app.cli.operator import Operator
 from app.config.settings import SettingsError
 from app.identity import Anonymous, User
+from app.identity.addresses import ClientAddresses
 from app.limits import KillSwitch
 from app.problems import Problem
 from app.store.failover import FailoverStore
@@ -141,9 +142,10 @@ async def test_an_address_means_who_comes_from_there(
     await kill_switch.block(operator.user(named), 60)
     await kill_switch.refresh()
 
-    caller = await Anonymous([]).identify(Request({"type": "http", "headers": [], "client": (peer, 1)}))
+    request = Request({"type": "http", "headers": [], "client": (peer, 1)})
+    user = await Anonymous(ClientAddresses([])).identify(request)
 
-    assert verdict(kill_switch, caller) == (BLOCKED if same else OPEN)
+    assert verdict(kill_switch, user) == (BLOCKED if same else OPEN)
 
 
 @pytest.mark.parametrize("name", ["", "ann", "192.0.2", "192.0.2.1/32", "2001:db8::/64", "192.0.2.1 "])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
 VARY = (b"vary", b"Origin")
 
 
+@dataclass
 class CorsPolicy:
     """Refuses what comes from a foreign site, whatever the method, before anything else looks at it.
 
@@ -28,24 +30,18 @@ class CorsPolicy:
     Origin nor `Sec-Fetch-Site: same-origin`; for logins that a browser sends by itself.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        allowed: Sequence[str],
-        own: str | None = None,
-        credentials: bool = False,
-        require: bool = False,
-        same_site_posts: bool = False,
-    ) -> None:
-        self.app = app
+    app: ASGIApp
+    _: KW_ONLY
+    allowed: InitVar[Sequence[str]]
+    own: str | None = None
+    credentials: bool = False
+    require: bool = False
+    same_site_posts: bool = False
+
+    def __post_init__(self, allowed: Sequence[str]) -> None:
         self.any = "*" in allowed
         self.exact = frozenset(origin for origin in allowed if not origin.endswith(":*"))
         self.any_port = frozenset(origin.removesuffix(":*") for origin in allowed if origin.endswith(":*"))
-        self.own = own
-        self.credentials = credentials
-        self.require = require
-        self.same_site_posts = same_site_posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from dataclasses import dataclass
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ QUIET_ROUTES = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
 class RequestLog:
     """Gives each request an id (the client's own, when it is a safe one), sends it back, and logs the request.
 
@@ -28,8 +30,7 @@ class RequestLog:
     `outcome`: of a session, where it is no problem.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,5 +1,7 @@
 """Security headers on every answer."""
 
+from dataclasses import dataclass
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # An API answer is neither a page nor a frame (OWASP REST Security Cheat Sheet); a page brings its own policy.
@@ -11,14 +13,14 @@ ALWAYS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
 class SecurityHeaders:
     """Adds what every answer carries, and the strictest content policy where the answer has none.
 
     A route puts its rate-limit headers into `scope["state"]["limit_headers"]`, so that its errors carry them too.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,5 +1,7 @@
 """A span for each request, where traces are wanted."""
 
+from dataclasses import dataclass
+
 from opentelemetry.trace import Span, Status, StatusCode, format_trace_id
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -7,11 +9,11 @@ from app.telemetry.metrics import METHODS, OTHER
 from app.telemetry.traces import Traces
 
 
+@dataclass(frozen=True, slots=True)
 class TraceRequests:
     """Middleware: a span for each request. Its trace's id goes into the log line, as `trace`."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         traces: Traces | None = scope["state"].get("traces") if scope["type"] == "http" else None

@@ -1,6 +1,7 @@
 """Innermost middleware: a bug becomes a logged `internal-error`."""
 
 import asyncio
+from dataclasses import dataclass
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -12,14 +13,14 @@ from app.problems import Problem
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class UnhandledErrors:
     """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry.
 
     So does the server's own end become `at-capacity`, for a request that it waits for no longer.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
