@@ -1,48 +1,41 @@
-"""The configured agents: one from ONEINBOX_AGENT_ID, or several from the TOML of BROKER_AGENTS_FILE.
+"""The configured agents: one from ONEINBOX_AGENT_ID, or several from the TOML of BROKER_AGENTS_FILE."""
 
-The file is read by the standard library's tomllib, which tells no line numbers of what it read. They are found by a
-second look at the text, for the error lines only; nothing that is configured depends on it.
-"""
-
-import difflib
-import json
-import re
-import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
-
-from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value
-from app.config.settings import Settings, SettingsError
-from app.config.validation import MAX_VARIABLES, VariableName, VariableValue, check_limits
-
-AGENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-ANY_VARIABLE = "*"
-MOST_LIVE_CALLS = 1_000_000
-
-Claim: TypeAlias = str | int | bool
-KeyPath: TypeAlias = tuple[str, ...]
-
-TABLE = "agents"
-KEYS = (
-    "agent_id",
-    "default",
-    "variables",
-    "overrides",
-    "fixed_variables",
-    "fixed_overrides",
-    "session_limits",
-    "max_live_calls",
-    "require_claims",
+from pydantic import (
+    AfterValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
 )
-LEAVES: Mapping[KeyPath, type] = {tuple(path.split(".")): leaf for path, leaf in OVERRIDE_LEAVES.items()}
-LEAF_NAMES = ", ".join(OVERRIDE_LEAVES)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-_variable_name: TypeAdapter[str] = TypeAdapter(VariableName)
-_variable_value: TypeAdapter[VariableValue] = TypeAdapter(VariableValue)
+from app.config.loading import parse_toml, read_file
+from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value, leaves_of
+from app.config.settings import Settings, SettingsError, takes
+from app.config.validation import (
+    AGENT_ID,
+    MAX_VARIABLES,
+    Table,
+    VariableName,
+    VariableValue,
+    check_limits,
+    dotted,
+    file_mistakes,
+    nearest,
+    taking,
+)
+
+FILE = "BROKER_AGENTS_FILE"
+ANY_VARIABLE = "*"
+
+AllowedVariable = Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z_][A-Za-z0-9_]{0,63})$")]
+AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Claim: TypeAlias = str | int | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +45,8 @@ class Agent:
     `name`: what browsers call it. `agent_id`: what OneInbox calls it. `variables`: names a browser may set; None: any
     but the fixed ones. `overrides`: dotted paths of leaves a browser may override. `fixed_variables`,
     `fixed_overrides` (nested): what every call gets, whatever the browser asks. `session_limits`: per user, on top of
-    those of all agents. `max_live_calls`: of all users. `require_claims`: what the user's token must say, each claim
-    with the values that will do.
+    those of all agents. `max_live_calls`: of all users. `require_claims`: claims the user's token must have, each with
+    the accepted values.
     """
 
     name: str
@@ -67,7 +60,7 @@ class Agent:
     require_claims: Mapping[str, tuple[Claim, ...]] = field(default_factory=dict)
 
     def admits(self, claims: Mapping[str, Any]) -> bool:
-        """Whether a token's claims have all that this agent requires; of a claim that is a list, one item will do."""
+        """Return whether a token's claims meet `require_claims`; of a claim that is a list, one item is enough."""
         return all(_is_among(claims.get(name), accepted) for name, accepted in self.require_claims.items())
 
 
@@ -78,7 +71,7 @@ def _is_among(claim: Any, accepted: tuple[Claim, ...]) -> bool:
 
 
 class Agents:
-    """The configured agents, by what browsers call them and by what OneInbox calls them.
+    """The configured agents, by the name browsers use and by OneInbox's id.
 
     `default`: used when a request names none; None: a request must name one.
     """
@@ -89,35 +82,103 @@ class Agents:
         self.default = default
 
 
+def _override_path(path: str) -> str:
+    if path not in OVERRIDE_LEAVES:
+        raise ValueError(_no_leaf(path))
+    return path
+
+
+def _fixed_overrides(table: dict[str, Any]) -> dict[str, Any]:
+    wrong = [
+        InitErrorDetails(type=PydanticCustomError("value_error", wrong), loc=path, input=None)
+        for path, wrong in _wrong_leaves(table)
+    ]
+    if wrong:
+        raise ValidationError.from_exception_data("fixed_overrides", wrong)
+    return table
+
+
+def _wrong_leaves(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    for key, value in table.items():
+        path = (*above, key)
+        dotted = ".".join(path)
+        if isinstance(value, dict) and value and any(leaf.startswith(f"{dotted}.") for leaf in OVERRIDE_LEAVES):
+            yield from _wrong_leaves(value, path)
+        elif "." in key or dotted not in OVERRIDE_LEAVES:
+            yield path, _no_leaf(dotted)
+        elif not is_leaf_value(OVERRIDE_LEAVES[dotted], value):
+            yield path, "is not a number" if OVERRIDE_LEAVES[dotted] is float else "is not a string"
+
+
+def _no_leaf(path: str) -> str:
+    return f"is not a single leaf{nearest(path, OVERRIDE_LEAVES)}"
+
+
+OverridePath = Annotated[str, AfterValidator(_override_path)]
+FixedOverrides = Annotated[dict[str, Any], AfterValidator(_fixed_overrides)]
+
+
+class AgentTable(Table):
+    """One agent of the file."""
+
+    agent_id: str = taking("an agent's id, agt_… or a UUID", pattern=AGENT_ID)
+    default: bool = taking("true or false", False)
+    fixed_variables: dict[VariableName, VariableValue] = taking(
+        f"a table of at most {MAX_VARIABLES} variables: names of up to 64 letters, digits and _, no digit first; "
+        "values are strings, numbers or booleans of at most 1,000 characters, without {{, }} and control characters",
+        {},
+        max_length=MAX_VARIABLES,
+    )
+    fixed_overrides: FixedOverrides = taking(f"nested tables of {', '.join(OVERRIDE_LEAVES)}", {})
+    variables: list[AllowedVariable] | None = taking(
+        'a list of names (up to 64 letters, digits and _, no digit first), or ["*"] for any', None
+    )
+    overrides: list[OverridePath] | None = taking(f"a list of paths out of {', '.join(OVERRIDE_LEAVES)}", None)
+    session_limits: Annotated[str, AfterValidator(check_limits)] | None = taking(
+        "limits such as 3/minute;20/day, one per period", None
+    )
+    max_live_calls: int | None = taking("a whole number from 1 to 1,000,000", None, ge=1, le=1_000_000)
+    require_claims: dict[str, Annotated[list[Claim], Field(min_length=1)]] = taking(
+        'claims, each with a list of strings, whole numbers or booleans: { plan = ["pro", "team"] }', {}
+    )
+
+    @field_validator("variables", "overrides")
+    @classmethod
+    def _not_fixed(cls, names: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        key = f"fixed_{info.field_name}"
+        if both := sorted(leaves_of(info.data.get(key, {})).keys() & set(names or [])):
+            raise ValueError(f"holds {', '.join(both[:10])}, set by {key} too")
+        return names
+
+    @field_validator("require_claims", mode="before")
+    @classmethod
+    def _needs_tokens(cls, claims: Any, info: ValidationInfo) -> Any:
+        if info.context is not None and not info.context["jwt"]:
+            raise ValueError("is set, but users have no claims, as BROKER_AUTH is not jwt")
+        return claims
+
+
+class AgentsFile(Table):
+    """The file."""
+
+    agents: dict[AgentName, AgentTable] = taking(
+        "a table [agents.NAME] for each agent; NAME has 1 to 64 letters, digits, - and _", min_length=1
+    )
+
+
 def load_agents(settings: Settings) -> Agents:
-    """The configured agents. Raises SettingsError, a line for each wrong place of the agents file."""
-    variables = None if "*" in settings.allowed_variables else frozenset(settings.allowed_variables)
+    """Return the configured agents. Raises SettingsError, with a line for each mistake in the agents file."""
+    variables = None if ANY_VARIABLE in settings.allowed_variables else frozenset(settings.allowed_variables)
     overrides = frozenset(settings.allowed_overrides)
     if settings.agents_file is None:
         assert settings.oneinbox_agent_id is not None  # noqa: S101 - load_settings requires one of the two
         return single_agent(settings.oneinbox_agent_id, variables, overrides)
-    try:
-        text = settings.agents_file.read_text(encoding="utf-8")
-        return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
-    except OSError as error:
-        lines = [f"cannot be read ({error.strerror}); takes the path of a TOML file"]
-    except UnicodeDecodeError:
-        lines = ["is not UTF-8 text; takes the path of a TOML file"]
-    except AgentsError as error:
-        lines = error.lines
-    raise SettingsError([f"BROKER_AGENTS_FILE: {line}" for line in lines])
-
-
-class AgentsError(Exception):
-    """An agents file that cannot be used. `lines`: one per mistake: where it is, what is wrong, and what it takes."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.lines = lines
-        super().__init__("; ".join(lines))
+    text = read_file(FILE, settings.agents_file, takes(FILE))
+    return read_agents(text, variables=variables, overrides=overrides, jwt=settings.auth == "jwt")
 
 
 def single_agent(agent_id: str, variables: frozenset[str] | None, overrides: frozenset[str]) -> Agents:
-    """The one agent of ONEINBOX_AGENT_ID. `variables`, `overrides`: what browsers may set; variables None: any."""
+    """Return the one agent of ONEINBOX_AGENT_ID. `variables` (None: any), `overrides`: what browsers may set."""
     agent = Agent("default", agent_id, variables, overrides)
     return Agents([agent], agent)
 
@@ -125,327 +186,45 @@ def single_agent(agent_id: str, variables: frozenset[str] | None, overrides: fro
 def read_agents(text: str, *, variables: frozenset[str] | None, overrides: frozenset[str], jwt: bool) -> Agents:
     """Read an agents file.
 
-    `variables` (None: any) and `overrides`: what browsers may set where an entry does not say. `jwt`: whether users
-    have claims. Raises AgentsError with every mistake at once.
+    `variables` (None: any) and `overrides`: what browsers may set where a table does not say. `jwt`: users have claims.
+    Raises SettingsError, with a line for each mistake: dotted path, what is wrong, what it takes.
     """
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    document = parse_toml(FILE, text)
+    lines = list(_repeats(document.get("agents")))
     try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AgentsError([_syntax_line(error, text)]) from None
-    findings = _Findings(_key_lines(text))
-    for key in document.keys() - {TABLE}:
-        findings.add((key,), f"is not a key of the agents file{_nearest(key, [TABLE])}", f"{TABLE}.NAME tables")
-    tables = document.get(TABLE, {})
-    if not isinstance(tables, dict):
-        findings.add((TABLE,), "is not a table", "a table [agents.NAME] for each agent")
-    elif not tables:
-        findings.add((TABLE,), "names no agent", "a table [agents.NAME] for each agent")
-    else:
-        entries = [_Entry(findings, name, table, jwt=jwt) for name, table in tables.items()]
-        agents = [entry.agent(variables, overrides) for entry in entries]
-        _check_together(entries, findings)
-        if not findings:
-            return Agents(agents, next((agent for agent in agents if tables[agent.name].get("default")), None))
-    raise AgentsError(findings.lines())
+        tables = AgentsFile.model_validate(document, context={"jwt": jwt}).agents
+    except ValidationError as error:
+        lines = [*file_mistakes(error, AgentsFile), *lines]
+    if lines:
+        raise SettingsError([f"{FILE}: {line}" for line in lines])
+    agents = {name: _agent(name, table, variables, overrides) for name, table in tables.items()}
+    return Agents(agents.values(), next((agents[name] for name, table in tables.items() if table.default), None))
 
 
-class _Findings:
-    """What is wrong with a file so far. `lines_of`: where its tables and keys are."""
-
-    def __init__(self, lines_of: Mapping[KeyPath, int]) -> None:
-        self._lines_of = lines_of
-        self._found: list[tuple[int, str]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def add(self, path: KeyPath, wrong: str, takes: str) -> None:
-        """Note a mistake in the value at `path`. The words repeat names and paths, but no values."""
-        line = self.line(path)
-        self._found.append((line, f"line {line}: {_dotted(path)}: {wrong}; takes {takes}"))
-
-    def line(self, path: KeyPath) -> int:
-        """The line of a key; of what encloses it, for a key of an inline table or one that is missing."""
-        while path and path not in self._lines_of:
-            path = path[:-1]
-        return self._lines_of.get(path, 1)
-
-    def lines(self) -> list[str]:
-        """The error lines, in the order of the file."""
-        return [text for _, text in sorted(self._found)]
+def _agent(name: str, table: AgentTable, variables: frozenset[str] | None, overrides: frozenset[str]) -> Agent:
+    if table.variables is not None:
+        variables = None if ANY_VARIABLE in table.variables else frozenset(table.variables)
+    return Agent(
+        name=name,
+        agent_id=table.agent_id,
+        variables=variables,
+        overrides=overrides if table.overrides is None else frozenset(table.overrides),
+        fixed_variables=table.fixed_variables,
+        fixed_overrides=table.fixed_overrides,
+        session_limits=table.session_limits,
+        max_live_calls=table.max_live_calls,
+        require_claims={claim: tuple(accepted) for claim, accepted in table.require_claims.items()},
+    )
 
 
-class _Entry:
-    """One table of the file. Each reader notes what is wrong and goes on with something harmless."""
-
-    def __init__(self, findings: _Findings, name: str, table: Any, *, jwt: bool) -> None:
-        self._findings = findings
-        self._jwt = jwt
-        self.name = name
-        self.path: KeyPath = (TABLE, name)
-        self.values: Mapping[str, Any] = table if isinstance(table, dict) else {}
-        self.is_table = isinstance(table, dict)
-
-    def agent(self, variables: frozenset[str] | None, overrides: frozenset[str]) -> Agent:
-        """The agent, to be used only when nothing was found wrong."""
-        if not AGENT_NAME.fullmatch(self.name):
-            self._findings.add(self.path, "is not a name for an agent", "1 to 64 letters, digits, - and _")
-        if not self.is_table:
-            self._findings.add(self.path, "is not a table", f"a table with {', '.join(KEYS)}")
-        for key in self.values.keys() - set(KEYS):
-            self._wrong((key,), f"is not a key of an agent{_nearest(key, KEYS)}", ", ".join(KEYS))
-        if not isinstance(self.values.get("default", False), bool):
-            self._wrong(("default",), "is not true or false", "true or false")
-        fixed_variables, fixed_overrides = self._fixed_variables(), self._fixed_overrides()
-        return Agent(
-            name=self.name,
-            agent_id=self._agent_id(),
-            variables=self._variables(variables, fixed_variables),
-            overrides=self._overrides(overrides, fixed_overrides),
-            fixed_variables=fixed_variables,
-            fixed_overrides=fixed_overrides,
-            session_limits=self._session_limits(),
-            max_live_calls=self._max_live_calls(),
-            require_claims=self._require_claims(),
-        )
-
-    def _wrong(self, path: KeyPath, wrong: str, takes: str) -> None:
-        self._findings.add(self.path + path, wrong, takes)
-
-    def _agent_id(self) -> str:
-        value = self.values.get("agent_id")
-        if isinstance(value, str) and AGENT_ID.fullmatch(value):
-            return value
-        if self.is_table:
-            wrong = "is required" if value is None else "is not an agent's id"
-            self._wrong(("agent_id",), wrong, "an agent's id, agt_… or a UUID")
-        return ""
-
-    def _variables(self, inherited: frozenset[str] | None, fixed: Mapping[str, Any]) -> frozenset[str] | None:
-        takes = 'a list of names (letters, digits and _), or ["*"] for any'
-        given = self._texts("variables", takes)
-        if given is None:
-            return inherited
-        for name in given:
-            if name != ANY_VARIABLE and not _is_valid(_variable_name, name):
-                self._wrong(("variables",), f"holds {_shown(name)}, which is not a name of a variable", takes)
-        for name in sorted(set(given) & fixed.keys()):
-            self._wrong(("variables",), f"holds {_shown(name)}, which is in fixed_variables too", "other names")
-        return None if ANY_VARIABLE in given else frozenset(given)
-
-    def _overrides(self, inherited: frozenset[str], fixed: Mapping[str, Any]) -> frozenset[str]:
-        takes = f"a list of paths out of {LEAF_NAMES}"
-        given = self._texts("overrides", takes)
-        if given is None:
-            return inherited
-        for path in given:
-            if path not in OVERRIDE_LEAVES:
-                near = _nearest(path, OVERRIDE_LEAVES)
-                self._wrong(("overrides",), f"holds {_shown(path)}, which is not a single leaf{near}", takes)
-        for path in sorted({".".join(path) for path, _ in _leaves(fixed)}.intersection(given)):
-            self._wrong(("overrides",), f"holds {_shown(path)}, which is in fixed_overrides too", "other paths")
-        return frozenset(given)
-
-    def _fixed_variables(self) -> Mapping[str, VariableValue]:
-        given = self._table("fixed_variables", "a table of names and values")
-        if len(given) > MAX_VARIABLES:
-            self._wrong(("fixed_variables",), "has too many names", f"at most {MAX_VARIABLES}")
-        for name, value in given.items():
-            path = ("fixed_variables", name)
-            if not _is_valid(_variable_name, name):
-                self._wrong(path, "is not a name of a variable", "up to 64 letters, digits and _, no digit first")
-            if not _is_valid(_variable_value, value) or (isinstance(value, float) and not is_leaf_value(float, value)):
-                self._wrong(
-                    path,
-                    "is not a value for a variable",
-                    "a string, number or boolean of at most 1,000 characters, without {{, }} and control characters",
-                )
-        return given
-
-    def _fixed_overrides(self) -> Mapping[str, Any]:
-        given = self._table("fixed_overrides", f"a table of {LEAF_NAMES}")
-        for path, value in _leaves(given):
-            leaf = LEAVES.get(path)
-            if leaf is None:
-                near = _nearest(".".join(path), OVERRIDE_LEAVES)
-                self._wrong(("fixed_overrides", *path), f"is not a single leaf{near}", f"values of {LEAF_NAMES}")
-            elif not is_leaf_value(leaf, value):
-                kind = "number" if leaf is float else "string"
-                self._wrong(("fixed_overrides", *path), f"is not a {kind}", f"a {kind}")
-        return given
-
-    def _session_limits(self) -> str | None:
-        value = self.values.get("session_limits")
-        if value is None or (isinstance(value, str) and _are_limits(value)):
-            return value
-        self._wrong(
-            ("session_limits",), "is not a list of limits", "limits such as 3/minute;20/day, each of another period"
-        )
-        return None
-
-    def _max_live_calls(self) -> int | None:
-        value = self.values.get("max_live_calls")
-        if value is None or (type(value) is int and 1 <= value <= MOST_LIVE_CALLS):
-            return value
-        self._wrong(("max_live_calls",), "is not a number of calls", f"a whole number from 1 to {MOST_LIVE_CALLS:,}")
-        return None
-
-    def _require_claims(self) -> Mapping[str, tuple[Claim, ...]]:
-        if "require_claims" in self.values and not self._jwt:
-            self._wrong(("require_claims",), "is set, but users have no claims", "BROKER_AUTH=jwt, or leave it out")
-            return {}
-        takes = 'claims, each with a list of strings, whole numbers or booleans: { plan = ["pro", "team"] }'
-        given = self._table("require_claims", takes)
-        for name, accepted in given.items():
-            if not isinstance(accepted, list) or not all(type(one) in (str, int, bool) for one in accepted):
-                self._wrong(("require_claims", name), "is not a list of values", takes)
-            elif not accepted:
-                self._wrong(("require_claims", name), "is empty, so that nobody would be admitted", takes)
-        return {name: tuple(accepted) for name, accepted in given.items() if isinstance(accepted, list)}
-
-    def _table(self, key: str, takes: str) -> Mapping[str, Any]:
-        value = self.values.get(key, {})
-        if isinstance(value, dict):
-            return value
-        self._wrong((key,), "is not a table", takes)
-        return {}
-
-    def _texts(self, key: str, takes: str) -> list[str] | None:
-        """A list of strings; None where the entry has none."""
-        value = self.values.get(key)
-        if value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            return value
-        self._wrong((key,), "is not a list of strings", takes)
-        return []
-
-
-def _check_together(entries: Iterable[_Entry], findings: _Findings) -> None:
-    """Rules between entries: each id once, one default at most."""
-    ids: dict[str, _Entry] = {}
-    default: _Entry | None = None
-    for entry in entries:
-        agent_id = entry.values.get("agent_id")
-        first = ids.setdefault(agent_id, entry) if isinstance(agent_id, str) else entry
-        if first is not entry:
-            also = f"{_dotted(first.path)} (line {findings.line(first.path)})"
-            findings.add((*entry.path, "agent_id"), f"is the id of {also} too", "an id that no other agent has")
-        if entry.values.get("default") is not True:
-            continue
-        if default is None:
-            default = entry
-        else:
-            also = f"{_dotted(default.path)} (line {findings.line(default.path)})"
-            findings.add((*entry.path, "default"), f"is true, as for {also}", "true for one agent only")
-
-
-def _is_valid(adapter: TypeAdapter[Any], value: Any) -> bool:
-    try:
-        adapter.validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-def _are_limits(text: str) -> bool:
-    try:
-        check_limits(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _leaves(table: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Paths and values of a nested table. Goes no deeper than there are leaves, and not into an empty table."""
-    for key, value in table.items():
-        path = (*prefix, key)
-        group = any(leaf[: len(path)] == path and leaf != path for leaf in LEAVES)
-        if group and isinstance(value, dict) and value:
-            yield from _leaves(value, path)
-        else:
-            yield path, value
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (the nearest is {close[0]})" if close else ""
-
-
-def _dotted(path: KeyPath) -> str:
-    """A path as TOML writes it."""
-    return ".".join(key if AGENT_ID.fullmatch(key) else _shown(key) for key in path)
-
-
-def _shown(text: str) -> str:
-    """A text of the file in quotes: one line, of bounded length."""
-    return json.dumps(text[:64], ensure_ascii=not text.isprintable())
-
-
-def _syntax_line(error: Exception, text: str) -> str:
-    takes = "TOML, see https://toml.io/en/v1.0.0"
-    if not isinstance(error, tomllib.TOMLDecodeError):  # tomllib says neither what nor where
-        return f"line 1: from here on: has a number of too many digits, or brackets too deep; takes {takes}"
-    what, _, where = str(error).rpartition(" (at ")
-    found = re.match(r"line (\d+),", where)
-    line = int(found[1]) if found else max(1, len(text.removesuffix("\n").split("\n")))
-    return f"line {line}: is not TOML: {what[:200]}; takes {takes}"
-
-
-# Of TOML that tomllib has read, so that every string ends. A string of three quotes may end in five, two its own.
-_PIECE = re.compile(
-    r'"""(?:\\.|[^\\])*?"""(?:"{0,2})'
-    r"|'''.*?'''(?:'{0,2})"
-    r'|"(?:\\.|[^"\\])*"'
-    r"|'[^']*'"
-    r"|\#[^\n]*"
-    r"|[\[\]{}=\n]"
-    r"|[^\[\]{}=\n\"'\#]+",
-    re.DOTALL,
-)
-
-
-def _key_lines(text: str) -> dict[KeyPath, int]:
-    """The line of each table and key in valid TOML, but for keys in inline tables.
-
-    A name's line is where it first stands by itself; if it never does, where it first is part of a longer one.
-    """
-    by_itself: dict[KeyPath, int] = {}
-    in_passing: dict[KeyPath, int] = {}
-    table: KeyPath = ()
-    for line, head in _heads(text):
-        if head.startswith("["):
-            path = table = _path(head)
-        else:
-            path = table + _path(f"{head} = 0")
-        by_itself.setdefault(path, line)
-        for length in range(1, len(path)):
-            in_passing.setdefault(path[:length], line)
-    return {**in_passing, **by_itself}
-
-
-def _heads(text: str) -> Iterator[tuple[int, str]]:
-    """Each `[table]` and each key before its `=`, as written, with its line."""
-    line, began, depth, head, in_value = 1, 1, 0, "", False
-    for piece in _PIECE.findall(f"{text}\n"):
-        line += piece.count("\n")
-        depth += (piece in ("[", "{")) - (piece in ("]", "}"))
-        if piece == "\n" and depth == 0:
-            if head.strip():
-                yield began, head.strip()
-            began, head, in_value = line, "", False
-        elif piece == "=" and depth == 0:
-            in_value = True
-        elif not in_value and not piece.startswith("#"):
-            head += piece
-
-
-def _path(head: str) -> KeyPath:
-    """The path that a line of TOML with one header or one key sets; tomllib knows about quotes and escapes."""
-    path: list[str] = []
-    value: Any = tomllib.loads(head)
-    while isinstance(value, dict) and value:
-        ((key, value),) = value.items()
-        path.append(key)
-        if isinstance(value, list):  # [[path]]
-            (value,) = value
-    return tuple(path)
+def _repeats(tables: Any) -> Iterator[str]:
+    """Yield a line for each id, and each `default = true`, that an agent before has too."""
+    first: dict[str | bool, str] = {}
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        for key, kind, instead in (
+            ("agent_id", str, "an id that no other agent has"),
+            ("default", bool, "true for one agent only"),
+        ):
+            value = isinstance(table, dict) and table.get(key)
+            if value and isinstance(value, kind) and (other := first.setdefault(value, name)) != name:
+                yield f"{dotted(('agents', name, key))}: is the same as in {dotted(('agents', other))}; takes {instead}"

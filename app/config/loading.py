@@ -1,31 +1,33 @@
-"""Reads the settings.
+"""Reads settings from the environment and from `.env` in the working directory; the environment wins.
 
-They come from the environment and from `.env` in the working directory; the environment wins. Every secret may
-also come from a file named by the variable with `_FILE` appended, as container secrets do.
+A secret may also be in a file, named by its variable with `_FILE` appended, as container secrets are.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, _words, field_of, takes
+from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, field_of, takes, words
+from app.config.validation import nearest, what_is_wrong
 
-# Kubernetes puts these into every pod for a Service called `broker` or `oneinbox`; they are not settings.
+# Kubernetes sets these in every pod for a Service called `broker` or `oneinbox`; they are not settings.
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
 PREFIXES = ("BROKER_", "ONEINBOX_")
 JWT_KEYS = ("BROKER_JWT_JWKS_URL", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY")
 EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
+NO_KEY = "ONEINBOX_API_KEY: is required (a secret key, oi_sk_…). No key yet? Try `oneinbox-broker sandbox`."
 
 
 def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env")) -> Settings:
     """Read and check all settings.
 
-    `environ`: os.environ unless told. `env_file`: read too where it exists. Raises SettingsError.
+    `environ`: os.environ by default. `env_file`: read if it exists. Raises SettingsError.
     """
     try:
         given = _read_variables(os.environ if environ is None else environ, env_file)
@@ -36,7 +38,7 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         lines[name] = f"{name}: is not UTF-8 text; takes {takes(name) if name in KNOWN else 'text'}"
         del given[name]
     for name in sorted(given.keys() - KNOWN):
-        lines[name] = f"{name}: is not a setting of the broker" + _nearest(name)
+        lines[name] = f"{name}: is not a setting of the broker{nearest(name.upper(), KNOWN)}"
     values = {name: text for name, text in given.items() if name in FIELDS}
     files = {name: Path(given[f"{name}_FILE"]) for name in sorted(SECRETS) if f"{name}_FILE" in given}
     for name, path in files.items():
@@ -47,8 +49,9 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
             values[name] = read_secret(name, path)
         except SettingsError as error:
             [lines[name]] = error.lines
-    for name, line in _combinations(values, given):
-        lines.setdefault(name, line)
+    # On their texts, so that they are checked even while another setting is wrong.
+    for name, wrong in (*_agent_rules(values), *_identity_rules(values), *_secret_rules(values, given)):
+        lines.setdefault(name, _line(name, wrong))
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -61,17 +64,32 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
 
 
 def read_secret(name: str, path: Path) -> str:
-    """A secret out of its file, without the line break at its end. `name`: its variable. Raises SettingsError."""
+    """Read a secret from its file, without the line break at its end. `name`: its variable. Raises SettingsError."""
+    return read_file(f"{name}_FILE", path, f"the path of a file with {takes(name)}").rstrip("\r\n")
+
+
+def read_file(name: str, path: Path, takes: str) -> str:
+    """Read a text file. `name`: the variable that names it; `takes`: what that takes. Raises SettingsError."""
     try:
-        return path.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        line = f"{name}_FILE: cannot be read ({reason}); takes the path of a file with {takes(name)}"
-        raise SettingsError([line]) from None
+        raise SettingsError([f"{name}: cannot be read ({reason}); takes {takes}"]) from None
+
+
+def parse_toml(name: str, text: str) -> dict[str, Any]:
+    """Parse the text of a configuration file. `name`: the variable that names it. Raises SettingsError."""
+    try:
+        return tomllib.loads(text.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError as error:
+        wrong = str(error)[:200]
+    except (ValueError, RecursionError):
+        wrong = "a number has too many digits, or brackets are nested too deep"
+    raise SettingsError([f"{name}: is not TOML: {wrong}; takes TOML, see https://toml.io/en/v1.0.0"])
 
 
 def with_secret(settings: Settings, name: str, text: str) -> Settings:
-    """The settings with another secret, checked as at the start. `name`: its variable. Raises SettingsError."""
+    """Return the settings with a new secret, checked as at startup. `name`: its variable. Raises SettingsError."""
     try:
         checked = Settings.model_validate({"ONEINBOX_API_KEY": settings.oneinbox_api_key, name: text})
     except ValidationError as error:
@@ -81,22 +99,25 @@ def with_secret(settings: Settings, name: str, text: str) -> Settings:
 
 
 def secret_lines(settings: Settings) -> list[str]:
-    """The secrets that keys are derived from, newest first."""
+    """Return the secrets that keys are derived from, newest first."""
     if settings.secret is None:
         return [settings.oneinbox_api_key.get_secret_value()]
     return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
 
 
-def _wrong(error: ValidationError) -> Iterable[tuple[str, str]]:
-    """The variables that are wrong, each with its line."""
+def _wrong(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Yield each wrong variable with its line."""
     for each in error.errors(include_url=False, include_context=False, include_input=False):
         name = str(each["loc"][0])
-        why = "is required" if each["type"] == "missing" else each["msg"].removeprefix("Value error, ")
-        yield name, f"{name}: {why[0].lower()}{why[1:]}; takes {takes(name)}"
+        yield name, NO_KEY if each["type"] == "missing" else _line(name, what_is_wrong(each))
+
+
+def _line(name: str, wrong: str) -> str:
+    return f"{name}: {wrong}; takes {takes(name)}"
 
 
 def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[str, str]:
-    """Ours out of both sources. An empty value is an unset one, unless empty means something."""
+    """Return the broker's variables from both sources. Empty counts as unset, unless it means none."""
     both: dict[str, str] = {}
     if env_file is not None and env_file.is_file():
         both.update({name: text or "" for name, text in dotenv_values(env_file, encoding="utf-8").items()})
@@ -110,20 +131,14 @@ def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[s
     }
 
 
-def _combinations(values: Mapping[str, str], given: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    """Rules between settings, on their texts: they speak up even while another setting is wrong."""
-    for name, why in (*_agent_rules(values), *_identity_rules(values), *_secret_rules(values, given)):
-        yield name, f"{name}: {why}; takes {takes(name)}"
-
-
-def _agent_rules(values: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+def _agent_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if "BROKER_AGENTS_FILE" not in values and "ONEINBOX_AGENT_ID" not in values:
         yield "ONEINBOX_AGENT_ID", "is required, or BROKER_AGENTS_FILE instead"
     if "BROKER_AGENTS_FILE" in values and "ONEINBOX_AGENT_ID" in values:
         yield "ONEINBOX_AGENT_ID", "is set, and BROKER_AGENTS_FILE too; set one of them"
 
 
-def _identity_rules(values: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     auth = values.get("BROKER_AUTH", "anonymous")
     keys = [name for name in JWT_KEYS if name in values]
     if auth == "jwt" and not keys:
@@ -140,30 +155,25 @@ def _identity_rules(values: Mapping[str, str]) -> Iterable[tuple[str, str]]:
                 yield name, f"is required with {JWT_KEYS[0]}"
     if auth == "header" and "BROKER_TRUSTED_PROXIES" not in values:
         yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
-    if "*" in _words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):
-        # The browser sends the login along by itself: any site could start calls in a user's name.
+    if "*" in words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):
+        # The browser sends the login by itself: any site could start calls in a user's name.
         yield "BROKER_ALLOWED_ORIGINS", "is *, which is refused in header mode and with BROKER_JWT_COOKIE"
 
 
-def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if "BROKER_SECRET" in values or "BROKER_SECRET_FILE" in given:
         return
     if "ONEINBOX_API_KEY_FILE" in given:
-        # A key in a file may be swapped while the broker runs; what is derived from it would not survive that.
+        # A key in a file may change while the broker runs, and with it everything derived from it.
         yield "BROKER_SECRET", "is required with ONEINBOX_API_KEY_FILE"
     elif values.get("BROKER_STORE_URL", "memory://") != "memory://":
         yield "BROKER_SECRET", "is required with a shared BROKER_STORE_URL"
 
 
 def _is_text(value: str) -> bool:
-    """Whether a variable's bytes were UTF-8; Python reads others as lone surrogates (PEP 383)."""
+    """Return whether a variable's bytes were UTF-8; Python reads others as lone surrogates (PEP 383)."""
     try:
         value.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name.upper(), KNOWN, n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]}" if close else ""

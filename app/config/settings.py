@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.config.overrides import OVERRIDE_LEAVES
-from app.config.validation import check_limits
+from app.config.validation import AGENT_ID, check_limits, takes_of, taking
 
 Network = IPv4Network | IPv6Network
 
@@ -120,7 +120,7 @@ def _header_name(text: str) -> str:
 
 def _claim_pairs(value: Any) -> Any:
     pairs: dict[str, str] = {}
-    for word in _words(value):
+    for word in words(value):
         name, equals, claim = (part.strip() for part in word.partition("="))
         if not equals or not claim or not VARIABLE_NAME.fullmatch(name) or name in pairs:
             raise ValueError("is not a list of variable=claim")
@@ -128,7 +128,8 @@ def _claim_pairs(value: Any) -> Any:
     return pairs
 
 
-def _words(value: Any) -> Any:
+def words(value: Any) -> Any:
+    """Split a comma-separated text; leave anything else as it is."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
@@ -196,14 +197,14 @@ def _present(value: SecretStr) -> SecretStr:
     return value
 
 
-Words = Annotated[list[str], BeforeValidator(_words)]
+Words = Annotated[list[str], BeforeValidator(words)]
 Limits = Annotated[str, AfterValidator(check_limits)]
 Secret = Annotated[SecretStr, AfterValidator(_present)]
 
 
 def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
     """A field: its default, what it means (for the README), and what it takes (for the error line)."""
-    return Field(default, description=meaning, json_schema_extra={"takes": takes}, **bounds)
+    return taking(takes, default, description=meaning, **bounds)
 
 
 def variable(field: str) -> str:
@@ -233,7 +234,7 @@ class Settings(BaseSettings):
         None,
         "The agent used when the browser names none. Required unless BROKER_AGENTS_FILE is set",
         "an agent's id, agt_… or a UUID",
-        pattern=r"^[A-Za-z0-9_-]{1,128}$",
+        pattern=AGENT_ID,
     )
     oneinbox_timeout: float = setting(
         15, "Seconds for OneInbox's whole answer", "seconds, above 0 and at most 300", gt=0, le=300
@@ -279,12 +280,12 @@ class Settings(BaseSettings):
     user_header: Annotated[str, AfterValidator(_header_name)] = setting(
         "X-Forwarded-User", "header mode: the header in which the proxy names the user", "the name of a header"
     )
-    trusted_proxies: Annotated[list[Annotated[Any, BeforeValidator(_network)]], BeforeValidator(_words)] = setting(
+    trusted_proxies: Annotated[list[Annotated[Any, BeforeValidator(_network)]], BeforeValidator(words)] = setting(
         [],
         "Networks of the proxies in front; their X-Forwarded-For and user header are believed, nobody else's",
         "networks, comma-separated: 10.0.0.0/8,fd00::/8",
     )
-    allowed_origins: Annotated[list[Annotated[str, AfterValidator(_origin)]], BeforeValidator(_words)] = setting(
+    allowed_origins: Annotated[list[Annotated[str, AfterValidator(_origin)]], BeforeValidator(words)] = setting(
         [],
         "Browser origins that may use the broker. `*`: any. A loopback origin may have the port `*`",
         "origins, comma-separated: https://a.example,https://b.example",
@@ -351,7 +352,7 @@ class Settings(BaseSettings):
         "local", "While the shared store is gone: count per process, or refuse sessions", "local or refuse"
     )
     expose: Annotated[
-        list[Literal["transcript", "messages", "recording_url", "summary", "outcome"]], BeforeValidator(_words)
+        list[Literal["transcript", "messages", "recording_url", "summary", "outcome"]], BeforeValidator(words)
     ] = setting(
         [],
         "Fields of a call, beyond the basic ones, that a browser may read",
@@ -434,5 +435,4 @@ KNOWN = frozenset(FIELDS) | {f"{name}_FILE" for name in SECRETS}
 
 def takes(name: str) -> str:
     """What a variable takes, in words."""
-    extra = FIELDS[name if name in FIELDS else name.removesuffix("_FILE")].json_schema_extra
-    return str(extra["takes"]) if isinstance(extra, dict) else ""
+    return takes_of(FIELDS[name if name in FIELDS else name.removesuffix("_FILE")])

@@ -1,12 +1,19 @@
-"""Rules that settings, the agents file and requests have in common."""
+"""Rules that settings, configuration files and requests share, and error lines for the first two."""
 
+import difflib
+import json
 import math
 import re
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any, get_args, get_origin
 
 from limits import parse_many
-from pydantic import AfterValidator, StringConstraints
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, to_json
+
+AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 MAX_VARIABLES = 32
 MAX_VARIABLE = 1000
@@ -44,5 +51,70 @@ def check_limits(text: str) -> str:
     if not items or any(item.amount < 1 for item in items):
         raise ValueError("is not a list of limits")
     if len({item.get_expiry() for item in items}) < len(items):
-        raise ValueError("has two limits of one period")  # which would be counted as one
+        raise ValueError("has two limits for one period")  # which would be counted as one
     return text
+
+
+class Table(BaseModel):
+    """A table of a configuration file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def taking(takes: str, default: Any = ..., **rest: Any) -> Any:
+    """A model's field, with what it takes in words, for the error line."""
+    return Field(default, json_schema_extra={"takes": takes}, **rest)
+
+
+def takes_of(field: FieldInfo) -> str:
+    """Return what a field takes, in words."""
+    return str(field.json_schema_extra["takes"]) if isinstance(field.json_schema_extra, dict) else ""
+
+
+def what_is_wrong(error: ErrorDetails) -> str:
+    """Say it in our validators' words; pydantic's own are longer and may repeat the value."""
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    if error["loc"][-1] == "[key]":
+        return "is not a valid name"
+    return {"missing": "is required", "too_short": "is empty"}.get(error["type"], "is not valid")
+
+
+def file_mistakes(error: ValidationError, model: type[Table]) -> list[str]:
+    """Describe each wrong value of a configuration file in one line: dotted path, what is wrong, what it takes."""
+    lines: dict[str, None] = {}  # ordered, without repeats: a wrong union has an error for each of its types
+    for each in error.errors(include_url=False, include_context=False, include_input=False):
+        kind: Any = model
+        path: list[str] = []
+        takes, wrong, index = "", what_is_wrong(each), ""
+        for key in each["loc"]:
+            if isinstance(key, int):
+                index = f"[{key}]"
+                break
+            if get_origin(kind) is dict:
+                kind = get_args(kind)[1]
+            elif key in (fields := getattr(kind, "model_fields", {})):
+                kind, takes = fields[key].annotation, takes_of(fields[key])
+            elif each["type"] == "extra_forbidden":
+                wrong, takes = f"is not a known key{nearest(key, fields)}", ", ".join(fields)
+            elif kind is not Any:
+                break  # a type of a union
+            path.append(key)
+        lines[f"{dotted(path)}{index}: {wrong}; takes {takes}"] = None
+    return list(lines)
+
+
+def dotted(path: Iterable[str]) -> str:
+    """Write a path as TOML does."""
+    return ".".join(key if BARE_KEY.fullmatch(key) else quoted(key) for key in path)
+
+
+def quoted(text: str) -> str:
+    """Quote a text from a file: one line, of bounded length."""
+    return json.dumps(text[:64], ensure_ascii=not text.isprintable())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name the known name most like `name`; empty when none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]}" if close else ""
