@@ -1,30 +1,34 @@
-"""A real Chromium, and a sandbox for it to visit."""
+"""A real Chromium, and sandboxes, brokers and sites for it to visit."""
 
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route, sync_playwright
 
+from tests.support.brokers import environ_of
 from tests.support.needs import program
-from tests.support.processes import Process, running
+from tests.support.processes import Process, running, serving
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 FLAGS = (
-    "--no-sandbox",  # CI is root
+    "--no-sandbox",  # CI runs as root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--use-fake-device-for-media-stream",  # a microphone, and nobody who has to allow it
+    "--use-fake-device-for-media-stream",  # a microphone, allowed without a prompt
     "--use-fake-ui-for-media-stream",
 )
 
@@ -33,7 +37,7 @@ OpenPage = Callable[..., Page]
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Debian's Chromium."""
+    """Launch Debian's Chromium."""
     path = program("chromium", "chromium")
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
@@ -42,31 +46,64 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def running_sandbox(*options: str, environ: Mapping[str, str] | None = None) -> Iterator[tuple[Process, str]]:
-    """`oneinbox-broker sandbox` as a process of its own, and its URL."""
+def running_sandbox(*options: str) -> Iterator[tuple[Process, str]]:
+    """Run `oneinbox-broker sandbox`; yield the process and its URL."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running("sandbox", "--port", "0", *options, cwd=Path(folder), environ=environ or {}) as process,
+        running("sandbox", "--port", "0", *options, cwd=Path(folder), environ={}) as process,
     ):
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.wait_for("http://127.0.0.1:"))
-        assert url is not None
-        yield process, url[0]
+        yield process, url_in(process.wait_for("http://127.0.0.1:"))
+
+
+@contextmanager
+def running_broker(oneinbox: str, **changes: str) -> Iterator[tuple[Process, str]]:
+    """Run a broker in front of an emulator, with roomy limits and these settings; yield the process and its URL."""
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), environ_of(oneinbox, changes)) as served:
+        yield served
+
+
+@contextmanager
+def running_site(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder; yield the origin."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietFiles, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class _QuietFiles(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def url_in(text: str) -> str:
+    """Return the first loopback URL in `text`."""
+    found = re.search(r"http://127\.0\.0\.1:\d+", text)
+    assert found is not None, text
+    return found[0]
+
+
+def control(oneinbox: str, path: str, body: Any = None) -> Any:
+    """Ask an emulator's control surface: POST `body` if given, else GET. Return the JSON of the answer."""
+    answer = httpx.request("GET" if body is None else "POST", f"{oneinbox}/_emulator/{path}", json=body, timeout=20)
+    return answer.raise_for_status().json()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """For modules without async tests: Playwright's event loop runs in this thread meanwhile."""
+    """Chromium, for modules without async tests: Playwright's event loop occupies this thread."""
     with chromium() as launched:
         yield launched
 
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Opens pages: `open_page(url, color_scheme="dark")`, with Playwright's options of a context.
+    """Open pages: `open_page(url, color_scheme="dark")`, with Playwright's options of a context.
 
-    At its end the test fails if a page complained on its console of anything that `complaints_expected` (a pattern)
-    does not fit, or if anything was asked of another host than this one. `answered`: what answers a URL instead of its
-    host; a file, or None where there shall be no network.
+    In the end the test fails if a page logged an error or a warning that `complaints_expected` (a pattern) does not
+    match, or sent a request to another host. `answered`: URLs to answer from a file, or to fail (None) as if offline.
     """
     complaints: list[str] = []
     strangers: list[str] = []
@@ -125,6 +162,13 @@ def _answer(route: Route, file: Path | None) -> None:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[str]:
-    """A sandbox's URL."""
+    """The URL of a sandbox."""
     with running_sandbox() as (_, url):
         yield url
+
+
+@pytest.fixture(scope="module")
+def oneinbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an emulated OneInbox."""
+    with running("emulator", "--port", "0", cwd=tmp_path_factory.mktemp("emulator"), environ={}) as process:
+        yield url_in(process.wait_for("http://127.0.0.1:"))

@@ -1,6 +1,6 @@
-"""Takes the README's pictures: `python -m tests.e2e.screenshots`. Look at them before they are committed.
+"""Take the README's screenshots: `python -m tests.e2e.screenshots`. Look at them before you commit them.
 
-The letters are the system's: with Debian's fonts-inter and fonts-jetbrains-mono they look as they are meant to.
+Install Debian's fonts-inter and fonts-jetbrains-mono first: the page uses the system's fonts.
 """
 
 from pathlib import Path
@@ -12,11 +12,11 @@ from tests.e2e.conftest import chromium, running_sandbox
 
 FOLDER = Path(__file__).parent / "screenshots"
 PATIENCE = 30_000
-"""Milliseconds until a call has ended and its transcript is there."""
+"""Milliseconds; enough for a call to end and its transcript to appear."""
 
 
 def take_demo(browser: Browser, url: str, scheme: Literal["light", "dark"], name: str) -> None:
-    """The sandbox's page after a call."""
+    """Take the demo page after a call."""
     page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 960})
     page.goto(url)
     page.get_by_role("button", name="Talk").click()
@@ -26,7 +26,7 @@ def take_demo(browser: Browser, url: str, scheme: Literal["light", "dark"], name
 
 
 def take_explorer(browser: Browser, url: str, name: str) -> None:
-    """The explorer, with a call started by "Try it out"."""
+    """Take the explorer after a call."""
     page = browser.new_page(viewport={"width": 1100, "height": 1490})
     page.goto(f"{url}/docs#/sessions/createSession")
     session = page.locator("#operations-sessions-createSession")
@@ -38,7 +38,7 @@ def take_explorer(browser: Browser, url: str, name: str) -> None:
 
 
 def main() -> None:
-    """Write them all."""
+    """Take all screenshots."""
     FOLDER.mkdir(exist_ok=True)
     with running_sandbox() as (_, url), chromium() as browser:
         take_demo(browser, url, "light", "demo.png")

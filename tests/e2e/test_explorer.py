@@ -1,50 +1,27 @@
-"""The explorer in a real browser, used as a newcomer would."""
+"""The API explorer in a real browser."""
 
 import json
 import re
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 
 import jwt
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.e2e.conftest import OpenPage
+from tests.e2e.conftest import OpenPage, running_broker
 from tests.support.needs import program
-from tests.support.processes import running, serving
 
 SECRET = "a-secret-shared-with-the-sign-in-service"
 EXAMPLES = ".opblock-section-request-body .examples-select select"
 PATIENCE = 20_000
-"""Milliseconds; ample on a busy machine."""
+"""Milliseconds; enough on a busy machine."""
 
 expect.set_options(timeout=PATIENCE)
 
 
-@contextmanager
-def broker(environ: Mapping[str, str]) -> Iterator[str]:
-    """The URL of a broker with these settings, in front of an emulator."""
-    with (
-        tempfile.TemporaryDirectory() as name,
-        running("emulator", "--port", "0", cwd=Path(name), environ={}) as oneinbox,
-    ):
-        emulator = re.search(r"http://127\.0\.0\.1:\d+", oneinbox.wait_for("http://127.0.0.1:"))
-        assert emulator is not None
-        least = {
-            "ONEINBOX_API_KEY": "oi_sk_sandbox",
-            "ONEINBOX_AGENT_ID": "agt_sandbox",
-            "ONEINBOX_BASE_URL": emulator[0],
-        }
-        with serving(Path(name), {**least, **environ}) as (_, url):
-            yield url
-
-
 def opened(page: Page, operation: str) -> Locator:
-    """An operation, unfolded and ready to be tried out."""
+    """Expand an operation, ready to be tried out."""
     block = page.locator(f"[id$='-{operation}']")
     block.locator(".opblock-summary-control").click()
     expect(block.get_by_role("button", name="Execute")).to_be_visible()
@@ -52,7 +29,7 @@ def opened(page: Page, operation: str) -> Locator:
 
 
 def executed(block: Locator) -> Locator:
-    """What the broker answered."""
+    """Execute an operation; return the answer shown."""
     block.get_by_role("button", name="Execute").click()
     answer = block.locator(".live-responses-table .response").first
     expect(answer).to_be_visible()
@@ -60,7 +37,7 @@ def executed(block: Locator) -> Locator:
 
 
 def body(answer: Locator) -> dict[str, object]:
-    """The JSON of an answer."""
+    """Return the JSON of an answer."""
     value: dict[str, object] = json.loads(answer.locator(".highlight-code code").first.inner_text())
     return value
 
@@ -91,7 +68,7 @@ def test_each_request_example_can_be_tried_out(open_page: OpenPage, sandbox: str
     expect(executed(session).locator(".response-col_status")).to_contain_text("201")
 
 
-def test_curl_line_works_when_it_is_pasted(open_page: OpenPage, sandbox: str) -> None:
+def test_curl_line_works_when_pasted(open_page: OpenPage, sandbox: str) -> None:
     program("curl", "curl")
     page = open_page(f"{sandbox}/docs")
     session = opened(page, "createSession")
@@ -104,7 +81,7 @@ def test_curl_line_works_when_it_is_pasted(open_page: OpenPage, sandbox: str) ->
     assert json.loads(done.stdout).keys() == {"server_url", "participant_token"}
 
 
-def test_errors_are_folded_away_and_all_there(open_page: OpenPage, sandbox: str) -> None:
+def test_errors_are_collapsed_and_complete(open_page: OpenPage, sandbox: str) -> None:
     page = open_page(f"{sandbox}/docs")
     session = opened(page, "createSession")
     refused = session.locator(".response[data-code='403']")
@@ -127,8 +104,8 @@ def test_explorer_follows_the_colour_scheme(open_page: OpenPage, sandbox: str, s
     assert (min(map(int, re.findall(r"\d+", letters))) > 128) == (scheme == "dark")
 
 
-def test_explorer_works_under_a_prefix(open_page: OpenPage) -> None:
-    with broker({"BROKER_ROOT_PATH": "/voice"}) as url:
+def test_explorer_works_under_a_prefix(oneinbox: str, open_page: OpenPage) -> None:
+    with running_broker(oneinbox, BROKER_ROOT_PATH="/voice") as (_, url):
         page = open_page(f"{url}/voice/docs")
 
         started = executed(opened(page, "createSession"))
@@ -138,10 +115,10 @@ def test_explorer_works_under_a_prefix(open_page: OpenPage) -> None:
         expect(page.locator(".curl-command")).to_contain_text(f"{url}/voice/session")
 
 
-def test_authorize_signs_in_where_users_have_tokens(open_page: OpenPage) -> None:
+def test_authorize_sends_the_users_token(oneinbox: str, open_page: OpenPage) -> None:
     token = jwt.encode({"sub": "ada", "exp": time.time() + 600}, SECRET, "HS256")
-    with broker({"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": SECRET}) as url:
-        # The browser itself reports every answer that is an error.
+    with running_broker(oneinbox, BROKER_AUTH="jwt", BROKER_JWT_SECRET=SECRET) as (_, url):
+        # Chromium logs every error status.
         page = open_page(f"{url}/docs", complaints_expected="status of 401")
         session = opened(page, "createSession")
         expect(executed(session).locator(".response-col_status")).to_contain_text("401")
@@ -157,7 +134,7 @@ def test_authorize_signs_in_where_users_have_tokens(open_page: OpenPage) -> None
         expect(session.locator(".curl-command")).to_contain_text(f"Authorization: Bearer {token}")
 
 
-def test_there_is_nothing_to_authorize_where_nobody_signs_in(open_page: OpenPage, sandbox: str) -> None:
+def test_anonymous_broker_has_no_authorize_button(open_page: OpenPage, sandbox: str) -> None:
     page = open_page(f"{sandbox}/docs")
 
     expect(page.get_by_text("Start a call").first).to_be_visible()

@@ -1,25 +1,25 @@
-// The demo page: what a frontend does with the broker. No build step and no library: it may be read as an example.
+// The demo page: what a frontend does with the broker, without a build step or a library. Use it as an example.
 
 const TERMINAL = new Set(["completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"]);
 const STEPS = [
-  ["queued", "Queued", "OneInbox has the call"],
-  ["initiated", "Starting", "the agent is being fetched"],
-  ["in_progress", "In conversation", "the agent talks and listens"],
-  ["completed", "Ended", "no more minutes are spent"],
+  ["queued", "Queued", "OneInbox has accepted the call"],
+  ["initiated", "Starting", "the agent is joining"],
+  ["in_progress", "In conversation", "the agent is talking and listening"],
+  ["completed", "Ended", "no more minutes are used"],
 ];
-const MOST_CALLS = 40; // that "Ask too often" asks for, should no limit answer
+const MOST_CALLS = 40; // started by "Exceed the limit", in case there is no limit
 
 const $ = (id) => document.getElementById(id);
 const livekitClient = document.body.dataset.livekitClient;
 
 let call = null; // { url, events, startedAt, endedAt } of the call on the page
-let budget = null; // { name, quota, window, back: [when each spent one comes back] }
+let budget = null; // { name, quota, window, back: [the time at which each used call is available again] }
 let expires = null;
 let retryAt = null;
-let joining = null; // join.js, where there is a LiveKit server
-const spentAt = []; // when this page's own calls were counted
+let joining = null; // join.js, if there is a LiveKit server
+const spentAt = []; // the times at which this page's own calls were counted
 
-// --- Asking the broker
+// --- Requests to the broker
 
 async function startCall(body) {
   const headers = { "Idempotency-Key": freshKey() };
@@ -46,24 +46,24 @@ async function send(url, options) {
   try {
     return await fetch(url, options);
   } catch {
-    showTrouble({
+    showError({
       title: "The broker does not answer",
-      detail: "The request got no answer at all. Is the sandbox still running?",
-      remedy: "Start it again: oneinbox-broker sandbox",
+      detail: "The request got no answer. Is the sandbox still running?",
+      remedy: "Start it again: `oneinbox-broker sandbox`",
     });
     return null;
   }
 }
 
 function freshKey() {
-  // Not crypto.randomUUID: that one is only there on https and loopback.
+  // crypto.randomUUID exists only on HTTPS and loopback.
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 // --- The buttons
 
 async function talk() {
-  clearTrouble();
+  clearError();
   const started = await startCall();
   if (!started) return;
   showExchange(started);
@@ -73,26 +73,26 @@ async function talk() {
 }
 
 async function askTooOften() {
-  clearTrouble();
+  clearError();
   const unused = [];
   while (unused.length < MOST_CALLS) {
     const started = await startCall();
     if (!started) break;
     unused.push(started.url);
-    await new Promise((resolve) => setTimeout(resolve, 80)); // slow enough to see the bar empty
+    await new Promise((resolve) => setTimeout(resolve, 80)); // slow enough to see the meter empty
   }
-  await Promise.all(unused.map(stopCall)); // nobody will join them
+  await Promise.all(unused.map(stopCall));
 }
 
 async function badRequest() {
-  clearTrouble();
+  clearError();
   await startCall({ colour: "green", variables: "Ada" });
 }
 
 function onClick(button, action) {
   button.addEventListener("click", async () => {
     if (button.getAttribute("aria-disabled") === "true") return;
-    // Not `disabled`: a button that has the focus keeps it.
+    // Not `disabled`, which would take the focus away.
     button.setAttribute("aria-disabled", "true");
     button.setAttribute("aria-busy", "true");
     try {
@@ -116,23 +116,23 @@ function showButtons() {
 // --- The call
 
 function follow(url) {
-  call?.events.close(); // it may still wait for its transcript, which is not this call's
+  call?.events.close(); // the previous call may still be waiting for its transcript
   const events = new EventSource(`${url}/events`);
   const followed = { url, events, startedAt: Date.now(), endedAt: null };
   call = followed;
   showTimeline(STEPS.map(([status, label, about]) => ({ status, label, about, at: null })));
-  showTranscript(null, "It comes with the end of the call.");
-  say("Asked for a call.");
+  showTranscript(null, "It appears when the call has ended.");
+  say("Call requested.");
 
   events.addEventListener("call", (event) => showCall(followed, JSON.parse(event.data)));
   events.addEventListener("end", () => {
     events.close();
-    if ($("transcript").hidden) showTranscript(null, "Nothing was said.");
+    if ($("transcript").hidden) showTranscript(null, "This call has no transcript.");
   });
   events.addEventListener("error", () => {
-    if (events.readyState !== EventSource.CLOSED) return; // it connects again by itself
+    if (events.readyState !== EventSource.CLOSED) return; // it reconnects by itself
     followed.endedAt ??= Date.now();
-    say("The call can no longer be followed.");
+    say("The call’s state is no longer available.");
     showButtons();
   });
   showButtons();
@@ -141,28 +141,26 @@ function follow(url) {
 function showCall(followed, state) {
   const step = steps.find((each) => each.status === state.status);
   const over = TERMINAL.has(state.status);
-  const news = state.status !== followed.status;
+  const changed = state.status !== followed.status;
   followed.status = state.status;
-  if (news) {
+  if (changed) {
     const at = (Date.now() - followed.startedAt) / 1000;
     if (step) {
       step.at = at;
     } else {
-      // Another ending than expected takes the last place; a word nobody knows means: still running.
+      // An unexpected final status replaces the last step; any other unknown status means the call still runs.
       steps.splice(steps.length - 1, over ? 1 : 0, { status: state.status, label: state.status, about: "", at });
     }
     showTimeline(steps, state.status);
-  }
-  if (over && followed.endedAt === null) {
-    followed.endedAt = Date.now();
-    joining?.withdraw();
-    showTranscript(null, "It is being written …");
-  }
-  if (news) {
     const label = steps.find((each) => each.status === state.status).label;
     const talked = state.duration_seconds ?? 0;
     const length = `${talked} ${talked === 1 ? "second" : "seconds"} of talk`;
     say(over ? `${label} after ${length}.` : `${label}.`);
+  }
+  if (over && followed.endedAt === null) {
+    followed.endedAt = Date.now();
+    joining?.withdraw();
+    showTranscript(null, "The transcript is being written …");
   }
   if (state.transcript) showTranscript(state.transcript);
   showButtons();
@@ -170,8 +168,8 @@ function showCall(followed, state) {
 
 let steps = [];
 
-function showTimeline(changed, current) {
-  steps = changed;
+function showTimeline(shown, current) {
+  steps = shown;
   $("timeline").replaceChildren(
     ...steps.map((step) => {
       const item = element("li", { className: step.at === null ? "" : "reached" });
@@ -208,7 +206,7 @@ function say(text) {
   $("call-state").textContent = text;
 }
 
-// --- What went over the wire
+// --- Request and answer
 
 function showExchange({ request, answer, session }) {
   $("no-exchange").hidden = true;
@@ -254,10 +252,10 @@ function rows(members, kind, prefix = "") {
   });
 }
 
-// --- The budget: RateLimit-Policy: "name";q=10;w=30 and RateLimit: "name";r=9;t=30, the closest limit first
+// --- Calls left: RateLimit-Policy: "name";q=10;w=30 and RateLimit: "name";r=9;t=30, the closest limit first
 
 function readBudget({ status, headers }) {
-  if (status !== 201 && status !== 429) return; // refused before calls were counted: that is another limit's state
+  if (status !== 201 && status !== 429) return; // refused before calls are counted: the headers name another limit
   const state = /"([^"]+)";r=(\d+);t=(\d+)/.exec(headers.get("RateLimit") ?? "");
   const policy = state && new RegExp(`"${state[1]}";q=(\\d+);w=(\\d+)`).exec(headers.get("RateLimit-Policy") ?? "");
   if (!policy || (status === 429 && budget && budget.name !== state[1])) return;
@@ -265,8 +263,8 @@ function readBudget({ status, headers }) {
   const [quota, window] = [Number(policy[1]), Number(policy[2])];
   const now = Date.now();
   const spent = quota - remaining;
-  // A moving window: each call counts for `w` seconds from when it was asked for. Of calls that others on this
-  // address asked for, only the soonest to come back is known, in `t` seconds.
+  // A moving window: each call counts for `w` seconds. Of calls that others on this address started, only the
+  // first to expire is known, in `t` seconds.
   const own = spentAt.map((at) => at + window * 1000).filter((back) => back > now).slice(-spent || Infinity);
   const others = Array(Math.max(0, spent - own.length)).fill(now + reset * 1000);
   budget = { name: state[1], quota, window, back: [...others, ...own] };
@@ -293,11 +291,11 @@ function showBudget() {
   });
   const every = `${budget.quota} calls in any ${budget.window} seconds.`;
   $("budget-text").textContent = back.length
-    ? `${every} ${back.length > 1 ? "The next" : "The missing"} one is back in ${seconds(back[0] - now)}.`
-    : `${every} All of them are there.`;
+    ? `${every} The next one is available in ${seconds(back[0] - now)}.`
+    : `${every} All are available.`;
 }
 
-// --- Problems: RFC 9457, as a person would read them
+// --- Errors: RFC 9457 problem details, for people
 
 async function showProblem(answer, sent) {
   const problem = await answer.json();
@@ -306,10 +304,10 @@ async function showProblem(answer, sent) {
   const retryAfter = answer.headers.get("Retry-After");
   const explained = await send(page, { headers: { Accept: "application/json" } });
   const remedy = explained?.ok ? (await explained.json()).remedy : "";
-  showTrouble({ ...problem, slug, page, remedy, sent, retryAfter: retryAfter && Number(retryAfter) });
+  showError({ ...problem, slug, page, remedy, sent, retryAfter: retryAfter && Number(retryAfter) });
 }
 
-function showTrouble({ status, slug, title, detail, errors, remedy, sent, retryAfter, page, request_id: requestId }) {
+function showError({ status, slug, title, detail, errors, remedy, sent, retryAfter, page, request_id: requestId }) {
   $("problem").hidden = false;
   $("problem-status").textContent = status ?? "";
   $("problem-slug").textContent = slug ?? "";
@@ -339,7 +337,7 @@ function prose(text) {
   return text.split("`").map((part, place) => (place % 2 ? element("code", { textContent: part }) : part));
 }
 
-function clearTrouble() {
+function clearError() {
   $("problem").hidden = true;
   $("announce").textContent = "";
   retryAt = null;
@@ -348,7 +346,7 @@ function clearTrouble() {
 function showRetry() {
   if (retryAt === null) return;
   const wait = retryAt - Date.now();
-  $("problem-retry").textContent = wait > 0 ? `Try again in ${seconds(wait)}.` : "You may try again now.";
+  $("problem-retry").textContent = wait > 0 ? `Try again in ${seconds(wait)}.` : "You can try again now.";
 }
 
 // --- Time

@@ -1,4 +1,4 @@
-// Joins the call's room on a real LiveKit server, with LiveKit's own client from a CDN: loaded on the first click only.
+// Joins the call's room on a real LiveKit server, with LiveKit's own client: loaded from a CDN on the first click.
 
 export function offerToJoin($, { livekitClient, livekitClientIntegrity }) {
   const button = $("join-room");
@@ -14,7 +14,7 @@ export function offerToJoin($, { livekitClient, livekitClientIntegrity }) {
     try {
       await join();
     } catch (error) {
-      leave(`The room could not be joined: ${error.message}`);
+      leave(`Could not join the room: ${error.message}`);
     }
     available(session !== null);
   });
@@ -29,10 +29,10 @@ export function offerToJoin($, { livekitClient, livekitClientIntegrity }) {
     say("Joining …");
     await joined.connect(session.server_url, session.participant_token);
     button.textContent = "Leave the room";
-    say("You are in the room. The browser asks for the microphone …");
+    say("You are in the room. Allow the browser to use the microphone …");
     try {
       await joined.localParticipant.setMicrophoneEnabled(true);
-      say("You are in the room, and can be heard.");
+      say("You are in the room and can be heard.");
     } catch {
       say("You are in the room without a microphone: listening only.");
     }
@@ -45,8 +45,8 @@ export function offerToJoin($, { livekitClient, livekitClientIntegrity }) {
       Object.assign(script, { src: livekitClient, integrity: livekitClientIntegrity, crossOrigin: "anonymous" });
       script.onload = resolve;
       script.onerror = () => {
-        script.remove(); // so that the next click tries again
-        reject(new Error("LiveKit’s client did not load. It comes from a CDN: is there a network?"));
+        script.remove(); // the next click tries again
+        reject(new Error("LiveKit’s client did not load from its CDN. Are you online?"));
       };
       document.head.append(script);
     });
@@ -73,7 +73,7 @@ export function offerToJoin($, { livekitClient, livekitClientIntegrity }) {
     offer(fresh) {
       session = fresh;
       available(true);
-      say("The room is there.");
+      say("The room is ready.");
     },
     withdraw() {
       session = null;

@@ -1,29 +1,26 @@
-"""A page on another origin than the broker's, in a real browser: what it may do, what it may read, who is kept out."""
+"""CORS in a real browser: what a page of another origin may send and read, and which origins are refused."""
 
 import json
-import re
-import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jwt
 import pytest
 from playwright.sync_api import Page
 
-from tests.e2e.conftest import OpenPage
-from tests.support.processes import Process, running, serving
+from tests.e2e.conftest import OpenPage, control, running_broker, running_site
+from tests.support.processes import Process
 
 SECRET = "origins_c4b1f08a6d2e4b7c9a5e3f10"
 COOKIE = "who"
 STATUS = r"Failed to load resource: the server responded with a status of "
 REFUSED = r"blocked by CORS policy|net::ERR_FAILED"
+SETTINGS = {"BROKER_SESSION_LIMITS": "100/minute", "BROKER_ALLOWED_VARIABLES": "plan"}
 
-# Asks, and says all that the browser lets a page of another origin see.
+# Sends a request; returns everything that the browser shows a page of another origin.
 ASK = """async ([url, options]) => {
   try {
     const answer = await fetch(url, options);
@@ -32,7 +29,7 @@ ASK = """async ([url, options]) => {
     return { error: error.name };
   }
 }"""
-# A call's events to their end, hung up at the first one; null for an error that EventSource does not come back from.
+# Hangs up at a call's first event; returns all events, or null if EventSource gives up.
 FOLLOW = """([call, withCredentials]) => new Promise((resolve) => {
   const seen = [];
   const events = new EventSource(`${call}/events`, { withCredentials });
@@ -46,103 +43,62 @@ FOLLOW = """([call, withCredentials]) => new Promise((resolve) => {
 })"""
 
 
-class _BlankPage(BaseHTTPRequestHandler):
-    """A site of somebody's own."""
-
-    def do_GET(self) -> None:
-        body = b'<!doctype html><title>A page</title><link rel="icon" href="data:,">'
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def site() -> Iterator[str]:
-    """A site on a port of its own: its origin."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _BlankPage) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a site with a blank page."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "index.html").write_text('<!doctype html><title>A page</title><link rel="icon" href="data:,">')
+    return folder
 
 
 @pytest.fixture(scope="module")
-def origin() -> Iterator[str]:
-    """The site that the brokers allow."""
-    with site() as url:
+def origin(site: Path) -> Iterator[str]:
+    """An origin that the brokers allow."""
+    with running_site(site) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def stranger() -> Iterator[str]:
-    """A site that they do not."""
-    with site() as url:
+def stranger(site: Path) -> Iterator[str]:
+    """An origin that the brokers do not allow."""
+    with running_site(site) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def oneinbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an emulated OneInbox."""
-    with running("emulator", "--port", "0", cwd=tmp_path_factory.mktemp("emulator"), environ={}) as process:
-        found = re.search(r"http://127\.0\.0\.1:\d+", process.wait_for("http://"))
-        assert found is not None
-        yield found[0]
-
-
-@pytest.fixture(scope="module")
-def settings(oneinbox: str) -> dict[str, str]:
-    """What all brokers here have in common."""
-    return {
-        "ONEINBOX_API_KEY": "oi_sk_sandbox",
-        "ONEINBOX_AGENT_ID": "agt_sandbox",
-        "ONEINBOX_BASE_URL": oneinbox,
-        "BROKER_MAX_LIVE_CALLS": "100",
-        "BROKER_SESSION_LIMITS": "100/minute",
-        "BROKER_ALLOWED_VARIABLES": "plan",
-    }
-
-
-@pytest.fixture(scope="module")
-def anonymous(
-    settings: dict[str, str], origin: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Process, str]]:
-    with serving(tmp_path_factory.mktemp("anonymous"), {**settings, "BROKER_ALLOWED_ORIGINS": origin}) as served:
+def anonymous(oneinbox: str, origin: str) -> Iterator[tuple[Process, str]]:
+    """A broker that asks for no token."""
+    with running_broker(oneinbox, **SETTINGS, BROKER_ALLOWED_ORIGINS=origin) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def signed_in(
-    settings: dict[str, str], origin: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Process, str]]:
-    """A broker whose users carry a token, in a cookie or a header."""
+def signed_in(oneinbox: str, origin: str) -> Iterator[tuple[Process, str]]:
+    """A broker whose users send a token, in a cookie or a header."""
     own = {
         "BROKER_AUTH": "jwt",
         "BROKER_JWT_SECRET": SECRET,
         "BROKER_JWT_COOKIE": COOKIE,
         "BROKER_ALLOWED_ORIGINS": f"{origin},{origin.replace('127.0.0.1', 'localhost')}",
     }
-    with serving(tmp_path_factory.mktemp("signed-in"), {**settings, **own}) as served:
+    with running_broker(oneinbox, **SETTINGS, **own) as served:
         yield served
 
 
 def user_token() -> str:
-    """A user's own token, not a call's."""
+    """Return the token of a signed-in user."""
     return jwt.encode({"sub": "ada", "exp": int(time.time()) + 600}, SECRET, algorithm="HS256")
 
 
 def sign_in(page: Page, broker: str) -> None:
-    """Give the browser the cookie that a login on the broker's host would."""
+    """Set the cookie that a login on the broker's host would set."""
     page.context.add_cookies(
         [{"name": COOKIE, "value": user_token(), "url": broker, "httpOnly": True, "sameSite": "Strict"}]
     )
 
 
 def ask(page: Page, url: str, body: Any = None, **options: Any) -> Any:
-    """`fetch` on the page, a POST where nothing else is said: what the page sees of the answer."""
+    """Call `fetch` on the page, with POST by default; return what the page sees of the answer."""
     if body is not None:
         options["body"] = json.dumps(body)
         options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
@@ -150,22 +106,22 @@ def ask(page: Page, url: str, body: Any = None, **options: Any) -> Any:
 
 
 def problem(answer: Any, status: int, slug: str) -> dict[str, str]:
-    """The headers of an error that the page can read."""
+    """Check that the page can read an error; return its headers."""
     assert answer["status"] == status, answer
-    told = json.loads(answer["body"])
-    assert told["type"] == f"/problems/{slug}"
+    body = json.loads(answer["body"])
+    assert body["type"] == f"/problems/{slug}"
     headers: dict[str, str] = answer["headers"]
-    assert headers["x-request-id"] == told["request_id"]
+    assert headers["x-request-id"] == body["request_id"]
     return headers
 
 
 def preflights(process: Process, since: int, answer: Any) -> list[int]:
-    """The statuses of the OPTIONS requests that the broker logged after its first `since` lines, up to an answer's."""
+    """Return the statuses of the OPTIONS requests logged after the first `since` lines, up to this answer's."""
     process.wait_for(answer["headers"]["x-request-id"])
     return [record["status"] for record in process.records[since:] if record.get("method") == "OPTIONS"]
 
 
-def test_the_page_reads_every_exposed_header(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
+def test_page_reads_every_exposed_header(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
     process, broker = anonymous
     page, before = open_page(origin), len(process.records)
     key = {"Idempotency-Key": "a-key-for-this-click", "X-Request-ID": "of-the-page"}
@@ -178,7 +134,7 @@ def test_the_page_reads_every_exposed_header(origin: str, anonymous: tuple[Proce
     assert headers["ratelimit-policy"] == '"user-minute";q=100;w=60'
     assert headers["ratelimit"].startswith('"user-minute";r=99;')
     assert "idempotency-replayed" not in headers
-    assert preflights(process, before, answer) == [204]  # a body of JSON asks first
+    assert preflights(process, before, answer) == [204]  # a JSON body needs a preflight
 
     again = ask(page, f"{broker}/session", {"variables": {"plan": "gold"}}, headers=key)
     assert again["headers"]["idempotency-replayed"] == "true"
@@ -194,7 +150,7 @@ def test_the_page_reads_every_exposed_header(origin: str, anonymous: tuple[Proce
     assert unchanged["status"] == 304
 
 
-def test_what_needs_no_preflight_sends_none(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
+def test_simple_request_sends_no_preflight(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
     process, broker = anonymous
     page, before = open_page(origin), len(process.records)
 
@@ -204,7 +160,7 @@ def test_what_needs_no_preflight_sends_none(origin: str, anonymous: tuple[Proces
     assert preflights(process, before, answer) == []
 
 
-def test_errors_are_as_readable(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
+def test_page_reads_errors(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
     _, broker = anonymous
     page = open_page(origin, complaints_expected=STATUS + "4..")
     url, key = f"{broker}/session", {"Idempotency-Key": "another-key-altogether"}
@@ -217,16 +173,11 @@ def test_errors_are_as_readable(origin: str, anonymous: tuple[Process, str], ope
     problem(ask(page, url, {"variables": {"plan": "gold"}}, headers=key), 422, "idempotency-mismatch")
 
 
-def test_a_pause_that_oneinbox_asks_for_is_as_readable(
-    origin: str, settings: dict[str, str], oneinbox: str, tmp_path: Path, open_page: OpenPage
-) -> None:
-    fault = [{"kind": "status", "operation": "start", "status": 429, "retry_after": 1, "times": 1}]
-    control = urllib.request.Request(
-        f"{oneinbox}/_emulator/faults", json.dumps(fault).encode(), {"Content-Type": "application/json"}
-    )
-    urllib.request.urlopen(control, timeout=20).close()
-    # A broker of its own: it cools down, and others would be refused meanwhile.
-    with serving(tmp_path, {**settings, "BROKER_ALLOWED_ORIGINS": origin}) as (_, broker):
+def test_page_reads_retry_after_when_oneinbox_is_busy(origin: str, oneinbox: str, open_page: OpenPage) -> None:
+    fault = {"kind": "status", "operation": "start", "status": 429, "retry_after": 1, "times": 1}
+    control(oneinbox, "faults", [fault])
+    # Not the shared broker, whose circuit breaker would then refuse other tests.
+    with running_broker(oneinbox, **SETTINGS, BROKER_ALLOWED_ORIGINS=origin) as (_, broker):
         page = open_page(origin, complaints_expected=STATUS + "503")
 
         headers = problem(ask(page, f"{broker}/session"), 503, "upstream-busy")
@@ -234,11 +185,9 @@ def test_a_pause_that_oneinbox_asks_for_is_as_readable(
         assert headers["retry-after"] == "1"
 
 
-def test_a_refusal_says_when_to_try_again(
-    origin: str, settings: dict[str, str], tmp_path: Path, open_page: OpenPage
-) -> None:
+def test_page_reads_when_to_try_again(origin: str, oneinbox: str, open_page: OpenPage) -> None:
     own = {"BROKER_ALLOWED_ORIGINS": origin, "BROKER_SESSION_LIMITS": "1/hour"}
-    with serving(tmp_path, {**settings, **own}) as (_, broker):
+    with running_broker(oneinbox, **own) as (_, broker):
         page = open_page(origin, complaints_expected=STATUS + "429")
         assert ask(page, f"{broker}/session")["status"] == 201
 
@@ -249,7 +198,9 @@ def test_a_refusal_says_when_to_try_again(
         assert headers["ratelimit"].startswith('"user-hour";r=0;t=')
 
 
-def test_events_without_credentials(origin: str, anonymous: tuple[Process, str], open_page: OpenPage) -> None:
+def test_page_follows_a_call_without_credentials(
+    origin: str, anonymous: tuple[Process, str], open_page: OpenPage
+) -> None:
     _, broker = anonymous
     page = open_page(origin)
     call = broker + ask(page, f"{broker}/session")["headers"]["location"]
@@ -261,35 +212,30 @@ def test_events_without_credentials(origin: str, anonymous: tuple[Process, str],
     assert all(last for _, last in seen)
 
 
-def test_a_forbidden_origin_is_refused(
+def test_forbidden_origin_is_refused(
     origin: str, stranger: str, anonymous: tuple[Process, str], oneinbox: str, open_page: OpenPage
 ) -> None:
     process, broker = anonymous
     call = broker + ask(open_page(origin), f"{broker}/session")["headers"]["location"]
     page, before = open_page(stranger, complaints_expected=f"{REFUSED}|{STATUS}403"), len(process.records)
 
-    with urllib.request.urlopen(f"{oneinbox}/_emulator/calls", timeout=20) as answer:
-        calls = len(json.load(answer))
+    calls = len(control(oneinbox, "calls"))
     assert ask(page, f"{broker}/session", {}) == {"error": "TypeError"}
     assert ask(page, f"{broker}/session") == {"error": "TypeError"}
-    assert ask(page, f"{broker}/session", mode="no-cors")["status"] == 0  # nothing to read there, either
+    assert ask(page, f"{broker}/session", mode="no-cors")["status"] == 0  # opaque: nothing to read
     assert ask(page, call, method="GET") == {"error": "TypeError"}
     assert ask(page, f"{call}/stop") == {"error": "TypeError"}
     assert page.evaluate(FOLLOW, [call, False]) is None
 
-    # The browser's word is not all: the broker itself did none of it.
-    with urllib.request.urlopen(f"{oneinbox}/_emulator/calls", timeout=20) as answer:
-        assert len(json.load(answer)) == calls
-    last = urllib.request.Request(call, headers={"X-Request-ID": "after-the-strangers"})
-    urllib.request.urlopen(last, timeout=20).close()
+    # Not only did the browser hide the answers: the broker refused the requests.
+    assert len(control(oneinbox, "calls")) == calls
+    httpx.get(call, headers={"X-Request-ID": "after-the-strangers"}, timeout=20)
     process.wait_for("after-the-strangers")
     assert [record.get("problem") for record in process.records[before:]] == [*["forbidden-origin"] * 6, None]
 
 
-def test_any_origin_without_credentials(
-    stranger: str, settings: dict[str, str], tmp_path: Path, open_page: OpenPage
-) -> None:
-    with serving(tmp_path, {**settings, "BROKER_ALLOWED_ORIGINS": "*"}) as (_, broker):
+def test_wildcard_origin_excludes_credentials(stranger: str, oneinbox: str, open_page: OpenPage) -> None:
+    with running_broker(oneinbox, BROKER_ALLOWED_ORIGINS="*") as (_, broker):
         page = open_page(stranger, complaints_expected=REFUSED)
 
         answer = ask(page, f"{broker}/session", {})
@@ -298,7 +244,7 @@ def test_any_origin_without_credentials(
         assert answer["status"] == 201
         assert answer["headers"]["location"].startswith("/calls/")
         assert with_cookies == {"error": "TypeError"}  # no Access-Control-Allow-Credentials
-        # A sandboxed frame's origin is `null`, which no wildcard means.
+        # A sandboxed frame's origin is `null`, which the wildcard does not cover.
         refused = page.evaluate(
             """url => new Promise((resolve) => {
               addEventListener("message", (event) => resolve(event.data));
@@ -314,8 +260,8 @@ def test_any_origin_without_credentials(
         assert refused == "TypeError"
 
 
-def test_a_cookie_signs_in_from_the_same_site(origin: str, signed_in: tuple[Process, str], open_page: OpenPage) -> None:
-    """Another port is another origin, but the same site: even a strict cookie is sent, when the page asks for it."""
+def test_cookie_signs_in_from_the_same_site(origin: str, signed_in: tuple[Process, str], open_page: OpenPage) -> None:
+    """Another port is another origin but the same site: with `credentials`, even a strict cookie is sent."""
     _, broker = signed_in
     page = open_page(origin, complaints_expected=STATUS + "401|MIME type")
     sign_in(page, broker)
@@ -331,7 +277,7 @@ def test_a_cookie_signs_in_from_the_same_site(origin: str, signed_in: tuple[Proc
     assert page.evaluate(FOLLOW, [call, False]) is None
 
 
-def test_a_strict_cookie_stays_at_home_on_another_site(
+def test_strict_cookie_is_not_sent_from_another_site(
     origin: str, signed_in: tuple[Process, str], open_page: OpenPage
 ) -> None:
     _, broker = signed_in
@@ -343,7 +289,7 @@ def test_a_strict_cookie_stays_at_home_on_another_site(
     problem(answer, 401, "unauthenticated")
 
 
-def test_a_bearer_token_needs_no_cookie(origin: str, signed_in: tuple[Process, str], open_page: OpenPage) -> None:
+def test_bearer_token_needs_no_cookie(origin: str, signed_in: tuple[Process, str], open_page: OpenPage) -> None:
     process, broker = signed_in
     page, before = open_page(origin, complaints_expected=STATUS + "401"), len(process.records)
 
