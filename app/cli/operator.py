@@ -1,20 +1,26 @@
-"""What an operator does from a terminal: the hand brake and the counters in the shared store, OneInbox's webhooks."""
+"""Commands that act through the shared store or on OneInbox: pauses, blocks, status, webhooks."""
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from app.broker.build import open_limits, open_oneinbox
+from app.cli.process import checked, refuse, say
 from app.config.agents import load_agents
+from app.config.loading import load_settings
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.kill_switch import BLOCKS, PAUSE
+from app.limits.kill_switch import BLOCKS, IN_FORCE_SECONDS, PAUSE
 from app.limits.live_calls import UNSTOPPED
 from app.oneinbox import OneInbox
+from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
 from app.store import Store, StoreUnavailable, open_store
+from app.telemetry.logging import configure_logging
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +33,16 @@ class Operator:
     limits: Limits
 
     def user(self, name: str) -> User:
-        """A user as a request would make them: by id, in anonymous mode by address. Raises SettingsError."""
+        """Return the user with this id, in anonymous mode with this address. Raises SettingsError."""
         if self.settings.auth != "anonymous":
             return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
-        address = parse_address(name)  # which reads an IPv4 address out of ::ffff:192.0.2.1, as requests' are
+        address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:
-            raise SettingsError([f"USER {name!r}: is no address; takes an IPv4 or IPv6 address"])
+            raise SettingsError([f"USER {name!r}: is not an address; takes an IPv4 or IPv6 address"])
         return User(mode="anonymous", id=limit_key(str(address)))
 
     async def status(self) -> str:
-        """The counters and what is stopped, a line each."""
+        """Return the counters, pauses, blocks and unstopped calls, one per line."""
         pause = await self.store.members(PAUSE)
         blocks = await self.store.members(BLOCKS)
         unstopped = await self.store.members(UNSTOPPED)
@@ -53,38 +59,85 @@ class Operator:
         )
 
 
+async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]) -> str:
+    """Do an operator's work on the shared store.
+
+    Raises SettingsError if there is none, StoreUnavailable if it does not answer.
+    """
+    url = settings.store_url.get_secret_value()
+    if url == "memory://":
+        raise SettingsError(
+            ["BROKER_STORE_URL: is memory://; a command reaches running brokers only through a shared store"]
+        )
+    agents = load_agents(settings)
+    async with open_store(url) as store:
+        said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
+        if store.state == "down":
+            raise StoreUnavailable
+        return said
+
+
+def run_operator(work: Callable[[Operator], Awaitable[str]]) -> None:
+    """Do an operator's work, and print what it returns."""
+    say(_operate(work))
+
+
+def run_control(work: Callable[[Operator], Awaitable[bool | None]], done: str, otherwise: str = "") -> None:
+    """Do work that stops or allows sessions, and print `done` once all replicas obey; `otherwise` if it was False."""
+
+    async def run(operator: Operator) -> str:
+        return otherwise if await work(operator) is False else done
+
+    said = _operate(run)
+    time.sleep(IN_FORCE_SECONDS)
+    say(said)
+
+
+def _operate(work: Callable[[Operator], Awaitable[str]]) -> str:
+    settings = _settings()
+    try:
+        return checked(lambda: asyncio.run(operate(settings, work)))
+    except StoreUnavailable:
+        refuse("BROKER_STORE_URL: the store does not answer; nothing was changed", status=1)
+
+
+def _settings() -> Settings:
+    settings = checked(load_settings)
+    configure_logging("error", settings.log_format)
+    return settings
+
+
 EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")
 
 
 class WebhookOperator:
-    """OneInbox's webhook for this broker: its address follows from the settings."""
+    """OneInbox's webhook for this broker; the settings give its URL."""
 
     def __init__(self, oneinbox: OneInbox, settings: Settings) -> None:
-        """Raises SettingsError where the settings make no address."""
-        missing = [
-            f"{name}: is required for webhooks; takes {takes(name)}"
-            for name, value in (
-                ("BROKER_PUBLIC_URL", settings.public_url),
-                ("BROKER_WEBHOOK_SECRET", settings.webhook_secret),
-            )
-            if value is None
-        ]
+        """Raises SettingsError if the settings give no URL."""
         if settings.public_url is None or settings.webhook_secret is None:
-            raise SettingsError(missing)
+            values = {"BROKER_PUBLIC_URL": settings.public_url, "BROKER_WEBHOOK_SECRET": settings.webhook_secret}
+            raise SettingsError(
+                [
+                    f"{name}: is required for webhooks; takes {takes(name)}"
+                    for name, value in values.items()
+                    if value is None
+                ]
+            )
         self._oneinbox = oneinbox
         self._prefix = f"{settings.public_url}/webhooks/oneinbox/"
         self._url = self._prefix + settings.webhook_secret.get_secret_value()
 
     async def register(self) -> str:
-        """Register it, unless it is."""
+        """Register it if it is not registered yet."""
         for webhook in await self._oneinbox.list_webhooks():
             if webhook.url == self._url:
-                return f"Registered already: {self._line(webhook)}"
+                return f"Already registered: {self._line(webhook)}"
         webhook = await self._oneinbox.register_webhook(name="oneinbox-broker", url=self._url, events=EVENTS)
         return f"Registered: {self._line(webhook)}"
 
     async def list(self) -> str:
-        """All of the account's, a line each; the secret in our own is not shown."""
+        """Return the account's webhooks, one per line, without the secrets in our own."""
         webhooks = await self._oneinbox.list_webhooks()
         return "\n".join(self._line(webhook) for webhook in webhooks) or "There are no webhooks."
 
@@ -107,19 +160,10 @@ async def operate_webhooks(settings: Settings, work: Callable[[WebhookOperator],
         await oneinbox.aclose()
 
 
-async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]) -> str:
-    """Do an operator's work on the shared store.
-
-    Raises SettingsError without one, StoreUnavailable when it does not answer.
-    """
-    url = settings.store_url.get_secret_value()
-    if url == "memory://":
-        raise SettingsError(
-            ["BROKER_STORE_URL: is memory://; a command reaches running brokers only through a shared store"]
-        )
-    agents = load_agents(settings)
-    async with open_store(url) as store:
-        said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
-        if store.state == "down":
-            raise StoreUnavailable
-        return said
+def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
+    """Do an operator's work on OneInbox's webhooks, and print what it returns."""
+    settings = _settings()
+    try:
+        say(checked(lambda: asyncio.run(operate_webhooks(settings, work))))
+    except OneInboxError as error:
+        refuse(f"OneInbox {error.reason}", status=1)

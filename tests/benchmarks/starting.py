@@ -1,4 +1,4 @@
-"""From nothing to the first answer, and what a broker weighs that nobody asks anything.
+"""Measure the time from start to the first answer, and the memory of an idle broker.
 
 python -m tests.benchmarks.starting [--rounds 7] [--json FILE]
 """
@@ -17,18 +17,18 @@ from tests.benchmarks.rig import Missing, say
 from tests.support.processes import surroundings
 
 SETTLED = 3.0
-"""Seconds after which a started broker needs no more memory."""
+"""Seconds after which a started broker's memory no longer grows."""
 
 
 def importing() -> float:
-    """Seconds to start Python and to import the application."""
+    """Return the seconds to start Python and import the application."""
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import app.cli.commands"], env=surroundings({}), check=True)
+    subprocess.run([sys.executable, "-c", "import app.cli.serve"], env=surroundings({}), check=True)
     return time.monotonic() - began
 
 
 def starting(core: int) -> tuple[float, float]:
-    """Seconds to the first answer, and MB when it has settled."""
+    """Return the seconds to the first answer, and the MB at rest."""
     began = time.monotonic()
     with rig.broker("http://127.0.0.1:9", core=core) as broker:
         took = time.monotonic() - began
@@ -37,7 +37,7 @@ def starting(core: int) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print. The exit status."""
+    """Measure and print. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.starting")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -56,7 +56,7 @@ async def test_register_list_and_remove(oneinbox: RunningEmulator, tmp_path: Pat
     assert (registered.code, registered.err) == (0, "")
     assert registered.out == f"Registered: {kept.id}  {ADDRESS}…  active\n"
     again = await do(oneinbox.url, "register")
-    assert again == f"Registered already: {kept.id}  {ADDRESS}…  active"
+    assert again == f"Already registered: {kept.id}  {ADDRESS}…  active"
     assert len(list(oneinbox.emulator.webhooks)) == 1
 
     oneinbox.emulator.webhooks.register(RegisterWebhook(name="x", url="https://other.example/hook", events=[]))

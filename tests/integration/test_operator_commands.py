@@ -88,7 +88,7 @@ async def test_pause_and_resume(deployment: Deployment) -> None:
     status = (await deployment.command("status")).splitlines()
     assert any(line.startswith("paused for ") and int(line.split()[2]) <= 90 for line in status)
 
-    assert await deployment.command("resume") == "Sessions are given again.\n"
+    assert await deployment.command("resume") == "Sessions can start again.\n"
     await deployment.answers("201", "192.0.2.1")
     assert await deployment.command("resume") == "There was no pause.\n"
 
@@ -116,8 +116,8 @@ async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
 REFUSED = {
     "in-memory": (("pause",), "memory://", 2, "BROKER_STORE_URL: is memory://; a command reaches running brokers only"),
     "dead-store": (("status",), NOWHERE, 1, "BROKER_STORE_URL: the store does not answer; nothing was changed"),
-    "no-duration": (("pause", "--for", "soon"), NOWHERE, 2, "--for 'soon': is no duration; takes a number and"),
-    "no-address": (("block", "ann"), NOWHERE, 2, "USER 'ann': is no address; takes an IPv4 or IPv6 address"),
+    "no-duration": (("pause", "--for", "soon"), NOWHERE, 2, "--for 'soon': is not a duration; takes a number and"),
+    "no-address": (("block", "ann"), NOWHERE, 2, "USER 'ann': is not an address; takes an IPv4 or IPv6 address"),
 }
 
 

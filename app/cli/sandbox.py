@@ -1,0 +1,75 @@
+"""`sandbox` and `emulator`: the simulated OneInbox, with a broker in front of it or alone."""
+
+import asyncio
+import os
+from typing import Any
+
+from app.api.app import create_app
+from app.cli.process import listen, refuse, say
+from app.config.loading import load_settings
+from app.sandbox.demo import DemoPage
+from app.sandbox.options import EmulatorOptions
+from app.sandbox.server import emulator_server, running_emulator
+from app.server.server import Server, create_server, url_of
+from app.telemetry.logging import configure_logging
+
+LIVEKIT_CALL = 600
+"""Seconds that the sandbox's calls last when there is a room to talk in."""
+LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
+
+
+def run_sandbox(host: str, port: int, livekit_url: str | None, key: str | None, secret: str | None) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    livekit: dict[str, Any] = {}
+    if livekit_url or key:
+        if not (livekit_url and key and secret):
+            refuse("--livekit-url, --livekit-key, --livekit-secret: belong together; takes all three or none")
+        livekit = {"server_url": livekit_url, "livekit_key": key, "livekit_secret": secret, "in_progress": LIVEKIT_CALL}
+    configure_logging("info")
+    asyncio.run(_run(host, port, EmulatorOptions(**livekit), livekit_url if livekit else None))
+
+
+async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str | None) -> None:
+    listener = listen(host, port, end=os._exit)  # the loop is running, and would log any exception that ends it
+    async with running_emulator(options) as emulator:
+        settings = load_settings(
+            {
+                "ONEINBOX_API_KEY": options.api_key,
+                "ONEINBOX_BASE_URL": emulator.url,
+                "ONEINBOX_AGENT_ID": options.agents[0],
+                "BROKER_ALLOWED_ORIGINS": LOOPBACK_ORIGINS,
+                # Enough to play with, quick to use up, and quick to come back.
+                "BROKER_SESSION_LIMITS": "10/30 seconds",
+                "BROKER_MAX_LIVE_CALLS": "20",
+                "BROKER_EXPOSE": "transcript,messages,summary,outcome",
+            },
+            env_file=None,
+        )
+        try:
+            app = DemoPage(create_app(settings), livekit_url)
+        except ValueError as error:
+            refuse(f"--livekit-url: {error}")
+        url = url_of(listener)
+        say(
+            f"Open {url}/ and talk.\n\n"
+            f"Explore the API:  {url}/docs\n"
+            f"Start a call:     curl -i -X POST {url}/session\n"
+            f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: from the answer's headers)\n\n"
+            f"No key or network needed: the sandbox includes a simulated OneInbox on {emulator.url}. Ctrl-C stops both."
+        )
+        await create_server(app).serve(sockets=[listener])
+
+
+def run_emulator(host: str, port: int, api_key: str) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    configure_logging("info")
+    options = EmulatorOptions(api_key=api_key)
+    listener = listen(host, port)
+    url = url_of(listener)
+    say(
+        f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
+        f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "
+        "oneinbox-broker serve"
+    )
+    # The broker's kind of server: to be stopped is no failure.
+    Server(emulator_server(options).config).run(sockets=[listener])

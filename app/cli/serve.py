@@ -1,0 +1,42 @@
+"""`serve`: the broker with the settings of its environment."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from app.api.app import create_app
+from app.cli.process import checked, listen, refuse
+from app.cli.startup_banner import announce
+from app.config.loading import load_settings
+from app.config.settings import takes
+from app.server.gc import freeze_gc
+from app.server.server import create_server, serve_with_workers, url_of
+from app.telemetry.logging import configure_logging
+from app.telemetry.metrics import count_together
+
+
+def run_broker(host: str, port: int, workers: int) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    settings = checked(load_settings)
+    app = checked(lambda: create_app(settings))
+    if workers > 1 and settings.store_url.get_secret_value() == "memory://":
+        refuse(
+            "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
+            f"takes {takes('BROKER_STORE_URL')}"
+        )
+    configure_logging(settings.log_level, settings.log_format)
+    listener = listen(host, port)
+    announce(settings, host, url=url_of(listener), workers=workers)
+    freeze_gc()
+    if workers > 1:
+        with nullcontext() if settings.metrics_token is None else _count_together():
+            serve_with_workers(listener, workers)
+    else:
+        create_server(app).run(sockets=[listener])
+
+
+def _count_together() -> AbstractContextManager[str]:
+    try:
+        return count_together()
+    except OSError as error:
+        refuse(
+            f"BROKER_METRICS_TOKEN: several workers need a directory for temporary files ({error.strerror})", status=1
+        )
