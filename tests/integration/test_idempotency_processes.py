@@ -118,7 +118,7 @@ async def test_an_answer_that_cannot_be_kept_is_not_given(valkey: Valkey, accide
 
         assert_problem(response, "at-capacity")
         (call,) = oneinbox.emulator.calls
-        assert oneinbox.emulator.calls.moment(call).status == "completed"
+        assert oneinbox.emulator.calls.state(call).status == "completed"
         assert len(asked(oneinbox.emulator, "stop")) == 1
         assert "token" not in response.text
 

@@ -100,7 +100,7 @@ async def test_a_call_whose_answer_was_lost_keeps_its_slot_until_it_is_stopped()
             assert_problem(await broker.post("/session"), "too-many-live-calls")
 
             async def is_stopped() -> bool:
-                return not oneinbox.emulator.calls.moment(call).running
+                return not oneinbox.emulator.calls.state(call).running
 
             async def has_room() -> bool:
                 return (await broker.post("/session")).status_code == 201

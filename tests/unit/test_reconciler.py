@@ -140,7 +140,7 @@ class House:
 
     def runs(self, call: Call) -> bool:
         """Whether a call costs money."""
-        return self.emulator.calls.moment(call).running
+        return self.emulator.calls.state(call).running
 
     def asked(self, operation: Operation) -> list[float]:
         """When OneInbox was asked so, in seconds of the loop."""
