@@ -252,7 +252,7 @@ def open_limits(
         lease=lease,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",
-        metrics=metrics,
+        metrics=metrics or Metrics(),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -20,56 +21,56 @@ IN_FORCE_SECONDS = 2
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class KillSwitch:
     """What the operator stopped, read each second; the last that was seen stays in force while the store is gone.
 
     `clock`: monotonic seconds.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
-        self._clock = clock
-        self._paused_until = 0.0
-        self._blocked_until: dict[str, float] = {}
+    store: Store
+    clock: Callable[[], float] = time.monotonic
+    _paused_until: float = field(default=0.0, init=False)
+    _blocked_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def check(self, user: User) -> None:
         """Raises `at-capacity` while everything is paused, `blocked` for a blocked user."""
-        left = self._paused_until - self._clock()
+        left = self._paused_until - self.clock()
         if left > 0:
             # An end that lies hours ahead may be moved; nobody should wait for it unasked.
             raise Problem("at-capacity", headers={"Retry-After": str(min(math.ceil(left), 60))})
-        if self._blocked_until.get(user.store_name, 0) > self._clock():
+        if self._blocked_until.get(user.store_name, 0) > self.clock():
             raise Problem("blocked")
 
     async def pause(self, seconds: float) -> None:
         """Give no session to anybody for so long."""
-        await self._store.add_member(PAUSE, PAUSE, seconds)
+        await self.store.add_member(PAUSE, PAUSE, seconds)
 
     async def resume(self) -> bool:
         """End a pause; whether there was one."""
-        return await self._store.remove_member([PAUSE], PAUSE)
+        return await self.store.remove_member([PAUSE], PAUSE)
 
     async def block(self, user: User, seconds: float) -> None:
         """Give no session to a user for so long."""
-        await self._store.add_member(BLOCKS, user.store_name, seconds)
+        await self.store.add_member(BLOCKS, user.store_name, seconds)
 
     async def unblock(self, user: User) -> bool:
         """End a block; whether there was one."""
-        return await self._store.remove_member([BLOCKS], user.store_name)
+        return await self.store.remove_member([BLOCKS], user.store_name)
 
     async def refresh(self) -> None:
         """See what is stopped. While the shared store is gone nothing changes."""
         if not self._reachable():
             return
-        paused, blocked = await self._store.members(PAUSE), await self._store.members(BLOCKS)
+        paused, blocked = await self.store.members(PAUSE), await self.store.members(BLOCKS)
         if not self._reachable():
             return  # lost meanwhile: that was this process's own memory, which knows of nothing
-        now = self._clock()
+        now = self.clock()
         self._paused_until = max((now + left for left in paused.values()), default=0.0)
         self._blocked_until = {name: now + left for name, left in blocked.items()}
 
     def _reachable(self) -> bool:
-        return self._store.state == "ok"
+        return self.store.state == "ok"
 
     async def run(self) -> None:
         """Read for ever."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Self
 
 import structlog
@@ -73,6 +73,7 @@ class LiveCall:
         return CallAttempt.from_key(self.member)
 
 
+@dataclass
 class LiveCalls:
     """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
 
@@ -80,28 +81,17 @@ class LiveCalls:
     after which a slot is free whatever became of its call. `now`: Unix time. `metrics`: count what is hung up.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        oneinbox: OneInbox,
-        talk: TalkTime,
-        *,
-        max_seconds: float,
-        join_timeout: float,
-        lease: float,
-        now: Callable[[], float] = time.time,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._store = store
-        self._oneinbox = oneinbox
-        self._talk = talk
-        self._max_seconds = max_seconds
-        self._join_timeout = join_timeout
-        self._lease = lease
-        self._now = now
-        self._metrics = metrics or Metrics()
-        # Calls that a shared store could not be told of; the next sweep tells it.
-        self._untold: dict[str, LiveCall] = {}
+    store: Store
+    oneinbox: OneInbox
+    talk: TalkTime
+    _: KW_ONLY
+    max_seconds: float
+    join_timeout: float
+    lease: float
+    now: Callable[[], float] = time.time
+    metrics: Metrics = field(default_factory=Metrics)
+    _unsaved: dict[str, LiveCall] = field(default_factory=dict, init=False)
+    """Calls that the shared store missed, by request id; the next sweep writes them."""
 
     async def begin(self, attempt: CallAttempt, call_id: str, *, unwanted: str = "") -> None:
         """Remember which call took the slots of a start. `unwanted`: why it must be hung up, until it is."""
@@ -109,7 +99,7 @@ class LiveCalls:
         try:
             await self._write(call)
         except StoreUnavailable:
-            self._untold[attempt.request_id] = call
+            self._unsaved[attempt.request_id] = call
 
     async def note_end(self, request_id: str, record: CallRecord) -> None:
         """Free the slots of a call that was seen ended."""
@@ -126,19 +116,19 @@ class LiveCalls:
 
     async def stop(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
-        await self._store.remove_member([UNSTOPPED], _unfound(attempt))
+        await self.store.remove_member([UNSTOPPED], _unfound(attempt))
         await self.begin(attempt, call_id, unwanted=why)
         with contextlib.suppress(OneInboxError):  # said and remembered by now
             await self._hang_up(LiveCall(attempt.key, call_id, why), why)
 
     async def release_slots(self, attempt: CallAttempt) -> None:
         """Free the slots of a start that became no call."""
-        await self._store.remove_member([UNSTOPPED], _unfound(attempt))
-        await self._store.remove_member(attempt.sets, attempt.key)
+        await self.store.remove_member([UNSTOPPED], _unfound(attempt))
+        await self.store.remove_member(attempt.sets, attempt.key)
 
     async def mark_unresolved(self, attempt: CallAttempt) -> None:
         """Note that a call may run which nobody could find."""
-        await self._store.add_member(UNSTOPPED, _unfound(attempt), UNSTOPPED_SECONDS)
+        await self.store.add_member(UNSTOPPED, _unfound(attempt), UNSTOPPED_SECONDS)
 
     async def is_pending(self, attempt: CallAttempt) -> bool:
         """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
@@ -158,14 +148,14 @@ class LiveCalls:
 
     async def of_user(self, user: User) -> list[str]:
         """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
-        calls = [LiveCall.from_bytes(value) for value in await self._store.items(_list_of(user.store_name))]
-        return [call.call_id for call in calls if call.attempt.since > self._now() - DAY]
+        calls = [LiveCall.from_bytes(value) for value in await self.store.items(_list_of(user.store_name))]
+        return [call.call_id for call in calls if call.attempt.since > self.now() - DAY]
 
     async def recheck(self, user: User) -> bool:
         """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
-        if not (await self._store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)]))).allowed:
+        if not (await self.store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)]))).allowed:
             return False
-        members = await self._store.members(calls_of_user(user.store_name))
+        members = await self.store.members(calls_of_user(user.store_name))
         freed = await asyncio.gather(
             *(self._check_call(CallAttempt.from_key(member)) for member in list(members)[:AT_ONCE])
         )
@@ -173,17 +163,17 @@ class LiveCalls:
 
     async def flush(self) -> None:
         """Tell the shared store of calls that began while it was gone."""
-        for request_id, call in list(self._untold.items()):
+        for request_id, call in list(self._unsaved.items()):
             try:
                 await self._write(call)
             except StoreUnavailable:
                 return
-            self._untold.pop(request_id, None)
+            self._unsaved.pop(request_id, None)
 
     async def sweep(self) -> list[CallAttempt]:
         """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
         await self.flush()
-        if not (await self._store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
+        if not (await self.store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
         pending: list[CallAttempt] = []
@@ -196,7 +186,7 @@ class LiveCalls:
             except Exception:  # one call must not keep the others from being looked at
                 log.exception("call_check_failed", request_id=attempt.request_id)
 
-        members = await self._store.members(ALL_CALLS)
+        members = await self.store.members(ALL_CALLS)
         await asyncio.gather(*(look(CallAttempt.from_key(member)) for member in members))
         return pending
 
@@ -209,7 +199,7 @@ class LiveCalls:
         if call is None:
             return None
         try:
-            record = await self._oneinbox.get_call(call.call_id)
+            record = await self.oneinbox.get_call(call.call_id)
             if not record.ended and (why := self._overdue(call, record)):
                 record = await self._hang_up(call, why)
         except NoSuchCall:
@@ -223,12 +213,12 @@ class LiveCalls:
         return record.ended
 
     def _overdue(self, call: LiveCall, record: CallRecord) -> str:
-        age = self._now() - call.attempt.since
+        age = self.now() - call.attempt.since
         if call.unwanted:
             return call.unwanted
-        if self._max_seconds and age > self._max_seconds:
+        if self.max_seconds and age > self.max_seconds:
             return TOO_LONG
-        if self._join_timeout and age > self._join_timeout and record.status in ("queued", "initiated"):
+        if self.join_timeout and age > self.join_timeout and record.status in ("queued", "initiated"):
             return UNJOINED
         return ""
 
@@ -236,36 +226,36 @@ class LiveCalls:
         """Stop a call; its record afterwards. Raises OneInboxError, after having remembered that it runs on."""
         log.warning("call_stop_requested", call=call.call_id, why=why)
         try:
-            record = await self._oneinbox.stop_call(call.call_id)
+            record = await self.oneinbox.stop_call(call.call_id)
         except NoSuchCall:
             await self._end(call, None)
             raise
         except OneInboxError as error:
             log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
-            self._metrics.hung_up(REASONS.get(why, "other"), done=False)
-            await self._store.add_member(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
+            self.metrics.hung_up(REASONS.get(why, "other"), done=False)
+            await self.store.add_member(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
             raise
-        self._metrics.hung_up(REASONS.get(why, "other"), done=True)
+        self.metrics.hung_up(REASONS.get(why, "other"), done=True)
         if why == LOST:
-            self._metrics.orphan("stopped")
-        await self._store.remove_member([UNSTOPPED], call.call_id)
+            self.metrics.orphan("stopped")
+        await self.store.remove_member([UNSTOPPED], call.call_id)
         if record.ended:
             await self._end(call, record)
         return record
 
     async def _find(self, request_id: str) -> LiveCall | None:
         """The record of a call; None: there is none. Raises StoreUnavailable."""
-        if request_id in self._untold:
-            return self._untold[request_id]
-        value = await self._store.get(f"call:{request_id}")
+        if request_id in self._unsaved:
+            return self._unsaved[request_id]
+        value = await self.store.get(f"call:{request_id}")
         return LiveCall.from_bytes(value) if value is not None else None
 
     async def _request_id(self, call_id: str) -> str | None:
-        for request_id, call in self._untold.items():
+        for request_id, call in self._unsaved.items():
             if call.call_id == call_id:
                 return request_id
         try:
-            value = await self._store.get(f"started:{call_id}")
+            value = await self.store.get(f"started:{call_id}")
         except StoreUnavailable:
             return None
         return value.decode() if value is not None else None
@@ -273,16 +263,16 @@ class LiveCalls:
     async def _end(self, call: LiveCall, record: CallRecord | None) -> None:
         """Free a call's slots, and count its minutes, once."""
         attempt = call.attempt
-        self._untold.pop(attempt.request_id, None)
-        if await self._store.remove_member(attempt.sets, attempt.key):
-            await self._talk.count(attempt, record)
-        await self._store.remove_member([UNSTOPPED], call.call_id)
+        self._unsaved.pop(attempt.request_id, None)
+        if await self.store.remove_member(attempt.sets, attempt.key):
+            await self.talk.count(attempt, record)
+        await self.store.remove_member([UNSTOPPED], call.call_id)
         with contextlib.suppress(StoreUnavailable):  # it expires
-            await self._store.delete(f"call:{attempt.request_id}")
+            await self.store.delete(f"call:{attempt.request_id}")
 
     async def _write(self, call: LiveCall) -> None:
         attempt = call.attempt
-        left = self._lease - (self._now() - attempt.since)
+        left = self.lease - (self.now() - attempt.since)
         if left <= 0:
             return
         value = call.to_bytes()
@@ -292,9 +282,9 @@ class LiveCalls:
         ]
         if call.unwanted:
             for each in values:
-                await self._store.set(*each)
+                await self.store.set(*each)
         else:
-            await self._store.push(_list_of(attempt.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
+            await self.store.push(_list_of(attempt.user), value, keep=LISTED_CALLS, ttl=DAY, setting=values)
 
 
 def _unfound(attempt: CallAttempt) -> str:

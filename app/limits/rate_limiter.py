@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from typing import Literal, cast
 
@@ -102,6 +102,7 @@ class Reservation:
     headers: Mapping[str, str]
 
 
+@dataclass
 class Limits:
     """Declares the limits once, and asks the store about all of them in one question.
 
@@ -110,49 +111,40 @@ class Limits:
     count what is refused.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        agents: Sequence[Agent],
-        *,
-        session_limits: str,
-        global_session_limits: str,
-        request_limits: str,
-        max_live_calls: int,
-        max_live_calls_total: int | None,
-        lease: float,
-        enforce: bool = True,
-        count_locally: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._store = store
-        user, everybody = declare(session_limits, for_user, "user"), declare(global_session_limits, for_all, "all")
+    store: Store
+    agents: Sequence[Agent]
+    _: KW_ONLY
+    session_limits: str
+    global_session_limits: str
+    request_limits: str
+    max_live_calls: int
+    max_live_calls_total: int | None
+    lease: float
+    enforce: bool = True
+    count_locally: bool = True
+    clock: Callable[[], float] = time.monotonic
+    metrics: Metrics = field(default_factory=Metrics)
+    _nearly_until: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        user = declare(self.session_limits, for_user, "user")
+        self._global = declare(self.global_session_limits, for_all, "all")
         self._sessions = {
-            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *everybody]
+            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *self._global]
             if agent.session_limits
-            else [*user, *everybody]
-            for agent in agents
+            else [*user, *self._global]
+            for agent in self.agents
         }
-        self._requests = declare(request_limits, for_user, "request")
-        self._global = everybody
-        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in agents}
-        self._max_live_calls = max_live_calls
-        self._max_live_calls_total = max_live_calls_total
-        self._lease = lease
-        self._enforce = enforce
-        self._count_locally = count_locally
-        self._clock = clock
-        self._metrics = metrics or Metrics()
-        self._nearly_until: dict[str, float] = {}
-        # Made once for each user: what is asked is the same every time.
-        self._session_limits = lru_cache(CACHED_USERS)(self._make_session_limits)
-        self._request_limits = lru_cache(CACHED_USERS)(self._make_request_limits)
+        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in self.agents}
+        self._requests = declare(self.request_limits, for_user, "request")
+        # Made once per user: the request is the same every time.
+        self._limits_of_session = lru_cache(CACHED_USERS)(self._make_session_limits)
+        self._limits_of_request = lru_cache(CACHED_USERS)(self._make_request_limits)
 
     async def count_request(self, user: User) -> dict[str, str]:
         """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
-        limits = self._request_limits(user.store_name)
-        decision = await self._store.decide(limits.request)
+        limits = self._limits_of_request(user.store_name)
+        decision = await self.store.decide(limits.request)
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
@@ -166,9 +158,9 @@ class Limits:
     async def count_failure(self, kind: str, address: str, most: int) -> None:
         """Count a failure of an address, at most `most` a minute. Raises a 429 problem beyond."""
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
-        decision = await self._store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
+        decision = await self.store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
         if decision.refused:
-            self._metrics.refused([f"failed-{kind}"])
+            self.metrics.refused([f"failed-{kind}"])
             raise _wait("rate-limited", decision.rates[0].reset, {})
 
     async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
@@ -176,12 +168,12 @@ class Limits:
 
         Raises Refused and Problem, the user's own limits first.
         """
-        limits = self._session_limits(user.store_name, agent.name)
+        limits = self._limits_of_session(user.store_name, agent.name)
         rates, slots, _, lease, cost, enforce = limits.request
         request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce)
-        decision = await self._store.decide(request)
-        if decision.local and not self._count_locally:
-            await self._store.give_back(request, decision)
+        decision = await self.store.decide(request)
+        if decision.local and not self.count_locally:
+            await self.store.give_back(request, decision)
             raise _wait("at-capacity", STORE_RETRY_AFTER, {})
         self._warn_when_nearly_used_up(limits, decision)
         headers = limits.headers(decision.rates)
@@ -191,12 +183,12 @@ class Limits:
 
     async def release(self, reservation: Reservation) -> None:
         """Give a reservation back; only where no call can exist."""
-        await self._store.give_back(reservation.request, reservation.decision)
+        await self.store.give_back(reservation.request, reservation.decision)
 
     async def usage(self) -> list[tuple[str, int, int]]:
         """The global limits: name, sessions counted, sessions allowed."""
         rates = [_rate(limit, "all") for limit in self._global]
-        decision = await self._store.decide(LimitRequest(rates, cost=0))
+        decision = await self.store.decide(LimitRequest(rates, cost=0))
         return [
             (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
             for rate, state in zip(rates, decision.rates, strict=True)
@@ -207,20 +199,20 @@ class Limits:
         rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
         owners = [cast("Owner", limit.scope) for limit in limits]
         slots = [
-            Slot(calls_of_user(user), self._max_live_calls),
+            Slot(calls_of_user(user), self.max_live_calls),
             Slot(calls_of_agent(agent), self._max_live_calls_of[agent]),
-            Slot(ALL_CALLS, self._max_live_calls_total),
+            Slot(ALL_CALLS, self.max_live_calls_total),
         ]
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        request = LimitRequest(rates, slots, lease=self._lease, enforce=self._enforce)
+        request = LimitRequest(rates, slots, lease=self.lease, enforce=self.enforce)
         return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
 
     def _make_request_limits(self, user: str) -> UserLimits:
         rates = [_rate(limit, user) for limit in self._requests]
         names = [policy_name("request", rate) for rate in rates]
-        request = LimitRequest(rates, enforce=self._enforce)
+        request = LimitRequest(rates, enforce=self.enforce)
         return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
@@ -236,8 +228,8 @@ class Limits:
 
     def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
         """Whether a refusal is only watched. Counts it, and says in the log which limit would have refused."""
-        self._metrics.refused([limits.names[index] for index in decision.refused], enforced=self._enforce)
-        if self._enforce:
+        self.metrics.refused([limits.names[index] for index in decision.refused], enforced=self.enforce)
+        if self.enforce:
             return False
         names = [*(rate.name for rate in limits.request.rates), *(slot.name for slot in limits.request.slots)]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
@@ -247,9 +239,9 @@ class Limits:
         """Say once per window that a global limit is used to 80%."""
         for owner, rate, state in zip(limits.owners, limits.request.rates, decision.rates, strict=False):
             used = rate.amount - state.remaining
-            if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self._clock():
+            if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self.clock():
                 continue
-            self._nearly_until[rate.name] = self._clock() + rate.seconds
+            self._nearly_until[rate.name] = self.clock() + rate.seconds
             log.warning("global_limit_nearly_reached", limit=policy_name("global", rate), used=used, of=rate.amount)
 
 

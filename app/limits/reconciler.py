@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
 
@@ -70,6 +70,7 @@ class ScanResult:
     fetches: int = 0
 
 
+@dataclass
 class Reconciler:
     """Looks for lost calls, all in one scan.
 
@@ -77,31 +78,22 @@ class Reconciler:
     count lost calls, and what became of them.
     """
 
-    def __init__(
-        self,
-        oneinbox: OneInbox,
-        live: LiveCalls,
-        *,
-        agent_ids: Mapping[str, str],
-        timeout: float,
-        now: Callable[[], float] = time.time,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._oneinbox = oneinbox
-        self._live = live
-        self._agent_ids = agent_ids
-        self._timeout = timeout
-        self._now = now
-        self._metrics = metrics or Metrics()
-        self._losses: dict[str, Loss] = {}
-        self._news = asyncio.Event()
-        self._remembered: OrderedDict[str, CallRecord] = OrderedDict()
-        self._places = asyncio.Semaphore(STOPS_AT_ONCE)
-        self._stops: set[asyncio.Task[None]] = set()
+    oneinbox: OneInbox
+    live: LiveCalls
+    _: KW_ONLY
+    agent_ids: Mapping[str, str]
+    timeout: float
+    now: Callable[[], float] = time.time
+    metrics: Metrics = field(default_factory=Metrics)
+    _losses: dict[str, Loss] = field(default_factory=dict, init=False)
+    _added: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _remembered: OrderedDict[str, CallRecord] = field(default_factory=OrderedDict, init=False)
+    _stop_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STOPS_AT_ONCE), init=False)
+    _stops: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     def report_lost(self, attempt: CallAttempt) -> None:
         """Look for the call of a start whose answer this process has lost."""
-        self._add(Loss(attempt, self._now(), witnessed=True))
+        self._add(Loss(attempt, self.now(), witnessed=True))
 
     def report_stale(self, attempts: list[CallAttempt]) -> None:
         """Look for those starts of unknown outcome whose answer must have come long ago.
@@ -109,8 +101,8 @@ class Reconciler:
         Not before every replica has had the time to tell the store what it knows.
         """
         for attempt in attempts:
-            if self._now() - attempt.since > self._timeout + SCAN_AFTER[-1]:
-                self._add(Loss(attempt, self._now() + SWEEP_SECONDS, witnessed=False))
+            if self.now() - attempt.since > self.timeout + SCAN_AFTER[-1]:
+                self._add(Loss(attempt, self.now() + SWEEP_SECONDS, witnessed=False))
 
     async def run(self) -> None:
         """Look, for ever, whenever it is time for one."""
@@ -128,7 +120,7 @@ class Reconciler:
 
     async def scan(self) -> None:
         """Look once for all that are due, and settle each that is found, or was looked for the last time."""
-        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self._now()}
+        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self.now()}
         for agent in {loss.attempt.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
             result = ScanResult()
@@ -138,7 +130,7 @@ class Reconciler:
 
     async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], result: ScanResult) -> None:
         """Look through an agent's running calls; for the last time also through all, whose status may be a new one."""
-        agent_id = self._agent_ids.get(agent, "")
+        agent_id = self.agent_ids.get(agent, "")
         for status in RUNNING:
             try:
                 await self._find(agent_id, status, losses, result)
@@ -153,53 +145,53 @@ class Reconciler:
     def _add(self, loss: Loss) -> None:
         if loss.attempt.request_id not in self._losses:
             self._losses[loss.attempt.request_id] = loss
-            self._metrics.orphan("lost")
-            self._news.set()
+            self.metrics.orphan("lost")
+            self._added.set()
 
     async def _until_due(self) -> None:
         while True:
-            self._news.clear()
+            self._added.clear()
             dues = [loss.due for loss in self._losses.values()]
-            wait = min(dues) - self._now() if dues else None
+            wait = min(dues) - self.now() if dues else None
             if wait is not None and wait <= 0:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self._news.wait()
+                    await self._added.wait()
 
     async def _settle(self, loss: Loss, record: CallRecord | None, *, complete: bool) -> None:
         attempt = loss.attempt
         try:
-            if not loss.witnessed and not await self._live.is_pending(attempt):
+            if not loss.witnessed and not await self.live.is_pending(attempt):
                 del self._losses[attempt.request_id]  # it was known after all
                 return
         except StoreUnavailable:
-            loss.since = self._now()  # nobody can tell now
+            loss.since = self.now()  # nobody can tell now
             return
         loss.scans += 1
         if record is not None:
             log.warning("lost_call_found", call=record.id, request_id=attempt.request_id, scans=loss.scans)
-            self._metrics.orphan("found")
+            self.metrics.orphan("found")
             del self._losses[attempt.request_id]
             self._stop(attempt, record.id)
         elif loss.scans == len(SCAN_AFTER):
             del self._losses[attempt.request_id]
             if complete:
                 log.warning("lost_call_not_found", request_id=attempt.request_id)
-                self._metrics.orphan("not-found")
-                await self._live.release_slots(attempt)
+                self.metrics.orphan("not-found")
+                await self.live.release_slots(attempt)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep begins anew.
                 log.error("lost_call_unresolved", request_id=attempt.request_id)
-                self._metrics.orphan("given-up")
-                await self._live.mark_unresolved(attempt)
+                self.metrics.orphan("given-up")
+                await self.live.mark_unresolved(attempt)
 
     def _stop(self, attempt: CallAttempt, call_id: str) -> None:
         """Hang up beside the scans: a stop that hangs must not hold up another loss."""
 
         async def stop() -> None:
-            async with self._places:
-                await self._live.stop(attempt, call_id, LOST)
+            async with self._stop_slots:
+                await self.live.stop(attempt, call_id, LOST)
 
         task = asyncio.create_task(stop(), name="stop")
         self._stops.add(task)
@@ -229,8 +221,8 @@ class Reconciler:
     async def _page(self, agent_id: str, status: str | None, offset: int) -> CallPage:
         for _ in range(TRIES - 1):
             with contextlib.suppress(OneInboxError):
-                return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
-        return await self._oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
+                return await self.oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
+        return await self.oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
 
     async def _with_metadata(
         self, listed: CallRecord, losses: Mapping[str, Loss], result: ScanResult
@@ -247,7 +239,7 @@ class Reconciler:
             return None
         result.fetches += 1
         try:
-            record = await self._oneinbox.get_call(listed.id)
+            record = await self.oneinbox.get_call(listed.id)
         except OneInboxError as error:
             # A 404 is no lost call of ours; anything else may hide one.
             result.complete = result.complete and error.status == 404
@@ -261,7 +253,7 @@ class Reconciler:
         if record.created_at is None:
             return True
         after = record.created_at.timestamp() - attempt.since
-        return -CLOCKS_APART <= after <= self._timeout + CLOCKS_APART
+        return -CLOCKS_APART <= after <= self.timeout + CLOCKS_APART
 
     def _is(self, record: CallRecord, agent_id: str, attempt: CallAttempt) -> bool:
         return record.agent_id == agent_id and record.owner == attempt.owner and self._fits(record, attempt)

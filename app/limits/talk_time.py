@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
 
@@ -21,6 +22,7 @@ GLOBAL_MINUTES = "global-talk-minutes"
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class TalkTime:
     """Counts the seconds of finished calls, and adds those of running ones, from their POST on.
 
@@ -29,37 +31,28 @@ class TalkTime:
     time. `metrics`: count what is refused.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        minutes: int | None,
-        minutes_total: int | None,
-        enforce: bool = True,
-        now: Callable[[], float] = time.time,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._store = store
-        self._minutes = minutes
-        self._minutes_total = minutes_total
-        self._enforce = enforce
-        self._now = now
-        self._metrics = metrics or Metrics()
+    store: Store
+    _: KW_ONLY
+    minutes: int | None
+    minutes_total: int | None
+    enforce: bool = True
+    now: Callable[[], float] = time.time
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def check(self, user: User) -> None:
         """Raises `talk-time-used-up` for the user's own minutes, `at-capacity` for everybody's."""
-        if self._minutes is not None:
-            rate = self._rate(user.store_name, self._minutes)
+        if self.minutes is not None:
+            rate = self._rate(user.store_name, self.minutes)
             await self._check(rate, calls_of_user(user.store_name), "talk-time-used-up")
-        if self._minutes_total is not None:
-            await self._check(self._rate("all", self._minutes_total), ALL_CALLS, "at-capacity")
+        if self.minutes_total is not None:
+            await self._check(self._rate("all", self.minutes_total), ALL_CALLS, "at-capacity")
 
     async def usage(self) -> list[tuple[str, int, int]]:
         """The minutes of all users together, if they are limited: name, seconds used, seconds allowed."""
-        if self._minutes_total is None:
+        if self.minutes_total is None:
             return []
-        rate = self._rate("all", self._minutes_total)
-        state = (await self._store.decide(LimitRequest([rate], cost=0))).rates[0]
+        rate = self._rate("all", self.minutes_total)
+        state = (await self.store.decide(LimitRequest([rate], cost=0))).rates[0]
         running = await self._running(ALL_CALLS)
         return [(GLOBAL_MINUTES, rate.amount - state.remaining + math.ceil(running), rate.amount)]
 
@@ -70,20 +63,20 @@ class TalkTime:
             return
         seconds = record.duration_seconds if record is not None else None
         if seconds is None:
-            seconds = self._now() - attempt.since
+            seconds = self.now() - attempt.since
         if seconds > 0:
-            await self._store.decide(LimitRequest(rates, cost=math.ceil(seconds), enforce=False))
+            await self.store.decide(LimitRequest(rates, cost=math.ceil(seconds), enforce=False))
 
     def _limits(self, attempt: CallAttempt) -> Sequence[tuple[str, int | None]]:
-        return (attempt.user, self._minutes), ("all", self._minutes_total)
+        return (attempt.user, self.minutes), ("all", self.minutes_total)
 
     async def _check(self, rate: Rate, running: str, slug: str) -> None:
-        state = (await self._store.decide(LimitRequest([rate], cost=0))).rates[0]
+        state = (await self.store.decide(LimitRequest([rate], cost=0))).rates[0]
         if state.remaining > 0 and await self._running(running) < state.remaining:
             return
         limit = "user-talk-minutes" if slug == "talk-time-used-up" else GLOBAL_MINUTES
-        self._metrics.refused([limit], enforced=self._enforce)
-        if not self._enforce:
+        self.metrics.refused([limit], enforced=self.enforce)
+        if not self.enforce:
             log.warning("would_refuse", limits=[rate.name])
             return
         wait = RETRY_AFTER if state.remaining else max(1, math.ceil(state.reset))
@@ -91,8 +84,8 @@ class TalkTime:
 
     async def _running(self, calls: str) -> float:
         """Seconds that the running calls of a set have taken until now."""
-        attempts = [CallAttempt.from_key(member) for member in await self._store.members(calls)]
-        return sum(self._now() - attempt.since for attempt in attempts)
+        attempts = [CallAttempt.from_key(member) for member in await self.store.members(calls)]
+        return sum(self.now() - attempt.since for attempt in attempts)
 
     def _rate(self, name: str, minutes: int) -> Rate:
         return Rate(f"talk:{name}", minutes * 60, DAY)

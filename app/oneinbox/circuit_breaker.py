@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
@@ -24,6 +25,7 @@ WHILE_PROBING = 1
 log = structlog.get_logger(__name__)
 
 
+@dataclass
 class CircuitBreaker:
     """Decides for each request, in this process, whether it may be sent; `turn` goes around every one.
 
@@ -35,18 +37,17 @@ class CircuitBreaker:
     `clock`: monotonic seconds. `metrics`: count the pauses.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, metrics: Metrics | None = None) -> None:
-        self._clock = clock
-        self._metrics = metrics or Metrics()
-        self._until: float | None = None
-        self._probing = False
-        self._failures = 0
-        self._pauses = 0
+    clock: Callable[[], float] = time.monotonic
+    metrics: Metrics = field(default_factory=Metrics)
+    _until: float | None = field(default=None, init=False)
+    _probing: bool = field(default=False, init=False)
+    _failures: int = field(default=0, init=False)
+    _pauses: int = field(default=0, init=False)
 
     @property
     def seconds_left(self) -> float:
         """Seconds in which nothing is sent; 0 where something is, be it a probe only."""
-        return 0.0 if self._until is None else max(0.0, self._until - self._clock())
+        return 0.0 if self._until is None else max(0.0, self._until - self.clock())
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -88,8 +89,8 @@ class CircuitBreaker:
     def _pause(self, seconds: float, why: str) -> None:
         if self._until is None:
             log.warning("oneinbox_paused", seconds=seconds, why=why)
-            self._metrics.paused(why.replace(" ", "-"))
-        self._until = max(self._until or 0.0, self._clock() + seconds)
+            self.metrics.paused(why.replace(" ", "-"))
+        self._until = max(self._until or 0.0, self.clock() + seconds)
         self._failures = 0
         self._pauses += 1
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError
@@ -16,17 +17,17 @@ SILENCE_SECONDS = 5
 """After so long without a message the server is asked for a sign of life; after as long again it counts as lost."""
 
 
+@dataclass
 class Subscriber:
     """Feeds the hub from the server. One task, from the first subscriber on until closed."""
 
-    def __init__(self, connect: Callable[[], Connection], pubsub: LocalPubSub, prefix: str) -> None:
-        self._connect = connect
-        self._pubsub = pubsub
-        self._prefix = prefix
-        self._task: asyncio.Task[None] | None = None
-        self._connection: Connection | None = None
-        self._followed: dict[str, asyncio.Event] = {}
-        self._orders: set[asyncio.Task[None]] = set()
+    connect: Callable[[], Connection]
+    pubsub: LocalPubSub
+    prefix: str
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _connection: Connection | None = field(default=None, init=False)
+    _followed: dict[str, asyncio.Event] = field(default_factory=dict, init=False)
+    _orders: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def follow(self, channel: str) -> None:
         """Make the server send the channel; returns when it does, or after 250 ms without a server."""
@@ -42,7 +43,7 @@ class Subscriber:
 
     def forget(self, channel: str) -> None:
         """Call before a listener leaves the hub: with the last one the server need not send any more."""
-        if self._pubsub.listeners(channel) <= 1 and channel in self._followed:
+        if self.pubsub.listeners(channel) <= 1 and channel in self._followed:
             del self._followed[channel]
             self._order("UNSUBSCRIBE", channel)
 
@@ -63,11 +64,11 @@ class Subscriber:
 
     async def _send(self, connection: Connection, command: str, *channels: str) -> None:
         with contextlib.suppress(RedisError, OSError):  # the reading side notices, and starts again
-            await connection.send_command(command, *(self._prefix + channel for channel in channels))
+            await connection.send_command(command, *(self.prefix + channel for channel in channels))
 
     async def _run(self) -> None:
         while True:
-            connection = self._connect()
+            connection = self.connect()
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 try:
                     async with asyncio.timeout(TIMEOUT):
@@ -94,8 +95,8 @@ class Subscriber:
             asked = reply is None
             if reply is None or reply[0] not in (b"message", b"subscribe"):
                 continue
-            channel = reply[1].decode().removeprefix(self._prefix)
+            channel = reply[1].decode().removeprefix(self.prefix)
             if reply[0] == b"message":
-                self._pubsub.deliver(channel, reply[2])
+                self.pubsub.deliver(channel, reply[2])
             elif channel in self._followed:
                 self._followed[channel].set()
