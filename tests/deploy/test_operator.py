@@ -139,8 +139,7 @@ async def test_from_nothing_to_a_session_through_tls(tmp_path: Path) -> None:
             await answers(client, 422)
             assert (await client.post("/session")).status_code == 201
 
-            broker.process.terminate()
-            assert await broker.process.wait() == 0
+            assert await broker.process.stop() == 0
 
 
 async def answers(client: httpx.AsyncClient, status: int) -> None:

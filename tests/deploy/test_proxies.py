@@ -262,8 +262,7 @@ async def test_logs_hold_no_path_and_so_no_call_key(name: str, oneinbox: Running
         async with running(name, tmp_path, broker=url) as proxy, proxy.client() as client:
             call = await start_call(client)
             assert (await client.get(call)).status_code == 200
-            broker.process.terminate()
-            await broker.process.wait()
+            await broker.process.stop()
             assert (await client.get(call)).status_code == 502
         assert call.rpartition("/")[2] not in proxy.log
         assert "/calls/" not in proxy.log

@@ -33,7 +33,7 @@ from typing import Any
 
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, check
-from tests.support.processes import surroundings
+from tests.support.processes import PATIENCE, surroundings
 
 HONEST = 5
 TRY_SECONDS = 5.0
@@ -254,7 +254,7 @@ async def drill(
             watching = asyncio.create_task(watch(oneinbox, seen))
             try:
                 honest = await being_honest
-                printed, _ = await asyncio.wait_for(attacking.communicate(), seconds + rig.PATIENCE)
+                printed, _ = await asyncio.wait_for(attacking.communicate(), seconds + PATIENCE)
             finally:
                 being_honest.cancel()
                 watching.cancel()
@@ -264,7 +264,7 @@ async def drill(
             outcomes = Counter(json.loads(printed))
             unwanted = await settle(oneinbox) if kind == "hang-ups" else None
             result = bill(await oneinbox.calls(), seen)
-            codes = [await process.end() for process in running]
+            codes = [await process.stop() for process in running]
         report(kind, limits, outcomes, honest, result)
         judge(kind, limits, honest, result)
         reads = [each for user in honest for each in user.reads]

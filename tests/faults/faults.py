@@ -28,6 +28,7 @@ import redis
 from app.limits.live_calls import LiveCall
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, call_id, call_key, check
+from tests.support.processes import Process
 
 TIMEOUT = 2.0
 ANSWER_SECONDS = TIMEOUT + 5
@@ -89,7 +90,7 @@ class Book:
 class Drill:
     """The load: sessions by turns, from as many browsers."""
 
-    replicas: list[rig.Process]
+    replicas: list[Process]
     sessions: int
     seed: int
     short: bool
@@ -174,9 +175,7 @@ class Drill:
             await asyncio.sleep(0.05)
 
 
-async def accidents(
-    drill: Drill, valkey: rig.Valkey, start_another: Callable[[], Awaitable[rig.Process]] | None
-) -> int:
+async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Callable[[], Awaitable[Process]] | None) -> int:
     """All that happens to the machines; how many requests were under way at the replica that was killed."""
     await drill.progress(0.25)
     await lose(valkey)
@@ -186,7 +185,7 @@ async def accidents(
     victim = drill.replicas.pop(0)
     under_way = drill.book.under_way[victim.url]
     victim.kill()
-    await victim.popen.wait()
+    await victim.ended()
     drill.replicas.append(await start_another())
     await drill.progress(0.75)
     await lose(valkey)
@@ -232,7 +231,7 @@ async def drill(
             load = Drill(list(running), sessions, seed, short)
             await oneinbox.faults(spoiled(faulty, seed, operations))
 
-            async def start_another() -> rig.Process:
+            async def start_another() -> Process:
                 running.append(await rig.start_broker(folder, environ))
                 return running[-1]
 
@@ -242,7 +241,7 @@ async def drill(
             loaded = time.monotonic() - began
             settled = await settle(oneinbox, load.book, valkey, patience)
             calls = await oneinbox.calls()
-            codes = [await process.end() for process in running[not short :]]
+            codes = [await process.stop() for process in running[not short :]]
             in_hand, unwanted = told_apart(calls, load.book, valkey)
         answered = rig.answered(folder)
         too_late = [each for each in in_hand if each in answered]

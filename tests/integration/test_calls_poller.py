@@ -11,7 +11,7 @@ from app.sandbox.schemas import CallOverride, RegisterWebhook
 from app.sandbox.server import running_emulator
 from tests.support.brokers import asked, running_broker_process, running_broker_processes
 from tests.support.valkey import running_valkey
-from tests.support.watchers import Watcher, figure, memory, open_many, room_for_sockets
+from tests.support.watchers import Watcher, figure, open_many, room_for_sockets
 
 WATCHERS = 1000
 STREAMS = {"BROKER_MAX_STREAMS": "2000"}
@@ -26,12 +26,12 @@ async def test_a_thousand_watchers_of_one_call() -> None:
         running_emulator(options) as oneinbox,
         running_broker_process(oneinbox.url, **STREAMS, BROKER_EXPOSE="transcript") as broker,
     ):
-        url, pid = str(broker.client.base_url), broker.process.pid
+        url = str(broker.client.base_url)
         # Another call first: what the first stream costs, all others share.
         warm = (await broker.client.post("/session", json={})).headers["location"]
         await asyncio.gather(*(each.hang_up() for each in await open_many(url, warm, 20)))
         path = (await broker.client.post("/session", json={})).headers["location"]
-        before = memory(pid)
+        before = broker.process.memory()
         oneinbox.emulator.requests.clear()
         began = time.monotonic()
 
@@ -43,7 +43,7 @@ async def test_a_thousand_watchers_of_one_call() -> None:
             oneinbox.emulator.override(call, CallOverride(status=status))
             await asyncio.sleep(2)  # as long as a state must last to be seen for sure
             if status == "in_progress":
-                each = (memory(pid) - before) / WATCHERS
+                each = (broker.process.memory() - before) / WATCHERS
         await asyncio.gather(*(watcher.over() for watcher in watchers))
         seconds = time.monotonic() - began
 

@@ -15,15 +15,15 @@ from app.sandbox.schemas import CallOverride
 from app.sandbox.server import running_emulator
 from tests.support.brokers import (
     LONG_CALLS,
-    PATIENCE,
     BrokerProcess,
     eventually,
     running_broker_process,
     running_broker_processes,
 )
+from tests.support.processes import PATIENCE
 from tests.support.shapes import assert_problem
 from tests.support.valkey import running_valkey
-from tests.support.watchers import Watcher, figure, memory, open_many
+from tests.support.watchers import Watcher, figure, open_many
 
 ISSUER = "an issuer's secret of more than 32 characters"
 VANISHED_SECONDS = 20
@@ -38,11 +38,6 @@ async def start(broker: BrokerProcess, **headers: str) -> str:
 
 def url_of(broker: BrokerProcess) -> str:
     return str(broker.client.base_url)
-
-
-async def ended(broker: BrokerProcess) -> int:
-    """Wait for the process; its exit status."""
-    return await asyncio.wait_for(broker.process.wait(), PATIENCE)
 
 
 async def test_a_closed_connection_frees_its_place_at_once() -> None:
@@ -129,10 +124,10 @@ async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
 
         for number in range(10):  # until all buffers on the way are full
             await tell(number)
-        before = memory(broker.process.pid)
+        before = broker.process.memory()
         for number in range(10, 50):
             await tell(number)
-        grown = memory(broker.process.pid) - before
+        grown = broker.process.memory() - before
         figure("bytes kept for five who did not read 8 MB each", grown)
         assert grown < 10_000_000
         oneinbox.emulator.override(call, CallOverride(status="completed"))
@@ -180,7 +175,7 @@ async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -
             # The call ends while everybody is on the way to the other replica.
             [call] = oneinbox.emulator.calls
             oneinbox.emulator.override(call, CallOverride(status="completed"))
-            assert await ended(leaving) == 0
+            assert await leaving.process.ended() == 0
             back = [
                 await Watcher.open(url_of(staying), path, {"Last-Event-ID": watcher.last_id})
                 for watcher in watchers[:20]
@@ -221,7 +216,7 @@ async def test_draining_says_so_at_once_and_serves_on() -> None:
             assert watcher.clean
             assert not watcher.ended
             assert 2 <= watcher.over_at - began < 4
-        assert await ended(broker) == 0
+        assert await broker.process.ended() == 0
 
 
 async def is_draining(broker: BrokerProcess) -> bool:

@@ -222,7 +222,7 @@ def test_a_full_disk(tmp_path: Path, arguments: str) -> None:
 def test_servers_end_well(tmp_path: Path, arguments: tuple[str, ...], sign: str, number: signal.Signals) -> None:
     with running(*arguments, cwd=tmp_path, environ=DEAD) as process:
         wait_until_up(process.wait_for(sign))
-        process.popen.send_signal(number)
+        process.send_signal(number)
         assert process.end() == 0
         assert not [line for line in process.err if "Traceback" in line]
 
@@ -235,7 +235,7 @@ def test_ctrl_c_of_a_command_that_waits(tmp_path: Path) -> None:
         environ |= {"ONEINBOX_TIMEOUT": "60"}
         with running("doctor", cwd=tmp_path, environ=environ) as process:
             connection, _ = silent.accept()
-            process.popen.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
             assert process.end() == 130
             connection.close()
         assert process.err == []

@@ -7,10 +7,9 @@ the whole process bears it.
 import asyncio
 import contextlib
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -58,26 +57,6 @@ async def broker(oneinbox: RunningEmulator) -> AsyncIterator[BrokerProcess]:
         # Nothing that a client does is worth more than a line like any other.
         assert {entry["level"] for entry in process.logs if entry["event"] != "limits_in_memory"} <= {"info", "warning"}
         assert not [entry for entry in process.logs if "exception" in entry]
-
-
-def memory(broker: BrokerProcess, field: str) -> int:
-    """Bytes of memory that a broker uses (`VmRSS`), or has used at most (`VmHWM`)."""
-    status = Path(f"/proc/{broker.process.pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
-
-
-def files(broker: BrokerProcess) -> int:
-    """Open files and connections of a broker."""
-    return len(os.listdir(f"/proc/{broker.process.pid}/fd"))
-
-
-@contextmanager
-def bounded_memory(broker: BrokerProcess, peak: int) -> Iterator[None]:
-    """A broker never uses more than `peak` bytes on top of what it uses now."""
-    before = memory(broker, "VmRSS")
-    Path(f"/proc/{broker.process.pid}/clear_refs").write_text("5", encoding="ascii")  # the peak is now
-    yield
-    assert memory(broker, "VmHWM") - before < peak
 
 
 @asynccontextmanager
@@ -137,17 +116,17 @@ NO_HOST = b"GET /healthz HTTP/1.1\r\n\r\n"
 
 async def a_thousand_idle_connections(broker: BrokerProcess) -> None:
     """They cost little, and are closed."""
-    url, before = url_of(broker), files(broker)
+    url, before = url_of(broker), broker.process.descriptors
     silent = [b"", b"GET /hea", GET]
 
-    with bounded_memory(broker, 32 * MEGABYTE):
+    with broker.process.bounded_memory(peak=32 * MEGABYTE):
         async with contextlib.AsyncExitStack() as stack:
             readers = []
             for number in range(MANY):
                 reader, writer = await stack.enter_async_context(connected(url))
                 writer.write(silent[number % 3])
                 readers.append(reader)
-            assert files(broker) >= before + MANY
+            assert broker.process.descriptors >= before + MANY
             assert (await broker.client.get("/healthz")).status_code == 200
             async with asyncio.timeout(ARRIVAL + SLACK):
                 answers = await asyncio.gather(*(reader.read() for reader in readers))
@@ -155,7 +134,7 @@ async def a_thousand_idle_connections(broker: BrokerProcess) -> None:
     assert all(not answer or refused(answer, 408) for answer in answers)
 
     async def all_gone() -> bool:
-        return files(broker) < before + 10  # others may be kept
+        return broker.process.descriptors < before + 10  # others may be kept
 
     await eventually(all_gone, within=SLACK)
 
@@ -237,7 +216,7 @@ ENDLESS = {
 
 
 async def test_what_has_no_end_is_cut_and_costs_no_memory(broker: BrokerProcess) -> None:
-    with bounded_memory(broker, 16 * MEGABYTE):
+    with broker.process.bounded_memory(peak=16 * MEGABYTE):
         floods = await asyncio.gather(*(flood(broker, first, each) for first, each, _ in ENDLESS.values()))
 
     for (name, (_, _, status)), (answer, seconds) in zip(ENDLESS.items(), floods, strict=True):

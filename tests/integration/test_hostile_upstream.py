@@ -5,8 +5,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -53,25 +52,6 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process' memory from /proc"),
 ]
-
-
-# Measuring
-
-
-def memory(broker: BrokerProcess, field: str) -> int:
-    """Bytes of memory that a broker uses (`VmRSS`), or has used at most (`VmHWM`)."""
-    status = Path(f"/proc/{broker.process.pid}/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
-
-
-@contextmanager
-def bounded_memory(broker: BrokerProcess, *, growth: int, peak: int) -> Iterator[None]:
-    """A broker grows by so many bytes at most, and while it works by `peak`."""
-    before = memory(broker, "VmRSS")
-    Path(f"/proc/{broker.process.pid}/clear_refs").write_text("5", encoding="ascii")  # the peak is now
-    yield
-    assert memory(broker, "VmHWM") - before < peak
-    assert memory(broker, "VmRSS") - before < growth
 
 
 async def start(broker: BrokerProcess) -> httpx.Response:
@@ -145,7 +125,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 async def test_each_fault_ends_in_time_in_its_problem(
     broker: BrokerProcess, oneinbox: RunningEmulator, fault: Fault, slug: str
 ) -> None:
-    with bounded_memory(broker, growth=12 * MEGABYTE, peak=32 * MEGABYTE):
+    with broker.process.bounded_memory(growth=12 * MEGABYTE, peak=32 * MEGABYTE):
         before = await left(broker)
         oneinbox.emulator.faults.add(fault)
         assert_problem(await start(broker), slug)
@@ -182,7 +162,7 @@ async def test_fifty_answers_without_sense_at_once(broker: BrokerProcess, oneinb
     before = await left(broker)
     oneinbox.emulator.faults.add(*faults)
 
-    with bounded_memory(broker, growth=12 * MEGABYTE, peak=32 * MEGABYTE):
+    with broker.process.bounded_memory(growth=12 * MEGABYTE, peak=32 * MEGABYTE):
         async with asyncio.timeout(PATIENCE):
             responses = await post_many([broker], 50)
 
@@ -194,7 +174,7 @@ async def test_fifty_endless_answers_at_once(broker: BrokerProcess, oneinbox: Ru
     before = await left(broker)
     oneinbox.emulator.faults.add(EndlessBody(operation="start", times=50))
 
-    with bounded_memory(broker, growth=32 * MEGABYTE, peak=64 * MEGABYTE):
+    with broker.process.bounded_memory(growth=32 * MEGABYTE, peak=64 * MEGABYTE):
         async with asyncio.timeout(PATIENCE):
             responses = await post_many([broker], 50)
 
@@ -410,7 +390,7 @@ SCRIPTS: dict[str, tuple[Script, set[str]]] = {
 async def test_each_breach_of_the_protocol_ends_in_time(
     raw: RawUpstream, raw_broker: BrokerProcess, script: Script, slugs: set[str]
 ) -> None:
-    with bounded_memory(raw_broker, growth=12 * MEGABYTE, peak=32 * MEGABYTE):
+    with raw_broker.process.bounded_memory(growth=12 * MEGABYTE, peak=32 * MEGABYTE):
         before, started = await left(raw_broker), raw.started
         raw.scripts.append(script)
         response = await start(raw_broker)
@@ -459,7 +439,7 @@ async def test_fifty_breaches_at_once(raw: RawUpstream, raw_broker: BrokerProces
     before = await left(raw_broker)
     raw.scripts += [SCRIPTS[names[number % len(names)]][0] for number in range(50)]
 
-    with bounded_memory(raw_broker, growth=12 * MEGABYTE, peak=48 * MEGABYTE):
+    with raw_broker.process.bounded_memory(growth=12 * MEGABYTE, peak=48 * MEGABYTE):
         async with asyncio.timeout(PATIENCE):
             responses = await post_many([raw_broker], 50)
     raw.scripts.clear()

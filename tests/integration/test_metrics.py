@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.sandbox.faults import Drop
 from app.sandbox.server import running_emulator
-from tests.support.brokers import LONG_CALLS, PATIENCE, BrokerProcess, eventually, post_many, running_broker_process
+from tests.support.brokers import LONG_CALLS, BrokerProcess, eventually, post_many, running_broker_process
+from tests.support.processes import PATIENCE
 from tests.support.valkey import Valkey, running_valkey
 
 TOKEN = "metrics-token-of-the-operator"

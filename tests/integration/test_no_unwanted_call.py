@@ -434,7 +434,7 @@ async def test_a_process_that_is_killed_leaves_a_call_that_another_replica_finds
         browser.post()
         await is_asked(oneinbox, 2)
         broker.process.kill()
-        await broker.process.wait()
+        await broker.process.ended()
         await browser.close()
         assert len(running_calls(oneinbox.emulator)) == 2
 

@@ -5,13 +5,12 @@ async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2,
 """
 
 import asyncio
-import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,10 +20,8 @@ from app.config.settings import Settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.middleware import RecordedRequest
-from tests.support.processes import surroundings
+from tests.support.processes import PATIENCE, Process, running
 
-PATIENCE = 30
-"""Seconds for a process to start, to answer or to end; ample on a busy machine."""
 LONG_CALLS = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
 """Calls that nobody ends are still running when the test ends."""
 SECRET = "a secret of the tests, of more than 32 characters"
@@ -56,11 +53,15 @@ def settings_of(oneinbox: str, changes: Mapping[str, str]) -> Settings:
 
 @dataclass(frozen=True)
 class BrokerProcess:
-    """A broker that runs; `logs` grows."""
+    """A broker that runs, and a client of it."""
 
     client: httpx.AsyncClient
-    process: asyncio.subprocess.Process
-    logs: list[dict[str, Any]] = field(default_factory=list)
+    process: Process
+
+    @property
+    def logs(self) -> list[dict[str, Any]]:
+        """What it logged so far."""
+        return self.process.records
 
     async def readiness(self) -> str:
         """`ok` or `degraded`, as /readyz says."""
@@ -73,42 +74,20 @@ class BrokerProcess:
 @asynccontextmanager
 async def running_broker_process(oneinbox: str, *arguments: str, **changes: str) -> AsyncIterator[BrokerProcess]:
     """`python -m app serve` with these arguments and settings, until the block ends."""
-    empty = tempfile.TemporaryDirectory()  # no .env there
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app", "serve", "--port", "0", *arguments),
-        cwd=empty.name,
-        env=surroundings(environ_of(oneinbox, changes)),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    logs: list[dict[str, Any]] = []
-    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def read() -> None:
-        assert process.stderr is not None
-        output = b""
-        async for line in process.stderr:
-            output += line
-            entry = json.loads(line) if line.startswith(b"{") else {"event": line.decode()}
-            logs.append(entry)
-            if entry["event"] == "listening":
-                listening.set_result(entry["url"])
-        if not listening.done():
-            listening.set_exception(AssertionError(f"the broker ended: {output.decode()}"))
-
-    reading = asyncio.create_task(read())
-    try:
-        url = await asyncio.wait_for(listening, PATIENCE)
+    environ = environ_of(oneinbox, changes)
+    with (
+        tempfile.TemporaryDirectory() as empty,  # no .env there
+        running("serve", "--port", "0", *arguments, cwd=Path(empty), environ=environ) as process,
+    ):
+        url = await process.listens()
         # httpx's own pool would take seconds of CPU to get hundreds of requests out at once.
         transport = open_transport(url, pool_size=1000)
-        async with httpx.AsyncClient(base_url=url, transport=transport, timeout=PATIENCE) as client:
-            assert (await client.get("/readyz")).status_code == 200
-            yield BrokerProcess(client, process, logs)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await asyncio.wait_for(process.wait(), PATIENCE)
-        await reading
-        empty.cleanup()
+        try:
+            async with httpx.AsyncClient(base_url=url, transport=transport, timeout=PATIENCE) as client:
+                assert (await client.get("/readyz")).status_code == 200
+                yield BrokerProcess(client, process)
+        finally:
+            await process.stop()
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
-"""The broker as its users run it: a process of its own, over real sockets."""
+"""The broker as its users run it: a process over real sockets. Tests start `python -m …` here and nowhere else."""
 
+import asyncio
 import json
 import os
 import resource
@@ -7,29 +8,30 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
 from typing import IO, Any
 
 import app
 
 ROOT = Path(app.__file__).parents[1]
-PATIENCE = 20.0
+PATIENCE = 30.0
+"""Seconds for a process to start, to print, to answer or to end; ample on a busy machine."""
 
 
 def surroundings(environ: Mapping[str, str]) -> dict[str, str]:
-    """This process' environment without anybody's settings, and with these; the code under test first."""
+    """This process' environment without the broker's settings, then with these; the code under test comes first."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(("BROKER_", "ONEINBOX_"))}
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environ}
 
 
 @dataclass
 class Finished:
-    """What a command left behind. `seconds`: of processor time, which no busy machine stretches."""
+    """The result of a command. `seconds`: of processor time, which a busy machine does not stretch."""
 
     code: int
     out: str
@@ -54,60 +56,160 @@ def run(*arguments: str, cwd: Path, environ: Mapping[str, str], module: str = "a
     return Finished(done.returncode, done.stdout, done.stderr, seconds)
 
 
+class Output:
+    """A stream of a process, taken by a file (None: without a name), so the process never waits for a reader."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile() if path is None else path.open("w+b")  # noqa: SIM115 - `close`
+        self._read = b""
+        self._passed = 0
+
+    @property
+    def lines(self) -> list[str]:
+        """The whole lines so far."""
+        if not self.file.closed:
+            descriptor = self.file.fileno()
+            # The process writes where the file stands: read without moving that.
+            self._read += os.pread(descriptor, os.fstat(descriptor).st_size - len(self._read), len(self._read))
+        return self._read[: self._read.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+
+    def find(self, text: str) -> str | None:
+        """The first line with this text that no call has passed yet, if it has come."""
+        lines = self.lines
+        for number, line in enumerate(lines[self._passed :], start=self._passed + 1):
+            if text in line:
+                self._passed = number
+                return line
+        self._passed = len(lines)
+        return None
+
+    def close(self) -> None:
+        """Keep what came, without the file."""
+        assert self.lines is not None
+        self.file.close()
+
+
 @dataclass
 class Process:
-    """A running command. `out` and `err`: what it printed so far, line by line."""
+    """A running command. Waiting blocks: an event loop uses `asyncio.to_thread`, or `listens`, `ended` and `stop`."""
 
-    popen: subprocess.Popen[str]
-    out: list[str] = field(default_factory=list)
-    err: list[str] = field(default_factory=list)
-    _lines: Queue[str] = field(default_factory=Queue)
-    _readers: list[threading.Thread] = field(default_factory=list)
+    popen: subprocess.Popen[bytes]
+    stdout: Output
+    stderr: Output
+    url: str = ""
+    """Where it listens, once that is known."""
 
-    def read(self) -> None:
-        """Begin to read what it prints."""
-        for stream, lines in ((self.popen.stdout, self.out), (self.popen.stderr, self.err)):
-            assert stream is not None
-            reader = threading.Thread(target=self._follow, args=(stream, lines))
-            reader.start()
-            self._readers.append(reader)
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
 
-    def _follow(self, stream: IO[str], lines: list[str]) -> None:
-        with stream:
-            for line in stream:
-                lines.append(line.rstrip("\n"))
-                self._lines.put(line)
+    @property
+    def out(self) -> list[str]:
+        """The lines it printed so far."""
+        return self.stdout.lines
 
-    def wait_for(self, text: str) -> str:
-        """The first new line with this text."""
-        while True:
-            try:
-                line = self._lines.get(timeout=PATIENCE)
-            except Empty:
-                raise AssertionError(f"never printed {text!r}: {self.out} {self.err}") from None
-            if text in line:
-                return line
-
-    def terminate(self) -> int:
-        """Send SIGTERM; the exit status."""
-        self.popen.send_signal(signal.SIGTERM)
-        return self.end()
-
-    def end(self) -> int:
-        """Wait for the end; the exit status."""
-        code = self.popen.wait(PATIENCE)
-        for reader in self._readers:
-            reader.join(PATIENCE)
-        return code
+    @property
+    def err(self) -> list[str]:
+        """The lines on stderr so far."""
+        return self.stderr.lines
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """Its log."""
         return [json.loads(line) for line in self.err]
 
+    def wait_for(self, text: str) -> str:
+        """The next line with this text. Raises AssertionError when none comes."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            over = self.popen.poll() is not None or time.monotonic() > deadline
+            if line := self.stdout.find(text) or self.stderr.find(text):
+                return line
+            assert not over, f"never printed {text!r}: {self.out} {self.err}"
+            time.sleep(0.01)
 
-def _mind_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def wait_for_url(self) -> str:
+        """The URL that a broker logs once it listens."""
+        self.url = json.loads(self.wait_for('"listening"'))["url"]
+        return self.url
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, and do not wait."""
+        self.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """Send SIGKILL, and do not wait."""
+        self.popen.kill()
+
+    def terminate(self) -> int:
+        """Send SIGTERM; the exit status."""
+        self.popen.terminate()
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for the end; the exit status. Kills what does not end in time, and raises TimeoutExpired."""
+        try:
+            return self.popen.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            raise
+        finally:
+            for output in (self.stdout, self.stderr):
+                output.close()
+
+    async def listens(self) -> str:
+        """The same as `wait_for_url`, for an event loop."""
+        return await asyncio.to_thread(self.wait_for_url)
+
+    async def ended(self) -> int:
+        """The same as `end`, for an event loop."""
+        return await asyncio.to_thread(self.end)
+
+    async def stop(self) -> int:
+        """The same as `terminate`, for an event loop."""
+        return await asyncio.to_thread(self.terminate)
+
+    def memory(self, field: str = "VmRSS") -> int:
+        """Bytes of memory that it uses, or with `VmHWM` has used at most."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
+
+    @property
+    def descriptors(self) -> int:
+        """Open files and connections."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    @contextmanager
+    def bounded_memory(self, *, peak: int, growth: int | None = None) -> Iterator[None]:
+        """Check that it never uses `peak` bytes more than now, nor `growth` more at the end of the block."""
+        before = self.memory()
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5", encoding="ascii")  # the peak is now
+        yield
+        assert self.memory("VmHWM") - before < peak
+        assert growth is None or self.memory() - before < growth
+
+
+def launch(
+    *arguments: str,
+    cwd: Path,
+    environ: Mapping[str, str],
+    module: str = "app",
+    fds: tuple[int, ...] = (),
+    log: Path | None = None,
+) -> Process:
+    """Start `python -m app …`. With `log`, both streams go to that file."""
+    out = Output(log)
+    err = out if log else Output()
+    popen = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=surroundings(environ),
+        stdout=out.file,
+        stderr=err.file,
+        pass_fds=fds,
+    )
+    return Process(popen, out, err)
 
 
 @contextmanager
@@ -115,24 +217,11 @@ def running(
     *arguments: str, cwd: Path, environ: Mapping[str, str], module: str = "app", fds: tuple[int, ...] = ()
 ) -> Iterator[Process]:
     """A command that runs for as long as the context lasts."""
-    popen = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env=surroundings(environ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=fds,
-        # Ctrl-C means something, even where the tests run in a shell's background, which ignores it.
-        preexec_fn=_mind_interrupts,  # noqa: PLW1509 - it takes no lock
-    )
-    process = Process(popen)
-    process.read()
+    process = launch(*arguments, cwd=cwd, environ=environ, module=module, fds=fds)
     try:
         yield process
     finally:
-        if popen.poll() is None:
-            popen.kill()
+        process.kill()
         process.end()
 
 
@@ -140,8 +229,7 @@ def running(
 def serving(cwd: Path, environ: Mapping[str, str]) -> Iterator[tuple[Process, str]]:
     """A broker on a free port, once it listens, and its URL."""
     with running("serve", "--port", "0", cwd=cwd, environ=environ) as process:
-        listening = json.loads(process.wait_for('"listening"'))
-        yield process, listening["url"]
+        yield process, process.wait_for_url()
 
 
 def exchange(url: str, request: bytes) -> bytes:

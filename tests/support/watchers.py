@@ -134,10 +134,3 @@ def room_for_sockets() -> None:
 def figure(name: str, value: float) -> None:
     """Say what was measured; `pytest -s` shows it."""
     sys.stdout.write(f"\n{name}: {value:g}\n")
-
-
-def memory(pid: int) -> int:
-    """Bytes of memory that a process holds."""
-    with open(f"/proc/{pid}/status") as status:
-        [kilobytes] = [line.split()[1] for line in status if line.startswith("VmRSS:")]
-    return int(kilobytes) * 1024
