@@ -15,25 +15,24 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.config.loading import parse_toml, read_file
-from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value, leaves_of
+from app.config.overrides import OVERRIDE_LEAVES, OverridePath, is_leaf_value, leaves_of, no_leaf
 from app.config.settings import Settings, SettingsError, takes
 from app.config.validation import (
     AGENT_ID,
     MAX_VARIABLES,
+    AllowedVariable,
     Table,
     VariableName,
     VariableValue,
     check_limits,
     dotted,
     file_mistakes,
-    nearest,
     taking,
 )
 
 FILE = "BROKER_AGENTS_FILE"
 ANY_VARIABLE = "*"
 
-AllowedVariable = Annotated[str, StringConstraints(pattern=r"^(\*|[A-Za-z_][A-Za-z0-9_]{0,63})$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Claim: TypeAlias = str | int | bool
 
@@ -82,12 +81,6 @@ class Agents:
         self.default = default
 
 
-def _override_path(path: str) -> str:
-    if path not in OVERRIDE_LEAVES:
-        raise ValueError(_no_leaf(path))
-    return path
-
-
 def _fixed_overrides(table: dict[str, Any]) -> dict[str, Any]:
     wrong = [
         InitErrorDetails(type=PydanticCustomError("value_error", wrong), loc=path, input=None)
@@ -105,16 +98,11 @@ def _wrong_leaves(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iter
         if isinstance(value, dict) and value and any(leaf.startswith(f"{dotted}.") for leaf in OVERRIDE_LEAVES):
             yield from _wrong_leaves(value, path)
         elif "." in key or dotted not in OVERRIDE_LEAVES:
-            yield path, _no_leaf(dotted)
+            yield path, no_leaf(dotted)
         elif not is_leaf_value(OVERRIDE_LEAVES[dotted], value):
             yield path, "is not a number" if OVERRIDE_LEAVES[dotted] is float else "is not a string"
 
 
-def _no_leaf(path: str) -> str:
-    return f"is not a single leaf{nearest(path, OVERRIDE_LEAVES)}"
-
-
-OverridePath = Annotated[str, AfterValidator(_override_path)]
 FixedOverrides = Annotated[dict[str, Any], AfterValidator(_fixed_overrides)]
 
 

@@ -38,12 +38,12 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         lines[name] = f"{name}: is not UTF-8 text; takes {takes(name) if name in KNOWN else 'text'}"
         del given[name]
     for name in sorted(given.keys() - KNOWN):
-        lines[name] = f"{name}: is not a setting of the broker{nearest(name.upper(), KNOWN)}"
+        lines[name] = f"{name}: is not a setting{nearest(name.upper(), KNOWN)}"
     values = {name: text for name, text in given.items() if name in FIELDS}
     files = {name: Path(given[f"{name}_FILE"]) for name in sorted(SECRETS) if f"{name}_FILE" in given}
     for name, path in files.items():
         if name in given:
-            lines[name] = f"{name}: is set, and {name}_FILE too; set one of them"
+            lines[name] = f"{name}: is set, and so is {name}_FILE; set only one"
             continue
         try:
             values[name] = read_secret(name, path)
@@ -108,8 +108,9 @@ def secret_lines(settings: Settings) -> list[str]:
 def _wrong(error: ValidationError) -> Iterator[tuple[str, str]]:
     """Yield each wrong variable with its line."""
     for each in error.errors(include_url=False, include_context=False, include_input=False):
-        name = str(each["loc"][0])
-        yield name, NO_KEY if each["type"] == "missing" else _line(name, what_is_wrong(each))
+        name, *item = each["loc"]
+        which = f"item {item[0] + 1} " if item and isinstance(item[0], int) else ""
+        yield str(name), NO_KEY if each["type"] == "missing" else _line(str(name), which + what_is_wrong(each))
 
 
 def _line(name: str, wrong: str) -> str:
@@ -133,18 +134,18 @@ def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[s
 
 def _agent_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if "BROKER_AGENTS_FILE" not in values and "ONEINBOX_AGENT_ID" not in values:
-        yield "ONEINBOX_AGENT_ID", "is required, or BROKER_AGENTS_FILE instead"
+        yield "ONEINBOX_AGENT_ID", "is required unless BROKER_AGENTS_FILE is set"
     if "BROKER_AGENTS_FILE" in values and "ONEINBOX_AGENT_ID" in values:
-        yield "ONEINBOX_AGENT_ID", "is set, and BROKER_AGENTS_FILE too; set one of them"
+        yield "ONEINBOX_AGENT_ID", "is set, and so is BROKER_AGENTS_FILE; set only one"
 
 
 def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     auth = values.get("BROKER_AUTH", "anonymous")
     keys = [name for name in JWT_KEYS if name in values]
     if auth == "jwt" and not keys:
-        yield JWT_KEYS[0], f"is required in jwt mode, or {' or '.join(JWT_KEYS[1:])} instead"
+        yield JWT_KEYS[0], f"is required in jwt mode unless {' or '.join(JWT_KEYS[1:])} is set"
     if auth == "jwt" and len(keys) > 1:
-        yield keys[1], f"is set, and {keys[0]} too; set one of them"
+        yield keys[1], f"is set, and so is {keys[0]}; set only one"
     if auth != "jwt":
         for name in (*JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_VARIABLES_FROM_CLAIMS"):
             if name in values:
@@ -157,7 +158,7 @@ def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
     if "*" in words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):
         # The browser sends the login by itself: any site could start calls in a user's name.
-        yield "BROKER_ALLOWED_ORIGINS", "is *, which is refused in header mode and with BROKER_JWT_COOKIE"
+        yield "BROKER_ALLOWED_ORIGINS", "must not be * in header mode or with BROKER_JWT_COOKIE"
 
 
 def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,11 @@
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from app.config.validation import nearest
 
 OVERRIDE_LEAVES: Mapping[str, type] = {
     "llm.provider": str,
@@ -27,6 +31,20 @@ def is_leaf_value(leaf: type, value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and -sys.float_info.max <= value <= sys.float_info.max
     return isinstance(value, leaf)
+
+
+def no_leaf(path: str) -> str:
+    """Say that a dotted path is none of OVERRIDE_LEAVES."""
+    return f"is not a single leaf{nearest(path, OVERRIDE_LEAVES)}"
+
+
+def _override_path(path: str) -> str:
+    if path not in OVERRIDE_LEAVES:
+        raise ValueError(no_leaf(path))
+    return path
+
+
+OverridePath = Annotated[str, AfterValidator(_override_path)]
 
 
 def leaves_of(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

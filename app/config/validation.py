@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
 AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 MAX_VARIABLES = 32
@@ -23,7 +24,7 @@ UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_variable_value(value: str | float | bool) -> str | float | bool:
-    """A variable's value as it may enter a prompt; ValueError otherwise."""
+    """Return a variable's value if it may enter a prompt; ValueError otherwise."""
     if isinstance(value, str) and UNSAFE_TEXT.search(value):
         raise PydanticCustomError(
             "unsafe_text",
@@ -37,13 +38,15 @@ def check_variable_value(value: str | float | bool) -> str | float | bool:
     return value
 
 
-VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+VariableName = Annotated[str, StringConstraints(pattern=rf"^{VARIABLE}$")]
+AllowedVariable = Annotated[str, StringConstraints(pattern=rf"^({VARIABLE}|\*)$")]
+"""A variable's name, or `*` for any."""
 VariableText = Annotated[str, AfterValidator(check_variable_value)]
 VariableValue = Annotated[bool | int | float | str, AfterValidator(check_variable_value)]
 
 
 def check_limits(text: str) -> str:
-    """Limits such as `5/minute;50/day`, each at least 1; ValueError otherwise."""
+    """Return limits such as `5/minute;50/day`, each at least 1; ValueError otherwise."""
     try:
         items = parse_many(text)
     except ValueError:

@@ -142,7 +142,7 @@ def test_every_wrong_setting_gets_its_line() -> None:
 
 REQUIRED = {
     "ONEINBOX_API_KEY": "is required (a secret key, oi_sk_…). No key yet? Try `oneinbox-broker sandbox`.",
-    "ONEINBOX_AGENT_ID": "is required, or BROKER_AGENTS_FILE instead; takes an agent's id, agt_… or a UUID",
+    "ONEINBOX_AGENT_ID": "is required unless BROKER_AGENTS_FILE is set; takes an agent's id, agt_… or a UUID",
 }
 
 
