@@ -1,4 +1,4 @@
-"""Every error the broker answers: RFC 9457 problem details, one exception class, one table."""
+"""Every error response of the broker: RFC 9457 problem details, one exception class, one table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ MEDIA_TYPE = "application/problem+json"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One row of the table: a slug's status and title, what it means and what to do about it."""
+    """One row of the table: the status and title of a slug, what it means and what to do about it."""
 
     status: int
     title: str
@@ -19,85 +19,88 @@ class Kind:
     remedy: str
 
 
+WAIT = "Wait the number of seconds in Retry-After, then try again."
+RETRY = "Try again in a moment."
+
 KINDS: Mapping[str, Kind] = {
     "malformed-json": Kind(
         400,
         "The body is not JSON",
-        "The body could not be read as JSON: broken syntax, NaN or Infinity, a lone surrogate, not UTF-8, or more than "
+        "The body cannot be read as JSON: broken syntax, NaN or Infinity, a lone surrogate, not UTF-8, or more than "
         "32 levels deep.",
-        "Send what JSON.stringify makes of an object, in UTF-8.",
+        "Send an object as JSON.stringify writes it, in UTF-8.",
     ),
     "body-too-large": Kind(
         413,
         "The body is too large",
-        "The body is larger than 16 KiB.",
-        "Send less: variables and metadata are for short facts.",
+        "The body is larger than 16 KiB (a webhook's: 1 MB).",
+        "Send less: variables and metadata are meant for short values.",
     ),
     "unsupported-media-type": Kind(
         415,
         "The body's type is not JSON",
-        "Content-Type names something other than JSON.",
+        "Content-Type names something other than JSON, or is missing.",
         "Send Content-Type: application/json, or leave it out when there is no body.",
     ),
     "invalid-request": Kind(
         422,
         "The request is not valid",
-        "The body or a header is not what this route takes. `errors` names each place.",
-        "Mend the places that `errors` names; the API documentation shows what is taken.",
+        "The body or a header is not what this route accepts. `errors` lists each invalid field.",
+        "Correct the fields in `errors`; the API documentation shows what is accepted.",
     ),
     "unauthenticated": Kind(
         401,
-        "Nobody is signed in",
-        "The request carries no identity, or one that is not valid (any more).",
-        "Sign in again and send the fresh token.",
+        "Not signed in",
+        "The request carries no login, or one that is invalid or has expired.",
+        "Sign in again and send the new token.",
     ),
     "forbidden-origin": Kind(
         403,
         "This site may not use the broker",
-        "The request comes from a browser origin that is not allowed here.",
-        "The operator adds the site's origin to BROKER_ALLOWED_ORIGINS.",
+        "The request comes from a browser origin that is not allowed here, or lacks the origin it needs.",
+        "Ask the operator to add the site's origin to BROKER_ALLOWED_ORIGINS.",
     ),
     "variable-not-allowed": Kind(
         403,
-        "A variable may not be set",
-        "The request sets a variable that browsers may not set.",
-        "Leave it out, or have the operator allow it in BROKER_ALLOWED_VARIABLES.",
+        "A variable is not allowed",
+        "The request sets a variable that browsers may not set. `detail` lists the names.",
+        "Leave it out, or ask the operator to allow it in BROKER_ALLOWED_VARIABLES.",
     ),
     "override-not-allowed": Kind(
         403,
-        "An override may not be set",
-        "The request overrides a part of the agent that browsers may not override. `detail` names the paths.",
-        "Leave it out, or have the operator allow the path in BROKER_ALLOWED_OVERRIDES.",
+        "An override is not allowed",
+        "The request overrides a part of the agent that browsers may not override. `detail` lists the paths.",
+        "Leave it out, or ask the operator to allow the path in BROKER_ALLOWED_OVERRIDES.",
     ),
     "agent-not-allowed": Kind(
         403,
         "This agent is not available",
-        "The request names an agent that is not configured here, or not for this user.",
-        "Name a configured agent, or none for the default.",
+        "The request names an agent that is not configured here, or not available to this user.",
+        "Name a configured agent, or none to get the default.",
     ),
     "identity-mismatch": Kind(
         403,
         "The participant identity is not yours",
-        "`participant_identity` differs from the signed-in user.",
-        "Leave it out; the broker knows who is asking.",
+        "`participant_identity` differs from the id of the signed-in user.",
+        "Leave it out; the broker knows the user.",
     ),
     "challenge-failed": Kind(
         403,
         "The bot challenge was not passed",
-        "The challenge's answer is missing, wrong, used already, or from another site.",
-        "Solve the challenge and send its answer as X-Challenge-Token; each answer works once.",
+        "The challenge token is missing, wrong, already used, or from another site.",
+        "Solve the challenge and send its token as X-Challenge-Token; each token works once.",
     ),
     "blocked": Kind(
         403,
         "You are blocked",
         "The operator has blocked this user.",
-        "Ask the operator; waiting may help, trying does not.",
+        "Ask the operator. A block may end by itself; retrying does not help.",
     ),
     "in-progress": Kind(
         409,
         "The first request is still running",
         "A request with this Idempotency-Key is still running.",
-        "Wait as many seconds as Retry-After says, then send the same request with the same key.",
+        "Wait the number of seconds in Retry-After, then send the same request with the same key.",
     ),
     "idempotency-mismatch": Kind(
         422,
@@ -108,90 +111,79 @@ KINDS: Mapping[str, Kind] = {
     "not-found": Kind(
         404,
         "Not found",
-        "No such route or call, or the call is somebody else's, or its key is wrong: the answers do not differ.",
-        "Use the Location that POST /session gave.",
+        "The route or call does not exist, the call belongs to another user, or its key is wrong. The response is the "
+        "same for all of these.",
+        "Use the Location that POST /session returned.",
     ),
     "method-not-allowed": Kind(
-        405, "Method not allowed", "The route exists, but not for this method.", "Use one of the methods in `Allow`."
+        405, "Method not allowed", "The route does not take this method.", "Use one of the methods in `Allow`."
     ),
-    "rate-limited": Kind(
-        429,
-        "Too many requests",
-        "You asked more often than your limit allows.",
-        "Wait as many seconds as Retry-After says, then try once.",
-    ),
+    "rate-limited": Kind(429, "Too many requests", "You sent more requests than your limit allows.", WAIT),
     "too-many-live-calls": Kind(
         429,
         "Too many calls at once",
-        "As many of your calls are running as you may have at once.",
+        "You have as many running calls as you may have at once.",
         "Hang one up, or wait until it ends.",
     ),
     "talk-time-used-up": Kind(
         429,
         "Your talk time is used up",
-        "Your calls of the last 24 hours took as many minutes as you may have.",
-        "Wait as many seconds as Retry-After says, then try once.",
+        "Your calls of the last 24 hours took all the minutes you may have.",
+        WAIT,
     ),
     "too-many-streams": Kind(
         429,
         "Too many event streams",
-        "As many of your event streams are open as you may have at once.",
-        "Close one, or share one among your pages.",
+        "You have as many open event streams as you may have at once.",
+        "Close one, or share one between your pages.",
     ),
     "at-capacity": Kind(
         503,
         "The service is at capacity",
-        "The broker takes no further sessions right now: a limit of all users together, a pause, or a part it needs is "
-        "down. It is not about you.",
-        "Wait as many seconds as Retry-After says, then try once.",
+        "The broker cannot serve this request now: a limit on all users together is reached, it is paused, or "
+        "something it needs is down. The cause is not on your side.",
+        WAIT,
     ),
     "upstream-busy": Kind(
-        503,
-        "The voice service is busy",
-        "OneInbox asks for a pause.",
-        "Wait as many seconds as Retry-After says, then try once.",
+        503, "The voice service is busy", "OneInbox asked for a pause, or failed many times in a row.", WAIT
     ),
     "upstream-rejected": Kind(
         422,
         "The voice service rejected the request",
-        "OneInbox does not take something that the request itself set. `errors` names it.",
-        "Mend the places that `errors` names.",
+        "OneInbox does not accept a value that the request set. `errors` lists each invalid field.",
+        "Correct the fields in `errors`.",
     ),
     "upstream-misconfigured": Kind(
         502,
         "The service is not set up correctly",
-        "OneInbox refused the broker's key, agent or account. Trying again does not help.",
-        "The operator finds the cause in the broker's log under this request id.",
+        "OneInbox refused the broker's key, agent or account. Retrying does not help.",
+        "Ask the operator: the broker's log has the cause under this request id.",
     ),
-    "upstream-error": Kind(
-        502, "The voice service failed", "OneInbox answered with an error.", "Try again in a moment."
-    ),
+    "upstream-error": Kind(502, "The voice service failed", "OneInbox answered with an error.", RETRY),
     "upstream-unreachable": Kind(
-        502, "The voice service is unreachable", "No connection to OneInbox could be made.", "Try again in a moment."
+        502, "The voice service is unreachable", "The broker could not connect to OneInbox.", RETRY
     ),
     "upstream-invalid": Kind(
         502,
-        "The voice service answered nonsense",
-        "OneInbox's answer was not what its documentation says.",
-        "Try again in a moment; if it stays, tell the operator the request id.",
+        "The voice service sent an invalid answer",
+        "OneInbox's answer does not match its documentation.",
+        "Try again in a moment; if the error persists, give the operator the request id.",
     ),
-    "upstream-timeout": Kind(
-        504, "The voice service took too long", "OneInbox did not answer in time.", "Try again in a moment."
-    ),
+    "upstream-timeout": Kind(504, "The voice service took too long", "OneInbox did not answer in time.", RETRY),
     "internal-error": Kind(
-        500, "Internal error", "A bug in the broker.", "Tell the operator the request id; the log has the rest."
+        500, "Internal error", "A bug in the broker.", "Give the operator the request id; the log has the details."
     ),
 }
 
 
 class FieldError(BaseModel):
-    """One place of a request that is not valid; the value itself is never repeated."""
+    """One invalid field of a request; its value is never repeated."""
 
     loc: list[str | int] = Field(
-        description="Path of the value, from the outside in.", examples=[["body", "variables"]]
+        description="Path of the field, outermost part first.", examples=[["body", "variables"]]
     )
     msg: str = Field(description="What is wrong with it.")
-    type: str = Field(description="A short machine-readable name of the error.")
+    type: str = Field(description="Machine-readable name of the error.")
 
 
 class ProblemDetails(BaseModel):
@@ -200,21 +192,21 @@ class ProblemDetails(BaseModel):
     model_config = ConfigDict(title="Problem")
 
     type: str = Field(
-        description="Which error: a path of this broker that explains it.", examples=["/problems/rate-limited"]
+        description="The kind of error: a path of this broker that explains it.", examples=["/problems/rate-limited"]
     )
-    title: str = Field(description="The error in a few words; the same for every occurrence.")
-    status: int = Field(description="The HTTP status, again.")
-    detail: str = Field(description="What happened this time, and what to do.")
-    request_id: str = Field(description="Names this request in the broker's log.")
-    errors: list[FieldError] | None = Field(default=None, description="On 422: each invalid place.")
+    title: str = Field(description="The kind of error in a few words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What went wrong this time.")
+    request_id: str = Field(description="Identifies this request in the broker's log.")
+    errors: list[FieldError] | None = Field(default=None, description="On 422: each invalid field.")
 
 
 @dataclass(slots=True)
 class Problem(Exception):
-    """Raised anywhere in a request, answered as problem details.
+    """An error response: raised anywhere in a request, sent as problem details.
 
-    `slug`: a key of KINDS. `detail`: for the browser's developer; never holds an input value or a secret.
-    `headers`: extra headers of the answer. `errors`: the invalid places of a 422.
+    `slug`: a key of KINDS. `detail`: for the browser's developer; never an input value or a secret. `headers`: extra
+    response headers. `errors`: the invalid fields of a 422.
     """
 
     slug: str
@@ -227,6 +219,6 @@ class Problem(Exception):
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:
-    """A 422 out of pydantic's error list: places and reasons, never values; the first twenty."""
+    """Return a 422 for pydantic's error list: places and reasons, never values; the first twenty."""
     places = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in errors[:20]]
     return Problem("invalid-request", detail, errors=places)

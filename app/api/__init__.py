@@ -1,1 +1,1 @@
-"""Everything HTTP: routes, middleware, error answers, the OpenAPI document. Nothing below imports it."""
+"""The HTTP layer: routes, middleware, error responses, the OpenAPI document."""

@@ -1,4 +1,4 @@
-"""The application: settings in, FastAPI app out. Middleware order and routers, nothing else."""
+"""The FastAPI application: its middleware, in order, and its routers."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,7 +27,7 @@ from app.telemetry.traces import Traces, are_wanted
 
 
 class State(TypedDict):
-    """What the lifespan hands to every request as `request.state`."""
+    """The lifespan's state, in every request as `request.state`."""
 
     broker: Broker
     metrics: Metrics
@@ -35,12 +35,10 @@ class State(TypedDict):
 
 
 def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
-    """The broker as an ASGI application.
+    """Return the broker as an ASGI application. Raises SettingsError.
 
-    Connections are opened when the server starts its lifespan. `transport` replaces the connection to OneInbox.
-    Raises SettingsError.
+    Connections open when the server starts the lifespan. `transport` replaces the connection to OneInbox.
     """
-
     check(settings)
 
     @asynccontextmanager
@@ -51,13 +49,13 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     app = FastAPI(
         title="OneInbox token broker",
         version=__version__,
-        summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and bounds the spending.",
-        # Its traces would hold paths, and paths hold call keys; the metrics and logs here are the broker's own.
+        summary="Starts OneInbox voice calls for browsers, keeps the API key on the server, and limits spending.",
+        # FastAPI's traces would hold paths, and paths hold call keys; the broker has its own metrics and logs.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,  # served beside the explorer
+        openapi_url=None,  # app.api.docs serves it
         redirect_slashes=False,
         middleware=[
             Middleware(RootPath, prefix=settings.root_path),
@@ -77,7 +75,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
     )
     errors.install(app)
     openapi.install(app, SessionRequest)
-    # The routes themselves: an included router would be matched twice for each request.
+    # The routes themselves: an included router would be matched twice per request.
     for router in (sessions.router, calls.router, webhooks.router):
         app.router.routes.extend(router.routes)
     app.include_router(health.router)

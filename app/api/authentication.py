@@ -1,4 +1,4 @@
-"""What every route that needs an identity does first: who is asking, and are they asking too often?"""
+"""The first step of every route that needs a user: identify them, and count the request."""
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -8,7 +8,10 @@ from app.problems import Problem
 
 
 async def authenticate(request: Request, broker: Broker) -> User:
-    """The request's user, counted. Raises 401, 403 and 429 problems, and 503 while no login can be checked."""
+    """Return the request's user and count the request.
+
+    Raises 401, 403 and 429 problems, and 503 while logins cannot be checked.
+    """
     state = request.scope["state"]
     if request.client is None and (request.scope.get("server") or ("", None))[1] is not None:
         raise ClientDisconnect  # a TCP connection without a peer was reset before the request was read
@@ -26,9 +29,9 @@ async def authenticate(request: Request, broker: Broker) -> User:
 
 
 def require_same_site(request: Request) -> None:
-    """Refuse a POST that another site could have made the browser send, login included.
+    """Refuse a POST that another site could have made the browser send with its login.
 
-    An Origin that came this far is allowed or own; browsers that send none say in Sec-Fetch-Site where it comes from.
+    An Origin that came this far is allowed or our own; without one, Sec-Fetch-Site says where the request comes from.
     """
     if "origin" not in request.headers and request.headers.get("sec-fetch-site") != "same-origin":
         raise Problem("forbidden-origin")

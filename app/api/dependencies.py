@@ -1,4 +1,4 @@
-"""What a route may ask for."""
+"""Dependencies of the routes."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from app.broker.context import Broker
 
 
 async def broker_of(request: Request) -> Broker:
-    """The broker that a request came to."""
+    """Return the broker that received the request."""
     broker: Broker = request.state.broker
     return broker
 

@@ -1,4 +1,4 @@
-"""Answers every error of every route as problem details (RFC 9457), FastAPI's own errors included."""
+"""Exception handlers: every error of a route, FastAPI's own included, becomes problem details (RFC 9457)."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 def problem_response(scope: Scope, problem: Problem) -> Response:
-    """The answer for a problem, in the scope of its request (for the prefix and the request id)."""
+    """Return the response for a problem. `scope`: of its request, for the prefix and the request id."""
     kind = KINDS[problem.slug]
     body: dict[str, Any] = {
         "type": f"{scope.get('root_path', '')}/problems/{problem.slug}",
@@ -35,7 +35,7 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of every route, the framework's own included, as problem details."""
+    """Register the exception handlers."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -52,7 +52,7 @@ async def _on_upstream_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OneInboxError)  # noqa: S101 - registered for this class
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
     if not isinstance(error, NoSuchCall):
-        # What OneInbox refuses for the operator's sake is an error of ours; the rest passes by itself.
+        # A misconfiguration needs the operator; the rest passes by itself.
         level = "error" if error.slug == "upstream-misconfigured" else "warning"
         getattr(log, level)(
             "upstream_failed", problem=error.slug, reason=error.reason, request_id=request.scope["state"]["request_id"]
@@ -72,6 +72,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
-    """Exception handler: the refusal as a problem."""
     assert isinstance(error, Refused)  # noqa: S101 - registered for this class
     return problem_response(request.scope, error.problem)

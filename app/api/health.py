@@ -1,4 +1,4 @@
-"""Probes for whoever runs the broker."""
+"""Health and readiness probes."""
 
 from typing import Literal
 
@@ -12,16 +12,16 @@ router = APIRouter(tags=["service"])
 
 
 class Health(BaseModel):
-    """The process runs."""
+    """The process is running."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(BaseModel):
-    """Whether the broker can serve, and what of it works."""
+    """The state of the broker and its parts."""
 
     status: Literal["ok", "degraded", "draining"] = Field(
-        description="`degraded`: it serves, but something it uses is gone. `draining`: it is about to end."
+        description="`degraded`: serving without something it uses. `draining`: shutting down."
     )
     checks: dict[str, str] = Field(description="Each part: `ok` or `down`.", examples=[{"store": "ok"}])
 
@@ -29,35 +29,35 @@ class Readiness(BaseModel):
 @router.get(
     "/healthz",
     operation_id="getHealth",
-    summary="Is the process alive?",
-    responses={200: answer("It is.", examples={"Alive": {"status": "ok"}}), **problems("forbidden-origin")},
+    summary="Liveness",
+    responses={200: answer("It is running.", examples={"Alive": {"status": "ok"}}), **problems("forbidden-origin")},
 )
 async def healthz() -> Health:
-    """200 while the process runs; asks nobody."""
+    """Return 200 while the process runs, without checking anything else."""
     return Health()
 
 
 @router.get(
     "/readyz",
     operation_id="getReadiness",
-    summary="Can it serve?",
+    summary="Readiness",
     responses={
         200: answer(
-            "It serves.",
+            "It is serving.",
             examples={
-                "All is well": {"status": "ok", "checks": {"store": "ok"}},
+                "Everything works": {"status": "ok", "checks": {"store": "ok"}},
                 "Without its store": {"status": "degraded", "checks": {"store": "down"}},
             },
         ),
         503: {"model": Readiness}
-        | answer("It is about to end.", examples={"About to end": {"status": "draining", "checks": {"store": "ok"}}}),
+        | answer("It is shutting down.", examples={"Shutting down": {"status": "draining", "checks": {"store": "ok"}}}),
         **problems("forbidden-origin"),
     },
 )
 async def readyz(broker: BrokerDep, response: Response) -> Readiness:
-    """200 for `ok` and `degraded`: without its store the broker counts locally, and taking it out would help nobody.
+    """Return 200 for `ok` and `degraded`, 503 for `draining`: send new requests elsewhere.
 
-    503 for `draining`: new requests should go elsewhere.
+    `degraded`: without its store the broker counts limits locally, so it should stay in service.
     """
     checks: dict[str, str] = {"store": broker.store.state}
     if broker.shutdown.draining:

@@ -1,4 +1,4 @@
-"""GET /metrics, for whoever watches over the broker."""
+"""GET /metrics."""
 
 import asyncio
 import secrets
@@ -26,14 +26,14 @@ broker_streams 3.0
     openapi_extra={"security": [{"metrics": []}]},
     responses={
         200: answer(
-            "Text format, or OpenMetrics where Accept asks for it.",
+            "Text format, or OpenMetrics if Accept asks for it.",
             texts={"text/plain": EXAMPLE, "application/openmetrics-text": f"{EXAMPLE}# EOF\n"},
         ),
         **problems("unauthenticated", "forbidden-origin", "not-found"),
     },
 )
 async def metrics(request: Request, broker: BrokerDep) -> Response:
-    """Metrics for Prometheus, given `Authorization: Bearer` with BROKER_METRICS_TOKEN; without that setting, 404."""
+    """Return metrics for Prometheus. Needs BROKER_METRICS_TOKEN as a bearer token; 404 if that is not set."""
     token = broker.metrics_token
     if token is None:
         raise Problem("not-found")
@@ -41,8 +41,8 @@ async def metrics(request: Request, broker: BrokerDep) -> Response:
     scheme, _, credentials = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     known = secrets.compare_digest(credentials.strip().encode(), token.get_secret_value().encode())
     if not known or scheme.lower() != "bearer":
-        raise Problem("unauthenticated", "/metrics wants its bearer token.", {"WWW-Authenticate": "Bearer"})
+        raise Problem("unauthenticated", "/metrics needs its bearer token.", {"WWW-Authenticate": "Bearer"})
     await broker.gauges.read()
-    # In a thread: a page of thousands of lines takes its time.
+    # In a thread: thousands of lines take time to write.
     text, media_type = await asyncio.to_thread(broker.metrics.text, request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": media_type})

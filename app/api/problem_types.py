@@ -1,5 +1,8 @@
-"""/problems/{slug}: what an error means, so that the `type` of an answer is a page a developer can read."""
+"""GET /problems/{slug}: a page that explains an error, to which the `type` of a problem leads."""
 
+import re
+from dataclasses import asdict
+from html import escape
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
@@ -13,7 +16,7 @@ router = APIRouter(tags=["service"])
 
 
 class ProblemPage(BaseModel):
-    """What an error means and what to do about it."""
+    """An error's meaning, and what to do about it."""
 
     slug: str
     status: int
@@ -23,8 +26,7 @@ class ProblemPage(BaseModel):
 
 
 def _explained(slug: str) -> dict[str, Any]:
-    kind = KINDS[slug]
-    return {"slug": slug, "status": kind.status, "title": kind.title, "meaning": kind.meaning, "remedy": kind.remedy}
+    return {"slug": slug, **asdict(KINDS[slug])}
 
 
 @router.get(
@@ -34,7 +36,7 @@ def _explained(slug: str) -> dict[str, Any]:
     response_model=ProblemPage,
     responses={
         200: answer(
-            "What the error means.",
+            "The error's meaning.",
             examples={slug: _explained(slug) for slug in KINDS},
             texts={"text/html": "<!doctype html>…"},
         ),
@@ -45,13 +47,18 @@ async def explain_problem(
     slug: Annotated[str, Path(description="Last part of a problem's `type`.", json_schema_extra={"enum": [*KINDS]})],
     request: Request,
 ) -> Response:
-    """Say what an error means and what to do: a page where HTML is asked for, JSON otherwise."""
+    """Explain an error and what to do about it: as a page if Accept names HTML, else as JSON."""
     if slug not in KINDS:
         raise Problem("not-found")
     explained = _explained(slug)
     if "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(_PAGE.format(**explained), headers={"Content-Security-Policy": _PAGE_CSP})
+        texts = {name: _html(str(value)) for name, value in explained.items()}
+        return HTMLResponse(_PAGE.format(**texts), headers={"Content-Security-Policy": _PAGE_CSP})
     return JSONResponse(explained)
+
+
+def _html(text: str) -> str:
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
 
 
 _PAGE_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -1,4 +1,4 @@
-"""Request bodies: read with a bound, parsed as strict JSON (RFC 8259)."""
+"""Request bodies: limited in size, parsed as strict JSON (RFC 8259)."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ MAX_DEPTH = 32
 
 
 def check_declared(request: Request, limit: int) -> None:
-    """Refuse by the head alone: a declared size over `limit` bytes (413), a type that is not JSON (415)."""
+    """Check the headers. Raises 413 for a declared size over `limit` bytes, 415 for a type that is not JSON."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise Problem("body-too-large")
@@ -26,7 +26,7 @@ def _is_json(content_type: str) -> bool:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, chunked or not; never more than `limit` bytes are kept. Raises 413."""
+    """Return the body, chunked or not. Raises 413 once it exceeds `limit` bytes."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
@@ -36,10 +36,10 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def read_json(request: Request, limit: int) -> Any:
-    """The JSON value of a body of at most `limit` bytes, `{}` for an empty one.
+    """Return the JSON value of a body of at most `limit` bytes, `{}` for an empty one.
 
-    Raises 413; 400 for anything that is not strict JSON of at most 32 levels; 415 for a body without a type;
-    422 for NUL characters.
+    Raises 413; 400 if it is not strict JSON of at most 32 levels; 415 for a body without a Content-Type; 422 for NUL
+    characters.
     """
     raw = await read_body(request, limit)
     if not raw:
@@ -57,7 +57,7 @@ async def read_json(request: Request, limit: int) -> Any:
 def _check(value: Any, levels: int) -> None:
     if isinstance(value, str):
         if "\0" in value:
-            raise Problem("invalid-request", "The body holds a NUL character.")
+            raise Problem("invalid-request", "The body contains a NUL character.")
     elif isinstance(value, float):
         if not math.isfinite(value):  # 1e999
             raise Problem("malformed-json")

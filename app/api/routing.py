@@ -1,4 +1,4 @@
-"""Routes whose endpoints are called directly."""
+"""Routes that call their endpoint directly."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,11 +12,11 @@ from app.api.dependencies import broker_of
 
 
 class FastRoute(APIRoute):
-    """A route that is declared and documented like any other, and spares each request what FastAPI does for all cases.
+    """A route that is declared and documented as usual, but skips FastAPI's work for each request.
 
-    FastAPI solves an endpoint's parameters anew for each request, inside three exit stacks, which costs as much as
-    deciding about all limits. Endpoints here take `request`, `broker`, and texts of the path and of headers; they
-    answer a Response. Raises TypeError, when it is declared, for one that takes anything else.
+    FastAPI resolves an endpoint's parameters for each request, inside three exit stacks, which costs as much as
+    checking all limits. Endpoints here take `request`, `broker`, and strings from the path and headers, and return a
+    Response. Raises TypeError, when declared, for an endpoint that takes anything else.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Coroutine[Any, Any, Response]], **options: Any) -> None:
@@ -25,7 +25,7 @@ class FastRoute(APIRoute):
         if takes.query_params or takes.cookie_params or takes.body_params:
             raise TypeError(f"{endpoint.__name__} takes more than path and headers")
         if [each.call for each in takes.dependencies] != [broker_of] or takes.request_param_name != "request":
-            raise TypeError(f"{endpoint.__name__} takes something else than request and broker")
+            raise TypeError(f"{endpoint.__name__} takes dependencies other than request and broker")
         names = [(field.name, field.alias) for field in takes.path_params]
         headers = [(field.name, field.alias) for field in takes.header_params]
 
@@ -33,7 +33,7 @@ class FastRoute(APIRoute):
             request = Request(scope, receive, send)
             given: dict[str, str | None] = {name: scope["path_params"][alias] for name, alias in names}
             for name, alias in headers:
-                # A header sent more than once is one list (RFC 9110, section 5.3).
+                # A repeated header is one list (RFC 9110, section 5.3).
                 given[name] = ", ".join(request.headers.getlist(alias)) or None
             response = await endpoint(request=request, broker=scope["state"]["broker"], **given)
             await response(scope, receive, send)

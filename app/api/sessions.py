@@ -12,10 +12,12 @@ from app.api.dependencies import BrokerDep
 from app.api.openapi import answer, problems, reads
 from app.api.request_body import check_declared, read_json
 from app.api.routing import FastRoute
-from app.problems import invalid_request
+from app.problems import KINDS, invalid_request
 from app.sessions.disconnect import ClientConnection
 from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
 from app.sessions.service import SessionInput
+
+OTHER_ROUTES_PROBLEMS = ("not-found", "method-not-allowed", "too-many-streams")
 
 router = APIRouter(tags=["sessions"], route_class=FastRoute)
 
@@ -28,43 +30,17 @@ router = APIRouter(tags=["sessions"], route_class=FastRoute)
     response_model=Session,
     openapi_extra=reads(SessionRequest, "Idempotency-Key", "X-Challenge-Token", examples=REQUESTS),
     responses={
-        201: answer("The call has been started.", "Location", "Idempotency-Replayed", examples=ANSWERS),
-        **problems(
-            "malformed-json",
-            "unauthenticated",
-            "forbidden-origin",
-            "variable-not-allowed",
-            "override-not-allowed",
-            "agent-not-allowed",
-            "identity-mismatch",
-            "challenge-failed",
-            "blocked",
-            "in-progress",
-            "idempotency-mismatch",
-            "body-too-large",
-            "unsupported-media-type",
-            "invalid-request",
-            "upstream-rejected",
-            "rate-limited",
-            "too-many-live-calls",
-            "talk-time-used-up",
-            "at-capacity",
-            "upstream-error",
-            "upstream-unreachable",
-            "upstream-invalid",
-            "upstream-misconfigured",
-            "upstream-busy",
-            "upstream-timeout",
-        ),
+        201: answer("The call has started.", "Location", "Idempotency-Replayed", examples=ANSWERS),
+        **problems(*(slug for slug in KINDS if slug not in OTHER_ROUTES_PROBLEMS)),
     },
 )
 async def create_session(request: Request, broker: BrokerDep) -> Response:
     """Start a call and get what the browser needs to join it: `server_url` and `participant_token`, nothing else.
 
-    Give both to OneInbox's Web SDK or to a LiveKit client. The body may be empty, hold the broker's own fields, or be
+    Pass both to OneInbox's Web SDK or to a LiveKit client. The body may be empty, hold the broker's own fields, or be
     LiveKit's standard token request. `Location` names the call, for following it and hanging up.
 
-    Send an `Idempotency-Key` if you may send the request again: nobody wants two calls out of one click.
+    Send an `Idempotency-Key` if you may repeat the request, so that one click never starts two calls.
     """
     state = request.scope["state"]
     check_declared(request, MAX_BODY)

@@ -22,17 +22,17 @@ router = APIRouter(tags=["webhooks"], route_class=FastRoute)
 @router.post(
     "/webhooks/oneinbox/{secret}",
     operation_id="receiveWebhook",
-    summary="Take an event of OneInbox",
+    summary="Receive an event from OneInbox",
     status_code=204,
     openapi_extra=reads(None, examples={"A call has ended": {"event": "call.ended", "call_id": "call_abc123"}}),
-    responses={204: answer("Taken, whatever it was."), **problems("not-found", "body-too-large")},
+    responses={204: answer("Received, whatever it was."), **problems("not-found", "body-too-large")},
 )
 async def receive_webhook(
     secret: Annotated[str, Path(description="BROKER_WEBHOOK_SECRET.")], request: Request, broker: BrokerDep
 ) -> Response:
-    """Take an event as a hint: where the call matters here, the broker looks it up itself.
+    """Receive an event as a hint: if the broker tracks the call, it fetches the call's state from OneInbox.
 
-    For OneInbox only. The secret in the path is its one check; any body that is not an event is taken and ignored.
+    For OneInbox only. The secret in the path is the only check; a body that is not an event is ignored.
     """
     known = broker.webhook_secret
     if known is None or not secrets.compare_digest(secret.encode(), known.get_secret_value().encode()):

@@ -136,6 +136,7 @@ async def test_a_problem_is_explained_to_people(slug: str, broker: httpx.AsyncCl
     assert "<script" not in response.text
     assert slug in response.text
     assert str(STATUS[slug]) in response.text
+    assert "`" not in response.text
 
 
 async def test_the_type_of_a_problem_is_its_page(broker: httpx.AsyncClient) -> None:

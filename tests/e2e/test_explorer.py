@@ -89,7 +89,7 @@ def test_errors_are_collapsed_and_complete(open_page: OpenPage, sandbox: str) ->
 
     session.get_by_text("Errors: 400, 401").click()
 
-    expect(refused).to_contain_text("override-not-allowed: An override may not be set.")
+    expect(refused).to_contain_text("override-not-allowed: An override is not allowed.")
     refused.locator(".examples-select select").select_option("blocked")
     expect(refused.locator(".highlight-code").first).to_contain_text("/problems/blocked")
 

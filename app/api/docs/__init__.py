@@ -1,1 +1,1 @@
-"""The OpenAPI explorer and the document that it shows."""
+"""The OpenAPI explorer and its document."""

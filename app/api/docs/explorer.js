@@ -1,4 +1,4 @@
-// Starts Swagger UI. What it shows at once is what one looks for first: errors, headers and schemas are folded away.
+// Starts Swagger UI, with errors, headers and schemas folded away.
 const explorer = document.getElementById("explorer");
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -11,7 +11,7 @@ function folded({ React: { createElement } }) {
     createElement("details", { className: "folded" }, createElement("summary", null, title), ...inside);
   return {
     wrapComponents: {
-      // An operation's answers: the good ones, then the errors, of which there may be a dozen.
+      // An operation's successful responses first, then its errors, which may be a dozen.
       responses: (Responses) => (props) => {
         const isError = (_, status) => status >= "400";
         const errors = props.responses.filter(isError);

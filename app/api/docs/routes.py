@@ -1,4 +1,4 @@
-"""/docs: the OpenAPI explorer, Swagger UI out of an installed package: no internet, no inline script."""
+"""/docs: the OpenAPI explorer. Swagger UI comes from an installed package: no internet, no inline scripts."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from app.problems import Problem
 
 router = APIRouter(include_in_schema=False)
 
-# Swagger UI styles its elements in place and draws its icons as data URLs; scripts come from files only.
+# Swagger UI needs inline styles, and data URLs for its icons; scripts come from files only.
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,14 +35,14 @@ PAGE = """<!doctype html>
 
 @router.get("/docs")
 async def explorer(request: Request) -> Response:
-    """The page; the prefix is a checked setting."""
+    """Return the page. The prefix needs no escaping: it is a validated setting."""
     page = PAGE.format(prefix=request.scope.get("root_path", ""))
     return HTMLResponse(page, headers={"Content-Security-Policy": CSP})
 
 
 @router.get("/openapi.json")
 async def document(request: Request, broker: BrokerDep) -> Response:
-    """The OpenAPI document, as it holds for this broker; made once."""
+    """Return the OpenAPI document for this broker, generated once."""
     state = request.app.state
     if not hasattr(state, "document"):
         state.document = to_json(of_broker(request.app.openapi(), broker.secret_reloader.settings))
@@ -51,7 +51,7 @@ async def document(request: Request, broker: BrokerDep) -> Response:
 
 @router.get("/docs/{asset}")
 async def explorer_asset(asset: str) -> Response:
-    """Swagger UI's script and style, and the few lines that start it."""
+    """Return a file of Swagger UI or of our own."""
     if asset in OWN:
         return FileResponse(HERE / asset, media_type=OWN[asset])
     if asset not in ASSETS:
@@ -61,7 +61,7 @@ async def explorer_asset(asset: str) -> Response:
 
 @cache
 def _assets() -> Path:
-    """Where fastapi-offline keeps Swagger UI; found without importing it."""
+    """Return fastapi-offline's folder of Swagger UI files, without importing the package."""
     spec = find_spec("fastapi_offline")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("fastapi-offline is not installed")

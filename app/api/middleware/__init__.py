@@ -1,1 +1,1 @@
-"""Pure ASGI middleware of the HTTP layer."""
+"""Pure ASGI middleware."""

@@ -1,4 +1,4 @@
-"""Which sites may use the broker from a browser: the Origin check and CORS (Fetch standard, section 3.2)."""
+"""Sites that may use the broker from a browser: the Origin check and CORS (Fetch standard, section 3.2)."""
 
 import re
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ VARY = (b"vary", b"Origin")
 
 @dataclass
 class CorsPolicy:
-    """Refuses what comes from a foreign site, whatever the method, before anything else looks at it.
+    """Refuse requests from other sites, whatever the method, before anything else handles them.
 
-    `allowed`: origins as settings give them (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
-    public origin; None: an Origin that equals a loopback Host is its own. `credentials`: whether browsers may send
-    cookies along. `require`: refuse POST /session without an Origin. `same_site_posts`: refuse a POST with neither an
-    Origin nor `Sec-Fetch-Site: same-origin`; for logins that a browser sends by itself.
+    `allowed`: origins as in the settings (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
+    public origin; None: an Origin equal to a loopback Host is its own. `credentials`: let browsers send cookies.
+    `require`: refuse POST /session without an Origin. `same_site_posts`: refuse a POST with neither an Origin nor
+    `Sec-Fetch-Site: same-origin`, for logins that browsers send by themselves.
     """
 
     app: ASGIApp
@@ -48,7 +48,7 @@ class CorsPolicy:
             return await self.app(scope, receive, send)
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         if route_path(scope).startswith("/webhooks/"):
-            return await self.app(scope, receive, send)  # no browser's business; a secret of its own protects it
+            return await self.app(scope, receive, send)  # not for browsers; its own secret protects it
         if not origins and not self._needs_origin(scope):
 
             async def send_with_vary(message: Message) -> None:
@@ -76,7 +76,7 @@ class CorsPolicy:
         return await self.app(scope, receive, send_with_cors)
 
     def admits(self, origin: str, scope: Scope) -> bool:
-        """Whether an Origin is allowed or the broker's own. `null` and the empty one never are."""
+        """True for an origin that is allowed or the broker's own, never for `null` or an empty one."""
         if not origin or origin == "null":
             return False
         if origin in self.exact or self.any or origin == self.own:
@@ -118,7 +118,7 @@ async def _answer_preflight(headers: list[tuple[bytes, bytes]], send: Send) -> N
     preflight = [
         (b"access-control-allow-methods", b"GET, POST"),
         (b"access-control-allow-headers", ALLOWED_HEADERS.encode()),
-        (b"access-control-max-age", b"7200"),  # two hours: the most that browsers keep
+        (b"access-control-max-age", b"7200"),  # two hours, the most that browsers accept
     ]
     await send({"type": "http.response.start", "status": 204, "headers": [*preflight, *headers]})
     await send({"type": "http.response.body", "body": b""})

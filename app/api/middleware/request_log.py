@@ -1,4 +1,4 @@
-"""Outermost middleware: a request id, one log line and one count per request."""
+"""Outermost middleware: a request id, a log line and metrics for each request."""
 
 import re
 import secrets
@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
-"""Logged where no answer was sent, as nginx does: the caller hung up."""
+"""Logged, as nginx does, if the client disconnected before a response was sent."""
 QUIET_ROUTES = frozenset(
     {"/healthz", "/readyz", "/metrics", "/docs", "/docs/{asset}", "/openapi.json", "/problems/{slug}"}
 )
@@ -23,11 +23,10 @@ QUIET_ROUTES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RequestLog:
-    """Gives each request an id (the client's own, when it is a safe one), sends it back, and logs the request.
+    """Give each request an id (the client's, if it is a safe one), return it, and log the request.
 
-    Routes add to the line through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug),
-    `trace` (its id).
-    `outcome`: of a session, where it is no problem.
+    Routes add fields through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug),
+    `trace` (its id); for the metrics, `outcome` of a session that is no problem.
     """
 
     app: ASGIApp
@@ -73,9 +72,9 @@ class RequestLog:
         state = scope["state"]
         metrics: Metrics | None = state.get("metrics")
         if metrics is None:
-            return  # no lifespan runs
+            return  # no lifespan is running
         metrics.answered(scope["method"], route, status, seconds)
-        # By path: what is refused before it is routed was a request for a session all the same.
+        # By path: a request refused before routing counts as a session request, too.
         if scope["method"] == "POST" and route_path(scope) == "/session":
             metrics.session(state.get("problem") or state.get("outcome", "hung-up"))
 

@@ -1,10 +1,10 @@
-"""Security headers on every answer."""
+"""Security headers on every response."""
 
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# An API answer is neither a page nor a frame (OWASP REST Security Cheat Sheet); a page brings its own policy.
+# An API response is neither a page nor a frame (OWASP REST Security Cheat Sheet); pages set their own policy.
 API_CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 ALWAYS = [
     (b"cache-control", b"no-store"),
@@ -15,9 +15,9 @@ ALWAYS = [
 
 @dataclass(frozen=True, slots=True)
 class SecurityHeaders:
-    """Adds what every answer carries, and the strictest content policy where the answer has none.
+    """Add the headers of every response, and the strictest content policy if the response has none.
 
-    A route puts its rate-limit headers into `scope["state"]["limit_headers"]`, so that its errors carry them too.
+    Routes put rate-limit headers into `scope["state"]["limit_headers"]`, so that error responses have them too.
     """
 
     app: ASGIApp
@@ -37,10 +37,9 @@ class SecurityHeaders:
                     headers.append(API_CSP)
                 headers.extend(ALWAYS)
                 for name, value in limit_headers.items():
-                    # A refusal brings the headers of the limit that refused.
+                    # A refusal already has the headers of the limit that refused.
                     if (key := name.lower().encode()) not in own:
                         headers.append((key, value.encode()))
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
-        return None
+        return await self.app(scope, receive, send_with_headers)

@@ -1,4 +1,4 @@
-"""A span for each request, where traces are wanted."""
+"""A span for each request, if tracing is on."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from app.telemetry.traces import Traces
 
 @dataclass(frozen=True, slots=True)
 class TraceRequests:
-    """Middleware: a span for each request. Its trace's id goes into the log line, as `trace`."""
+    """Record a span for each request, and log its trace id as `trace`."""
 
     app: ASGIApp
 

@@ -1,4 +1,4 @@
-"""Innermost middleware: a bug becomes a logged `internal-error`."""
+"""Innermost middleware: an unhandled exception becomes a logged `internal-error`."""
 
 import asyncio
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UnhandledErrors:
-    """Innermost middleware: a bug becomes a logged `internal-error`, with the headers that all answers carry.
+    """Turn unhandled exceptions into `internal-error`, with the headers of every response.
 
-    So does the server's own end become `at-capacity`, for a request that it waits for no longer.
+    A request cancelled by the server's shutdown gets `at-capacity`.
     """
 
     app: ASGIApp
@@ -35,15 +35,15 @@ class UnhandledErrors:
         try:
             await self.app(scope, receive, note_start)
         except ClientDisconnect:
-            pass  # hung up in the middle of its body: nobody is left to answer
+            pass  # the client disconnected
         except asyncio.CancelledError:
             if started:
                 raise
-            # The server is about to end, and has waited for long enough.
-            going = Problem("at-capacity", "The broker is about to end.", {"Retry-After": "1"})
-            await problem_response(scope, going)(scope, receive, send)
+            # The server is shutting down and has waited long enough.
+            problem = Problem("at-capacity", "The broker is shutting down.", {"Retry-After": "1"})
+            await problem_response(scope, problem)(scope, receive, send)
         except Exception:
             log.exception("unhandled_error", request_id=scope["state"]["request_id"])
             if started:
-                raise  # half an answer cannot be mended: the server cuts the connection
+                raise  # the response is incomplete: the server closes the connection
             await problem_response(scope, Problem("internal-error"))(scope, receive, send)
