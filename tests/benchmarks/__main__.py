@@ -1,9 +1,9 @@
-"""The broker beside what a user would pick instead.
+"""Compare the broker with what a user would use instead.
 
     python -m tests.benchmarks [--all | --quick] [--rounds 3] [--seconds 2] [--json FILE] [--chart FILE]
 
-All contenders in turn, round after round, each alone on one core; medians at the end. Ends with status 1 when an answer
-was not the expected one, or what it needs is missing.
+Measures the contenders in turn, each alone on one core, for several rounds, and prints medians. Exits with status 1 if
+an answer is unexpected or a required program is missing.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from tests.benchmarks import rig
 from tests.benchmarks.rig import Load, Missing, Server, say
 
 MANY = 32
-"""Connections where throughput is asked for."""
+"""Connections when measuring throughput."""
 BUSY = 0.9
-"""Share of its core that a server uses when nothing else holds it up."""
+"""Share of its core that a server uses if nothing else slows it down."""
 PROXY = """
 upstream oneinbox { server $upstream; keepalive 64; }
 server {
@@ -41,7 +41,7 @@ server {
 
 @dataclass(frozen=True)
 class Contender:
-    """A server to measure: `open(upstream, core)` starts it. `path`: what it answers a POST to with 201."""
+    """A server to measure. `open(upstream, core)` starts it; it answers a POST to `path` with 201."""
 
     name: str
     open: Callable[[Server, int], AbstractContextManager[Server]]
@@ -74,14 +74,14 @@ USUAL = ("broker", "valkey", "express", "httpx", "empty", "direct")
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one round, or the medians of all: at many connections, and at one."""
+    """A contender's figures in one round, or their medians: at many connections, and at one."""
 
     many: Load
     one: Load
 
 
 def measure(contender: Contender, upstream: Server, core: int, *, seconds: int) -> Result:
-    """Start a contender, warm it up, and measure it."""
+    """Start, warm up and measure a contender."""
     with contender.open(upstream, core) as server:
         rig.load(server, contender.path, connections=MANY, seconds=seconds)
         return Result(
@@ -91,12 +91,12 @@ def measure(contender: Contender, upstream: Server, core: int, *, seconds: int) 
 
 
 def median(loads: Sequence[Load]) -> Load:
-    """Each figure's median."""
+    """Return each figure's median."""
     return Load(*(statistics.median(getattr(each, field.name) for each in loads) for field in fields(Load)))
 
 
 def contest(names: Sequence[str], *, rounds: int, seconds: int) -> tuple[dict[str, Result], list[str]]:
-    """The medians of each contender, and why the others are not among them."""
+    """Return each contender's medians, and for each missing contender the reason."""
     rig.program("wrk", "wrk")
     core, _ = rig.pin()
     found: dict[str, list[Result]] = {}
@@ -122,9 +122,9 @@ def contest(names: Sequence[str], *, rounds: int, seconds: int) -> tuple[dict[st
 
 
 def ratios(results: Mapping[str, Result]) -> dict[str, float]:
-    """What does not hang on the machine, as far as both sides of it were measured.
+    """Return ratios, which depend little on the machine, where both sides were measured.
 
-    Processor time is the steadier of two: others that use the machine cost sessions, but no time of the server's.
+    CPU time is the steadiest: other load on the machine costs sessions, but not the server's CPU time.
     """
     found: dict[str, float] = {}
     if "broker" not in results:
@@ -145,7 +145,7 @@ def ratios(results: Mapping[str, Result]) -> dict[str, float]:
 
 
 def as_table(results: Mapping[str, Result]) -> str:
-    """One line for each contender."""
+    """Return a table, one line per contender."""
     head = ("", "sessions/s", "p50", "p99", "p50, 1 conn.", "p99, 1 conn.", "CPU/session", "RSS")
     rows = [
         (
@@ -164,7 +164,7 @@ def as_table(results: Mapping[str, Result]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where it was measured."""
+    """Describe this machine."""
     return {
         "processor": rig.processor(),
         "cores": os.cpu_count(),
@@ -174,7 +174,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write. The exit status."""
+    """Measure, print and write. Return the exit status."""
     options = _options(arguments)
     names = QUICK if options.quick else tuple(CONTENDERS) if options.all else USUAL
     rounds, seconds = options.rounds or (1 if options.quick else 3), options.seconds or 2
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(rig.table([("ratio", ""), *((words, f"{value:.2f}") for words, value in ratios(results).items())]))
     for name, result in results.items():
         if result.many.busy < BUSY:
-            say(f"{CONTENDERS[name].name}: used {result.many.busy:.0%} of its core; something else held it up")
+            say(f"{CONTENDERS[name].name}: used {result.many.busy:.0%} of its core; something else slowed it down")
     for line in missing:
         say(f"left out: {line}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +219,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="also Fastify + undici, and nginx as a reverse proxy")
     which.add_argument("--quick", action="store_true", help=f"one round, and only {', '.join(QUICK)}")
-    parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender has its turn")
-    parser.add_argument("--seconds", type=int, metavar="N", help="how long each measurement takes")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds per contender")
+    parser.add_argument("--seconds", type=int, metavar="N", help="seconds per measurement")
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks/results.json"), metavar="FILE")
     parser.add_argument("--chart", type=Path, default=Path("build/benchmarks/chart.png"), metavar="FILE")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The bar chart."""
+"""The bar chart of sessions per second."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def draw(sessions: Mapping[str, float], file: Path) -> None:
-    """Sessions a second by contender, the fastest on top, the broker's own bars in another colour."""
+    """Draw a bar per contender, the fastest on top, the broker's in another colour."""
     ranked = sorted(sessions.items(), key=lambda each: each[1])
     names = [name for name, _ in ranked]
     values = [value for _, value in ranked]
@@ -18,7 +18,7 @@ def draw(sessions: Mapping[str, float], file: Path) -> None:
         colors = ["#2563eb" if name.startswith("the broker") else "#9ca3af" for name in names]
         bars = axes.barh(names, values, color=colors)
         axes.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=4)
-        axes.set_xlabel("sessions a second, one core, 32 connections")
+        axes.set_xlabel("sessions per second, one core, 32 connections")
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         figure.savefig(file, dpi=120)

@@ -1,8 +1,8 @@
-"""What a request costs, counted: function calls, which are the same on every machine, and CPU beside an empty route.
+"""Count what a request costs: function calls, the same on every machine, and CPU compared with an empty route.
 
     python -m tests.benchmarks.counting
 
-In process: the broker behind no server and in front of a canned OneInbox, so that only its own work counts.
+The broker runs in process, without a server and with a canned OneInbox, so that only its own work counts.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -41,7 +42,7 @@ class Canned(httpx.AsyncBaseTransport):
         self._calls = 0
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Start a call, or tell of one."""
+        """Start a call or return one."""
         if request.method == "POST":
             self._calls += 1
             call = {
@@ -58,23 +59,24 @@ class Canned(httpx.AsyncBaseTransport):
         return httpx.Response(status, stream=_Body(json.dumps(body).encode()))
 
 
+@dataclass(frozen=True)
 class _Body(httpx.AsyncByteStream):
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    content: bytes
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._content
+        yield self.content
 
 
+@dataclass
 class Client:
-    """Asks an ASGI application as a server would, with no server between."""
+    """Calls an ASGI application as a server would. `headers`: of the last answer."""
 
-    def __init__(self, app: ASGIApp, state: Mapping[str, Any]) -> None:
-        self._app, self._state = app, state
-        self.headers: dict[bytes, bytes] = {}
+    app: ASGIApp
+    state: Mapping[str, Any]
+    headers: dict[bytes, bytes] = field(default_factory=dict)
 
     async def ask(self, method: str, path: str, body: bytes, expect: int) -> None:
-        """One request. Raises AssertionError for another status."""
+        """Send one request. Raises AssertionError if the status is not `expect`."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -92,7 +94,7 @@ class Client:
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
             ],
-            "state": dict(self._state),
+            "state": dict(self.state),
         }
         arrived = False
         status = 0
@@ -100,7 +102,7 @@ class Client:
         async def receive() -> Message:
             nonlocal arrived
             if arrived:
-                await asyncio.Event().wait()  # the client stays and says no more
+                await asyncio.Event().wait()  # the client stays connected
             arrived = True
             return {"type": "http.request", "body": body, "more_body": False}
 
@@ -110,12 +112,12 @@ class Client:
                 status = message["status"]
                 self.headers = dict(message["headers"])
 
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
         assert status == expect, f"{method} {path} should answer {expect}: {status}"
 
 
 async def count_calls(ask: Ask) -> int:
-    """Function calls of one request, Python's and C's: of the quietest of several, with nothing else going on."""
+    """Count the function calls of one request, Python's and C's: the fewest of several requests."""
     fewest = sys.maxsize
     for _ in range(COUNTED):
         calls = 0
@@ -134,7 +136,7 @@ async def count_calls(ask: Ask) -> int:
 
 
 async def time_cpu(asks: Mapping[str, Ask]) -> dict[str, float]:
-    """Microseconds of CPU per request: of the quietest of several rounds, each asking all in turn."""
+    """Measure microseconds of CPU per request: the least of several rounds, each through all requests in turn."""
     least = dict.fromkeys(asks, float("inf"))
     for _ in range(ROUNDS):
         for name, ask in asks.items():
@@ -146,7 +148,7 @@ async def time_cpu(asks: Mapping[str, Ask]) -> dict[str, float]:
 
 
 async def count() -> dict[str, dict[str, float]]:
-    """Calls and CPU of a session, of a read of a call that is in the cache, and of an empty route."""
+    """Return function calls and CPU of a session, of a read of a cached call, and of an empty route."""
     app = create_app(load_settings({**rig.BROKER}, env_file=None), Canned())
     async with AsyncExitStack() as stack:
         state = await stack.enter_async_context(app.router.lifespan_context(app))
@@ -169,7 +171,7 @@ async def count() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Count, and print as JSON."""
-    # The log is written, and thrown away.
+    # Logging is part of the cost, so the log is written, to /dev/null.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         configure_logging("info", "json")
         found = asyncio.run(count())

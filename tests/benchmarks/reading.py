@@ -1,4 +1,4 @@
-"""Reads of a call that is in the cache, beside an empty FastAPI route; and one call's events to many watchers.
+"""Compare reads of a cached call with an empty FastAPI route, and send one call's events to many watchers.
 
 python -m tests.benchmarks.reading [--rounds 3] [--seconds 3] [--watchers 1000] [--json FILE]
 """
@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ CONNECTIONS = 32
 
 
 def read(broker: Server, empty: Server, seconds: int) -> dict[str, Load]:
-    """Reads answered 200 and 304, and the empty route."""
+    """Measure reads answered with 200 and 304, and the empty route."""
     path = rig.ask(f"{broker.url}/session", "POST").headers["Location"]
     etag = rig.ask(broker.url + path).headers["ETag"]
     common: dict[str, Any] = {"method": "GET", "connections": CONNECTIONS, "seconds": seconds}
@@ -35,24 +36,24 @@ def read(broker: Server, empty: Server, seconds: int) -> dict[str, Load]:
     }
 
 
+@dataclass(eq=False)
 class Watcher(asyncio.Protocol):
-    """Follows a call, and counts its events."""
+    """Follows a call and counts its events."""
 
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self.events = 0
+    request: bytes
+    events: int = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
-        cast("asyncio.Transport", transport).write(self._request)
+        """Send the request."""
+        cast("asyncio.Transport", transport).write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the wire; an event is small, and sent as one piece."""
+        """Count events; each is small and arrives in one piece."""
         self.events += data.count(b"event: call\n")
 
 
 async def fan_out(broker: Server, watchers: int, seconds: float) -> dict[str, float]:
-    """What watchers of one call cost, while OneInbox shows a change at each look."""
+    """Measure what a call's watchers cost while OneInbox reports a change at each poll."""
     path = rig.ask(f"{broker.url}/session", "POST").headers["Location"]
     rest = broker.rss
     request = f"GET {path}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
@@ -61,15 +62,15 @@ async def fan_out(broker: Server, watchers: int, seconds: float) -> dict[str, fl
         await asyncio.get_running_loop().create_connection(lambda: Watcher(request), host, int(port))
         for _ in range(watchers)
     ]
-    everybody = [watcher for _, watcher in opened]
+    all_watchers = [watcher for _, watcher in opened]
     deadline = time.monotonic() + rig.PATIENCE
-    while any(not watcher.events for watcher in everybody):
+    while any(not watcher.events for watcher in all_watchers):
         if time.monotonic() > deadline:
-            raise AssertionError(f"{sum(not watcher.events for watcher in everybody)} watchers saw nothing")
+            raise AssertionError(f"{sum(not watcher.events for watcher in all_watchers)} watchers got no event")
         await asyncio.sleep(0.05)
-    seen, cpu = sum(watcher.events for watcher in everybody), broker.cpu
+    seen, cpu = sum(watcher.events for watcher in all_watchers), broker.cpu
     await asyncio.sleep(seconds)
-    events, spent = sum(watcher.events for watcher in everybody) - seen, broker.cpu - cpu
+    events, spent = sum(watcher.events for watcher in all_watchers) - seen, broker.cpu - cpu
     memory = broker.rss - rest
     for transport, _ in opened:
         transport.close()
@@ -77,7 +78,7 @@ async def fan_out(broker: Server, watchers: int, seconds: float) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print. The exit status."""
+    """Measure and print. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.reading")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--seconds", type=int, default=3, metavar="N")

