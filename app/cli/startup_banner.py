@@ -1,4 +1,4 @@
-"""What `serve` says at its start."""
+"""What `serve` prints when it starts."""
 
 import sys
 
@@ -11,14 +11,25 @@ from app.telemetry.terminal import has_colour, width_of
 
 log = structlog.get_logger(__name__)
 
+USERS = {
+    "anonymous": "anonymous, told apart by address",
+    "jwt": "signed in, identified by their token",
+    "header": "signed in, identified by the proxy's header",
+}
+
 
 def announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
-    """Say where the broker listens, in which mode and with which limits, and what of that deserves a second thought.
+    """Print where the broker listens, its mode and limits, and warnings about its settings.
 
-    In words on a terminal; as records of the log elsewhere, and where BROKER_LOG_FORMAT names a format.
+    In words on a terminal; as log records elsewhere, and where BROKER_LOG_FORMAT is set.
     """
+    warnings = settings_warnings(settings, host)
     if settings.log_format is None and sys.stderr.isatty():
-        sys.stderr.write(_in_words(settings, host, url=url, workers=workers))
+        lines = _in_words(settings, url=url, workers=workers)
+        if warnings:
+            encoding, colour = sys.stderr.encoding, has_colour(sys.stderr)
+            lines += [*as_lines(warnings, encoding=encoding, colour=colour, width=width_of(sys.stderr)), ""]
+        sys.stderr.write("\n".join(lines) + "\n")
         return
     log.info(
         "listening",
@@ -29,31 +40,20 @@ def announce(settings: Settings, host: str, *, url: str, workers: int) -> None:
         global_limits=settings.global_session_limits,
         live_calls=settings.max_live_calls,
     )
-    for caution in settings_warnings(settings, host):
-        log.warning("settings_warning", about=caution.name, meaning=caution.detail, remedy=caution.remedy)
+    for each in warnings:
+        log.warning("settings_warning", about=each.name, meaning=each.detail, remedy=each.remedy)
 
 
-USERS = {
-    "anonymous": "anonymous, told apart by address",
-    "jwt": "signed in, by their token",
-    "header": "signed in, by what the proxy says",
-}
-
-
-def _in_words(settings: Settings, host: str, *, url: str, workers: int) -> str:
+def _in_words(settings: Settings, *, url: str, workers: int) -> list[str]:
     by = f"with {workers} workers" if workers > 1 else "as one process"
     lines = [
-        f"The broker listens on {url}, {by}. Ctrl-C ends it.",
+        f"The broker listens on {url}, {by}. Ctrl-C stops it.",
         "",
         f"Users:     {USERS[settings.auth]} (BROKER_AUTH={settings.auth})",
-        f"Sessions:  {settings.session_limits} per user, {settings.global_session_limits} of all users together",
+        f"Sessions:  {settings.session_limits} per user, {settings.global_session_limits} for all users together",
         f"At once:   {settings.max_live_calls} calls per user, {settings.max_live_calls_total or 'any number'} in all",
     ]
-    minutes = ((settings.talk_minutes, "per user"), (settings.global_talk_minutes, "of all users together"))
-    if told := [f"{number} minutes in 24 h {whose}" for number, whose in minutes if number]:
-        lines += [f"Talk:      {', '.join(told)}"]
-    lines += [""]
-    if warnings := settings_warnings(settings, host):
-        encoding, colour = sys.stderr.encoding, has_colour(sys.stderr)
-        lines += [*as_lines(warnings, encoding=encoding, colour=colour, width=width_of(sys.stderr)), ""]
-    return "\n".join(lines) + "\n"
+    minutes = ((settings.talk_minutes, "per user"), (settings.global_talk_minutes, "for all users together"))
+    if bounds := [f"{number} minutes in 24 h {scope}" for number, scope in minutes if number]:
+        lines.append(f"Talk:      {', '.join(bounds)}")
+    return [*lines, ""]

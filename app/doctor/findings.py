@@ -1,10 +1,10 @@
-"""What the doctor says: one finding per check, as lines for people or as JSON for programs."""
+"""The doctor's findings, one per check, as lines for people or as JSON for programs."""
 
 import asyncio
 import json
 import textwrap
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Level = Literal["ok", "warning", "error"]
@@ -21,7 +21,7 @@ DEADLINE = 18.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. `remedy`: what to do about it; empty: nothing. Neither text holds a secret."""
+    """The result of one check. `remedy`: what to do about it; empty if nothing. Neither text holds a secret."""
 
     name: str
     level: Level
@@ -30,7 +30,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; a warning is not wrong."""
+        """True unless it is an error; a warning is ok."""
         return self.level != "error"
 
 
@@ -40,96 +40,79 @@ def fine(name: str, detail: str) -> Finding:
 
 
 def warning(name: str, detail: str, remedy: str = "") -> Finding:
-    """Worth a look, or something that could not be found out."""
+    """Worth a look, or could not be checked."""
     return Finding(name, "warning", detail, remedy)
 
 
 def wrong(name: str, detail: str, remedy: str) -> Finding:
-    """Must be mended."""
+    """Must be fixed."""
     return Finding(name, "error", detail, remedy)
 
 
 def all_ok(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is wrong."""
+    """True if there is no error."""
     return all(finding.ok for finding in findings)
 
 
 async def within(seconds: float, work: Callable[[], Awaitable[list[Finding]]], names: Sequence[str]) -> list[Finding]:
-    """What the work finds; findings under these names when it does not come to an end. Never raises."""
+    """Return the work's findings, or an error under each name if it fails or takes longer. Never raises."""
     try:
         async with asyncio.timeout(seconds):
             return await work()
     except TimeoutError:
-        return [wrong(name, f"no result within {seconds:.0f} s", "look at DNS and the network") for name in names]
-    except Exception as error:  # a doctor does not faint; whose words the message repeats, nobody knows: maybe a secret
-        remedy = "tell the broker's authors"
+        return [wrong(name, f"no result within {seconds:.0f} s", "check DNS and the network") for name in names]
+    except Exception as error:  # its message is left out: it may quote a secret
+        remedy = "report this to the broker's authors"
         return [wrong(name, f"the check itself failed ({type(error).__name__})", remedy) for name in names]
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """One JSON object, in ASCII."""
-    checks = [
-        {
-            "name": finding.name,
-            "ok": finding.ok,
-            "level": finding.level,
-            "detail": finding.detail,
-            "remedy": finding.remedy,
-        }
-        for finding in findings
-    ]
+    """Return one JSON object, in ASCII."""
+    checks = [{"name": finding.name, "ok": finding.ok} | asdict(finding) for finding in findings]
     return json.dumps({"ok": all_ok(findings), "checks": checks}, indent=2)
 
 
 def as_text(findings: Sequence[Finding], *, encoding: str, colour: bool, width: int | None = None) -> str:
-    """The lines of `as_lines`, and one that sums up."""
+    """Return the lines of `as_lines`, and a summary line."""
     return "\n".join([*as_lines(findings, encoding=encoding, colour=colour, width=width), _summary(findings)])
 
 
 def as_lines(findings: Sequence[Finding], *, encoding: str, colour: bool, width: int | None = None) -> list[str]:
-    """A line for each finding. `encoding`: of the terminal; what it lacks is written in ASCII.
+    """Return one line per finding. `encoding`: of the terminal; ASCII replaces what it lacks.
 
-    `width`: of the terminal, in columns; the lines are broken between words, and what to do has one of its own.
+    `width`: of the terminal, in columns; lines then wrap between words, and remedies start on their own line.
     """
-    rich = _has(encoding, "".join(MARKS.values()) + "→")
+    unicode = _can_encode(encoding, "✓✗→")
     lines: list[str] = []
     for finding in findings:
-        mark = (MARKS if rich else PLAIN_MARKS)[finding.level]
-        found, remedy = _printable(f"{finding.name}: {finding.detail}"), _printable(finding.remedy)
-        if width is None:
-            parts = [f"{found} → {remedy}" if remedy else found]
-        else:
-            indent = " " * (len(mark) + 1)
-            parts = _broken(found, width, indent, indent)
-            parts += _broken(remedy, width, f"{indent}→ ", f"{indent}  ") if remedy else []
-            parts[0] = parts[0].removeprefix(indent)
-        parts[0] = f"{COLOURS[finding.level]}{mark}{RESET} {parts[0]}" if colour else f"{mark} {parts[0]}"
-        lines += parts
-    return lines if rich else [line.translate(PLAIN).encode(encoding, "replace").decode(encoding) for line in lines]
+        mark = (MARKS if unicode else PLAIN_MARKS)[finding.level]
+        parts = [_printable(f"{finding.name}: {finding.detail}")]
+        if finding.remedy:
+            parts.append(_printable(f"→ {finding.remedy}"))
+        first, *rest = [" ".join(parts)] if width is None else _wrapped(parts, width - len(mark) - 1)
+        shown = f"{COLOURS[finding.level]}{mark}{RESET}" if colour else mark
+        lines += [f"{shown} {first}", *(" " * (len(mark) + 1) + line for line in rest)]
+    return lines if unicode else [line.translate(PLAIN).encode(encoding, "replace").decode(encoding) for line in lines]
 
 
-def _broken(text: str, width: int, first: str, others: str) -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
-    )
+def _wrapped(parts: Sequence[str], width: int) -> list[str]:
+    wrapper = textwrap.TextWrapper(max(width, 1), break_on_hyphens=False, break_long_words=False)
+    return [line for part in parts for line in wrapper.wrap(part)]
 
 
 def _summary(findings: Sequence[Finding]) -> str:
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
-    noted = f"{warnings} {'warning' if warnings == 1 else 'warnings'}" if warnings else ""
-    if not errors:
-        return f"Nothing is wrong; {noted}." if noted else "Nothing is wrong."
-    found = "1 thing is wrong" if errors == 1 else f"{errors} things are wrong"
-    return f"{found}; {noted}." if noted else f"{found}."
+    wrong = {0: "Nothing is wrong", 1: "1 thing is wrong"}.get(errors, f"{errors} things are wrong")
+    return wrong + {0: ".", 1: "; 1 warning."}.get(warnings, f"; {warnings} warnings.")
 
 
 def _printable(text: str) -> str:
-    """A line that stays one, whatever names and messages it repeats: no control character reaches the terminal."""
+    """Replace control characters, so that the text stays one line and cannot steer the terminal."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
-def _has(encoding: str, text: str) -> bool:
+def _can_encode(encoding: str, text: str) -> bool:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

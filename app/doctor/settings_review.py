@@ -1,19 +1,18 @@
-"""Settings that are allowed and worth a second thought: `doctor` lists them, `serve` warns about them."""
+"""Settings that are allowed but risky: `doctor` lists them, `serve` warns about them."""
 
 import resource
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from app.config.settings import Network, Settings, is_loopback
 from app.doctor.findings import Finding, fine, warning, wrong
 
 WIDEST_PUBLIC_PREFIX = {4: 8, 6: 16}
-"""A network of public addresses wider than this is nobody's own."""
+"""No one owns a network of public addresses wider than this."""
 FILES_BESIDES = 100
 
 
 def review(settings: Settings) -> list[Finding]:
-    """What the settings themselves tell, a finding for each subject, in a fixed order. Asks nobody."""
+    """Return one finding per subject, in a fixed order, from the settings alone."""
     return [
         _origins(settings),
         _proxies(settings),
@@ -25,31 +24,27 @@ def review(settings: Settings) -> list[Finding]:
 
 
 def settings_warnings(settings: Settings, host: str) -> list[Finding]:
-    """What `serve` warns about before it listens on `host`."""
-    findings = (*_exposure(settings, host), *_memory(settings), *review(settings))
-    return [finding for finding in findings if finding.level != "ok"]
-
-
-def _exposure(settings: Settings, host: str) -> Iterator[Finding]:
+    """Return what `serve` warns about before it listens on `host`."""
+    warnings = []
     if settings.auth == "anonymous" and settings.challenge_secret is None and not is_loopback(host):
-        yield warning(
-            "anonymous and public",
-            "whoever reaches this address may start calls that you pay for, as many as the limits let through",
-            "set BROKER_AUTH, or BROKER_CHALLENGE_SECRET; at least look at BROKER_GLOBAL_SESSION_LIMITS",
+        warnings.append(
+            warning(
+                "anonymous and public",
+                "anyone who reaches this address can start calls that you pay for, up to the limits",
+                "set BROKER_AUTH or BROKER_CHALLENGE_SECRET; at least check BROKER_GLOBAL_SESSION_LIMITS",
+            )
         )
-
-
-def _memory(settings: Settings) -> Iterator[Finding]:
     if settings.store_url.get_secret_value() == "memory://":
-        yield memory_store()
+        warnings.append(memory_store())
+    return [*warnings, *(finding for finding in review(settings) if finding.level != "ok")]
 
 
 def memory_store() -> Finding:
-    """What memory:// means."""
+    """Return a warning of what memory:// lacks."""
     return warning(
         "store",
-        "memory://: a restart forgets what was counted, and pause, block and status have nothing to act on",
-        "fine for one process; else set BROKER_STORE_URL to a Valkey or Redis",
+        "memory://: a restart forgets all counts, and the commands pause, block and status cannot work",
+        "fine for one process; otherwise set BROKER_STORE_URL to a Valkey or Redis",
     )
 
 
@@ -57,56 +52,52 @@ def _origins(settings: Settings) -> Finding:
     name, allowed = "allowed origins", settings.allowed_origins
     if "*" in allowed:
         return warning(
-            name, "*: any site's pages may start calls", "list your own sites in BROKER_ALLOWED_ORIGINS instead"
+            name, "*: pages of any site can start calls", "list only your own sites in BROKER_ALLOWED_ORIGINS"
         )
     if not allowed:
         return warning(
             name,
-            "none: only pages that the broker's own origin serves may use it",
+            "none: only pages of the broker's own origin can use it",
             "list your sites in BROKER_ALLOWED_ORIGINS, such as https://www.example.com",
         )
-    readable = [origin for origin in allowed if origin.startswith("http://") and not _on_loopback(origin)]
-    if readable:
+    plain = [
+        origin
+        for origin in allowed
+        if origin.startswith("http://") and not is_loopback(urlsplit(origin.removesuffix(":*")).hostname or "")
+    ]
+    if plain:
         return warning(
             name,
-            f"anybody on the way can change the pages of {', '.join(readable)}",
+            f"plain http: anyone on the network path can change the pages of {', '.join(plain)}",
             "serve them over https, and list that origin",
         )
     return fine(name, ", ".join(allowed))
 
 
-def _on_loopback(origin: str) -> bool:
-    return is_loopback(urlsplit(origin.removesuffix(":*")).hostname or "")
-
-
 def _proxies(settings: Settings) -> Finding:
     name, trusted = "trusted proxies", settings.trusted_proxies
-    everybody = [str(network) for network in trusted if network.prefixlen == 0]
-    if everybody:
+    if everyone := [str(network) for network in trusted if network.prefixlen == 0]:
         meaning = (
-            "whoever reaches the broker is whatever user it writes into a header"
+            "anyone who reaches the broker can claim to be any user in a header"
             if settings.auth == "header"
-            else "no address counts as a client's, so that all users behind your proxy share its limits"
+            else "no address counts as a client's, so all users behind your proxy share its limits"
         )
         return wrong(
-            name,
-            f"{', '.join(everybody)}: {meaning}",
-            "list the networks of your own proxies in BROKER_TRUSTED_PROXIES",
+            name, f"{', '.join(everyone)}: {meaning}", "list only your own proxies' networks in BROKER_TRUSTED_PROXIES"
         )
-    wide = [str(network) for network in trusted if _is_wide(network)]
-    if wide:
+    if wide := [str(network) for network in trusted if _is_wide(network)]:
         return warning(
             name,
-            f"{', '.join(wide)}: a network of many strangers",
-            "list only your own proxies in BROKER_TRUSTED_PROXIES",
+            f"{', '.join(wide)}: this includes many networks that are not yours",
+            "list only your own proxies' networks in BROKER_TRUSTED_PROXIES",
         )
     if not trusted and settings.public_url is not None:
         return warning(
             name,
-            "none, though BROKER_PUBLIC_URL is set: behind a proxy all users are one address, and share its limits",
+            "none, although BROKER_PUBLIC_URL is set: behind a proxy, all users have its address and share its limits",
             "list your proxy's network in BROKER_TRUSTED_PROXIES",
         )
-    return fine(name, ", ".join(map(str, trusted)) or "none: nobody's X-Forwarded-For is believed")
+    return fine(name, ", ".join(map(str, trusted)) or "none: X-Forwarded-For is ignored")
 
 
 def _is_wide(network: Network) -> bool:
@@ -114,43 +105,41 @@ def _is_wide(network: Network) -> bool:
 
 
 def _variables(settings: Settings) -> Finding:
-    name = "variables"
     if "*" in settings.allowed_variables:
         return warning(
-            name,
-            "*: a page may put text of its own into any variable of the agent's prompt",
-            "list the names you need in BROKER_ALLOWED_VARIABLES, or set it to nothing",
+            "variables",
+            "*: a page can put its own text into any variable of the agent's prompt",
+            "list the names you need in BROKER_ALLOWED_VARIABLES, or set it to nothing to allow none",
         )
-    return fine(name, f"a page may set {', '.join(settings.allowed_variables) or 'none'}")
+    return fine("variables", f"a page can set {', '.join(settings.allowed_variables) or 'none'}")
 
 
 def _limits(settings: Settings) -> Finding:
-    name = "limits"
     if settings.limits_mode == "observe":
-        return warning(name, "observe: they refuse nothing", "set BROKER_LIMITS_MODE=enforce once the log looks right")
-    return fine(name, f"{settings.session_limits} per user, {settings.global_session_limits} of all users")
+        return warning(
+            "limits", "observe: nothing is refused", "set BROKER_LIMITS_MODE=enforce once the log looks right"
+        )
+    return fine("limits", f"{settings.session_limits} per user, {settings.global_session_limits} for all users")
 
 
 def _secret(settings: Settings) -> Finding:
-    name = "secret"
     if settings.secret is None:
         return warning(
-            name,
-            "BROKER_SECRET is derived from the API key: a new key makes calls under way strangers to their users",
+            "secret",
+            "BROKER_SECRET is derived from the API key: when that changes, users lose access to their running calls",
             "set BROKER_SECRET to at least 32 random characters",
         )
-    return fine(name, "BROKER_SECRET is set")
+    return fine("secret", "BROKER_SECRET is set")
 
 
 def _open_files(settings: Settings) -> Finding:
-    # Each waiting session takes two connections, each stream one.
-    wanted = 2 * settings.max_waiting + settings.max_streams_total + FILES_BESIDES
+    # Two connections per waiting session, one per stream.
+    needed = 2 * settings.max_waiting + settings.max_streams_total + FILES_BESIDES
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    name = "open files"
-    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
         return warning(
-            name,
-            f"{allowed} at most, {wanted} wanted for what BROKER_MAX_WAITING and BROKER_MAX_STREAMS_TOTAL allow",
-            f"ulimit -n {wanted}",
+            "open files",
+            f"{allowed} allowed; BROKER_MAX_WAITING and BROKER_MAX_STREAMS_TOTAL may need {needed}",
+            f"ulimit -n {needed}",
         )
-    return fine(name, "as many as the settings may need")
+    return fine("open files", "as many as the settings may need")

@@ -1,4 +1,4 @@
-"""What a stream's reader can bear."""
+"""What a stream's terminal can show."""
 
 import os
 from typing import TextIO
@@ -8,14 +8,13 @@ WIDEST = 120
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether to write in colour: on a terminal, unless NO_COLOR (https://no-color.org) is set, or it is a dumb one."""
+    """True on a terminal, unless NO_COLOR (https://no-color.org) is set or TERM is `dumb`."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Columns of the terminal behind a stream, WIDEST at most; None: it is none, or does not say."""
+    """Return the terminal's columns, WIDEST at most; None off a terminal, or if it does not say."""
     try:
-        columns = os.get_terminal_size(stream.fileno()).columns
+        return min(os.get_terminal_size(stream.fileno()).columns, WIDEST) or None
     except (OSError, ValueError):
         return None
-    return min(columns, WIDEST) or None

@@ -299,7 +299,7 @@ def test_what_serve_says_on_a_terminal(tmp_path: Path, environ: dict[str, str]) 
     words = " ".join(terminal.shown.split())
     assert "The broker listens on http://0.0.0.0:" in words
     assert "anonymous" in words
-    assert "5/minute;50/day per user, 60/minute;1000/day of all users" in words
+    assert "5/minute;50/day per user, 60/minute;1000/day for all users" in words
     assert "2 calls per user" in words
     assert "30 minutes in 24 h per user" in words
     for caution in ("anonymous and public", "store", "allowed origins", "variables", "secret"):

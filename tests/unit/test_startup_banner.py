@@ -32,7 +32,7 @@ def said(monkeypatch: pytest.MonkeyPatch, *, workers: int = 1, host: str = "127.
 def test_a_terminal_is_spoken_to_in_words(monkeypatch: pytest.MonkeyPatch, logs: Logs) -> None:
     words = said(monkeypatch, BROKER_SESSION_LIMITS="3/minute", BROKER_MAX_LIVE_CALLS="4")
 
-    assert words.startswith(f"The broker listens on {URL}, as one process. Ctrl-C ends it.\n")
+    assert words.startswith(f"The broker listens on {URL}, as one process. Ctrl-C stops it.\n")
     assert "anonymous, told apart by address (BROKER_AUTH=anonymous)" in words
     assert "3/minute per user" in words
     assert "4 calls per user, any number in all" in words
@@ -50,7 +50,7 @@ def test_minutes_and_workers_are_said_where_there_are_any(monkeypatch: pytest.Mo
     )
 
     assert "with 3 workers" in words
-    assert "30 minutes in 24 h per user, 600 minutes in 24 h of all users together" in words
+    assert "30 minutes in 24 h per user, 600 minutes in 24 h for all users together" in words
     assert "50 in all" in words
 
 
