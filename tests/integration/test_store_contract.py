@@ -2,19 +2,12 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
 from app.store import LimitRequest, Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
-from tests.support.valkey import Valkey, running_valkey
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @pytest.fixture(params=["memory", "valkey", "failover"])

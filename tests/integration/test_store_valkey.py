@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -13,19 +13,11 @@ from app.store import Decision, LimitRequest, Rate, Slot, StoreUnavailable, scri
 from app.store.memory import MemoryStore
 from app.store.scripts import Script
 from app.store.valkey import ValkeyStore
-from tests.support.valkey import Valkey, running_valkey
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
+from tests.support.valkey import Valkey
 
 
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[ValkeyStore]:
-    with valkey.client() as client:
-        client.flushall()
     async with ValkeyStore(valkey.url) as opened:
         yield opened
 
@@ -76,7 +68,7 @@ async def test_the_scripts_decide_as_memory_does(
 ) -> None:
     """The same questions at the same times, the server's clock being set by the test (in 1/64 s, exact in doubles)."""
     told = "local now = tonumber(redis.call('GET', 'clock'))\n"
-    for name in ("DECIDE", "GIVE_BACK", "ENTER", "LEAVE", "MEMBERS"):
+    for name in ("DECIDE", "GIVE_BACK", "ADD_MEMBER", "REMOVE_MEMBER", "MEMBERS"):
         script: Script = getattr(scripts, name)
         assert (scripts._NOW in script.text) == (name != "GIVE_BACK")
         monkeypatch.setattr(scripts, name, Script(script.text.replace(scripts._NOW, told)))
