@@ -1,4 +1,4 @@
-"""`uvicorn app.main:app`: the application from the environment's settings, made when it is asked for."""
+"""The ASGI app for `uvicorn app.main:app`."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from app.telemetry.logging import configure_logging
 
 
 def __getattr__(name: str) -> Any:
-    """`uvicorn app.main:app`: the application from the environment's settings, made when it is asked for."""
+    """Build `app` from the environment's settings, on access."""
     if name != "app":
         raise AttributeError(name)
     try:

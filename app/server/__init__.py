@@ -1,1 +1,1 @@
-"""uvicorn, as the broker runs it."""
+"""uvicorn, as the broker configures it."""

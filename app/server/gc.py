@@ -1,16 +1,15 @@
-"""The garbage collector, for a process that serves."""
+"""Garbage collector settings for a server process."""
 
 import gc
 
-# Python's own are made for scripts: requests would start a collection every few of them.
+# Python's defaults suit scripts: here they would start a collection every few requests.
 THRESHOLDS = (10_000, 20, 20)
 
 
 def freeze_gc() -> None:
-    """Leave what was made at the start (modules, routes, models) out of every later collection.
+    """Leave out of later collections what was made at startup: modules, routes, models.
 
-    Looking through it all again and again would hold up all requests under way for as long, a tenth of a second and
-    more.
+    Each full collection would otherwise block all requests for a tenth of a second or more.
     """
     gc.collect()
     gc.freeze()

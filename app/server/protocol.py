@@ -1,7 +1,7 @@
-"""uvicorn's HTTP/1.1 connection, with bounds on what httptools leaves open.
+"""uvicorn's HTTP/1.1 connection, with limits that httptools does not have.
 
-What is refused here is refused before it is a request to the application: an answer without a body, and the connection
-is closed. Lengths, chunks and line ends are httptools' business: it refuses what request smuggling is made of.
+It limits oversized, excessive or slow connections before a full request arrives: they get a response without a body,
+and the connection closes. httptools itself checks lengths, chunks and line ends, and refuses request smuggling.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 log = structlog.get_logger(__name__)
 
 MAX_FRAMING = 32 * 1024
-"""Bytes of a request that are not its body: head, chunk extensions, trailers; give or take a PIECE."""
+"""Bytes of a request outside its body: head, chunk extensions, trailers; give or take a PIECE."""
 MAX_FIELDS = 100
 MAX_WAITING = MAX_FRAMING
 """Bytes of pipelined requests that may wait behind an unanswered one; give or take a PIECE."""
 PIECE = 4096
-"""Bytes that the parser gets at once: it cannot be stopped in the middle of them."""
+"""Bytes that the parser gets at once; it cannot be stopped in between."""
 CHUNK_ALLOWANCE = 16
 """Framing bytes that every chunk of a body may have."""
 
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
-"""RFC 3986, section 3.2, without the user part; empty is no host of http (RFC 9110, section 4.2.1)."""
+"""RFC 3986, section 3.2, without user information; http needs a host that is not empty (RFC 9110, section 4.2.1)."""
 
 _REFUSALS = {
     status: b"HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n" % (status, reason)
@@ -39,20 +39,19 @@ _REFUSALS = {
 
 
 class _RefusedError(Exception):
-    """Ends the parser's work; args: the status."""
+    """Stops the parser; args: the status."""
 
 
 class GuardedHttp(HttpToolsProtocol):
-    """One connection. `uvicorn.Config(http=GuardedHttp)`; works on uvloop and on asyncio's own loop.
+    """One connection, for `uvicorn.Config(http=GuardedHttp)`, on uvloop or asyncio's own loop.
 
-    A request, head and body, has to be there ARRIVAL_SECONDS after its first byte; a new connection has as long for its
-    first request. Between requests uvicorn's `timeout_keep_alive` counts. How long an answer takes is nobody's
-    business here.
+    A request, head and body, must arrive within ARRIVAL_SECONDS of its first byte; a new connection has as long for its
+    first request. Between requests uvicorn's `timeout_keep_alive` applies. The time to answer is not limited here.
     """
 
     ARRIVAL_SECONDS = 10.0
     LINGER_SECONDS = 2.0
-    """How long a client may go on sending what nobody reads, so that it finds the answer instead of a reset."""
+    """How long a client may send data that is not read, so that it gets the response instead of a reset."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +71,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        self._hang_up()  # uvicorn would tell only the newest of several pipelined requests
+        self._disconnect()  # uvicorn would notify only the newest of several pipelined requests
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -82,7 +81,7 @@ class GuardedHttp(HttpToolsProtocol):
             if self._refused or self.transport.is_closing():
                 return
             if self._answer_is_due():
-                # Read, so that a hang-up is seen, but not parsed: each parsed request would cost a hundredfold.
+                # Read, to notice a disconnect, but not parsed: parsing costs a hundred times as much.
                 self._waiting += view[start:]
                 if len(self._waiting) > MAX_WAITING:
                     self._refuse(400)
@@ -97,7 +96,7 @@ class GuardedHttp(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            # No upgrade is offered: the request is answered as if it asked for none (RFC 9110, section 7.8).
+            # No upgrade is supported, so the request is answered without one (RFC 9110, section 7.8).
             self._feed(piece[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
@@ -108,10 +107,10 @@ class GuardedHttp(HttpToolsProtocol):
             self._refuse(431)
 
     def _answer_is_due(self) -> bool:
-        """Whether a request that arrived whole waits for its answer."""
+        """Return whether a complete request waits for its answer."""
         return bool(self._unanswered) and not self._unanswered[0].more_body
 
-    # The parser's calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
         self._in_message = True
@@ -121,14 +120,14 @@ class GuardedHttp(HttpToolsProtocol):
         self._check_head()
         super().on_headers_complete()
         if self.pipeline:
-            self.flow.resume_reading()  # uvicorn reads no further here, and would see no hang-up
+            self.flow.resume_reading()  # uvicorn stops reading here, and would miss a disconnect
         self._in_body = True
         self._unanswered.append(self.cycle)
-        # What the parser finds from here on are trailers: never to be mixed with the head (RFC 9110, section 6.5.1).
+        # From here on the parser finds trailers, which must not be merged into the head (RFC 9110, section 6.5.1).
         self.headers = []
 
     def on_chunk_header(self) -> None:
-        """A chunk begins."""
+        """Allow a new chunk its framing bytes."""
         self._framing -= CHUNK_ALLOWANCE
 
     def on_body(self, body: bytes) -> None:
@@ -141,9 +140,9 @@ class GuardedHttp(HttpToolsProtocol):
         self._framing = 0
         self._disarm()
         if self._unanswered:
-            self.flow.resume_reading()  # the same after a large body that nobody has asked for yet
+            self.flow.resume_reading()  # likewise after a large body that the app has not read yet
         else:
-            self._rest()  # answered before its end
+            self._rest()  # it was answered before it ended
 
     def _check_head(self) -> None:
         if len(self.headers) > MAX_FIELDS:
@@ -157,17 +156,17 @@ class GuardedHttp(HttpToolsProtocol):
                 if not HOST.fullmatch(value):
                     raise _RefusedError(400)
             elif name == b"transfer-encoding":
-                # Other codings are not understood, and HTTP/1.0 has none (RFC 9112, section 6.1).
+                # Other codings are unsupported, and HTTP/1.0 has none (RFC 9112, section 6.1).
                 if value.lower() != b"chunked" or version != "1.1":
                     raise _RefusedError(400)
                 has_body = True
             elif name == b"content-length":
                 has_body = value != b"0"
-        # RFC 9112, section 3.2: exactly one Host since HTTP/1.1. The parser takes 0.9 and 2.0 as well.
+        # RFC 9112, section 3.2: exactly one Host since HTTP/1.1. The parser also accepts 0.9 and 2.0.
         if version not in ("1.1", "1.0") or hosts > 1 or (version == "1.1" and not hosts):
             raise _RefusedError(400)
         if has_body and self.parser.should_upgrade():
-            raise _RefusedError(400)  # the parser would take the body for the next request
+            raise _RefusedError(400)  # the parser would read the body as the next request
 
     # The answers
 
@@ -191,9 +190,9 @@ class GuardedHttp(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _refuse(self, status: int) -> None:
-        """Answer what is unanswered, if no answer has begun, and close."""
+        """Send a refusal, unless an answer has begun, and close."""
         begun = any(cycle.response_started for cycle in self._unanswered)
-        self._hang_up()
+        self._disconnect()
         self._waiting.clear()
         self._refused = True
         log.info("request_refused", status=status)
@@ -204,15 +203,15 @@ class GuardedHttp(HttpToolsProtocol):
         self.flow.resume_reading()
         self._arm(self.LINGER_SECONDS)
 
-    def _hang_up(self) -> None:
-        """Tell every request of this connection that nobody is waiting any more."""
+    def _disconnect(self) -> None:
+        """Tell every request of this connection that its client is gone."""
         self.pipeline.clear()
         for cycle in self._unanswered:
             cycle.disconnected = True
             cycle.message_event.set()
         self._unanswered.clear()
 
-    # The clock
+    # The timer
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -227,7 +226,7 @@ class GuardedHttp(HttpToolsProtocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        # Browsers open connections in advance: an unused one is closed without a word.
+        # Browsers open connections in advance: an unused one is closed without a response.
         if self._in_message and not self._refused and (self._unanswered or not self._in_body):
             self._refuse(408)
         else:

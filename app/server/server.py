@@ -1,4 +1,4 @@
-"""uvicorn, as the broker runs it."""
+"""uvicorn's server and supervisor, as the broker runs them."""
 
 import socket
 from collections.abc import Generator
@@ -14,25 +14,25 @@ from app.telemetry.metrics import forget_all_but
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
 BACKLOG = 65535
-"""Connections that may wait to be taken; the kernel has a bound of its own (`net.core.somaxconn`)."""
+"""Connections that may wait to be accepted; the kernel has its own bound (`net.core.somaxconn`)."""
 KEEP_ALIVE = 75
-"""Seconds that an idle connection is kept; nginx' default. Load balancers keep theirs for up to 60 s, and must be the
-ones to close: else they send a request into a closing connection, and answer 502."""
+"""Seconds that an idle connection is kept; nginx's default. Load balancers keep theirs for up to 60 s and must close
+first: otherwise they send a request into a closing connection and answer 502."""
 
 
 class Server(uvicorn.Server):
-    """Ends with exit status 0 on SIGTERM and Ctrl-C: both are ways to say that the work is done."""
+    """Exits with status 0 on SIGTERM and Ctrl-C: both are normal ways to stop it."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """As uvicorn does, without raising the signals again afterwards."""
+        """Do as uvicorn does, without raising the signals again afterwards."""
         with super().capture_signals():
             yield
             self._captured_signals.clear()
 
 
 class Supervisor(Multiprocess):
-    """Starts workers, and others for those that die; what a dead one said of itself is no metric any more."""
+    """Starts workers, replaces those that die, and drops their gauges."""
 
     def keep_subprocess_alive(self) -> None:
         """Replace dead workers; called twice a second."""
@@ -41,12 +41,12 @@ class Supervisor(Multiprocess):
 
 
 def serve_with_workers(listener: socket.socket, workers: int) -> None:
-    """Run several processes on one socket; each makes the app from the environment's settings."""
+    """Run several processes on one socket; each builds the app from the environment's settings."""
     Supervisor(_config("app.main:app", workers=workers), sockets=[listener]).run()
 
 
 def create_server(app: ASGIApp) -> Server:
-    """A server for the app: `run(sockets=…)` it, or await `serve(sockets=…)` inside an event loop."""
+    """Return a server for the app: `run(sockets=…)` it, or await `serve(sockets=…)` in an event loop."""
     return Server(_config(app))
 
 
@@ -54,7 +54,7 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         workers=workers,
-        # The app decides itself whose X-Forwarded-For it believes, logs requests itself, and names no server.
+        # The app itself decides whose X-Forwarded-For to trust, logs requests, and sends no Server header.
         proxy_headers=False,
         access_log=False,
         server_header=False,
@@ -69,10 +69,10 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: a free one. Raises OSError."""
+    """Open a listening socket; port 0: a free one. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    # A client that vanished without a word frees its place within 20 s. Connections inherit these.
+    # A client that vanished without closing is noticed within 20 s. Connections inherit these.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 9_000)):
         if hasattr(socket, option):  # Linux has them all
@@ -81,6 +81,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The http URL of a listening socket."""
+    """Return the http URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

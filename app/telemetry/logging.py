@@ -1,4 +1,4 @@
-"""Structured logs on stderr: JSON off a terminal, readable on one."""
+"""Structured logs on stderr: readable text on a terminal, JSON elsewhere."""
 
 import json
 import logging
@@ -12,34 +12,33 @@ from app.telemetry.terminal import has_colour
 
 Level = Literal["debug", "info", "warning", "error"]
 
-
 _encoder = json.JSONEncoder(default=repr)
 
 
 def _as_json(event: dict[str, Any], **_: object) -> str:
-    """As json.dumps, which would make an encoder for each line."""
+    """Encode like json.dumps, which would create an encoder for each line."""
     return _encoder.encode(event)
 
 
 def configure_logging(level: Level = "info", log_format: Literal["json", "text"] | None = None) -> None:
     """Send the broker's and the libraries' logs to stderr, in one format.
 
-    `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log stays silent whoever started the server:
-    it prints paths, and paths hold call keys.
+    `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log is silenced, however the server was
+    started: it prints paths, and paths hold call keys.
     """
     terminal = sys.stderr.isatty()
     as_text = terminal if log_format is None else log_format == "text"
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
-        # Who looks at a terminal knows the day.
+        # On a terminal the time of day is enough.
         structlog.processors.TimeStamper("%H:%M:%S", utc=False)
         if as_text and terminal
         else structlog.processors.TimeStamper("iso"),
-        # Tracebacks without local variables: those may hold secrets.
+        # Tracebacks without local variables, which may hold secrets.
         structlog.processors.format_exc_info,
     ]
     renderer: Processor = (
-        # repr of every text: nobody's line break becomes a log line of its own
+        # repr of every text, so that a line break in a value cannot fake a log line
         structlog.dev.ConsoleRenderer(
             colors=has_colour(sys.stderr), repr_native_str=True, pad_event_to=0, pad_level=False
         )
@@ -69,5 +68,5 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
     access.handlers = []
     access.propagate = False
     access.disabled = True
-    # The server says that it starts and stops; the broker says where it listens.
+    # The broker logs its own start; the server's messages about it add nothing.
     logging.getLogger("uvicorn.error").setLevel("WARNING" if level == "info" else level.upper())

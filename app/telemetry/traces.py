@@ -1,9 +1,9 @@
-"""Traces for OpenTelemetry, sent over OTLP: where the extra `otel` is installed, and OpenTelemetry's own variables say
-where to (https://opentelemetry.io/docs/specs/otel/protocol/exporter/); elsewhere they cost nothing.
+"""OpenTelemetry traces over OTLP, if the extra `otel` is installed and OpenTelemetry's own variables name a receiver
+(https://opentelemetry.io/docs/specs/otel/protocol/exporter/). Otherwise they cost nothing.
 
-A span has names of routes, methods, statuses and errors, and nothing else: no path, no header, no message of an
-exception. Every trace begins here. What a caller says of a trace of its own is not heard: strangers decide neither what
-is sampled nor whose trace they are in.
+A span holds names of routes, methods, statuses and errors, and nothing else: no path, no header, no exception message.
+Every trace begins here. A client's own trace header is ignored, so that strangers decide neither what is sampled nor
+whose trace they are in.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
 LAST_WORDS_SECONDS = 3
-"""How long the last spans may take to be sent at the end of the process."""
+"""How long sending the last spans may take at shutdown."""
 
 log = structlog.get_logger(__name__)
 
 
 def are_wanted() -> bool:
-    """Whether OpenTelemetry's variables ask for traces."""
+    """Return whether OpenTelemetry's variables ask for traces."""
     return (
         any(os.environ.get(name) for name in ENDPOINTS)
         and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
@@ -44,7 +44,7 @@ def are_wanted() -> bool:
 
 
 def open_traces() -> "Traces | None":
-    """Traces, begun to be sent; None where none are wanted, or none can be sent, which is logged."""
+    """Start sending traces. None if none are wanted, or if none can be sent, which is logged."""
     if not are_wanted():
         return None
     protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), PROTOCOL)
@@ -54,7 +54,7 @@ def open_traces() -> "Traces | None":
     if find_spec("opentelemetry.sdk") is None or find_spec("opentelemetry.exporter") is None:
         log.warning("tracing_disabled", why="the extra is not installed: pip install 'oneinbox-broker[otel]'")
         return None
-    # Half a second's imports, for those who want them.
+    # These imports take half a second.
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -65,14 +65,14 @@ def open_traces() -> "Traces | None":
         resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    except ValueError:  # whose words may repeat a header's secret
-        log.error("tracing_disabled", why="one of OpenTelemetry's variables, OTEL_…, is not what it takes")
+    except ValueError:  # its message may repeat a header's secret
+        log.error("tracing_disabled", why="one of OpenTelemetry's OTEL_… variables has a wrong value")
         return None
     return Traces(provider)
 
 
 class Traces:
-    """Makes the spans of one broker. Its provider is nobody else's: no library adds spans of its own."""
+    """Makes the spans of one broker. Its provider is private, so that no library adds spans."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         self._provider = provider
@@ -81,7 +81,7 @@ class Traces:
 
     @contextmanager
     def request(self, method: str) -> Iterator[Span]:
-        """The span of a request, which begins a trace; what it leads to becomes part of it."""
+        """Open the span of a request, which begins a trace; spans made inside it become part of it."""
         with self._tracer.start_as_current_span(
             method,
             context=Context(),
@@ -93,9 +93,9 @@ class Traces:
             yield span
 
     def begin_exchange(self, request: httpx.Request, path: str, server: tuple[str, int]) -> Span:
-        """Begin the span of a request to OneInbox, and tell OneInbox of it.
+        """Begin the span of a request to OneInbox, and send its id along in a header.
 
-        `path`: the URL's, with names for what varies. `server`: where OneInbox is, host and port.
+        `path`: the URL's, with placeholders. `server`: OneInbox's host and port.
         """
         attributes: dict[str, str | int] = {
             "http.request.method": request.method,
@@ -109,7 +109,7 @@ class Traces:
 
     @staticmethod
     def end_exchange(span: Span, status: int | None, error: str) -> None:
-        """End it. `error`: a class' name, where there was no answer."""
+        """End a span. `error`: an exception's class name, if there was no answer."""
         if status is not None:
             span.set_attribute("http.response.status_code", status)
         if error or (status is not None and status >= 400):
@@ -118,7 +118,7 @@ class Traces:
         span.end()
 
     async def aclose(self) -> None:
-        """Send what is left, for a moment; a receiver that does not answer holds nobody's end up."""
+        """Send what is left, for LAST_WORDS_SECONDS at most, so that an unresponsive receiver cannot block the exit."""
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         await asyncio.to_thread(last.join, LAST_WORDS_SECONDS)
