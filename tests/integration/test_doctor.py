@@ -115,7 +115,7 @@ async def test_wrong_settings_are_findings_and_no_usage_error(tmp_path: Path) ->
 async def test_dead_oneinbox(environ: dict[str, str]) -> None:
     found = await examine(environ | {"ONEINBOX_BASE_URL": NOWHERE})
     assert [name for name, finding in found.items() if not finding.ok] == ["oneinbox"]
-    assert "nobody listens there" in found["oneinbox"].detail
+    assert "nothing listens there" in found["oneinbox"].detail
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ async def test_store_whose_user_may_not_ask_for_its_version(environ: dict[str, s
         client.execute_command("ACL SETUSER broker on >hush ~oib:* +@all -info")
         found = await examine(environ | {"BROKER_STORE_URL": f"redis://broker:hush@127.0.0.1:{valkey.port}"})
         assert found["store"].level == "ok"
-        assert "its version is not told" in found["store"].detail
+        assert "version unknown" in found["store"].detail
         client.execute_command("ACL SETUSER broker -set")
         found = await examine(environ | {"BROKER_STORE_URL": f"redis://broker:hush@127.0.0.1:{valkey.port}"})
         assert "oib:*" in found["store"].remedy
@@ -230,13 +230,13 @@ async def test_store_that_keeps_nothing(environ: dict[str, str]) -> None:
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         found = await examine(environ | {"BROKER_STORE_URL": f"redis://127.0.0.1:{port}"})
-    assert found["store"].detail == "does not do what it is asked"
+    assert found["store"].detail == "does not answer as a store does"
 
 
 async def test_agents_that_had_calls(environ: dict[str, str], emulator: RunningEmulator) -> None:
     found = await examine(environ)
     assert found["agents"].level == "ok"
-    assert "only a first call tells" in found["agents"].detail
+    assert "only a first call shows" in found["agents"].detail
 
 
 async def test_it_is_quick_though_nothing_answers(environ: dict[str, str], tmp_path: Path) -> None:

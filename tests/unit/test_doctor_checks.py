@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from email.utils import formatdate
 from pathlib import Path
@@ -106,7 +108,7 @@ async def test_agents_file_and_keys_are_checked_both(upstream: Upstream, tmp_pat
     found = {finding.name: finding for finding in reversed(await diagnose(environ, None, transport=upstream))}
     assert not found["agents file"].ok
     assert "colour" in found["agents file"].detail
-    assert found["agents"].detail == "not checked, as the agents file cannot be read"
+    assert found["agents"].detail == "not checked: the agents file cannot be read"
     wrong = [finding for finding in await diagnose(environ, None, transport=upstream) if not finding.ok]
     assert any("BROKER_JWT_PUBLIC_KEY" in finding.detail for finding in wrong)
 
@@ -128,7 +130,7 @@ async def test_a_key_of_another_shape(upstream: Upstream) -> None:
     ("status", "level", "words"),
     [
         (401, "error", "ONEINBOX_API_KEY"),
-        (402, "error", "top the account up"),
+        (402, "error", "top up the account"),
         (403, "error", "full access"),
         (404, "error", "ONEINBOX_BASE_URL"),
         (307, "error", "try again"),
@@ -141,7 +143,7 @@ async def test_what_oneinbox_refuses(upstream: Upstream, status: int, level: str
     found = await examine(upstream)
     assert found["oneinbox"].level == level
     assert words in found["oneinbox"].remedy
-    assert found["agents"].detail == "not checked, as OneInbox did not list calls"
+    assert found["agents"].detail == "not checked: OneInbox did not list calls"
     assert found["clock"].level == "ok"
 
 
@@ -182,7 +184,7 @@ async def test_agents_with_and_without_calls(upstream: Upstream, tmp_path: Path)
     upstream.router.routes._routes.sort(key=lambda route: "agent_id" not in str(route.pattern))
     given = {"ONEINBOX_AGENT_ID": "", "BROKER_AGENTS_FILE": str(file)}
     finding = (await examine(upstream, given))["agents"]
-    assert finding == fine("agents", "old had calls; whether OneInbox knows new, only a first call tells")
+    assert finding == fine("agents", "old had calls; only a first call shows whether OneInbox knows new")
 
 
 @pytest.mark.parametrize(("status", "level"), [(422, "warning"), (404, "warning"), (500, "ok")])
@@ -214,13 +216,35 @@ def caused(error: Exception, *causes: BaseException) -> Exception:
     return error
 
 
-async def test_why_it_cannot_be_reached() -> None:
-    error = caused(httpx.ConnectError(API_KEY), OSError(API_KEY), ConnectionRefusedError(API_KEY))
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (httpx.ConnectError(API_KEY), "cannot be reached (ConnectError)"),
+        (
+            caused(httpx.ConnectError(API_KEY), OSError(API_KEY), ConnectionRefusedError(API_KEY)),
+            "cannot be reached (ConnectError): nothing listens there",
+        ),
+        (
+            caused(httpx.ConnectError(API_KEY), socket.gaierror(API_KEY)),
+            "cannot be reached (ConnectError): its name cannot be resolved",
+        ),
+        (
+            caused(httpx.ConnectError(API_KEY), ssl.SSLCertVerificationError(API_KEY)),
+            "cannot be reached (ConnectError): its certificate is not trusted; a company's proxy needs SSL_CERT_FILE",
+        ),
+        (
+            caused(httpx.ConnectError(API_KEY), ssl.SSLError(API_KEY)),
+            "cannot be reached (ConnectError): the TLS handshake failed",
+        ),
+        (httpx.ConnectTimeout(API_KEY), "cannot be reached (ConnectTimeout): no connection in time"),
+        (httpx.ProxyError(API_KEY), "cannot be reached (ProxyError): the proxy in HTTPS_PROXY refuses"),
+    ],
+)
+async def test_why_it_cannot_be_reached(error: Exception, detail: str) -> None:
     found = await examine(Broken(error))
-    assert found["oneinbox"].detail == "cannot be reached (ConnectError): nobody listens there"
+    assert found["oneinbox"].detail == detail
     assert "ONEINBOX_BASE_URL" in found["oneinbox"].remedy
     assert found["clock"].level == "warning"
-    assert (await examine(Broken(httpx.ConnectError(API_KEY))))["oneinbox"].detail == "cannot be reached (ConnectError)"
 
 
 async def test_a_check_that_fails_itself_says_so_without_its_message() -> None:
@@ -283,7 +307,7 @@ async def test_keys_of_the_issuer(upstream: Upstream, issuer: respx.MockRouter) 
     answers(upstream)
     route = issuer.get(JWKS).respond(json={"keys": [key(), key(kty="oct"), key(use="enc")]})
     found = await examine(upstream, OIDC)
-    assert found["logins"] == fine("logins", "1 usable key behind BROKER_JWT_JWKS_URL, for ES256")
+    assert found["logins"] == fine("logins", "1 usable key at BROKER_JWT_JWKS_URL, for ES256")
     assert route.call_count == 1
     issuer.get(JWKS).respond(json={"keys": [key(), key()]})
     assert (await examine(upstream, OIDC))["logins"].detail.startswith("2 usable keys")
@@ -292,10 +316,10 @@ async def test_keys_of_the_issuer(upstream: Upstream, issuer: respx.MockRouter) 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (httpx.Response(404, text="hush"), "answers no keys: status 404"),
-        (httpx.Response(302, headers={"Location": "https://evil.example/hush"}), "answers no keys: status 302"),
-        (httpx.Response(200, text="<html>hush"), "answers no JSON"),
-        (httpx.Response(200, json={"keys": [key(kty="oct", k="hush")]}), "answers no keys: no usable key"),
+        (httpx.Response(404, text="hush"), "returns no keys: status 404"),
+        (httpx.Response(302, headers={"Location": "https://evil.example/hush"}), "returns no keys: status 302"),
+        (httpx.Response(200, text="<html>hush"), "does not return JSON"),
+        (httpx.Response(200, json={"keys": [key(kty="oct", k="hush")]}), "returns no keys: no usable key"),
         (httpx.ConnectError("hush"), "cannot be read (ConnectError)"),
         (httpx.ReadTimeout("hush"), "cannot be read (ReadTimeout)"),
         (TimeoutError("hush"), "no answer within 5 s"),
@@ -326,7 +350,7 @@ async def test_algorithms_that_do_not_fit(upstream: Upstream) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "by address"),
+        ({}, "per address"),
         ({"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "hush" * 8}, "configured key"),
         ({"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}, "X-Forwarded-User"),
     ],
@@ -349,11 +373,11 @@ async def test_logins_without_an_issuer(upstream: Upstream, changes: dict[str, s
         ({"redis_version": "unstable"}, "ok", "Redis unstable"),
         ({"redis_version": "7.2.4", "redis_mode": "cluster"}, "error", "cluster"),
         ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "warning", "allkeys-lru"),
-        ({}, "ok", "its version is not told"),
+        ({}, "ok", "version unknown"),
     ],
 )
 def test_what_the_store_says_of_itself(about: dict[str, str], level: str, words: str) -> None:
-    finding = module._fit("store", about, 0.4)
+    finding = module._server("store", about, 0.4)
     assert finding.level == level
     assert words in finding.detail
 
