@@ -1,4 +1,4 @@
-"""What a stream's terminal can show."""
+"""Colours and width of the terminal behind a stream."""
 
 import os
 from typing import TextIO

@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("body", "slug"), REFUSED.values(), ids=REFUSED.keys())
 async def test_agents_that_cannot_be_had(open_with: OpenWithAgents, upstream: Upstream, body: Any, slug: str) -> None:
     problem = assert_problem(await post_session(await open_with(SEVERAL), body), slug)
-    assert "quiet" not in str(problem), "nobody is told what else there is"
+    assert "quiet" not in str(problem), "other agents are not named"
     assert not upstream.requests
 
 

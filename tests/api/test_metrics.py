@@ -62,7 +62,7 @@ async def test_any_accept_header_is_answered(open_broker: OpenBroker, accept: st
         f"Bearer {TOKEN} x",
     ],
 )
-async def test_without_the_token_nothing_is_told(open_broker: OpenBroker, authorization: str | None) -> None:
+async def test_without_the_token_there_is_no_answer(open_broker: OpenBroker, authorization: str | None) -> None:
     broker = await open_broker(METRICS)
 
     headers = {} if authorization is None else {b"Authorization": authorization.encode()}

@@ -32,7 +32,7 @@ def valkey() -> Iterator[Valkey]:
 
 
 async def scrape(broker: BrokerProcess) -> Samples:
-    """Every sample by its name and its labels' values. Over a connection of its own: any worker may take it."""
+    """Return every sample by name and label values, over a new connection, which any worker may take."""
     async with httpx.AsyncClient(base_url=broker.client.base_url, timeout=PATIENCE) as client:
         response = await client.get("/metrics", headers={"Authorization": f"Bearer {TOKEN}"})
     assert response.status_code == 200
@@ -161,10 +161,10 @@ async def test_streams_and_watched_calls_are_counted_while_they_last() -> None:
             assert one.status_code == two.status_code == 200
             samples = await scrape(broker)
             assert (samples["broker_streams",], samples["broker_watched_calls",]) == (2, 1)
-        await eventually(lambda: nobody_watches(broker), within=PATIENCE)
+        await eventually(lambda: nothing_is_watched(broker), within=PATIENCE)
 
 
-async def nobody_watches(broker: BrokerProcess) -> bool:
+async def nothing_is_watched(broker: BrokerProcess) -> bool:
     samples = await scrape(broker)
     return samples["broker_streams",] == samples["broker_watched_calls",] == 0
 

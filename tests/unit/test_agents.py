@@ -66,7 +66,7 @@ def read(
 
 
 def mistakes(text: str, *, jwt: bool = True) -> list[str]:
-    """The error lines about a text, without the variable that each begins with."""
+    """Return the error lines about a text, without the variable that each begins with."""
     with pytest.raises(SettingsError) as caught:
         read(text, jwt=jwt)
     return without_variable(caught.value.lines)
@@ -374,7 +374,7 @@ def test_leaf_values(leaf: type, value: Any, fits: bool) -> None:
 
 
 def refusal(text: str) -> list[str]:
-    """The lines that refuse a text; none when it is taken."""
+    """Return the lines that refuse a text; none when it is taken."""
     try:
         agents = read(text)
     except SettingsError as error:

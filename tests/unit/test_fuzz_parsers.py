@@ -1,6 +1,6 @@
-"""Whatever comes in, a parser answers with what it promises or refuses in its own words; it never breaks.
+"""For any input, a parser returns what it promises or refuses in its own words; it never breaks.
 
-What has such tests of its own: X-Forwarded-For, the agents file, bodies, Retry-After, what a browser sees of a call.
+X-Forwarded-For, the agents file, bodies, Retry-After and what a browser sees of a call have such tests elsewhere.
 """
 
 import base64
@@ -31,7 +31,7 @@ from app.sessions.idempotency import PRINTABLE, _canonical, _expiry, read_key
 from app.sessions.policy import CallSpec
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import _of_the_browser
-from tests.support.following import outcome
+from tests.support.call_world import outcome
 from tests.support.harness import AGENT_ID, ONEINBOX
 from tests.unit.test_agents import SUPPORT
 
@@ -318,7 +318,7 @@ def test_no_secret_is_ever_repeated(name: str, before: str, after: str) -> None:
 
 
 @given(st.text(min_size=1).filter(lambda name: f"BROKER_{name}" not in KNOWN))
-def test_an_unknown_name_is_refused_or_nobodys(name: str) -> None:
+def test_an_unknown_name_is_refused_or_a_service_link(name: str) -> None:
     loaded = load({**LEAST, f"BROKER_{name}": "1"})
     assert isinstance(loaded, list) or re.search(r"(SERVICE_HOST|SERVICE_PORT|PORT)", name)
 
@@ -349,7 +349,7 @@ def test_any_secret_file_is_read_or_refused(name: str, content: bytes) -> None:
 
 
 def load(environ: dict[str, str], env_file: Path | None = None) -> Settings | list[str]:
-    """The settings, or the lines that say what is wrong."""
+    """Return the settings, or the lines that say what is wrong."""
     try:
         return load_settings(environ, env_file=env_file)
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""Log lines: one format for the broker's and the libraries' records, whatever is in them."""
+"""Log lines: one format for the broker's and the libraries' records, with any content."""
 
 import io
 import json
@@ -17,7 +17,7 @@ NAMES = ("", "uvicorn", "uvicorn.error", "uvicorn.access")
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """Afterwards everything is configured as before."""
+    """Restore the configuration afterwards."""
     was = structlog.get_config()
     loggers = [logging.getLogger(name) for name in NAMES]
     states = [(logger.handlers, logger.level, logger.propagate, logger.disabled) for logger in loggers]
@@ -30,7 +30,7 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def stderr() -> io.StringIO:
-    """Where the log goes, once `configure` was called."""
+    """The log, once `configure` was called."""
     return io.StringIO()
 
 

@@ -1,4 +1,4 @@
-"""The HTTP server's guard, on real sockets, with short times."""
+"""The guard on uvicorn's protocol, on real sockets, with short times."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ STATUS = re.compile(rb"HTTP/1\.1 (\d{3})")
 
 
 class Quick(GuardedHttp):
-    """The guard, in a hurry."""
+    """The guard with short times."""
 
     ARRIVAL_SECONDS = ARRIVAL
     LINGER_SECONDS = LINGER
@@ -100,7 +100,7 @@ async def _send(send: Send, body: bytes) -> None:
 
 @asynccontextmanager
 async def listening(app: ASGIApp, state: ServerState, guard: type[GuardedHttp]) -> AsyncIterator[int]:
-    """The port of a server on this event loop."""
+    """Start a server on this event loop; gives its port."""
     config = uvicorn.Config(
         app, ws="none", access_log=False, lifespan="off", timeout_keep_alive=KEEP_ALIVE, log_config=None
     )
@@ -144,7 +144,7 @@ async def hurried_site() -> AsyncIterator[Site]:
 
 @pytest.fixture(autouse=True)
 def _no_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing that a client does is worth a warning of the server."""
+    """No client makes the server log a warning."""
     with caplog.at_level(logging.INFO):
         yield
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
@@ -157,12 +157,12 @@ class Client:
         self.reader, self.writer = reader, writer
 
     async def send(self, data: bytes) -> None:
-        """Send, as far as the other side takes it."""
+        """Send, as far as the server reads."""
         self.writer.write(data)
         await self.writer.drain()
 
     async def answer(self) -> tuple[int, bytes]:
-        """Status and body of the next answer; without chunks."""
+        """Return the status and body of the next answer, which has no chunks."""
         async with asyncio.timeout(ARRIVAL + LINGER + SLACK):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head.lower())
@@ -172,19 +172,19 @@ class Client:
             return int(match[1]), await self.reader.readexactly(int(length[1]))
 
     async def rest(self) -> bytes:
-        """All there is, to the end of the connection."""
+        """Read to the end of the connection."""
         async with asyncio.timeout(ARRIVAL + LINGER + KEEP_ALIVE + SLACK):
             return await self.reader.read()
 
     async def refused(self, status: int) -> None:
-        """Nothing but a refusal without a body, and the end."""
+        """Expect a refusal without a body, and the end of the connection."""
         head, separator, body = (await self.rest()).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d " % status), head
         assert b"connection: close" in head.lower()
         assert (separator, body) == (b"\r\n\r\n", b"")
 
     async def flood(self, data: bytes) -> int:
-        """Send the same until the connection breaks; bytes sent."""
+        """Send the same until the connection breaks; return the bytes sent."""
         sent = 0
         try:
             async with asyncio.timeout(ARRIVAL + LINGER + SLACK):
@@ -227,7 +227,7 @@ def chunk(data: bytes, extension: bytes = b"") -> bytes:
 
 @asynccontextmanager
 async def dripping(client: Client, data: bytes) -> AsyncIterator[None]:
-    """Go on sending, often enough for any timer that each byte would put off."""
+    """Keep sending, often enough to extend any timer that restarts with each byte."""
 
     async def drip() -> None:
         with contextlib.suppress(ConnectionError):
@@ -250,7 +250,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 async def took(waiting: Awaitable[object]) -> float:
-    """Seconds until it is done."""
+    """Return the seconds until it is done."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     await waiting
@@ -302,7 +302,7 @@ async def test_a_refusal_is_found_by_a_client_that_is_still_sending(site: Site) 
         await client.refused(431)
 
 
-async def test_who_goes_on_sending_after_a_refusal_is_cut(hurried_site: Site) -> None:
+async def test_a_client_that_sends_on_after_a_refusal_is_cut_off(hurried_site: Site) -> None:
     async with connected(hurried_site) as client:
         await client.send(b"GARBAGE\r\n\r\n")
         assert (await client.answer()) == (400, b"")
@@ -316,7 +316,7 @@ async def test_a_hundred_fields_are_enough(site: Site, fields: int, status: int)
         assert (await client.answer())[0] == status
 
 
-async def test_bodies_are_nobodys_business_here(site: Site) -> None:
+async def test_bodies_are_not_limited_here(site: Site) -> None:
     async with connected(site) as client:
         for request in (
             post(b"Content-Length: 1000000", body=b"a" * 1_000_000),
@@ -482,7 +482,7 @@ async def test_an_offered_upgrade_is_ignored(site: Site) -> None:
 # Times
 
 
-async def test_an_unused_connection_is_closed_without_a_word(hurried_site: Site) -> None:
+async def test_an_unused_connection_is_closed_without_a_response(hurried_site: Site) -> None:
     async with connected(hurried_site) as client:
         assert await took(client.rest()) > ARRIVAL / 2
         assert await client.rest() == b""
@@ -549,23 +549,23 @@ async def test_a_stream_whose_request_never_ends_is_cut(hurried_site: Site) -> N
         await until(hurried_site.gone.is_set)
 
 
-# Bodies that nobody reads
+# Bodies that the application does not read
 
 
 class OfFewWords(GuardedHttp):
-    """Patient with requests, not with bodies that nobody reads."""
+    """A long time for requests, a short one for unread bodies."""
 
     LINGER_SECONDS = LINGER
 
 
-async def test_an_endless_body_that_nobody_reads_is_cut() -> None:
+async def test_an_endless_unread_body_is_cut_off() -> None:
     async with running(OfFewWords) as site, connected(site) as client:
         await client.send(post(CHUNKED, path="/early"))
         assert (await client.answer()) == (200, b"early")
         assert await took(client.flood(chunk(b"a" * 65536))) < LINGER + SLACK
 
 
-async def test_a_connection_lives_on_after_a_body_that_nobody_read(site: Site) -> None:
+async def test_a_connection_outlives_an_unread_body(site: Site) -> None:
     async with connected(site) as client:
         for _ in range(2):
             await client.send(post(b"Content-Length: 300000", path="/early"))
@@ -575,7 +575,7 @@ async def test_a_connection_lives_on_after_a_body_that_nobody_read(site: Site) -
         assert (await client.answer())[0] == 200
 
 
-async def test_a_connection_is_kept_as_long_as_any_after_a_body_that_nobody_read(hurried_site: Site) -> None:
+async def test_after_an_unread_body_a_connection_is_kept_as_usual(hurried_site: Site) -> None:
     async with connected(hurried_site) as client:
         await client.send(post(b"Content-Length: 3", path="/early"))
         await client.answer()
@@ -660,7 +660,7 @@ async def test_a_hang_up_is_seen_whatever_waits_behind(site: Site, path: str, at
         await until(lambda: site.paths)
         await client.send(later)
     await until(site.gone.is_set)
-    # An answer to nobody is no error, and nothing behind it is begun.
+    # An answer to a client that is gone is no error, and nothing behind it is begun.
     site.go_on.set()
     await until(lambda: not site.state.tasks)
     assert site.paths == [path]
@@ -675,7 +675,7 @@ async def test_a_hang_up_is_seen_whatever_waits_behind(site: Site, path: str, at
     ],
     ids=["large-body", "half-a-request"],
 )
-async def test_a_hang_up_is_seen_where_nobody_reads(site: Site, head: bytes, packet: bytes) -> None:
+async def test_a_hang_up_is_seen_while_the_body_is_not_read(site: Site, head: bytes, packet: bytes) -> None:
     async with connected(site) as client:
         await client.send(head)
         await until(lambda: site.paths if head else site.state.connections)

@@ -1,4 +1,4 @@
-"""Settings: what is taken, and what is refused at start in words that help and tell no secret."""
+"""Settings: which are accepted, and that refusals help and repeat no secret."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ SECRET = "a-secret-of-more-than-thirty-two-characters"
 
 
 def load(**environ: str) -> Settings:
-    """The needed settings and these."""
+    """Load the required settings and these."""
     return load_settings({**NEEDED, **environ}, env_file=None)
 
 
 def refusal(environ: dict[str, str], env_file: Path | None = None) -> list[str]:
-    """The lines that refuse an environment."""
+    """Return the lines that refuse an environment."""
     with pytest.raises(SettingsError) as refused:
         load_settings(environ, env_file=env_file)
     lines = refused.value.lines
