@@ -1,7 +1,7 @@
-"""Writes the parts of the documentation that the code already says: `python -m tests.documents`.
+"""Write the parts of the documentation that the code already says: `python -m tests.documents`.
 
-In README.md they stand between `<!-- name -->` and `<!-- /name -->`; `.env.example` and `deploy/openapi.json` are
-written as a whole.
+A table stands between `<!-- name -->` and `<!-- /name -->` in one of the Markdown documents. `deploy/settings.md`,
+`.env.example` and `deploy/openapi.json` are written as a whole.
 """
 
 import json
@@ -12,22 +12,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from typer.main import get_group
 
 from app.api.app import create_app
 from app.cli.commands import cli
-from app.config.loading import load_settings
+from app.config.loading import EMPTY_MEANS_NONE, load_settings
 from app.config.settings import FIELDS, SECRETS, SettingsError
 from app.problems import KINDS
+from app.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m tests.documents"
 
 
 def commands_table() -> str:
-    """Every command and what its help says first."""
+    """Every command and the first sentence of its help."""
     return _table(["Command", "Does"], _commands(get_group(cli)))
 
 
@@ -42,17 +44,57 @@ def routes_table() -> str:
     return _table(["Route", "Does"], rows)
 
 
-def settings_table() -> str:
-    """Every setting."""
-    rows = [[f"`{name}`", field.description or "", takes(field), _default(name)] for name, field in FIELDS.items()]
-    return _table(["Variable", "Meaning", "Takes", "Default"], rows)
-
-
 def errors_table() -> str:
     """Every error, by status."""
     kinds = sorted(KINDS.items(), key=lambda kind: kind[1].status)
     rows = [[str(kind.status), f"`{slug}`", kind.meaning, kind.remedy] for slug, kind in kinds]
     return _table(["Status", "Slug", "Meaning", "What to do"], rows)
+
+
+def metrics_table() -> str:
+    """Every metric of the broker's own; not those of the Python process."""
+    families = text_string_to_metric_families(Metrics().text("")[0].decode())
+    ours = [family for family in families if family.name.startswith(("broker_", "http_"))]
+    names = [family.name + ("_total" if family.type == "counter" else "") for family in ours]
+    rows = [[f"`{name}`", family.documentation] for name, family in zip(names, ours, strict=True)]
+    return _table(["Metric", "Meaning"], sorted(rows))
+
+
+GROUPS = {
+    "ONEINBOX_API_KEY": "OneInbox and agents",
+    "BROKER_AUTH": "Who is calling",
+    "BROKER_ALLOWED_ORIGINS": "Which pages may call",
+    "BROKER_SESSION_LIMITS": "Limits",
+    "BROKER_STORE_URL": "The store",
+    "BROKER_EXPOSE": "What a page may set and see",
+    "BROKER_SECRET": "Secrets",
+    "BROKER_DRAIN_SECONDS": "Running it",
+}
+"""The chapters of deploy/settings.md, each by the setting that begins it."""
+
+
+def settings_document() -> str:
+    """Every setting, in chapters."""
+    chapters: dict[str, list[list[str]]] = {}
+    for name, field in FIELDS.items():
+        if name in GROUPS:
+            rows = chapters.setdefault(GROUPS[name], [])
+        rows.append([f"`{name}`", field.description or "", takes(field), _default(name)])
+    lines = [
+        f"<!-- Generated from app/config/settings.py by {COMMAND}. -->",
+        "# Settings",
+        "",
+        "Settings come from the environment, or from `.env` in the working directory; the environment wins.",
+        "[.env.example](../.env.example) is a template. An empty variable counts as unset, except "
+        f"{' and '.join(f'`{name}`' for name in sorted(EMPTY_MEANS_NONE))}: empty allows none.",
+        "An unknown `BROKER_…` or `ONEINBOX_…` variable is an error.",
+        "",
+        "A secret may also come from a file: append `_FILE` to its name and give the path. The secrets are "
+        f"{', '.join(f'`{name}`' for name in FIELDS if name in SECRETS)}.",
+    ]
+    for title, rows in chapters.items():
+        lines += ["", f"## {title}", "", _table(["Variable", "Meaning", "Takes", "Default"], rows).rstrip()]
+    return "\n".join(lines) + "\n"
 
 
 def env_example() -> str:
@@ -97,13 +139,13 @@ def required() -> frozenset[str]:
 
 
 def takes(field: FieldInfo) -> str:
-    """What a setting takes, in words."""
+    """The values a setting takes, in words."""
     extra = field.json_schema_extra
     return str(extra["takes"]) if isinstance(extra, dict) else ""
 
 
 def default_text(field: FieldInfo) -> str:
-    """A default as one would write it into the environment; empty where there is none."""
+    """A default as it is written in the environment; empty when there is none."""
     value: Any = None if field.is_required() else field.get_default()
     if value is None:
         return ""
@@ -118,36 +160,53 @@ def default_text(field: FieldInfo) -> str:
     return str(value)
 
 
-PARTS: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "routes": routes_table,
-    "settings": settings_table,
     "errors": errors_table,
+    "metrics": metrics_table,
 }
 
 
-def readme(text: str) -> str:
-    """README.md with its generated parts written anew."""
-    for name, part in PARTS.items():
-        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
-        text, found = between.subn(lambda _, part=part: part(), text)  # type: ignore[misc]
-        if found != 1:
-            raise ValueError(f"README.md has {found} places between <!-- {name} --> and <!-- /{name} -->, not one")
-    return text
+def markdown() -> dict[Path, str]:
+    """Every Markdown document of the repository, and its text."""
+    folders = (".github", "app", "deploy", "tests")
+    paths = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+    return {path: path.read_text(encoding="utf-8") for path in sorted(paths) if "node_modules" not in path.parts}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of one language in a Markdown document."""
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+def shell_lines(text: str) -> list[str]:
+    """The lines that a Markdown document has one type."""
+    return [line for block in blocks(text, "sh") for line in block.splitlines()]
 
 
 def documents() -> dict[Path, str]:
-    """Every file with generated parts, and what it should hold."""
-    path = ROOT / "README.md"
+    """Every file with generated parts, and what it should hold. Raises ValueError unless each table has one place."""
+    written: dict[Path, str] = {}
+    places: list[str] = []
+    for path, text in markdown().items():
+        for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
+            between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+            written[path] = between.sub(lambda _, name=name: TABLES[name](), written.get(path, text))  # type: ignore[misc]
+            places.append(name)
+    if sorted(places) != sorted(TABLES):
+        raise ValueError(f"the documents have places for {sorted(places)}, not one for each of {sorted(TABLES)}")
     return {
-        path: readme(path.read_text(encoding="utf-8")),
+        **written,
+        ROOT / "deploy" / "settings.md": settings_document(),
         ROOT / ".env.example": env_example(),
         ROOT / "deploy" / "openapi.json": json.dumps(document(), indent=2, ensure_ascii=False) + "\n",
     }
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[list[str]]:
-    """A row for each command of a group of commands, and of the groups in it."""
+    """A row for each command of a group, and of the groups in it."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _commands(command, f"{prefix}{name} ")
@@ -168,19 +227,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as Markdown shows it word for word in a table, but for its `code`."""
+    """Escape text for a table cell, except its `code`."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([*_<>\[\]])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts).replace("|", r"\|").replace("\n", " ")
 
 
 def main() -> None:
-    """Write what differs, and say so."""
+    """Write the files that differ, and print them."""
     for path, text in documents().items():
         changed = not path.is_file() or path.read_text(encoding="utf-8") != text
         if changed:
             path.write_text(text, encoding="utf-8")
-        print(f"{path.name}: {'written' if changed else 'as it should be'}")  # noqa: T201
+        print(f"{path.relative_to(ROOT)}: {'written' if changed else 'unchanged'}")  # noqa: T201
 
 
 if __name__ == "__main__":

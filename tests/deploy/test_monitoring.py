@@ -20,8 +20,9 @@ from app.sandbox.faults import Drop, Fields
 from app.sandbox.server import running_emulator
 from app.telemetry.metrics import Metrics
 from tests.documents import ROOT
-from tests.support.brokers import LONG_CALLS, PATIENCE, eventually, running_broker_process
+from tests.support.brokers import LONG_CALLS, eventually, running_broker_process
 from tests.support.needs import program
+from tests.support.processes import PATIENCE
 
 MONITORING = ROOT / "deploy" / "monitoring"
 ALERTS = MONITORING / "alerts.yaml"
@@ -148,7 +149,8 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
 def test_alerts_say_what_to_do() -> None:
     for rule in RULES:
         assert rule["labels"]["severity"] in ("warning", "critical")
-        assert rule["annotations"].keys() == {"summary", "action"}
+        assert rule["annotations"].keys() == {"summary", "action", "runbook"}
+        assert rule["annotations"]["runbook"] == f"deploy/runbooks.md#{rule['alert'].lower()}"
 
 
 def test_scrape_configuration_is_valid() -> None:

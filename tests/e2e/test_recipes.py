@@ -1,6 +1,6 @@
-"""README's recipes, as printed there: in a page of another origin than the broker's, in Chromium.
+"""The recipes of app/client and the page in README.md, as they are: in Chromium, on another origin than the broker's.
 
-Only the broker's address in them is replaced. What plays LiveKit's server takes connections and says nothing.
+Only the broker's address in them is replaced. The stand-in for LiveKit's server accepts connections and sends nothing.
 """
 
 import base64
@@ -19,15 +19,17 @@ from typing import Any
 
 import jwt
 import pytest
-from playwright.sync_api import Page, Request, Route, expect
+from playwright.sync_api import Dialog, Page, Request, Route, expect
 
 from app.problems import KINDS
+from tests.documents import blocks
 from tests.e2e.conftest import OpenPage
 from tests.support.harness import ROOMY
 from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import ROOT, running, serving
 
 PRINTED_BROKER = "http://127.0.0.1:8000"
+RECIPES = ROOT / "app/client/recipes"
 LIVEKIT = "127.0.0.1:7880"
 """Where the emulator sends participants."""
 JWT_SECRET = "a secret of tests, 32 characters or more"
@@ -48,6 +50,10 @@ import { createRoot } from "react-dom/client";
 import { Talk } from "./Talk.jsx";
 createRoot(document.querySelector("main")).render(<StrictMode><Talk /></StrictMode>);
 """
+FIRST_PAGE = """
+document.querySelector("main").innerHTML = '<button id="talk">Talk</button>';
+"""
+"""What README.md's page needs besides what is printed there."""
 NAIVE_PAGE = """
 import { createRoot } from "react-dom/client";
 import { TokenSource } from "livekit-client";
@@ -68,29 +74,27 @@ declare module "@oneinbox/web-sdk" {
   }
 }
 """
-"""What OneInbox documents of its Web SDK, as far as the recipe uses it: the package is not on the public registry."""
-
-
-def recipes() -> dict[str, str]:
-    """The code blocks of README.md that name a file in their first line, by that name."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:js|jsx|ts)\n(// (\S+\.(?:js|jsx|ts))\n.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return {name: block for block, name in blocks}
+"""OneInbox's documentation of its Web SDK, as far as the recipe uses it: the package is not on the public registry."""
 
 
 def write_recipes(folder: Path) -> None:
-    for name, block in recipes().items():
-        (folder / name).write_text(block, encoding="utf-8")
+    for path in RECIPES.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
     (folder / "node_modules").symlink_to(NODE_MODULES)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Pages `plain.html` and `react.html` with the recipes, and `naive.html` without, at an origin of their own."""
+    """Pages at an origin of their own.
+
+    `plain.html` and `react.html` have the recipes, `first.html` README's page, and `naive.html` neither.
+    """
     program = node(*PACKAGES)
     folder = tmp_path_factory.mktemp("site")
     write_recipes(folder)
-    for name, text in (("plain", PLAIN_PAGE), ("react", REACT_PAGE), ("naive", NAIVE_PAGE)):
+    [printed] = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "js")
+    pages = {"plain": PLAIN_PAGE, "react": REACT_PAGE, "first": FIRST_PAGE + printed, "naive": NAIVE_PAGE}
+    for name, text in pages.items():
         source = f"{name}.in.jsx"
         (folder / source).write_text(text, encoding="utf-8")
         (folder / f"{name}.html").write_text(HTML.format(name), encoding="utf-8")
@@ -112,7 +116,7 @@ class _QuietFiles(SimpleHTTPRequestHandler):
 
 @dataclass
 class Visit:
-    """A page with the recipes, and what it asked for."""
+    """A page with the recipes, and the requests it sent."""
 
     page: Page
     posts: list[Request] = field(default_factory=list)
@@ -123,7 +127,7 @@ class Visit:
     """Rooms that LiveKit's client wanted to join."""
 
     def watch(self) -> None:
-        """Begin to note what is asked, and take LiveKit's connections."""
+        """Record requests from now on, and accept LiveKit's connections."""
 
         def on_request(request: Request) -> None:
             if request.method == "POST" and request.url.endswith("/session"):
@@ -140,7 +144,7 @@ class Visit:
         )
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Let the page go on until the condition holds."""
+        """Let the page run until the condition holds."""
         for _ in range(600):
             if condition():
                 return
@@ -202,7 +206,7 @@ OpenRecipes = Callable[..., Visit]
 def open_recipes(
     open_page: OpenPage, site: str, broker: str, environ: dict[str, str], tmp_path: Path
 ) -> Iterator[OpenRecipes]:
-    """Opens a page with the recipes: `open_recipes("plain")`; with settings, in front of a broker of its own."""
+    """Open a page with the recipes: `open_recipes("plain")`; with settings, in front of its own broker."""
     with ExitStack() as stack:
 
         def opens(name: str, complaints_expected: str | None = None, **settings: str) -> Visit:
@@ -224,9 +228,35 @@ def open_recipes(
 
 
 def starts(emulator: str, page: Page) -> int:
-    """Calls that OneInbox was asked for, ever."""
+    """The number of calls that OneInbox was ever asked for."""
     answer = page.request.get(f"{emulator}/_emulator/requests").json()
     return sum((each["method"], each["path"]) == ("POST", "/v1/calls/web") for each in answer)
+
+
+def test_the_page_of_the_readme(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("first", "")
+    assert visit.posts == []
+    visit.page.get_by_role("button", name="Talk").click()
+    visit.wait_for(lambda: len(visit.rooms) == 1)
+    assert visit.stops == []
+    visit.wait_for(lambda: set(visit.stops) == set(visit.locations))  # LiveKit's client gives up after 15 s of silence
+    assert len(visit.posts) == 1
+
+
+def test_the_page_of_the_readme_shows_a_refusal(open_recipes: OpenRecipes) -> None:
+    visit = open_recipes("first", "status of 429", BROKER_SESSION_LIMITS="1/hour")
+    told: list[str] = []
+
+    def on_dialog(dialog: Dialog) -> None:
+        told.append(dialog.message)
+        dialog.dismiss()
+
+    visit.page.on("dialog", on_dialog)
+    talk = visit.page.get_by_role("button", name="Talk")
+    talk.click()
+    visit.wait_for(lambda: len(visit.rooms) == 1)
+    talk.click()
+    visit.wait_for(lambda: told == [KINDS["rate-limited"].title])
 
 
 def test_plain_fetch(open_recipes: OpenRecipes) -> None:
@@ -395,7 +425,7 @@ def test_a_page_that_is_closed_hangs_up(open_recipes: OpenRecipes) -> None:
 
 
 def test_oneinbox_web_sdk(open_recipes: OpenRecipes) -> None:
-    """With an object of the documented shape: the SDK itself is not to be had."""
+    """With an object of the documented shape: the SDK is not on the public registry."""
     visit = open_recipes("plain")
     script = """async () => {
       const told = [];
@@ -433,7 +463,7 @@ def test_livekit_joins_and_hangs_up_what_cannot_be_joined(open_recipes: OpenReci
     assert set(visit.stops) == set(visit.locations)
 
 
-def test_what_the_readme_warns_of(open_recipes: OpenRecipes) -> None:
+def test_what_the_document_warns_of(open_recipes: OpenRecipes) -> None:
     """LiveKit's React hook on a source that fetches: a page view is a call, and hanging up starts the next one."""
     visit = open_recipes("naive")
     visit.wait_for(lambda: len(visit.posts) == 1)
@@ -486,7 +516,13 @@ def test_types(tmp_path: Path) -> None:
     write_recipes(tmp_path)
     (tmp_path / "web-sdk.d.ts").write_text(WEB_SDK, encoding="utf-8")
     given = "--noEmit --skipLibCheck --allowJs --checkJs --jsx react-jsx --target es2023 --module esnext"
-    options = [*given.split(), "--moduleResolution", "bundler", "web-sdk.d.ts", *recipes()]
+    options = [
+        *given.split(),
+        "--moduleResolution",
+        "bundler",
+        "web-sdk.d.ts",
+        *(path.name for path in RECIPES.iterdir()),
+    ]
     command = [program, str(NODE_MODULES / "typescript/bin/tsc"), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout

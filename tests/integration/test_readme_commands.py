@@ -1,4 +1,4 @@
-"""The commands in README.md, run as they are printed there. Only ports, and where Python is, are replaced."""
+"""The commands in the documents, run as they are printed. Only ports and where Python is are replaced."""
 
 import re
 import shlex
@@ -8,21 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import shell_lines
 from tests.support.needs import program
 from tests.support.processes import PATIENCE, ROOT, run, running, surroundings
 from tests.support.valkey import running_valkey
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [
-    line for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL) for line in block.splitlines()
-]
-COMMAND = ".venv/bin/oneinbox-broker "
+DOCUMENTS = ("README.md", "app/client/README.md", "deploy/README.md")
+LINES = [line for name in DOCUMENTS for line in shell_lines((ROOT / name).read_text(encoding="utf-8"))]
+COMMAND = r"(\.venv/bin/)?oneinbox-broker "
+
+
+def lines_of(*commands: str) -> list[str]:
+    """The printed lines that begin with one of the broker's commands, without the program."""
+    lines = [re.sub(rf"^{COMMAND}", "", line) for line in LINES if re.match(COMMAND, line)]
+    return [line for line in lines if line.split()[0] in commands]
 
 
 def test_curl_lines(tmp_path: Path) -> None:
     """One after the other, against the sandbox: a call is started, followed to its end, and hung up."""
     program("curl", "curl")
-    lines = [line for line in LINES if "curl" in line and "/metrics" not in line]  # which the sandbox has not
+    local = [line for line in LINES if "127.0.0.1:8000" in line and "curl" in line]
+    lines = [line for line in local if "/metrics" not in line]  # the sandbox has none
     with running("sandbox", "--port", "0", cwd=tmp_path, environ={}) as sandbox:
         url = re.search(r"http://127\.0\.0\.1:\d+", sandbox.wait_for("-X POST"))
         assert url is not None
@@ -41,14 +47,14 @@ def test_curl_lines(tmp_path: Path) -> None:
 
 
 def test_serve_line(tmp_path: Path) -> None:
-    [line] = [line for line in LINES if line.endswith(f"{COMMAND}serve")]
-    settings = dict(word.split("=", 1) for word in shlex.split(line.removesuffix(f"{COMMAND}serve")))
+    [line] = [line for line in LINES if line.endswith("oneinbox-broker serve")]
+    settings = dict(word.split("=", 1) for word in shlex.split(line)[:-2])
     with running("serve", "--port", "0", cwd=tmp_path, environ=settings) as broker:
         broker.wait_for('"listening"')
 
 
 def test_operators_lines(tmp_path: Path) -> None:
-    lines = [line for line in LINES if re.match(rf"{re.escape(COMMAND)}(pause|resume|block|unblock|status)\b", line)]
+    lines = lines_of("pause", "resume", "block", "unblock", "status")
     assert len(lines) == 5
     with running_valkey() as valkey:
         environ = {
@@ -58,15 +64,15 @@ def test_operators_lines(tmp_path: Path) -> None:
             "BROKER_SECRET": "thirty-two characters of a secret",
         }
         for line in lines:
-            done = run(*shlex.split(line.removeprefix(COMMAND)), cwd=tmp_path, environ=environ)
+            done = run(*shlex.split(line), cwd=tmp_path, environ=environ)
             assert (done.code, done.err) == (0, ""), line
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith(f"{COMMAND}doctor")])
+@pytest.mark.parametrize("line", lines_of("doctor"))
 def test_doctor_lines_look_and_say(line: str, tmp_path: Path) -> None:
     """There is nothing to find here: no settings, and no such host."""
     done = subprocess.run(
-        [sys.executable, "-m", "app", *shlex.split(line.removeprefix(COMMAND))],
+        [sys.executable, "-m", "app", *shlex.split(line)],
         cwd=tmp_path,
         env=surroundings({"HTTPS_PROXY": "http://127.0.0.1:1"}),
         capture_output=True,

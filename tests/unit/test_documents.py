@@ -12,21 +12,70 @@ from packaging.utils import canonicalize_name
 from app.config.loading import load_settings
 from app.config.settings import FIELDS
 from app.problems import KINDS
-from tests.documents import COMMAND, ROOT, documents, required
+from tests.documents import COMMAND, ROOT, blocks, documents, markdown, required
+from tests.unit.test_layout import FLOORS
 
 PIN = re.compile(r"^([a-z0-9-]+)==([^ ]+)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", ".env.example", "deploy/openapi.json"])
+HOUSE = (
+    "README.md",
+    "CHANGELOG.md",
+    "app/README.md",
+    "app/client/README.md",
+    "deploy/README.md",
+    "deploy/settings.md",
+    "deploy/runbooks.md",
+    "tests/README.md",
+    "tests/benchmarks/README.md",
+    ".github/SECURITY.md",
+    ".github/CONTRIBUTING.md",
+)
+MOST_BYTES = 16_000
+"""Of README.md, which is for two minutes."""
+
+
+@pytest.mark.parametrize(
+    "name", ["app/client/README.md", "deploy/README.md", "deploy/settings.md", ".env.example", "deploy/openapi.json"]
+)
 def test_generated_parts_are_what_the_code_says(name: str) -> None:
     path = ROOT / name
-    assert path.read_text(encoding="utf-8") == documents()[path], f"{name} is out of date; mend it with: {COMMAND}"
+    assert path.read_text(encoding="utf-8") == documents()[path], f"{name} is out of date; update it with: {COMMAND}"
 
 
-def test_readme_lists_every_setting_and_every_error() -> None:
-    rows = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in FIELDS if f"\n| `{name}` |" not in rows] == []
-    assert [slug for slug in KINDS if f"| `{slug}` |" not in rows] == []
+def test_the_documents_are_those_of_the_house() -> None:
+    assert [path.relative_to(ROOT).as_posix() for path in markdown()] == sorted(HOUSE)
+
+
+def test_readme_takes_two_minutes() -> None:
+    assert (ROOT / "README.md").stat().st_size <= MOST_BYTES
+
+
+def test_every_setting_and_every_error_is_documented() -> None:
+    settings = (ROOT / "deploy/settings.md").read_text(encoding="utf-8")
+    errors = (ROOT / "app/client/README.md").read_text(encoding="utf-8")
+    assert [name for name in FIELDS if f"\n| `{name}` |" not in settings] == []
+    assert [slug for slug in KINDS if f"| `{slug}` |" not in errors] == []
+
+
+def test_every_alert_has_its_runbook() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy/monitoring/alerts.yaml").read_text(encoding="utf-8"))
+    runbooks = (ROOT / "deploy/runbooks.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", runbooks, re.MULTILINE) == alerts
+
+
+def test_runbooks_name_log_events_that_there_are() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
+    events = re.findall(r"`([a-z]+(?:_[a-z]+)+)`", (ROOT / "deploy/runbooks.md").read_text(encoding="utf-8"))
+    ours = {event for event in events if not event.startswith(("broker_", "http_"))}
+    assert len(ours) > 5
+    assert {event for event in ours if f'"{event}"' not in source} == set()
+
+
+def test_the_picture_of_the_rooms_has_the_floors_of_the_layout() -> None:
+    [picture] = blocks((ROOT / "app/README.md").read_text(encoding="utf-8"), "text")
+    floors = [set(line.partition("  ")[0].split(", ")) for line in picture.splitlines()]
+    assert floors == FLOORS
 
 
 def test_every_setting_says_what_it_means_and_takes() -> None:
@@ -62,7 +111,7 @@ def test_lock_pins_what_pyproject_asks_for(lock: str, place: str) -> None:
         str(each)
         for each in map(Requirement, asked)
         if not any(each.specifier.contains(version) for version in pins.get(canonicalize_name(each.name), ()))
-    } == set(), f"deploy/{lock} is out of date; mend it with: bash deploy/lock.sh"
+    } == set(), f"deploy/{lock} is out of date; update it with: bash deploy/lock.sh"
     assert "--hash=sha256:" in text
     assert "://" not in text
 
