@@ -1,4 +1,4 @@
-"""A bound on waiting for a server that does not take it for lost while this process itself is too busy to listen."""
+"""A timeout for a server, which does not expire just because this process is too busy to read the answer."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,20 +6,20 @@ from types import TracebackType
 from typing import Self
 
 TICKS = 10
-"""Parts in which the bound is counted."""
+"""Parts of the timeout, counted one by one."""
 LATE_TICKS = 3
-"""So many late ones in a row give what lies in the sockets its turn, as one that came in time does."""
+"""After this many late ticks in a row the sockets have been read, as after one tick in time."""
 LONGEST_FACTOR = 4
-"""However busy the process is: after so many times the bound it is over."""
+"""The deadline expires after this many times the timeout, however busy the process is."""
 
 
 class Deadline:
-    """As `asyncio.timeout(seconds)`, but of a server that is heard only ticks that came in time count.
+    """Like `asyncio.timeout(seconds)`, but while the server answers others, only ticks that came in time count.
 
-    A burst of requests can hold the event loop for longer than the bound; the answer then lies in the socket, and
-    taking the server for lost would let every process count for itself, just when it matters. A server that has said
-    nothing to anybody here for `seconds` (`heard`: when it last did, by the loop's clock) is lost all the same, as soon
-    as what may lie in the sockets has had its turn. Raises TimeoutError on leaving.
+    A burst of requests can hold the event loop for longer than the timeout, while the answer waits in the socket.
+    Giving up the server then would make every process count alone, just when it matters. A server that has sent nothing
+    to this process for `seconds` (`heard`: when it last did, by the loop's clock) is given up anyway, once the sockets
+    have been read. Raises TimeoutError on leaving.
     """
 
     def __init__(self, seconds: float, heard: Callable[[], float]) -> None:
@@ -36,7 +36,7 @@ class Deadline:
         assert task is not None  # noqa: S101 - of a running coroutine
         self._task = task
         self._cancelling = task.cancelling()
-        self._begun = self._loop.time()
+        self._started = self._loop.time()
         self._arm()
         return self
 
@@ -44,7 +44,7 @@ class Deadline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.cancel()
-        # Somebody else's cancellation stays one (as in asyncio.timeout).
+        # A cancellation from outside stays one (as in asyncio.timeout).
         if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
@@ -56,7 +56,7 @@ class Deadline:
         now = self._loop.time()
         in_time = now - self._due < self._tick_seconds
         self._left -= in_time
-        silence, waited = now - max(self._begun, self._heard()), now - self._begun
+        silence, waited = now - max(self._started, self._heard()), now - self._started
         over = silence >= self._seconds or waited >= self._seconds * LONGEST_FACTOR
         self._late = self._late + 1 if over and not in_time else 0
         if self._left > 0 and not (over and in_time) and self._late < LATE_TICKS:

@@ -5,42 +5,42 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 BACKLOG = 64
-"""Messages kept for a reader that is slow; they are hints, so the oldest go first."""
+"""Messages kept for a slow reader. They are hints, so the oldest are dropped first."""
 
 
 class LocalPubSub:
-    """Hands a channel's messages to whoever listens in this process."""
+    """Delivers messages to the subscribers of a channel in this process."""
 
     def __init__(self) -> None:
         self._queues: dict[str, set[asyncio.Queue[bytes]]] = {}
 
-    def listeners(self, channel: str) -> int:
-        """How many listen to the channel."""
+    def subscribers(self, channel: str) -> int:
+        """Return the number of subscribers of the channel."""
         return len(self._queues.get(channel, ()))
 
     def deliver(self, channel: str, message: bytes) -> None:
-        """Hand a message to every listener of the channel."""
+        """Give a message to every subscriber of the channel."""
         for queue in self._queues.get(channel, ()):
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(message)
 
     @asynccontextmanager
-    async def listen(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
-        """The channel's messages from entering on."""
+    async def subscribe(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """Receive the channel's messages from entering on."""
         queue: asyncio.Queue[bytes] = asyncio.Queue(BACKLOG)
         self._queues.setdefault(channel, set()).add(queue)
         try:
             yield _Messages(queue)
         finally:
-            listeners = self._queues[channel]
-            listeners.discard(queue)
-            if not listeners:
+            queues = self._queues[channel]
+            queues.discard(queue)
+            if not queues:
                 del self._queues[channel]
 
 
 class _Messages(AsyncIterator[bytes]):
-    """A listener's messages. No generator: one that is cancelled while it waits would be over for good."""
+    """A subscriber's messages. Not a generator, which would end when it is cancelled while waiting."""
 
     def __init__(self, queue: asyncio.Queue[bytes]) -> None:
         self._queue = queue

@@ -1,7 +1,7 @@
-"""One connection to Valkey that carries everybody's questions: those of one moment leave together, as a pipeline.
+"""One connection to Valkey for all commands: those of one moment are sent together, as a pipeline.
 
-With a connection for each question, writing it and reading its answer is most of what it costs; here a busy process
-pays that once for many. Valkey answers one question after the other anyway.
+With a connection for each command, writing it and reading its reply is most of the cost; here a busy process pays that
+once for many. Valkey answers one command after the other anyway.
 """
 
 import asyncio
@@ -15,84 +15,84 @@ Command = tuple[str | bytes | int, ...]
 
 
 class PipelinedConnection:
-    """Asks over one connection until it breaks; then all that wait are told, and it is of no more use.
+    """Sends commands over one connection, which it opens with the first one. When it breaks, all pending commands fail.
 
-    `heard`: when the server last said something, by the event loop's clock. Answers are matched to questions by their
-    order, so that one whose asker has gone meets nobody else. Nothing connects before the first question.
+    `heard`: when the server last sent something, by the event loop's clock. Replies are matched to commands by their
+    order, also those that no caller waits for.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._asked: list[tuple[Command, asyncio.Future[Any]]] = []
-        self._news = asyncio.Event()
-        self._task = self._loop.create_task(self._carry(), name="store-line")
+        self._pending: list[tuple[Command, asyncio.Future[Any]]] = []
+        self._added = asyncio.Event()
+        self._task = self._loop.create_task(self._run(), name="store-pipeline")
         self.heard = 0.0
 
     @property
     def is_broken(self) -> bool:
-        """Whether it can be asked no more."""
+        """True when it can send no more commands."""
         return self._task.done() or self._task.cancelling() > 0
 
-    async def ask(self, *command: str | bytes | int) -> Any:
-        """The server's answer. Raises RedisError and OSError; waits without a bound."""
-        answer = self._loop.create_future()
-        self._asked.append((command, answer))
-        self._news.set()
-        return await answer
+    async def send(self, *command: str | bytes | int) -> Any:
+        """Return the server's reply. Raises RedisError and OSError; has no timeout."""
+        reply = self._loop.create_future()
+        self._pending.append((command, reply))
+        self._added.set()
+        return await reply
 
     async def aclose(self) -> None:
-        """End it; whoever waits is told that the connection is closed."""
-        self.hang_up()
+        """Close the connection; pending commands raise ConnectionError."""
+        self.abort()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def hang_up(self) -> None:
-        """As `aclose`, without waiting for it."""
+    def abort(self) -> None:
+        """Start `aclose` without waiting for it."""
         self._task.cancel()
 
-    async def _carry(self) -> None:
-        asked: list[tuple[Command, asyncio.Future[Any]]] = []
+    async def _run(self) -> None:
+        sent: list[tuple[Command, asyncio.Future[Any]]] = []
         failure: type[Exception] = ConnectionError
         try:
             while True:
-                await self._news.wait()
-                self._news.clear()
-                asked, self._asked = self._asked, []
-                await self._exchange(asked)
+                await self._added.wait()
+                self._added.clear()
+                sent, self._pending = self._pending, []
+                await self._exchange(sent)
         except (RedisError, OSError) as error:
             failure = type(error)
         finally:
-            for _, answer in (*asked, *self._asked):
-                if not answer.done():
-                    answer.set_exception(failure())
+            for _, reply in (*sent, *self._pending):
+                if not reply.done():
+                    reply.set_exception(failure())
             await self._connection.disconnect(nowait=True)
 
-    async def _exchange(self, asked: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+    async def _exchange(self, commands: list[tuple[Command, asyncio.Future[Any]]]) -> None:
         connection = self._connection
         if connection.is_connected and await connection.can_read():
             await connection.disconnect(nowait=True)  # the server closed it while it was idle
-        await connection.send_packed_command([_pack(command) for command, _ in asked])
-        for _, answer in asked:
+        await connection.send_packed_command([_pack(command) for command, _ in commands])
+        for _, reply in commands:
             try:
-                said, refused = await connection.read_response(), None
-            except ResponseError as error:
-                said, refused = None, error
+                value, error = await connection.read_response(), None
+            except ResponseError as refusal:
+                value, error = None, refusal
             self.heard = self._loop.time()
-            if answer.done():  # cancelled
+            if reply.done():  # cancelled
                 continue
-            if refused is None:
-                answer.set_result(said)
+            if error is None:
+                reply.set_result(value)
             else:
-                answer.set_exception(refused)
+                reply.set_exception(error)
 
 
 def _pack(command: Command) -> bytes:
-    """A command as it goes over the wire; redis-py's own connection does it in Python, at several times the cost."""
-    # Its stub knows tuples of one element only.
+    """Return a command as it goes over the wire; redis-py does the same in Python, at several times the cost."""
+    # The stub of pack_command knows tuples of one element only.
     packed: bytes
     try:
         packed = pack_command(command)  # type: ignore[arg-type]
-    except UnicodeEncodeError:  # half a surrogate pair: any text is a name
+    except UnicodeEncodeError:  # half a surrogate pair: a name may be any str
         parts = (part.encode(errors="surrogatepass") if isinstance(part, str) else part for part in command)
         packed = pack_command(tuple(parts))  # type: ignore[arg-type]
     return packed

@@ -1,6 +1,6 @@
-"""What every store backend offers. Names are bare here; a shared backend prefixes them with `oib:`.
+"""The interface of every store. Names are bare here; a shared store prefixes them with `oib:`.
 
-Everything in a store expires: a name without an end would grow a store for ever.
+Everything in a store expires: names without an end would fill it up.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 
 
 class StoreUnavailable(Exception):
-    """The shared store did not answer in time, or not at all, or refused (out of memory, read-only, wrong password)."""
+    """The shared store did not answer in time, or refused (out of memory, read-only, wrong password)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class RateState(NamedTuple):
     """One rate after a decision.
 
     `remaining`: how many more the window takes (never below 0). `reset`: seconds until the window takes more than it
-    does now (the whole window when it is empty); after a refusal, seconds after which the same request would pass
-    this rate, if nothing else was counted (a cost above `amount` never passes). `mark`: the entry that this decision
-    counted in, for giving it back; opaque.
+    does now (the whole window when it is empty); after a refusal, seconds until the same request would pass this rate,
+    if nothing else is counted (a cost above `amount` never passes). `mark`: the entry that this decision counted in,
+    for giving it back; opaque.
     """
 
     remaining: int
@@ -42,7 +42,7 @@ class RateState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Room for `capacity` members at once under `name`; None: members are kept, but never too many."""
+    """Room for `capacity` members at once under `name`; None: no limit, members are only kept."""
 
     name: str
     capacity: int | None
@@ -51,7 +51,7 @@ class Slot:
 class LimitRequest(NamedTuple):
     """A request for room under several rates and slots at once.
 
-    `member`: enters every slot, for `lease` seconds; one that is in already takes no further room. `cost`: counted in
+    `member`: enters every slot for `lease` seconds; one that is in already takes no further room. `cost`: counted in
     each rate; 0 only looks, and a rate or slot that is merely full does not refuse it. `enforce` False: count it
     whatever the answer.
     """
@@ -87,7 +87,7 @@ class Decision:
 
 
 class Value(NamedTuple):
-    """What `Store.set` takes."""
+    """The arguments of `Store.set`."""
 
     name: str
     value: bytes
@@ -95,25 +95,26 @@ class Value(NamedTuple):
 
 
 class Store(Protocol):
-    """Small protocol of both backends. All durations are seconds. Shared backends raise StoreUnavailable."""
+    """Base of all stores. All durations are seconds. Shared stores raise StoreUnavailable.
+
+    Opened with `async with`, also when the server cannot be reached.
+    """
 
     shared: bool
-    """Whether other processes see the same data."""
+    """True when other processes see the same data."""
 
     @property
     def state(self) -> Literal["ok", "down"]:
-        """Down: the shared store is gone, and this process answers what it can alone."""
-        ...
+        """`down`: the shared store is gone, and this process answers alone where it can."""
+        return "ok"
 
     async def __aenter__(self) -> Self:
-        """Start background work, if any. A store that cannot be reached opens all the same."""
-        ...
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """As `aclose`."""
-        ...
+        await self.aclose()
 
     async def decide(self, request: LimitRequest) -> Decision:
         """Ask all rates and slots at once: all are counted, or none.
@@ -125,12 +126,12 @@ class Store(Protocol):
     async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """Undo what `decide` counted: each rate only in the entry it was counted in, and the member leaves the slots.
 
-        At most once per decision, since an entry does not tell its hits apart.
+        Call it at most once per decision: an entry does not tell its hits apart.
         """
         ...
 
     async def get(self, name: str) -> bytes | None:
-        """The value, or None when there is none (any more)."""
+        """Return the value, or None when there is none."""
         ...
 
     async def set(self, name: str, value: bytes, ttl: float) -> None:
@@ -138,27 +139,27 @@ class Store(Protocol):
         ...
 
     async def add(self, name: str, value: bytes, ttl: float) -> bool:
-        """Set the value only where there is none; whether it was set."""
+        """Set the value if there is none; return whether it was set."""
         ...
 
     async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
-        """Set the value only where `expected` stands; whether it was set."""
+        """Set the value if the current one is `expected`; return whether it was set."""
         ...
 
     async def delete(self, name: str, expected: bytes | None = None) -> bool:
-        """Delete the value (only where `expected` stands, when given); whether it was there."""
+        """Delete the value (only if it is `expected`, when given); return whether it was there."""
         ...
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        """Put a member into a set until `ttl` seconds from now; again: moves its end."""
+        """Put a member into a set for `ttl` seconds; again: moves its end."""
         ...
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
-        """Take a member out of sets; whether it was in any."""
+        """Take a member out of sets; return whether it was in any."""
         ...
 
     async def members(self, name: str) -> dict[str, float]:
-        """The living members and the seconds each has left."""
+        """Return the living members and the seconds each has left."""
         ...
 
     async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
@@ -169,20 +170,20 @@ class Store(Protocol):
         ...
 
     async def items(self, name: str) -> list[bytes]:
-        """A list's values, newest first."""
+        """Return a list's values, newest first."""
         ...
 
     async def publish(self, channel: str, message: bytes) -> None:
-        """Tell every subscriber of the channel, on every replica. A hint: nobody may rely on its arrival."""
+        """Send a message to every subscriber of the channel, on every replica. A hint: it may get lost."""
         ...
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """The channel's messages from entering on. Never raises: while the store is gone there is silence.
+        """Receive the channel's messages from entering on. Never raises; silent while the store is gone.
 
         A reader that falls more than 64 messages behind loses the oldest.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close connections; nothing may be asked afterwards."""
+        """Close connections. The store cannot be used afterwards."""
         ...

@@ -1,7 +1,8 @@
-"""What the Valkey server runs: one script per question, so one round trip each, and atomic.
+"""Lua scripts that the Valkey server runs: one per operation, so each is one round trip, and atomic.
 
 Times are the server's, in microseconds since 1970 (doubles hold them exactly): replicas' clocks need not agree. The
-window is windows.py's, as a MessagePack list `time, count, time, count, …`, oldest first. Every write sets an end.
+window is that of sliding_window.py, as a MessagePack list `time, count, time, count, …`, oldest first. Every write sets
+an expiry.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 """
 
-_ENTER = """
-local function enter(key, member, lease)
+_ADD = """
+local function add(key, member, lease)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
   redis.call('ZADD', key, now + lease, member)
   local last = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]
@@ -34,7 +35,7 @@ end
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script and the digest by which the server knows it."""
+    """A script and the digest that the server knows it by."""
 
     text: str
     sha: str = field(init=False)
@@ -45,11 +46,11 @@ class Script:
 
 DECIDE = Script(
     _NOW
-    + _ENTER
+    + _ADD
     + _CELL
     + f"""
 -- KEYS: rates, then slots. ARGV: number of rates, cost, enforce (1 or 0), member, lease, then amount and span for each
--- rate and capacity (-1: none) for each slot. Answers, joined by blanks: counted, then refused, remaining, reset, mark
+-- rate and capacity (-1: none) for each slot. Returns, joined by blanks: counted, then refused, remaining, reset, mark
 -- for each rate, then refused, used for each slot.
 local rates, cost, enforce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local member, lease = ARGV[4], tonumber(ARGV[5])
@@ -70,7 +71,7 @@ end
 local function count(window, amount, span)
   local size, mark = #window, now
   local newest = window[size - 1]
-  -- The server's clock may have been set back: entries stay in order, and leave late rather than early.
+  -- If the server's clock was set back, entries stay in order, and leave late rather than early.
   if newest and newest > mark then mark = newest end
   if newest and same_cell(mark, newest, amount, span) then
     window[size - 1], window[size] = mark, window[size] + cost
@@ -127,7 +128,7 @@ for i = 1, rates do
     wait(window, total, target, span), mark)
 end
 for i = rates + 1, #KEYS do
-  if counted then enter(KEYS[i], member, lease) end
+  if counted then add(KEYS[i], member, lease) end
   answer[#answer + 1] = string.format('%d %d', refused[i] and 1 or 0, used[i][counted and 2 or 1])
 end
 return table.concat(answer, ' ')
@@ -163,9 +164,9 @@ for i = rates + 1, #KEYS do redis.call('ZREM', KEYS[i], ARGV[3]) end
 """
 )
 
-ENTER = Script(_NOW + _ENTER + "enter(KEYS[1], ARGV[1], tonumber(ARGV[2]))\n")
+ADD_MEMBER = Script(_NOW + _ADD + "add(KEYS[1], ARGV[1], tonumber(ARGV[2]))\n")
 
-LEAVE = Script(
+REMOVE_MEMBER = Script(
     _NOW
     + """
 local left = 0
@@ -199,7 +200,7 @@ DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nret
 
 PUSH = Script(
     """
--- KEYS: the list, then values. ARGV: what is pushed, how many are kept, ttl, then value and ttl for each.
+-- KEYS: the list, then values. ARGV: the pushed value, how many to keep, ttl, then value and ttl for each.
 redis.call('LPUSH', KEYS[1], ARGV[1])
 redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
