@@ -1,7 +1,7 @@
-"""A broker that can be looked into: `python -m tests.faults.broker`, `serve` with a count of its tasks beside it.
+"""A broker that reports on itself: `python -m tests.faults.broker`, like `serve` with a second port.
 
-Whoever connects to the second port gets one line of JSON and is gone: tasks of the event loop, objects the garbage
-collector knows.
+A connection to that port gets one line of JSON, the number of tasks in the event loop and of objects known to the
+garbage collector, and is closed.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from app.server.server import create_server, listen, url_of
 from app.telemetry.logging import configure_logging
 
 
-async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One look."""
+async def report(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer one connection."""
     gc.collect()
     inside = {"tasks": len(asyncio.all_tasks()) - 1, "objects": len(gc.get_objects())}
     writer.write(json.dumps(inside).encode() + b"\n")
@@ -25,15 +25,15 @@ async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
 
 
 async def serve() -> None:
-    """Serve until ended."""
+    """Serve until stopped."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
     with listen("127.0.0.1", 0) as listener:
-        looking = await asyncio.start_server(tell, "127.0.0.1", 0)
-        port = looking.sockets[0].getsockname()[1]
-        async with looking:
-            said = {"event": "listening", "url": url_of(listener), "look": port}
-            sys.stdout.write(json.dumps(said) + "\n")
+        reporting = await asyncio.start_server(report, "127.0.0.1", 0)
+        port = reporting.sockets[0].getsockname()[1]
+        async with reporting:
+            record = {"event": "listening", "url": url_of(listener), "report": port}
+            sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
             await create_server(create_app(settings)).serve(sockets=[listener])
 

@@ -1,20 +1,20 @@
-"""The drain drill: attackers want to spend the operator's money, and five honest people want their calls.
+"""The drain drill: attackers try to spend the operator's money while five honest users make their calls.
 
     python -m tests.faults.drain [--seconds 60] [--attackers 120] [--addresses 10000] [--replicas 1] [--p99 0.25]
                                  [--setting NAME=VALUE] [--run NAME]
 
 Three runs, each against a fresh broker behind a trusted proxy:
 
-- isolation: 120 addresses hammer POST /session as fast as they can, and hang half their calls up to get more. Limits:
-  10/minute and 15/hour per user, 5 calls at once. The global ones have room for all 125 users together (the attackers,
-  each within its own limit, are paying customers; 120 addresses that share an allowance with others would be the
-  operator's choice of a smaller global limit). Each honest user must get what its own limit allows, as if alone.
-- rotation: one attacker in 10,000 addresses, so that only the global limits stand: 600/minute, 700/hour, 400 at once.
-- hang-ups: an attacker who hangs up right after each POST, from the same 10,000 addresses.
+- isolation: 120 addresses send POST /session as fast as they can, and hang up half their calls to get more. Limits:
+  10/minute and 15/hour per user, 5 calls at once. The global limits have room for all 125 users (attackers within
+  their own limits count as customers; to cap them further, an operator lowers the global limit). Each honest user must
+  get what its own limit allows, as if alone.
+- rotation: one attacker with 10,000 addresses, so that only the global limits hold: 600/minute, 700/hour, 400 at once.
+- hang-ups: an attacker with the same 10,000 addresses who disconnects right after each POST.
 
-Billed calls are counted at OneInbox. What is per hour must hold exactly over the whole run. What is per minute must
-hold in any 59 seconds there: the broker counts when it asks, OneInbox when it is reached, and what lies between
-differs from call to call by less than a second.
+Billed calls are counted at OneInbox. Limits per hour must hold exactly over the whole run. Limits per minute must hold
+in any 59 seconds: the broker counts a call when it sends the request and OneInbox when it arrives, and that delay
+varies by less than a second.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HONEST = 5
 TRY_SECONDS = 5.0
 READ_SECONDS = 1.0
 HEAD_START = 1.5
-"""Seconds before the attack, in which the honest get the first of their calls, to look at."""
+"""Seconds before the attack, in which honest users get their first call."""
 SLACK_SECONDS = 1.0
 SETTLE_SECONDS = 20.0
 USER = {"minute": 10, "hour": 15, "live": 5}
@@ -47,7 +47,7 @@ USER = {"minute": 10, "hour": 15, "live": 5}
 
 @dataclass(frozen=True)
 class Limits:
-    """What the operator allows. Minutes and hours in sessions; `live` at once."""
+    """The global limits: sessions per minute and per hour, calls at once."""
 
     all_minute: int
     all_hour: int
@@ -72,7 +72,7 @@ RUNS = {
 
 @dataclass
 class Honest:
-    """One honest user. `tries`: when they asked, and the answer; `reads`: seconds that each look at a call took."""
+    """One honest user. `tries`: time and outcome of each request; `reads`: seconds that each read of a call took."""
 
     tries: list[tuple[float, str]] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Honest:
 
     @property
     def allowed(self) -> int:
-        """What their own limits would have let through, had they been alone."""
+        """The calls that the user's own limits would have allowed, had the user been alone."""
         passed: list[float] = []
         for at, _ in self.tries:
             if sum(at - each < 60 for each in passed) < USER["minute"] and len(passed) < USER["hour"]:
@@ -92,15 +92,15 @@ class Honest:
 
 
 def addresses(count: int) -> Iterator[str]:
-    """So many, over and over."""
+    """Cycle through `count` addresses."""
     return itertools.cycle(f"10.{number // 65536}.{number // 256 % 256}.{number % 256}" for number in range(count))
 
 
-# --- the attackers: a process of their own, so that their haste is not taken for the broker's slowness ---
+# --- the attackers: in their own process, so that their load does not slow the measurement ---
 
 
 async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int, count: int) -> None:
-    """Attack until the time is over, and print what came of it."""
+    """Attack for `seconds`, and print the outcomes."""
     end = time.monotonic() + seconds
     outcomes: Counter[str] = Counter()
     rotating = addresses(count)
@@ -126,7 +126,7 @@ async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int,
             browser.address = next(rotating)
             try:
                 await browser.send("POST", "/session")
-                await asyncio.sleep(dice.choice((0, 0, 0.002, 0.01, 0.03)))  # when it hangs up
+                await asyncio.sleep(dice.choice((0, 0, 0.002, 0.01, 0.03)))  # before it hangs up
             except OSError:
                 outcomes["refused"] += 1
                 continue
@@ -138,11 +138,11 @@ async def attack(kind: str, urls: Sequence[str], seconds: float, attackers: int,
     sys.stdout.write(json.dumps(outcomes))
 
 
-# --- the honest ---
+# --- the honest users ---
 
 
 async def be_honest(url: str, number: int, seconds: float) -> Honest:
-    """Ask every few seconds, look at the last call each second, hang it up when there is a next one."""
+    """Start a call every few seconds, read the last one each second, hang it up when the next one starts."""
     user, path = Honest(), ""
     began = time.monotonic()
     async with Browser(url, f"203.0.113.{number}") as browser:
@@ -172,7 +172,7 @@ async def be_honest(url: str, number: int, seconds: float) -> Honest:
 
 @dataclass(frozen=True)
 class Bill:
-    """What OneInbox would ask money for."""
+    """What OneInbox would bill."""
 
     total: int
     most_a_minute: int
@@ -184,7 +184,7 @@ class Bill:
 
 
 def most_within(moments: Sequence[float], seconds: float) -> int:
-    """The most that lie in any window."""
+    """Return the largest number of moments in any window of `seconds`."""
     most = first = 0
     for last, at in enumerate(moments):
         while moments[first] <= at - seconds:
@@ -194,7 +194,7 @@ def most_within(moments: Sequence[float], seconds: float) -> int:
 
 
 def bill(calls: Sequence[Mapping[str, Any]], seen_at_once: Sequence[tuple[int, int]]) -> Bill:
-    """The count, out of OneInbox's book. `seen_at_once`: running calls in all and of one user, each time one looked."""
+    """Count OneInbox's calls. `seen_at_once`: running calls in all, and the most of one user, at each poll."""
     times: dict[str, list[float]] = {}
     for call in calls:
         at = datetime.fromisoformat(call["created_at"]).timestamp()
@@ -213,7 +213,7 @@ def bill(calls: Sequence[Mapping[str, Any]], seen_at_once: Sequence[tuple[int, i
 
 
 async def watch(oneinbox: rig.OneInbox, seen: list[tuple[int, int]]) -> None:
-    """Look at the running calls, now and then."""
+    """Poll the running calls."""
     while True:
         running = Counter(call["metadata"]["broker_user"] for call in await oneinbox.calls() if call["running"])
         seen.append((running.total(), max(running.values(), default=0)))
@@ -230,7 +230,7 @@ async def drill(
     p99: float,
     more: Sequence[str] = (),
 ) -> None:
-    """One run. `more`: settings, NAME=VALUE. Raises Failure."""
+    """Do one run. `more`: settings, NAME=VALUE. Raises Failure."""
     limits = RUNS[kind]
     seen: list[tuple[int, int]] = []
     async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
@@ -271,11 +271,11 @@ async def drill(
         check(not reads or rig.percentile(reads, 99) < p99, "reads were slow")
         check(codes == [0] * replicas, f"the brokers ended with {codes}")
         if unwanted is not None:
-            check(unwanted <= outcomes["answered before"], f"{unwanted} calls run that nobody was given")
+            check(unwanted <= outcomes["answered before"], f"{unwanted} calls run without a user")
 
 
 async def settle(oneinbox: rig.OneInbox) -> int:
-    """The calls that run although everybody has hung up, when there are no fewer any more."""
+    """Wait until no call runs, at most SETTLE_SECONDS; return how many still run."""
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         running = len([call for call in await oneinbox.calls() if call["running"]])
@@ -285,7 +285,7 @@ async def settle(oneinbox: rig.OneInbox) -> int:
 
 
 def report(kind: str, limits: Limits, outcomes: Counter[str], honest: Sequence[Honest], result: Bill) -> None:
-    """Say what came of it."""
+    """Print the results."""
     reads = [seconds for user in honest for seconds in user.reads]
     said = ", ".join(f"{count:,} {name}" for name, count in outcomes.most_common())
     rows: list[tuple[object, object, object]] = [
@@ -311,31 +311,31 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def judge(kind: str, limits: Limits, honest: Sequence[Honest], result: Bill) -> None:
-    """Raise Failure where a promise did not hold."""
-    check(result.total > 0, "nothing was attacked")
-    check(result.total <= limits.all_hour, "more calls were billed than all may have an hour")
-    check(result.most_a_minute <= limits.all_minute, "more calls were billed than all may have a minute")
-    check(result.most_of_one_user <= USER["hour"], "more calls were billed than one may have an hour")
-    check(result.most_of_one_user_a_minute <= USER["minute"], "more calls were billed than one may have a minute")
-    check(result.most_at_once <= (limits.all_live or result.most_at_once), "more calls at once than all may have")
-    check(result.most_at_once_of_one_user <= USER["live"], "more calls at once than one may have")
+    """Raise Failure if a promise is broken."""
+    check(result.total > 0, "no call was started")
+    check(result.total <= limits.all_hour, "billed calls exceed the global limit per hour")
+    check(result.most_a_minute <= limits.all_minute, "billed calls exceed the global limit per minute")
+    check(result.most_of_one_user <= USER["hour"], "billed calls exceed a user's limit per hour")
+    check(result.most_of_one_user_a_minute <= USER["minute"], "billed calls exceed a user's limit per minute")
+    check(result.most_at_once <= (limits.all_live or result.most_at_once), "calls at once exceed the global limit")
+    check(result.most_at_once_of_one_user <= USER["live"], "calls at once exceed a user's limit")
     if kind == "isolation":
         for number, user in enumerate(honest):
             check(user.got >= 0.95 * user.allowed, f"honest user {number} got {user.got} of {user.allowed}")
-            check(user.allowed > 0, "nobody honest tried")
+            check(user.allowed > 0, f"honest user {number} sent no request")
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.faults.drain", description="Attackers, and five honest users."
+        prog="python -m tests.faults.drain", description="Attackers and five honest users."
     )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--attackers", type=int, default=120)
     parser.add_argument("--addresses", type=int, default=10_000)
-    parser.add_argument("--replicas", type=int, default=1, help="more than 1: on one Valkey")
-    parser.add_argument("--p99", type=float, default=0.25, help="of the honest users' reads, in seconds")
-    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the brokers")
+    parser.add_argument("--replicas", type=int, default=1, help="if more than 1, on one Valkey")
+    parser.add_argument("--p99", type=float, default=0.25, help="limit of the honest users' reads, in seconds")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="setting of the brokers")
     parser.add_argument("--run", choices=RUNS, action="append")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     given = parser.parse_args()

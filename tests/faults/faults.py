@@ -1,15 +1,16 @@
-"""The fault drill: whatever breaks, no call runs that nobody was given, and no key gives two.
+"""The fault drill: whatever fails, no call runs without a browser that was given it, and no key gives two calls.
 
     python -m tests.faults.faults [--sessions 10000] [--browsers 100] [--faulty 0.33] [--patience 240] [--seed 1]
 
-Two replicas on one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers. Browsers
-start sessions, half of them with a key, some of those twice at once or again; some hang up while they wait, some of
-those come back with their key; who gets no answer tries again, on any replica. A quarter through, and again at three
-quarters, Valkey is killed and comes back three seconds later; half-way a replica is killed and another one started.
+Two replicas share one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers.
+Browsers start sessions, half of them with a key, some of those twice at once or again. Some hang up while they wait,
+and some of those come back with their key. A browser without an answer tries again, on any replica. After a quarter and
+after three quarters of the sessions, Valkey is killed and comes back three seconds later; half-way, a replica is killed
+and another one started.
 
-What a browser was given counts from what had reached its machine when it hung up. A call whose answer the killed
-replica had in hand is nobody's and cannot be told from a good one: those are counted apart, and bounded by the requests
-that were under way there (BROKER_JOIN_TIMEOUT is the remedy; the drill runs without).
+A call counts as given if its answer had reached the browser's machine before it hung up. Calls whose answers died with
+the killed replica look like given ones in the store. The drill counts them separately; there may be no more of them
+than requests in progress on that replica (BROKER_JOIN_TIMEOUT ends such calls; the drill runs without it).
 """
 
 import argparse
@@ -35,14 +36,14 @@ ANSWER_SECONDS = TIMEOUT + 5
 WITH_KEY, HANGS_UP, COMES_BACK, REPEATS, STOPS = 0.5, 0.15, 0.5, 0.2, 0.85
 TRIES = 4
 TOO_LATE = 0.01
-"""Share of hang-ups that may cross the answer on the wire."""
+"""Share of hang-ups that may cross with the answer."""
 OPERATIONS = ("start", "get", "stop", "list")
 GONE_SECONDS = 3.0
-"""So long Valkey is gone."""
+"""Seconds that Valkey is down."""
 
 
 def spoiled(share: float, seed: int, operations: Sequence[str]) -> list[dict[str, Any]]:
-    """Rules that spoil this share of all answers, each kind about as often as the others."""
+    """Return rules that spoil this share of all answers, each kind about equally often."""
     kinds: list[dict[str, Any]] = [
         {"kind": "status", "status": 500, "takes_effect": True},
         {"kind": "status", "status": 503},
@@ -67,9 +68,10 @@ def spoiled(share: float, seed: int, operations: Sequence[str]) -> list[dict[str
 
 @dataclass
 class Book:
-    """What the browsers know.
+    """What the browsers saw.
 
-    `given`: paths by OneInbox's id. `of_key`: ids by key. `waits`: seconds to each answer. `under_way`: by replica.
+    `given`: paths by OneInbox's id. `of_key`: ids by key. `waits`: seconds to each answer. `under_way`: requests in
+    progress, by replica.
     """
 
     given: dict[str, str] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class Book:
     under_way: Counter[str] = field(default_factory=Counter)
 
     def note(self, path: str, key: str) -> None:
-        """A browser was given a call."""
+        """Note a call that a browser was given."""
         self.given[call_id(path)] = path
         if key:
             self.of_key.setdefault(key, set()).add(call_id(path))
@@ -88,7 +90,7 @@ class Book:
 
 @dataclass
 class Drill:
-    """The load: sessions by turns, from as many browsers."""
+    """The load."""
 
     replicas: list[Process]
     sessions: int
@@ -97,7 +99,7 @@ class Drill:
     book: Book = field(default_factory=Book)
 
     async def browse(self, number: int) -> None:
-        """One browser: session after session, until all are done."""
+        """Start session after session, until `sessions` have begun."""
         dice = random.Random(f"{self.seed}/{number}")
         while self.book.begun < self.sessions:
             self.book.begun += 1
@@ -123,7 +125,7 @@ class Drill:
             await self._stop(dice, address, path)
 
     async def _ask(self, dice: random.Random, address: str, key: str) -> str:
-        """One POST; the path of the call it gave."""
+        """Send one POST; return the path of its call."""
         url = dice.choice(self.replicas).url
         began = time.monotonic()
         path = ""
@@ -148,7 +150,7 @@ class Drill:
         return path
 
     async def _hang_up(self, dice: random.Random, address: str, key: str) -> str:
-        """One POST, and no patience; the path of the call, should it have come before."""
+        """Send one POST and hang up; return the path of its call if the answer came first."""
         browser = Browser(dice.choice(self.replicas).url, address)
         self.book.outcomes["hung up"] += 1
         try:
@@ -170,13 +172,13 @@ class Drill:
             await asyncio.sleep(dice.uniform(0.1, 1.0))
 
     async def progress(self, share: float) -> None:
-        """Wait until so much is begun."""
+        """Wait until this share of the sessions has begun."""
         while self.book.begun < share * self.sessions:
             await asyncio.sleep(0.05)
 
 
 async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Callable[[], Awaitable[Process]] | None) -> int:
-    """All that happens to the machines; how many requests were under way at the replica that was killed."""
+    """Kill Valkey and a replica; return how many requests were in progress on that replica."""
     await drill.progress(0.25)
     await lose(valkey)
     if start_another is None:
@@ -193,7 +195,7 @@ async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Callable[[]
 
 
 async def lose(valkey: rig.Valkey) -> None:
-    """Valkey dies and comes back, with its data."""
+    """Kill Valkey, then restart it with its data."""
     await asyncio.to_thread(valkey.kill)
     await asyncio.sleep(GONE_SECONDS)
     await asyncio.to_thread(valkey.restart)
@@ -201,7 +203,7 @@ async def lose(valkey: rig.Valkey) -> None:
 
 @dataclass
 class Settled:
-    """How it went after the load. `seconds`: until no unwanted call ran; `history`: how many did, by the second."""
+    """The time after the load. `seconds`: until no unwanted call ran; `history`: how many ran, by the second."""
 
     seconds: float = 0.0
     history: list[tuple[int, int]] = field(default_factory=list)
@@ -217,9 +219,10 @@ async def drill(
     operations: Sequence[str] = OPERATIONS,
     short: bool = False,
 ) -> None:
-    """The whole. `operations`: whose answers are spoiled. Raises Failure.
+    """Run the drill. `operations`: those whose answers are spoiled. Raises Failure.
 
-    `short`: without what takes half a minute and more to be mended: no replica is killed, who hangs up has no key.
+    `short`: leave out what takes half a minute or more to recover: no replica is killed, and no browser with a key
+    hangs up.
     """
     began = time.monotonic()
     async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
@@ -242,13 +245,13 @@ async def drill(
             settled = await settle(oneinbox, load.book, valkey, patience)
             calls = await oneinbox.calls()
             codes = [await process.stop() for process in running[not short :]]
-            in_hand, unwanted = told_apart(calls, load.book, valkey)
+            in_hand, unwanted = without_browser(calls, load.book, valkey)
         answered = rig.answered(folder)
         too_late = [each for each in in_hand if each in answered]
         rows: list[tuple[object, object]] = [
-            ("  that the store takes for given", len(in_hand)),
-            ("    answered to who had just hung up", len(too_late)),
-            ("under way at the killed replica", under_way),
+            ("  given according to the store", len(in_hand)),
+            ("    answered just after the hang-up", len(too_late)),
+            ("requests in progress on the killed replica", under_way),
             ("seconds of load", f"{loaded:.0f}"),
         ]
         report(load.book, calls, settled, rows)
@@ -259,16 +262,16 @@ async def drill(
             "promises",
             [
                 ("promise", "broken"),
-                ("no call runs that nobody was given, but what the killed replica had in hand", len(unwanted)),
+                ("no call runs without a browser, except for the killed replica's", len(unwanted)),
                 ("no key gives two calls", len(twice)),
-                (f"an answer within {ANSWER_SECONDS:.0f} s", sum(each > ANSWER_SECONDS for each in load.book.waits)),
+                (f"every answer within {ANSWER_SECONDS:.0f} s", sum(each > ANSWER_SECONDS for each in load.book.waits)),
                 ("no secret in any log", len(found)),
                 ("no traceback in any log", tracebacks),
             ],
         )
-        check(not unwanted, f"running, and nobody's: {unwanted[:5]}")
+        check(not unwanted, f"running without a browser: {unwanted[:5]}")
         dead = len(in_hand) - len(too_late)
-        check(dead <= under_way, f"more are nobody's than the killed replica had: {in_hand[:5]}")
+        check(dead <= under_way, f"more calls lost than the killed replica had requests: {in_hand[:5]}")
         check(len(too_late) <= TOO_LATE * load.book.outcomes["hung up"], f"hang-ups went unnoticed: {too_late[:5]}")
         check(not twice, f"two calls for one key: {twice[:5]}")
         check(max(load.book.waits) <= ANSWER_SECONDS, f"an answer took {max(load.book.waits):.1f} s")
@@ -277,8 +280,8 @@ async def drill(
         check(not tracebacks, "there is a traceback in a log")
 
 
-def told_apart(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.Valkey) -> tuple[list[str], list[str]]:
-    """The calls that run and are nobody's: those that the store takes for given, a replica having died, and others."""
+def without_browser(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.Valkey) -> tuple[list[str], list[str]]:
+    """Return the running calls without a browser: those that the store counts as given, and the others."""
     running = [call for call in calls if call["running"] and call["id"] not in book.given]
     with redis.Redis(port=valkey.port) as client:
         kept = [client.get(f"oib:v:call:{call['metadata']['broker_request_id']}") for call in running]
@@ -291,11 +294,11 @@ def told_apart(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.Valke
 
 
 async def settle(oneinbox: rig.OneInbox, book: Book, valkey: rig.Valkey, patience: float) -> Settled:
-    """Wait until no unwanted call runs, but those that a dead replica had in hand."""
+    """Wait until no unwanted call runs, except those of a dead replica."""
     began = time.monotonic()
     settled = Settled()
     while True:
-        in_hand, unwanted = told_apart(await oneinbox.calls(), book, valkey)
+        in_hand, unwanted = without_browser(await oneinbox.calls(), book, valkey)
         settled.seconds = time.monotonic() - began
         settled.history.append((round(settled.seconds), len(in_hand) + len(unwanted)))
         with redis.Redis(port=valkey.port) as client:
@@ -308,7 +311,7 @@ async def settle(oneinbox: rig.OneInbox, book: Book, valkey: rig.Valkey, patienc
 def report(
     book: Book, calls: Sequence[Mapping[str, Any]], settled: Settled, more: Sequence[tuple[object, object]]
 ) -> None:
-    """Say what came of it."""
+    """Print the results."""
     pairs = itertools.pairwise(settled.history)
     falling = [settled.history[0], *(later for before, later in pairs if before[1] != later[1])]
     step = max(1, len(falling) // 12)
@@ -320,10 +323,10 @@ def report(
         ("calls at OneInbox", f"{len(calls):,}"),
         ("  given to a browser", f"{len(book.given):,}"),
         ("  running", f"{sum(call['running'] for call in calls):,}"),
-        ("  running, and nobody's", sum(call["running"] and call["id"] not in book.given for call in calls)),
+        ("  running without a browser", sum(call["running"] and call["id"] not in book.given for call in calls)),
         *more,
-        ("seconds until nothing unwanted ran", f"{settled.seconds:.0f}"),
-        ("running, and nobody's, by second", " ".join(f"{at}:{count}" for at, count in falling[::step])),
+        ("seconds until no unwanted call ran", f"{settled.seconds:.0f}"),
+        ("running without a browser, by second", " ".join(f"{at}:{count}" for at, count in falling[::step])),
     ]
     rig.table("faults", rows)
 
@@ -333,8 +336,10 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.faults", description="Whatever breaks.")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.faults", description="Failures of OneInbox, Valkey and a replica."
+    )
     parser.add_argument("--sessions", type=int, default=10_000)
     parser.add_argument("--browsers", type=int, default=100)
     parser.add_argument("--faulty", type=float, default=0.33)

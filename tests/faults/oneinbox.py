@@ -1,4 +1,4 @@
-"""The drills' emulator: `python -m tests.faults.oneinbox OPTIONS` (as JSON); prints where it listens."""
+"""The drills' emulator: `python -m tests.faults.oneinbox OPTIONS` (JSON); prints its URL."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from tests.faults.rig import API_KEY
 
 
 def main() -> None:
-    """Serve until ended."""
+    """Serve until stopped."""
     given: dict[str, Any] = {"queued": 0, "initiated": 0, "in_progress": 1e6, **json.loads(sys.argv[1])}
     server = emulator_server(EmulatorOptions(api_key=API_KEY, **given))
     with listen("127.0.0.1", 0) as listener:

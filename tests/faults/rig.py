@@ -1,6 +1,6 @@
-"""What the drills are made of: processes that are ended by their id, browsers on bare sockets, tables.
+"""The drills' parts: processes, browsers on bare sockets, tables.
 
-The emulated OneInbox, each broker, and a Valkey that keeps its data are processes of their own.
+The emulated OneInbox, each broker, and a Valkey that keeps its data run in their own processes.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,17 +41,17 @@ JWT = re.compile(r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
 class Failure(AssertionError):
-    """A drill's promise that did not hold."""
+    """A broken promise."""
 
 
 def check(holds: bool, promise: str) -> None:
-    """Fail unless it holds."""
+    """Raise Failure unless it holds."""
     if not holds:
         raise Failure(promise)
 
 
 def table(title: str, rows: Iterable[Sequence[object]]) -> None:
-    """Print rows in columns; the first is the head."""
+    """Print rows as a table; the first row is the header."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
@@ -61,14 +61,14 @@ def table(title: str, rows: Iterable[Sequence[object]]) -> None:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Of at least one value."""
+    """Return a percentile; 0 if there are no values."""
     if len(values) < 2:
         return max(values, default=0.0)
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def run(drill: Coroutine[Any, Any, None]) -> None:
-    """Run a drill to its end; a SIGTERM ends it, too, with all of its processes."""
+    """Run a drill. SIGTERM stops it and all its processes."""
 
     async def interruptible() -> None:
         task = asyncio.current_task()
@@ -79,21 +79,11 @@ def run(drill: Coroutine[Any, Any, None]) -> None:
     asyncio.run(interruptible())
 
 
-async def eventually(holds: Callable[[], bool], within: float, every: float = 0.1) -> float | None:
-    """Ask until it holds; the seconds that took, None when it did not hold in time."""
-    began = time.monotonic()
-    while not holds():
-        if time.monotonic() - began > within:
-            return None
-        await asyncio.sleep(every)
-    return time.monotonic() - began
-
-
 # --- processes ---
 
 
 async def start(module: str, *arguments: str, environ: Mapping[str, str], log: Path) -> Process:
-    """Run a module that logs a line of JSON with its `url`, once it listens."""
+    """Start a module and wait for its log record with the `url`."""
     process = launch(*arguments, module=module, cwd=log.parent, environ=environ, log=log)
     try:
         await process.listens()
@@ -105,7 +95,7 @@ async def start(module: str, *arguments: str, environ: Mapping[str, str], log: P
 
 @asynccontextmanager
 async def oneinbox(folder: Path, **options: Any) -> AsyncIterator["OneInbox"]:
-    """The emulator; its calls run until they are stopped."""
+    """Run the emulator; by default its calls run until they are stopped."""
     process = await start("tests.faults.oneinbox", json.dumps(options), environ={}, log=folder / "oneinbox.log")
     async with httpx.AsyncClient(base_url=process.url, timeout=PATIENCE) as client:
         try:
@@ -122,18 +112,18 @@ class OneInbox:
     client: httpx.AsyncClient
 
     async def calls(self) -> list[dict[str, Any]]:
-        """All calls, the newest first."""
+        """Return all calls, newest first."""
         calls: list[dict[str, Any]] = (await self.client.get("/_emulator/calls")).json()
         return calls
 
     async def faults(self, rules: Sequence[Mapping[str, Any]]) -> None:
-        """These faults and no others from now on."""
+        """Replace all fault rules."""
         (await self.client.delete("/_emulator/faults")).raise_for_status()
         (await self.client.post("/_emulator/faults", json=list(rules))).raise_for_status()
 
 
 def broker_environ(upstream: str, changes: Mapping[str, str]) -> dict[str, str]:
-    """Settings of a broker in front of the emulator, behind a proxy that is this machine."""
+    """Return settings of a broker in front of the emulator, behind a proxy on this machine."""
     return {
         "ONEINBOX_API_KEY": API_KEY,
         "ONEINBOX_BASE_URL": upstream,
@@ -146,7 +136,7 @@ def broker_environ(upstream: str, changes: Mapping[str, str]) -> dict[str, str]:
 
 @asynccontextmanager
 async def brokers(folder: Path, count: int, environ: Mapping[str, str]) -> AsyncIterator[list[Process]]:
-    """So many replicas. Those that the drill puts into the list are ended, too."""
+    """Run `count` replicas. Those that the drill adds to the list are stopped, too."""
     running: list[Process] = []
     try:
         while len(running) < count:
@@ -158,13 +148,13 @@ async def brokers(folder: Path, count: int, environ: Mapping[str, str]) -> Async
 
 
 async def start_broker(folder: Path, environ: Mapping[str, str]) -> Process:
-    """One more replica."""
+    """Start one more replica."""
     number = len(list(folder.glob("broker-*.log"))) + 1
     return await start("app", "serve", "--port", "0", environ=environ, log=folder / f"broker-{number}.log")
 
 
 class Valkey:
-    """A server that writes all it is told to a file, and knows it again after a SIGKILL."""
+    """A server that writes its data to a file and keeps it across a SIGKILL."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "valkey"
@@ -179,22 +169,22 @@ class Valkey:
         return server
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         os.kill(self._server._process.pid, signal.SIGKILL)
         self._server.stop()
 
     def restart(self) -> None:
-        """On the same port, with the same data."""
+        """Start again on the same port, with the same data."""
         self._server = self._start(self.port)
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._server.stop()
 
 
 @asynccontextmanager
 async def valkey(folder: Path) -> AsyncIterator[Valkey]:
-    """A server until the block ends."""
+    """Run a server until the block ends."""
     server = Valkey(folder)
     try:
         yield server
@@ -204,7 +194,7 @@ async def valkey(folder: Path) -> AsyncIterator[Valkey]:
 
 @asynccontextmanager
 async def workshop() -> AsyncIterator[Path]:
-    """A folder for logs and data; kept, and named, when the drill fails."""
+    """Create a folder for logs and data; if the drill fails, keep it and print its path."""
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     try:
         yield folder
@@ -219,7 +209,7 @@ async def workshop() -> AsyncIterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer on the wire. `seconds`: from the first byte sent to the last one read."""
+    """An HTTP answer. `seconds`: from the first byte sent to the last one read."""
 
     status: int
     headers: Mapping[str, str]
@@ -228,19 +218,19 @@ class Answer:
 
     @property
     def call(self) -> str:
-        """The path of a started call, without a prefix; empty where none was."""
+        """The path of the started call; empty if there is none."""
         return self.headers.get("location", "")
 
     @property
     def outcome(self) -> str:
-        """201, or the slug of the problem."""
+        """The status, or the slug of the problem."""
         if self.status < 400:
             return str(self.status)
         return str(json.loads(self.body)["type"]).rpartition("/")[2] if self.body else f"{self.status} without a body"
 
 
 class Lost(Exception):
-    """The connection ended without a whole answer. `call`: of the answer's head, when that much came."""
+    """The connection ended before the complete answer. `call`: the call's path, if the answer's head arrived."""
 
     def __init__(self, call: str = "") -> None:
         super().__init__()
@@ -249,7 +239,7 @@ class Lost(Exception):
 
 @dataclass
 class Browser:
-    """One connection at a time, kept alive; HTTP/1.1 by hand, since a client library would be the bottleneck."""
+    """One keep-alive connection at a time. HTTP/1.1 by hand, because a client library would be the bottleneck."""
 
     url: str
     address: str = "198.51.100.1"
@@ -257,11 +247,11 @@ class Browser:
     _writer: asyncio.StreamWriter | None = field(default=None, repr=False)
 
     async def post(self, path: str = "/session", body: bytes = b"", key: str = "") -> Answer:
-        """Ask and wait. Raises Lost, OSError."""
+        """Send a POST and wait for the answer. Raises Lost, OSError."""
         return await self.ask("POST", path, body, {"Idempotency-Key": key} if key else {})
 
     async def ask(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Answer:
-        """Ask and wait. Raises Lost, OSError."""
+        """Send a request and wait for the answer. Raises Lost, OSError."""
         began = time.monotonic()
         await self.send(method, path, body, headers)
         status, fields, content = await self._read()
@@ -270,7 +260,7 @@ class Browser:
         return Answer(status, fields, content, time.monotonic() - began)
 
     async def send(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        """Ask, and do not wait."""
+        """Send a request without waiting for the answer."""
         if self._writer is None or self._writer.is_closing():
             host, _, port = self.url.removeprefix("http://").partition(":")
             self._reader, self._writer = await asyncio.open_connection(host, int(port))
@@ -283,7 +273,7 @@ class Browser:
         self._writer.write("\r\n".join([*lines, "", ""]).encode() + body)
 
     async def rest(self, seconds: float) -> bytes:
-        """All that comes until the last chunk, or for so long. Raises Lost, OSError."""
+        """Read until the last chunk, or for `seconds`. Raises Lost, OSError."""
         assert self._reader is not None
         read = b""
         with contextlib.suppress(TimeoutError):
@@ -296,7 +286,7 @@ class Browser:
         return read
 
     def hang_up(self, *, reset: bool = True) -> str:
-        """Close the connection; the call in what had arrived by then, if any."""
+        """Close the connection; return the call in what had arrived by then, if any."""
         if self._writer is None or self._reader is None:
             return ""
         buffered = bytes(self._reader._buffer)  # type: ignore[attr-defined]
@@ -315,7 +305,7 @@ class Browser:
         return found[1].decode() if found else ""
 
     def abort(self) -> None:
-        """End the connection with a reset, which leaves no socket waiting behind."""
+        """Reset the connection, which leaves no socket in TIME_WAIT."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 connection = self._writer.get_extra_info("socket")
@@ -345,17 +335,17 @@ class Browser:
 
 
 def call_id(location: str) -> str:
-    """OneInbox's id out of an anonymous caller's path."""
+    """Return OneInbox's id from the path of an anonymous user's call."""
     return location.rpartition("/")[2].partition(".")[0]
 
 
 def call_key(location: str) -> str:
-    """The key out of an anonymous caller's path."""
+    """Return the key from the path of an anonymous user's call."""
     return location.rpartition(".")[2]
 
 
 def leaks(folder: Path, secrets: Iterable[str]) -> list[str]:
-    """The secrets, and all participant tokens, that stand in any log; shortened."""
+    """Return the secrets and participant tokens found in any log, shortened."""
     wanted = set(secrets)
     found: set[str] = set()
     for log in folder.glob("*.log"):
@@ -368,7 +358,7 @@ def leaks(folder: Path, secrets: Iterable[str]) -> list[str]:
 
 
 def answered(folder: Path) -> set[str]:
-    """OneInbox's ids of the calls that a broker has answered with a 201, as it says in its log."""
+    """Return OneInbox's ids of the calls that brokers logged with a 201."""
     found: set[str] = set()
     for log in folder.glob("broker-*.log"):
         for line in log.read_text(errors="replace").splitlines():

@@ -1,10 +1,10 @@
-"""The schema drill: requests made from the OpenAPI document, right and wrong ones, against a real broker.
+"""The schema drill: valid and invalid requests generated from the OpenAPI document, against a real broker.
 
     python -m tests.faults.schema [--examples 1000] [--seed 1]
 
-schemathesis asks every route, so many times each and phase, with all its checks on: no 5xx that is not documented;
-statuses, content types, headers and bodies as documented; wrong requests refused, right ones not; unknown methods 405
-with Allow. A second round asks for a call that exists.
+schemathesis sends `--examples` requests to every route in each of its phases, with all its checks: no undocumented 5xx;
+statuses, content types, headers and bodies as documented; invalid requests refused, valid ones accepted; unknown
+methods answered with 405 and Allow. A second round uses a call that exists.
 """
 
 import argparse
@@ -28,14 +28,14 @@ CONFIG = f"""
 bearer = "{METRICS}"
 
 [checks]
-# What a schema cannot say: templates in variables, an agent that is not configured, a call that is somebody else's.
+# What a schema cannot express: templates in variables, an agent that is not configured, another user's call.
 positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "403", "404", "415", "422"]
 """
 
 
 @dataclass(frozen=True)
 class Round:
-    """One run of schemathesis. `parameters`: parts of paths that are given and not made up; `only`: of the routes."""
+    """One run of schemathesis. `parameters`: path parameters not to generate; `only`: options that select routes."""
 
     name: str
     parameters: Mapping[str, str]
@@ -43,7 +43,7 @@ class Round:
 
 
 async def drill(examples: int, seed: int, seconds: float) -> None:
-    """The whole. Raises Failure."""
+    """Run the drill. Raises Failure."""
     async with rig.workshop() as folder, rig.oneinbox(folder, in_progress=0.2, transcript_delay=0.1) as oneinbox:
         environ = rig.broker_environ(
             oneinbox.url,
@@ -57,7 +57,7 @@ async def drill(examples: int, seed: int, seconds: float) -> None:
         async with rig.brokers(folder, 1, environ) as (broker,), Browser(broker.url) as browser:
             call = (await browser.post()).call.rpartition("/")[2]
             rounds = [
-                Round("all made up", {}),
+                Round("all generated", {}),
                 Round(
                     "a real call", {"call": call, "secret": WEBHOOK}, ("--include-path-regex", "^/(calls/|webhooks)")
                 ),
@@ -79,14 +79,14 @@ async def drill(examples: int, seed: int, seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a round found."""
+    """The result of a round."""
 
     cases: int
     failures: int
 
 
 async def play(each: Round, folder: Path, url: str, *, examples: int, seed: int, seconds: float) -> Result:
-    """One run of schemathesis, and its words where it found something."""
+    """Run schemathesis once, and print its output if it found a failure."""
     given = "".join(f'"path.{name}" = {json.dumps(value)}\n' for name, value in each.parameters.items())
     (folder / "schemathesis.toml").write_text(f"{CONFIG}\n[parameters]\n{given}" if given else CONFIG)
     testing = await asyncio.create_subprocess_exec(
@@ -116,7 +116,7 @@ async def play(each: Round, folder: Path, url: str, *, examples: int, seed: int,
 
 
 def answers(log: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """How often each route answered what, by the broker's own log."""
+    """Return how often each route answered with which status, from the broker's log."""
     counts: dict[str, dict[int, int]] = {}
     for entry in log:
         if entry["event"] == "request":
@@ -129,9 +129,9 @@ def answers(log: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.faults.schema", description="Requests made from the document."
+        prog="python -m tests.faults.schema", description="Requests generated from the OpenAPI document."
     )
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)

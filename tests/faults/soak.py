@@ -1,11 +1,10 @@
-"""The soak: mixed load for a long time; what the broker needs stays what it was.
+"""The soak: mixed load for a long time, in which the broker's memory, files and tasks must not grow.
 
     python -m tests.faults.soak [--seconds 1800] [--browsers 20] [--pace 5] [--seed 1]
 
-Sessions with and without keys and repeats of those, reads, streams that are read to their end and streams that are
-left, hang-ups at every stage, stops, nonsense; OneInbox fails now and then. Calls end by themselves. Memory may grow by
-what every call is remembered with for a day, and by nothing else once it is warm; open files and tasks, when the load
-is over, are what they were before it.
+The load: sessions with and without keys, repeats, reads, streams read to their end and streams left early, hang-ups at
+every stage, stops, and invalid requests. OneInbox fails now and then, and calls end by themselves. Once warm, memory
+may grow only by what the broker stores of each call for a day. After the load, open files and tasks must be as before.
 """
 
 import argparse
@@ -22,12 +21,12 @@ from tests.faults.rig import Browser, Lost, check
 from tests.support.processes import Process
 
 BYTES_A_CALL = 8 * 1024
-"""What a call may be remembered with: four names in the store and a snapshot in the cache."""
+"""Memory that a call may take: four keys in the store and a snapshot in the cache."""
 ELBOW_MIB = 12.0
-"""What the allocator may keep for itself, for a short run's sake."""
+"""Memory that the allocator may keep, which matters in short runs."""
 QUIET_SECONDS = 30.0
 POOLED = 12
-"""Idle connections to OneInbox that the sweep may have left."""
+"""Idle connections to OneInbox that may be left in the pool."""
 NONSENSE: tuple[tuple[str, str, bytes, dict[str, str]], ...] = (
     ("POST", "/session", b"{", {}),
     ("POST", "/session", b"[]", {}),
@@ -44,8 +43,8 @@ NONSENSE: tuple[tuple[str, str, bytes, dict[str, str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the broker holds at one moment. `calls`: started until then."""
+class Sample:
+    """The broker's resources at one moment. `calls`: those started so far."""
 
     at: float
     rss: float
@@ -67,7 +66,7 @@ class Soak:
     failed: list[str] = field(default_factory=list)
 
     async def browse(self, number: int) -> None:
-        """One browser, doing one thing after the other."""
+        """Run one browser: one action after the other."""
         dice = random.Random(f"{self.seed}/{number}")
         while time.monotonic() < self.end:
             address = f"10.1.{dice.randrange(256)}.{dice.randrange(256)}"
@@ -81,7 +80,7 @@ class Soak:
             await asyncio.sleep(dice.expovariate(self.pace))
 
     async def talk(self, browser: Browser, dice: random.Random) -> None:
-        """A session, perhaps twice by its key, some reads, perhaps a stop."""
+        """Start a session, twice if it has a key; read it, and stop it half the time."""
         key = f"soak-{dice.getrandbits(64):016x}" if dice.random() < 0.5 else ""
         for _ in range(2 if key else 1):
             path = self.note((await browser.post(key=key)).call)
@@ -92,14 +91,14 @@ class Soak:
                 await browser.post(f"{path}/stop")
 
     async def follow(self, browser: Browser, _: random.Random) -> None:
-        """A stream, to its end."""
+        """Read a stream to its end."""
         path = self.note((await browser.post()).call)
         if path:
             await browser.send("GET", f"{path}/events")
             await browser.rest(10)
 
     async def leave(self, browser: Browser, dice: random.Random) -> None:
-        """A stream that is left."""
+        """Leave a stream early."""
         path = self.note((await browser.post()).call)
         if path:
             await browser.send("GET", f"{path}/events")
@@ -107,14 +106,14 @@ class Soak:
             browser.hang_up(reset=dice.random() < 0.5)
 
     async def hang_up(self, browser: Browser, dice: random.Random) -> None:
-        """A session that nobody waits for."""
+        """Hang up before the answer."""
         await browser.send("POST", "/session")
         await asyncio.sleep(dice.choice((0, 0.002, 0.02)))
         browser.hang_up(reset=dice.random() < 0.5)
         self.note("hung up")
 
     async def nonsense(self, browser: Browser, dice: random.Random) -> None:
-        """Something else."""
+        """Send another request, mostly an invalid one."""
         method, path, body, headers = dice.choice(NONSENSE)
         answer = await browser.ask(method, path, body, headers)
         if answer.status >= 500:
@@ -126,13 +125,13 @@ class Soak:
         return path
 
 
-async def look(broker: Process, port: int, began: float, calls: int) -> Look:
-    """Look into the broker."""
+async def sample(broker: Process, port: int, began: float, calls: int) -> Sample:
+    """Read the broker's resources."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     inside = json.loads(await reader.readline())
     writer.close()
     await writer.wait_closed()
-    return Look(
+    return Sample(
         time.monotonic() - began,
         broker.memory() / 1024 / 1024,
         broker.descriptors,
@@ -143,7 +142,7 @@ async def look(broker: Process, port: int, began: float, calls: int) -> Look:
 
 
 async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
-    """The whole. Raises Failure."""
+    """Run the drill. Raises Failure."""
     async with rig.workshop() as folder, rig.oneinbox(folder, in_progress=2, transcript_delay=0.2) as oneinbox:
         await oneinbox.faults(
             [
@@ -155,45 +154,45 @@ async def drill(seconds: float, browsers: int, pace: float, seed: int) -> None:
         environ = rig.broker_environ(oneinbox.url, {**rig.ROOMY, "BROKER_EXPOSE": "transcript"})
         broker = await rig.start("tests.faults.broker", environ=environ, log=folder / "broker-1.log")
         try:
-            (port,) = [entry["look"] for entry in broker.records if "look" in entry]
+            (port,) = [entry["report"] for entry in broker.records if "report" in entry]
             began = time.monotonic()
             soak = Soak(broker, began + seconds, seed, pace)
-            looks = [await look(broker, port, began, 0)]
+            samples = [await sample(broker, port, began, 0)]
             load = asyncio.gather(*(soak.browse(number) for number in range(browsers)))
             while not load.done():
                 await asyncio.wait([load], timeout=seconds / 24)
-                looks.append(await look(broker, port, began, soak.outcomes["calls"]))
+                samples.append(await sample(broker, port, began, soak.outcomes["calls"]))
             load.result()
-            after = looks[-1]
+            after = samples[-1]
             quiet = time.monotonic() + QUIET_SECONDS
             while time.monotonic() < quiet:
-                after = await look(broker, port, began, soak.outcomes["calls"])
-                if (after.tasks, after.descriptors) <= (looks[0].tasks, looks[0].descriptors + POOLED):
+                after = await sample(broker, port, began, soak.outcomes["calls"])
+                if (after.tasks, after.descriptors) <= (samples[0].tasks, samples[0].descriptors + POOLED):
                     break
                 await asyncio.sleep(0.5)
-            looks.append(after)
+            samples.append(after)
         finally:
             code = await broker.stop()
-        report(soak, looks)
-        judge(soak, looks)
+        report(soak, samples)
+        judge(soak, samples)
         check(code == 0, f"the broker ended with {code}")
         check(not any("Traceback" in line for line in broker.err), "there is a traceback in the log")
 
 
-def report(soak: Soak, looks: list[Look]) -> None:
-    """Say what came of it."""
+def report(soak: Soak, samples: list[Sample]) -> None:
+    """Print the results."""
     head = ("second", "MiB", "open files", "tasks", "objects", "calls so far")
     rows = [
         (f"{each.at:.0f}", f"{each.rss:.1f}", each.descriptors, each.tasks, f"{each.objects:,}", f"{each.calls:,}")
-        for each in [*looks[:-1:3], looks[-1]]
+        for each in [*samples[:-1:3], samples[-1]]
     ]
     rig.table("soak: " + ", ".join(f"{count:,} {name}" for name, count in soak.outcomes.most_common()), [head, *rows])
 
 
-def judge(soak: Soak, looks: list[Look]) -> None:
-    """Raise Failure where something grew."""
-    first, last = looks[0], looks[-1]
-    warm = looks[len(looks) // 3]
+def judge(soak: Soak, samples: list[Sample]) -> None:
+    """Raise Failure if something grew."""
+    first, last = samples[0], samples[-1]
+    warm = samples[len(samples) // 3]
     grown = (last.rss - warm.rss) * 1024 * 1024
     calls = last.calls - warm.calls
     rig.table(
@@ -203,7 +202,7 @@ def judge(soak: Soak, looks: list[Look]) -> None:
             ("open files", first.descriptors, last.descriptors, first.descriptors + POOLED),
             ("tasks", first.tasks, last.tasks, first.tasks),
             ("memory since warm, MiB", f"{warm.rss:.1f}", f"{last.rss:.1f}", f"{warm.rss + allowed(calls):.1f}"),
-            ("  a call", "", f"{grown / max(calls, 1):,.0f} bytes", f"{BYTES_A_CALL:,} bytes"),
+            ("  per call", "", f"{grown / max(calls, 1):,.0f} bytes", f"{BYTES_A_CALL:,} bytes"),
         ],
     )
     check(not soak.failed, f"answered with a 5xx: {soak.failed[:5]}")
@@ -213,16 +212,16 @@ def judge(soak: Soak, looks: list[Look]) -> None:
 
 
 def allowed(calls: int) -> float:
-    """MiB that so many calls may be remembered with."""
+    """Return the MiB that this many calls may take."""
     return ELBOW_MIB + calls * BYTES_A_CALL / 1024 / 1024
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description="Mixed load for a long time.")
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--browsers", type=int, default=20)
-    parser.add_argument("--pace", type=float, default=5, help="turns a second of each browser, while none takes time")
+    parser.add_argument("--pace", type=float, default=5, help="actions per second and browser, if none took time")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     rig.run(drill(given.seconds, given.browsers, given.pace, given.seed))

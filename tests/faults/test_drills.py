@@ -1,4 +1,4 @@
-"""Every drill in its short form. The full ones are commands: see each module's first lines."""
+"""Every drill in its short form. The full drills are commands, described at the top of each module."""
 
 import os
 
@@ -11,7 +11,7 @@ SOAK_SECONDS = 60 if os.environ.get("CI") else 15
 
 @pytest.mark.parametrize("kind", drain.RUNS)
 async def test_drain(kind: str) -> None:
-    # How fast reads are is for a machine of its own to say.
+    # The full drill checks the reads' latency, on an idle machine.
     await drain.drill(kind, seconds=6, attackers=40, count=10_000, replicas=1, p99=10)
 
 
@@ -20,7 +20,7 @@ async def test_drain_of_two_replicas() -> None:
 
 
 async def test_faults() -> None:
-    # Without stops that fail, which only the next sweep mends.
+    # Without failing stops, which only the next sweep repairs.
     await faults.drill(
         sessions=200,
         browsers=30,
