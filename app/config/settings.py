@@ -1,4 +1,4 @@
-"""Every setting, once: its variable, type, default and meaning. README and .env.example get their tables from here."""
+"""Every setting, once: its variable, type, default and meaning. deploy/settings.md and .env.example are written from here."""
 
 import re
 from collections.abc import Mapping
