@@ -1,4 +1,4 @@
-"""Every setting, once: its variable, type, default and meaning. deploy/settings.md and .env.example are written from here."""
+"""Every setting, once: its variable, type, default and meaning. The documents get their tables from here."""
 
 import re
 from collections.abc import Mapping
