@@ -1,1 +1,1 @@
-"""One running broker: built from its settings, handed to routes, closed again."""
+"""One running broker: its parts, how they are built and how they are closed."""

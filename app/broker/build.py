@@ -1,4 +1,4 @@
-"""Builds one running broker from its settings, and closes it again."""
+"""Build a running broker from its settings, and close it."""
 
 import asyncio
 import contextlib
@@ -47,13 +47,13 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
 
 LEASE_GRACE = 300
-"""Seconds that a live slot outlives the longest call: the time to hang it up in."""
+"""Seconds that a live slot outlives the longest call, so that there is time to hang up."""
 LONGEST_LEASE = 86400
-"""Seconds after which the slot of a call is free where calls may run for ever."""
+"""Seconds until a slot is free if calls may run without limit."""
 
 
 def check(settings: Settings) -> None:
-    """What only the parts can check: agents file, keys against algorithms, the store's URL. Raises SettingsError."""
+    """Check what only the parts can: agents file, keys against algorithms, URLs. Raises SettingsError."""
     load_agents(settings)
     _keys(settings)
     try:
@@ -69,7 +69,7 @@ def check(settings: Settings) -> None:
 
 @asynccontextmanager
 async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[Broker]:
-    """Build a broker inside the running event loop.
+    """Run a broker inside the running event loop.
 
     `transport` replaces the connections to OneInbox and to the challenge service.
     """
@@ -146,7 +146,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             metrics=metrics,
         )
         calls = Calls(oneinbox, ownership, cache, poller, live)
-        refresh_queue = RefreshQueue(calls.hint)
+        refresh_queue = RefreshQueue(calls.refresh)
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
@@ -185,31 +185,31 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
 def secret_handlers(
     oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None
 ) -> Mapping[str, SecretHandler]:
-    """What becomes of a secret whose file changes while the broker runs. Requests under way keep the old one."""
+    """Return a handler for each secret whose file may change at run time. Running requests keep the old secret."""
 
-    def verify_logins(renewed: Settings) -> None:
-        key = _fixed_key(renewed)
+    def use_fixed_key(settings: Settings) -> None:
+        key = _fixed_key(settings)
         if isinstance(keys, FixedKey) and key is not None:
             keys.use(key)
 
-    def ask_challenges(renewed: Settings) -> None:
-        if challenge is not None and renewed.challenge_secret is not None:
-            challenge.secret = renewed.challenge_secret
+    def use_challenge_secret(settings: Settings) -> None:
+        if challenge is not None and settings.challenge_secret is not None:
+            challenge.secret = settings.challenge_secret
 
-    def wait_for_restart(_: Settings) -> None:
-        # What is counted there, and who listens there, hangs on its open connections, which stay logged in.
+    def require_restart(_: Settings) -> None:
+        # Counters and subscriptions depend on the open connections, which stay logged in.
         raise SettingsError(["BROKER_STORE_URL: has changed; the store is opened at the start, so restart to use it"])
 
     return {
-        "ONEINBOX_API_KEY": lambda renewed: oneinbox.use_key(renewed.oneinbox_api_key),
-        "BROKER_SECRET": lambda renewed: keyring.use(secret_lines(renewed)),
-        "BROKER_JWT_SECRET": verify_logins,
-        "BROKER_JWT_PUBLIC_KEY": verify_logins,
-        "BROKER_CHALLENGE_SECRET": ask_challenges,
-        # Each request reads these where they are in force.
+        "ONEINBOX_API_KEY": lambda settings: oneinbox.use_key(settings.oneinbox_api_key),
+        "BROKER_SECRET": lambda settings: keyring.use(secret_lines(settings)),
+        "BROKER_JWT_SECRET": use_fixed_key,
+        "BROKER_JWT_PUBLIC_KEY": use_fixed_key,
+        "BROKER_CHALLENGE_SECRET": use_challenge_secret,
+        # Each request reads these from the settings in force.
         "BROKER_WEBHOOK_SECRET": lambda _: None,
         "BROKER_METRICS_TOKEN": lambda _: None,
-        "BROKER_STORE_URL": wait_for_restart,
+        "BROKER_STORE_URL": require_restart,
     }
 
 
@@ -220,9 +220,9 @@ def open_oneinbox(
     metrics: Metrics | None = None,
     traces: Traces | None = None,
 ) -> OneInbox:
-    """The client of the configured account; inside the event loop, to be closed by the caller.
+    """Return a client of the configured account, inside the event loop. The caller closes it.
 
-    `reread_key`: what it does about a 401 before it is believed.
+    `reread_key`: called after a 401, before the request is sent once more.
     """
     return OneInbox(
         settings.oneinbox_base_url,
@@ -240,7 +240,7 @@ def open_oneinbox(
 def open_limits(
     settings: Settings, agents: Agents, store: Store, lease: float, metrics: Metrics | None = None
 ) -> Limits:
-    """The configured limits on a store."""
+    """Return the configured limits on a store."""
     return Limits(
         store,
         list(agents.by_name.values()),
@@ -273,7 +273,7 @@ def _identity(settings: Settings, keys: Keys | None) -> Identity:
 
 
 def _keys(settings: Settings) -> Keys | None:
-    """What logins are verified with; None in the modes without any."""
+    """Return the keys that verify logins; None in modes without tokens."""
     if settings.auth != "jwt":
         return None
     fixed = _fixed_key(settings)
@@ -286,7 +286,7 @@ def _keys(settings: Settings) -> Keys | None:
 
 
 def _fixed_key(settings: Settings) -> VerifyingKey | None:
-    """The configured key of the tokens' issuer, if that is how logins are verified. Raises SettingsError."""
+    """Return the configured secret or public key of the issuer, if any. Raises SettingsError."""
     name = ""
     try:
         if settings.jwt_secret is not None:
@@ -312,12 +312,8 @@ def _challenge(
     if transport is None:
         transport = open_transport(settings.challenge_verify_url, pool_size=settings.max_waiting)
         stack.push_async_callback(transport.aclose)
-    sites = [*settings.allowed_origins, *([settings.public_url] if settings.public_url else [])]
-    hosts = (
-        None
-        if "*" in sites or not sites
-        else frozenset(urlsplit(site.removesuffix(":*")).hostname or "" for site in sites)
-    )
+    sites = [site.removesuffix(":*") for site in (*settings.allowed_origins, settings.public_url) if site]
+    hosts = None if "*" in sites or not sites else frozenset(urlsplit(site).hostname or "" for site in sites)
     url = httpx.URL(settings.challenge_verify_url)
     return Challenge(url, settings.challenge_secret, hosts, transport, store, metrics=metrics)
 

@@ -1,4 +1,4 @@
-"""The parts of one running broker, as routes see them."""
+"""The parts of one running broker, for the routes."""
 
 from dataclasses import dataclass
 
@@ -24,15 +24,15 @@ class Broker:
     """Everything a route may need."""
 
     identity: Identity
-    """Who is asking."""
+    """Identifies the user of a request."""
     limits: Limits
-    """How often they may ask."""
+    """Rates and live-call slots."""
     keyring: Keyring
-    """Names users by a pseudonym."""
+    """Makes pseudonyms of users, for logs."""
     kill_switch: KillSwitch
-    """What the operator has paused or blocked."""
+    """The operator's pauses and blocks."""
     ownership: Ownership
-    """Names calls, and knows whose they are."""
+    """Makes the public ids of calls, and checks who owns one."""
     sessions: Sessions
     """Starts calls."""
     calls: Calls
@@ -40,19 +40,19 @@ class Broker:
     store: Store
     """The shared store, for the readiness check."""
     refresh_queue: RefreshQueue
-    """Looks up calls that a webhook named."""
+    """Fetches calls that a webhook named."""
     secret_reloader: SecretReloader
-    """The secrets in force."""
+    """Holds the settings in force."""
     shutdown: Shutdown
-    """Whether the process is about to end."""
+    """Knows when the process is shutting down."""
     metrics: Metrics
-    """What was counted."""
+    """Counters and histograms."""
     gauges: Gauges
-    """What is true now, for the metrics."""
+    """Current values, for the metrics."""
     traces: Traces | None
-    """None where no traces are wanted."""
+    """None if tracing is off."""
     root_path: str
-    """Prefix of every path in an answer."""
+    """Prefix of every path in a response."""
 
     @property
     def webhook_secret(self) -> SecretStr | None:

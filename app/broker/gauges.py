@@ -1,4 +1,4 @@
-"""What is true right now, for `GET /metrics`: read from the parts that know it, when somebody asks."""
+"""Current values for `GET /metrics`, read from the parts on each request."""
 
 import asyncio
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """Writes them into the metrics. `max_live_calls_total`: the limit of calls at once in all, if there is one."""
+    """Write current values into the metrics. `max_live_calls_total`: the limit on running calls, if any."""
 
     metrics: Metrics
     store: Store
@@ -33,7 +33,7 @@ class Gauges:
     max_live_calls_total: int | None
 
     async def read(self) -> None:
-        """Read all; while the shared store is gone, what this process knows of it, after 250 ms at most."""
+        """Read all values; without the shared store only those of this process, after 250 ms at most."""
         self._read_own()
         try:
             counts, rates, talk = await asyncio.gather(
@@ -50,10 +50,10 @@ class Gauges:
             self.metrics.used(name, used / amount)
         if self.max_live_calls_total is not None:
             self.metrics.used("global-live-calls", live / self.max_live_calls_total)
-        self._read_own()  # whether the store is there is known better by now
+        self._read_own()  # the store's state may have changed
 
     async def run(self) -> None:
-        """With several workers, for ever: the one that is asked reads the others' from where they wrote them last."""
+        """Write this process's values every 5 seconds if there are several workers: any of them answers for all."""
         while self.metrics.shared:
             self._read_own()
             await asyncio.sleep(EVERY_SECONDS)

@@ -1,6 +1,6 @@
-"""Secrets change while the broker runs: a file named by a *_FILE variable is read again, and what it holds is taken.
+"""Reload secrets at run time from the files that *_FILE variables name.
 
-Which secrets there are and what takes each is one table: `takers` in app.broker.build.
+What happens with each secret is one table: `secret_handlers` in app.broker.build.
 """
 
 import asyncio
@@ -17,20 +17,20 @@ from app.config.settings import Settings, SettingsError, field_of
 EVERY_SECONDS = 2
 
 SecretHandler = Callable[[Settings], None]
-"""Puts a new secret to use, given settings that hold it. Raises SettingsError when it cannot."""
+"""Takes settings with a new secret and puts the secret to use. Raises SettingsError if it cannot."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
 class SecretReloader:
-    """Holds the settings in force, and renews them when a secret's file changes.
+    """Hold the settings in force, and replace them when a secret's file changes.
 
-    The content is compared, not a time or an inode: Kubernetes swaps a symlink on the way to the file
+    It compares contents, not times or inodes: Kubernetes swaps a symlink in the file's path
     (https://kubernetes.io/docs/concepts/configuration/secret/#mounted-secrets-are-updated-automatically).
-    A file that is gone, or holds what the setting does not take, is logged once, and the old secret stays in force.
+    A missing file or an invalid value is logged once, and the old secret stays in force.
 
-    `settings`: those in force; a new object after each change. `sleep`: waits so many seconds.
+    `settings`: those in force; a new object after each change. `every`: seconds between reads. `sleep`: waits seconds.
     """
 
     settings: Settings
@@ -44,11 +44,11 @@ class SecretReloader:
     _requested_reloads: int = field(default=0, init=False)
 
     def register(self, secret_handlers: Mapping[str, SecretHandler]) -> None:
-        """Give new secrets to these, by variable. Until then nothing is read."""
+        """Set the handlers, by variable. Before that nothing is read."""
         self._handlers = {name: secret_handlers[name] for name in self.settings.secret_files}
 
     async def run(self) -> None:
-        """Look every few seconds, for ever."""
+        """Reload every few seconds, until cancelled."""
         while self._handlers:
             await self.sleep(self.every)
             try:
@@ -58,7 +58,7 @@ class SecretReloader:
                 log.exception("secret_reload_failed")
 
     async def reload(self) -> None:
-        """Look now: one look for all who ask meanwhile, begun after the first of them asked."""
+        """Reload now. Concurrent calls share one reload, begun after the first of them."""
         before = self._requested_reloads
         async with self._lock:
             if self._requested_reloads == before:
@@ -66,13 +66,13 @@ class SecretReloader:
                 self._requested_reloads += 1
 
     async def _reload(self) -> None:
-        # Off the event loop, which must not wait for a disk; under a lock, so that no older content overtakes a newer.
+        # In a thread: the event loop must not wait for a disk. The lock keeps older content from replacing newer.
         found = await asyncio.to_thread(self._read_all)
         for name, text in found.items():
             try:
                 if isinstance(text, SettingsError):
                     raise text
-                self._take(name, text)
+                self._use(name, text)
             except SettingsError as error:
                 self._refuse(name, text, error)
             else:
@@ -87,17 +87,17 @@ class SecretReloader:
                 found[name] = error
         return found
 
-    def _take(self, name: str, text: str) -> None:
+    def _use(self, name: str, text: str) -> None:
         if getattr(self.settings, field_of(name)).get_secret_value() == text:
             return
-        renewed = with_secret(self.settings, name, text)
-        self._handlers[name](renewed)
-        self.settings = renewed
+        settings = with_secret(self.settings, name, text)
+        self._handlers[name](settings)
+        self.settings = settings
         log.info("secret_renewed", setting=name)
 
     def _refuse(self, name: str, text: str | SettingsError, error: SettingsError) -> None:
-        """Log why a file's content is not taken, once for each content."""
-        # Its hash: what may be a secret is not kept longer than it is looked at.
+        """Log why a file's content is rejected, once per content."""
+        # Only a hash is kept, since the content may be a secret.
         digest = hashlib.sha256(str(text).encode()).digest()
         if self._refused.get(name) != digest:
             self._refused[name] = digest

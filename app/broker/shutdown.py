@@ -1,4 +1,4 @@
-"""The end of a process: said first, then done (SIGTERM)."""
+"""Shutdown on SIGTERM: first announced, then done."""
 
 import asyncio
 import signal
@@ -11,10 +11,10 @@ from types import FrameType
 
 @dataclass
 class Shutdown:
-    """Knows when the process is about to end.
+    """The state of the process's shutdown.
 
-    `drain_seconds`: how long new connections are still served after SIGTERM, while `/readyz` sends new ones elsewhere.
-    `close`: ends what would outlive every request, when that time is over.
+    `drain_seconds`: how long after SIGTERM new connections are still served, while `/readyz` says `draining`. `close`:
+    then ends what has no end of its own, such as event streams.
     """
 
     drain_seconds: float
@@ -23,9 +23,9 @@ class Shutdown:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Come before the server's own handlers of SIGTERM and SIGINT, for as long as the context lasts."""
+        """Handle SIGTERM and SIGINT before the server's own handlers, until the context ends."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's; whoever runs a server beside it ends it in another way
+            yield  # only the main thread gets signals; a server in another thread is ended differently
             return
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

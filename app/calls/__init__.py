@@ -1,1 +1,1 @@
-"""Everything about a call after it exists."""
+"""Calls after their start: read, follow and stop."""

@@ -1,4 +1,4 @@
-"""Looking calls up at OneInbox: never more often than it does good, and for all who ask at once."""
+"""A cache of call states, so that OneInbox is asked no more often than needed."""
 
 import asyncio
 import secrets
@@ -18,31 +18,31 @@ from app.store.memory import MemoryStore
 
 FRESH_SECONDS = 1.0
 FRESH_ENDED_SECONDS = 2.0
-"""While what comes after the end (transcript, recording) may still come."""
+"""While transcript or recording may still arrive after the end."""
 SETTLING_SECONDS = 60.0
-"""So long after its end was first seen, a call may still change."""
+"""A call may still change for this long after its end was first seen."""
 FRESH_SETTLED_SECONDS = 3600.0
 REMEMBERED_SECONDS = 60.0
-"""So long the owner of a call, or that there is none, is known without asking."""
+"""How long the owner of a call, or its absence, is known without asking."""
 CACHED_CALLS = 10_000
 CACHED_BYTES = 64 * 1024 * 1024
 SHARED_BYTES = 256 * 1024
-"""A larger snapshot is not shared: each replica looks for itself."""
+"""A larger snapshot is not shared: each replica fetches its own."""
 SHARED_SECONDS = 120
 LEASE_SECONDS = 3
-"""How long a replica may take over one look before another takes over."""
+"""How long a replica may take to fetch a call before another one does."""
 BUDGET = Rate("all", 100, 1)
 UNKNOWN_BUDGET = Rate("unknown", 20, 1)
 CHANNEL = "calls"
-"""Where replicas tell each other which call they have just seen anew."""
+"""Where replicas announce calls that have changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """What this process knows of a call.
+    """The cached state of a call.
 
     `snapshot` None: it does not exist; `ours`: although this deployment handed it out. `since`: when OneInbox was asked
-    for it; `first_ended`: when it was first seen ended. Times are the clock's, which no change of date moves.
+    for it; `first_ended`: when it was first seen ended. Times are monotonic.
     """
 
     snapshot: Snapshot | None
@@ -53,7 +53,7 @@ class Cached:
 
 @dataclass(kw_only=True)
 class CallCache:
-    """The status cache, shared by plain reads and watchers.
+    """Call states, for reads and for event streams.
 
     `clock`: monotonic seconds; `now`: Unix time.
     """
@@ -76,27 +76,27 @@ class CallCache:
         self._budgets = MemoryStore(self.clock)
 
     def remembered(self, call_id: str) -> Snapshot | None:
-        """A state of the call out of the last minute; enough to say whose it is."""
+        """Return a state of the call from the last minute, which is enough to know its owner."""
         cached = self._cache.get(call_id)
         if cached is None or self.clock() - cached.since > max(REMEMBERED_SECONDS, self._freshness(cached)):
             return None
         return cached.snapshot
 
     def latest(self, call_id: str) -> Snapshot | None:
-        """The last known state of the call, however old."""
+        """Return the last known state of the call, however old."""
         cached = self._cache.get(call_id)
         return cached.snapshot if cached is not None else None
 
     def age(self, call_id: str) -> float:
-        """Seconds since anybody is known to have asked OneInbox for the call."""
+        """Return the seconds since OneInbox was last asked for the call, as far as known."""
         cached = self._cache.get(call_id)
         return self.clock() - cached.since if cached is not None else float("inf")
 
     async def get(self, call_id: str, *, known: bool) -> Snapshot | None:
-        """The call's state, not older than it may be; None when there is no such call.
+        """Return the call's state, at most as old as allowed; None if there is no such call.
 
-        `known`: this deployment handed the call out, for sure. Raises OneInboxError, and `at-capacity` when OneInbox
-        has been asked too often and nothing is known of the call.
+        `known`: this deployment certainly handed the call out. Raises OneInboxError, and `at-capacity` if OneInbox was
+        asked too often and the call is not cached.
         """
         cached = self._fresh(call_id)
         if cached is None:
@@ -104,7 +104,7 @@ class CallCache:
             cached = self._fresh(call_id)
         if cached is not None and (cached.snapshot is not None or cached.ours):
             return cached.snapshot
-        # Whatever was seen once is known: neither its look-ups nor its answers depend on strangers' questions.
+        # A call seen before counts as known, so requests for unknown calls do not affect it.
         known = known or self.latest(call_id) is not None or await self.live.handed_out(call_id)
         if cached is not None and not known:
             return None
@@ -119,15 +119,15 @@ class CallCache:
         return await self.fetch(call_id, known=known)
 
     async def fetch(self, call_id: str, *, known: bool = True) -> Snapshot | None:
-        """Ask OneInbox now; all who ask meanwhile get the same answer. None: there is no such call."""
+        """Ask OneInbox now. Concurrent callers share the answer. None: there is no such call."""
         while (under_way := self._fetching.get(call_id)) is not None:
             try:
                 return await asyncio.shield(under_way)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if not under_way.cancelled() or (task is not None and task.cancelling()):
-                    raise  # we were given up; else whoever looked was, and somebody else has to
-        # By the first who asks, and not in a task of its own: under an attack each turn of the event loop is long.
+                    raise  # we were cancelled; otherwise the fetching caller was, and another has to fetch
+        # In the first caller, not in a new task: under attack each turn of the event loop takes long.
         answer: asyncio.Future[Snapshot | None] = asyncio.get_running_loop().create_future()
         self._fetching[call_id] = answer
         try:
@@ -137,7 +137,7 @@ class CallCache:
             raise
         except Exception as error:
             answer.set_exception(error)
-            answer.exception()  # looked at, even if nobody else waits for it
+            answer.exception()  # marks it as retrieved, in case no one else waits for it
             raise
         else:
             answer.set_result(snapshot)
@@ -146,21 +146,21 @@ class CallCache:
             del self._fetching[call_id]
 
     async def refetch(self, call_id: str) -> Snapshot | None:
-        """Ask OneInbox for what has just happened: an answer that is already on its way does not know of it."""
+        """Ask OneInbox after something happened: a request already sent may not reflect it."""
         under_way = self._fetching.get(call_id)
         if under_way is not None:
             await asyncio.wait([under_way])
         return await self.fetch(call_id)
 
     async def take_lease(self, call_id: str) -> bool:
-        """Whether this replica is the one to look now. Alone, it always is."""
+        """Return whether this replica may fetch the call now; without a shared store, always."""
         try:
             return not self.store.shared or await self.store.add(f"look:{call_id}", self._lease, LEASE_SECONDS)
         except StoreUnavailable:
             return True
 
     async def drop_lease(self, call_id: str, rest: float = 0) -> None:
-        """Let the next one look, after `rest` seconds. A lease that has passed on to another replica stays there."""
+        """Let another replica fetch, after `rest` seconds. A lease that another replica holds by now stays."""
         if not self.store.shared:
             return
         try:
@@ -172,7 +172,7 @@ class CallCache:
             return
 
     async def read_shared(self, call_id: str) -> None:
-        """Take what any replica has seen last into this process's cache, where it is news."""
+        """Copy the latest state that any replica saw into this process's cache, if it is newer."""
         if not self.store.shared:
             return
         try:
@@ -185,16 +185,16 @@ class CallCache:
             return
         cached = self._cache.get(call_id)
         if cached is not None and cached.snapshot is not None and cached.snapshot.seen == snapshot.seen:
-            return  # the same look
-        # Replicas' clocks differ: a look of the future may be as old as any.
+            return  # the same state
+        # Replicas' clocks differ: a time in the future may be any age.
         since = self.clock() - abs(self.now() - snapshot.seen)
         if cached is None or since > cached.since:
             self._keep(call_id, snapshot, since)
 
     async def update(self, record: CallRecord, since: float) -> Snapshot:
-        """What OneInbox answered: cache it, share it, wake the call's watchers, free its slot.
+        """Cache and share OneInbox's record, announce a change, and free the slot of an ended call.
 
-        `since`: when it was asked, by the clock. An answer that was overtaken by a later one's changes nothing.
+        `since`: when OneInbox was asked, by `clock`. A record older than the cached one is ignored.
         """
         cached = self._cache.get(record.id)
         before = cached.snapshot if cached is not None else None
@@ -212,7 +212,7 @@ class CallCache:
 
     async def _fetch(self, call_id: str, known: bool) -> Snapshot | None:
         since = self.clock()
-        # An id that OneInbox never gives out may be refused for its form.
+        # OneInbox may reject an id for its form.
         nothing = NoSuchCall if known else (NoSuchCall, Rejected)
         try:
             record = await self.oneinbox.get_call(call_id)
@@ -247,7 +247,7 @@ class CallCache:
             self._cached_bytes -= _size(dropped.snapshot)
 
     def _fresh(self, call_id: str) -> Cached | None:
-        """What is known of a call, where nobody need ask again."""
+        """Return the cached state if it is fresh."""
         cached = self._cache.get(call_id)
         if cached is None or self.clock() - cached.since >= self._freshness(cached):
             return None
@@ -255,7 +255,7 @@ class CallCache:
         return cached
 
     def _freshness(self, cached: Cached) -> float:
-        """Seconds that an answer may be given without asking again."""
+        """Return the seconds for which a cached state may be used."""
         if cached.snapshot is None:
             return FRESH_SECONDS if cached.ours else REMEMBERED_SECONDS
         if not cached.snapshot.ended or cached.first_ended is None:

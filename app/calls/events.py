@@ -16,21 +16,21 @@ LONGEST_SECONDS = 3600.0
 async def events(
     subscription: Subscription, public_id: str, lifetime: float, clock: Callable[[], float]
 ) -> AsyncIterator[bytes]:
-    """The call's state at once, each new one, and `end` when nothing new will come.
+    """Yield the call's current state, each new state, and `end` when no more will come.
 
-    After `lifetime` seconds, or when the process goes down, the stream just closes: the browser comes back.
+    After `lifetime` seconds, or when the process shuts down, the stream closes without `end`: browsers reconnect.
     """
     closing = clock() + min(lifetime, LONGEST_SECONDS)
-    told = ""
+    sent = ""
     while True:
         changed = subscription.changed
-        # The latest state only: a slow reader misses states, and never holds more than one in memory.
-        if subscription.latest.etag != told:
-            told = subscription.latest.etag
-            yield b"event: call\nid: " + told.encode() + b"\ndata: " + subscription.latest.body(public_id) + b"\n\n"
+        # Only the latest state: a slow reader skips states, and never keeps more than one in memory.
+        if subscription.latest.etag != sent:
+            sent = subscription.latest.etag
+            yield b"event: call\nid: " + sent.encode() + b"\ndata: " + subscription.latest.body(public_id) + b"\n\n"
             continue
         if subscription.over:
-            yield b"event: end\nid: " + told.encode() + b"\ndata: {}\n\n"
+            yield b"event: end\nid: " + sent.encode() + b"\ndata: {}\n\n"
             return
         left = closing - clock()
         if subscription.closed or left <= 0:
@@ -44,14 +44,14 @@ async def events(
 
 
 class EventStream(StreamingResponse):
-    """A stream that gives its place back however it ends, even before its first byte."""
+    """A stream that gives its place back however it ends, even before the first byte."""
 
     def __init__(self, content: AsyncIterator[bytes], place: ExitStack) -> None:
-        # Proxies that buffer would hold events back; nginx is told so by this header.
+        # The header keeps nginx from buffering events.
         super().__init__(content, headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream until it ends or the client is gone."""
+        """Send the stream until it ends or the client disconnects."""
         with self._place:
             await super().__call__(scope, receive, send)

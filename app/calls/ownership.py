@@ -1,6 +1,6 @@
-"""Whose a call is: by the call key in anonymous mode, by the record's `broker_user` otherwise.
+"""The owner of a call: shown by the call key in anonymous mode, else by the record's `broker_user`.
 
-Both hold without any memory: every replica, restarted, still knows.
+Neither needs stored state, so every replica knows it, also after a restart.
 """
 
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from app.identity.keyring import Keyring
 from app.oneinbox.models import CALL_ID
 
 ROUTES = frozenset({"cursor", "web"})
-"""Names that OneInbox has routes for where a call's id stands."""
+"""Words that OneInbox uses for routes in place of a call's id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Names calls for browsers, and knows whose they are."""
+    """Makes public ids of calls, and checks who owns one."""
 
     keyring: Keyring
 
     def public_id(self, call_id: str, user: User) -> str:
-        """A call as its owner may name it: `{id}.{key}` in anonymous mode, else the id."""
+        """Return the id that its owner uses for a call: `{id}.{key}` in anonymous mode, else OneInbox's."""
         if user.mode != "anonymous":
             return call_id
         return f"{call_id}.{self.keyring.sign('call-key', call_id.encode())}"
 
     def call_id(self, public_id: str, user: User) -> str | None:
-        """OneInbox's id out of a public one; None when it is not one, or its key is wrong."""
+        """Return OneInbox's id for a public id; None if that is malformed or its key is wrong."""
         call_id, key = public_id, None
         if user.mode == "anonymous":
             call_id, _, key = public_id.partition(".")
@@ -37,8 +37,8 @@ class Ownership:
         return call_id
 
     def owns(self, user: User, pseudonym: str) -> bool:
-        """Whether a call with this `broker_user` is the user's.
+        """Return whether a call with this `broker_user` is the user's.
 
-        In anonymous mode the call's key, checked before, has already said so.
+        Always true in anonymous mode, where `call_id` has checked the key.
         """
         return user.mode == "anonymous" or self.keyring.verify("pseudonym", user.canonical, pseudonym)

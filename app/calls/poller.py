@@ -1,4 +1,4 @@
-"""Watching calls: however many watch a call, on however many replicas, OneInbox is asked once at a time."""
+"""Polling of followed calls: for all streams on all replicas, OneInbox gets one request per call at a time."""
 
 import asyncio
 import random
@@ -19,15 +19,15 @@ from app.store import Store
 from app.telemetry.metrics import Metrics
 
 TICK_SECONDS = 1.0
-"""How often a replica looks at what the others have seen, and at a young call itself."""
+"""How often a replica reads what the others saw, and polls a young call."""
 YOUNG_SECONDS = 60.0
 SLOWEST_SECONDS = 5.0
 LATE_SECONDS = 30.0
-"""So long after its end a call is watched for what is still to come."""
+"""How long after its end a call is polled for late fields."""
 LATE_PACE_SECONDS = 2.0
 LONGEST_BACKOFF_SECONDS = 32.0
 SHORTEST_PAUSE_SECONDS = 0.1
-"""Between looks that take longer than their pace allows."""
+"""Between polls that take longer than their interval."""
 RETRY_AFTER = 10
 """Seconds to wait for a stream to end, where no end is known."""
 
@@ -36,10 +36,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class Subscription:
-    """One call that somebody in this process watches.
+    """One call that streams of this process follow.
 
-    `latest`: its last state. `over`: nothing new will come. `closed`: the process is going down. `changed`: set, and
-    replaced by a fresh one, whenever any of them changes.
+    `latest`: its last state. `over`: no more will come. `closed`: the process is shutting down. `changed`: set, and
+    replaced by a new event, whenever one of these changes. `subscribers`: the number of streams.
     """
 
     latest: Snapshot
@@ -49,10 +49,10 @@ class Subscription:
     subscribers: int = 0
 
     def update(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
-        """Wake the watchers, if there is anything new."""
-        news = latest is not None and latest.etag != self.latest.etag
+        """Wake the subscribers if anything changed."""
+        new = latest is not None and latest.etag != self.latest.etag
         self.latest = latest or self.latest
-        if not news and over == self.over and closed == self.closed:
+        if not new and over == self.over and closed == self.closed:
             return
         self.over, self.closed = over, closed
         self.changed.set()
@@ -61,9 +61,9 @@ class Subscription:
 
 @dataclass
 class CallPoller:
-    """All watches of this process, and who may have how many.
+    """Poll the calls that streams of this process follow, and limit the streams.
 
-    `clock`: monotonic seconds; `now`: Unix time. `metrics`: count what is refused.
+    `max_streams`: per user; `max_streams_total`: in this process. `clock`: monotonic seconds; `now`: Unix time.
     """
 
     cache: CallCache
@@ -80,7 +80,7 @@ class CallPoller:
     _closed: bool = field(default=False, init=False)
 
     def is_watched(self, call_id: str) -> bool:
-        """Whether anybody in this process watches the call."""
+        """Return whether a stream of this process follows the call."""
         return call_id in self._subscriptions
 
     @property
@@ -90,16 +90,16 @@ class CallPoller:
 
     @property
     def watched(self) -> int:
-        """Calls that are watched."""
+        """Followed calls."""
         return len(self._subscriptions)
 
     def finished(self, snapshot: Snapshot) -> bool:
-        """Whether nothing new will come of a call."""
+        """Return whether the call will not change again."""
         return snapshot.ended and (snapshot.complete or self._late_left(snapshot) <= 0)
 
     @contextmanager
     def subscribe(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Subscription]:
-        """Watch a call for as long as the context lasts. Raises `too-many-streams` and `at-capacity`."""
+        """Follow a call until the context ends. Raises `too-many-streams` and `at-capacity`."""
         wait = {"Retry-After": str(RETRY_AFTER)}
         if self._streams[user.store_name] >= self.max_streams:
             self.metrics.refused(["user-streams"])
@@ -110,7 +110,7 @@ class CallPoller:
         subscription = self._subscriptions.get(call_id)
         if subscription is None:
             subscription = self._subscriptions[call_id] = Subscription(latest)
-            self._tasks[call_id] = asyncio.create_task(self._poll(call_id, subscription), name="watch")
+            self._tasks[call_id] = asyncio.create_task(self._poll(call_id, subscription), name="poll")
         else:
             subscription.update(
                 self.cache.latest(call_id) or latest, over=subscription.over, closed=subscription.closed
@@ -129,15 +129,15 @@ class CallPoller:
                 self._tasks.pop(call_id).cancel()
 
     def close(self) -> None:
-        """End all streams, without saying that their calls ended: browsers come back, to another replica."""
+        """Close all streams without `end`: browsers reconnect, to another replica."""
         self._closed = True
         for subscription in self._subscriptions.values():
             subscription.update(over=subscription.over, closed=True)
 
     async def run(self) -> None:
-        """Pass on, for ever, what any replica sees anew."""
-        async with self.store.subscribe(CHANNEL) as seen:
-            async for message in seen:
+        """Pass on changes that any replica saw, until cancelled."""
+        async with self.store.subscribe(CHANNEL) as messages:
+            async for message in messages:
                 call_id = message.decode(errors="replace")
                 subscription = self._subscriptions.get(call_id)
                 if subscription is None:
@@ -146,7 +146,7 @@ class CallPoller:
                 subscription.update(self.cache.latest(call_id), over=subscription.over, closed=subscription.closed)
 
     async def _poll(self, call_id: str, subscription: Subscription) -> None:
-        """Look at a call again and again until it is over; a look that fails slows it down, and ends nothing."""
+        """Poll a call until it is over. A failure slows polling down, but does not end it."""
         failures = 0
         rested = self.clock()
         while not self.finished(subscription.latest):
@@ -154,14 +154,14 @@ class CallPoller:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._pause(call_id, subscription.latest, rested)):
                     await changed.wait()
-                    continue  # the end may be among the news
+                    continue  # it may have ended
             try:
                 if await self._is_my_turn(call_id, self._pace(subscription.latest), rested):
                     gone = await self.cache.fetch(call_id) is None
                     failures = 0
                     await self.cache.drop_lease(call_id)
                     if gone:
-                        break  # there is no more to say than what was said last
+                        break  # the last state remains
             except asyncio.CancelledError:
                 await self.cache.drop_lease(call_id)
                 raise
@@ -180,27 +180,27 @@ class CallPoller:
         subscription.update(over=True, closed=subscription.closed)
 
     async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
-        """Whether it is time to look, and no other replica is looking."""
+        """Return whether the call is due, and no other replica is fetching it."""
         await self.cache.read_shared(call_id)
         if self.cache.age(call_id) < pace or self.clock() < rested:
             return False
         return await self.cache.take_lease(call_id)
 
     def _pause(self, call_id: str, snapshot: Snapshot, rested: float) -> float:
-        """Seconds until the call needs attention, unless there is news before."""
+        """Return the seconds until the call needs attention, unless it changes before."""
         due = max(self._pace(snapshot) - self.cache.age(call_id), rested - self.clock(), SHORTEST_PAUSE_SECONDS)
         pause = TICK_SECONDS if self.store.shared else due
         if snapshot.ended:
             pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))
-        # A little apart, so that replicas and calls do not all look at the same moment.
+        # Spread, so that replicas do not poll all calls at the same moment.
         return pause * random.uniform(1, 1.1)  # noqa: S311 - spreads polls, no secret
 
     def _late_left(self, snapshot: Snapshot) -> float:
-        """Seconds that an ended call is still watched for."""
+        """Return the seconds for which an ended call is still polled."""
         return LATE_SECONDS - (self.now() - (snapshot.ended_at or snapshot.seen))
 
     def _pace(self, snapshot: Snapshot) -> float:
-        """Seconds between looks: one while the call is young, then slower by and by."""
+        """Return the seconds between polls: one while the call is young, then gradually more."""
         if snapshot.ended:
             return LATE_PACE_SECONDS
         age = self.now() - (snapshot.created or snapshot.seen)

@@ -1,4 +1,4 @@
-"""Webhooks as hints: whatever they say, the broker looks for itself."""
+"""Webhooks are hints: whatever they say, the broker fetches the call itself."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-MOST_HINTS = 1000
-"""Looks under way at once; beyond, a hint is dropped: polling finds out a little later."""
+MAX_QUEUED = 1000
+"""Further calls are dropped: polling finds out a little later."""
 AT_ONCE = 8
 
 log = structlog.get_logger(__name__)
@@ -15,22 +15,22 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class RefreshQueue:
-    """Looks at hinted calls in the background, each once at a time. `look`: looks at one."""
+    """Refresh calls in the background, each once at a time. `refresh`: refreshes one."""
 
-    look: Callable[[str], Awaitable[None]]
+    refresh: Callable[[str], Awaitable[None]]
     _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _again: set[str] = field(default_factory=set, init=False)
 
     def add(self, call_id: str) -> None:
-        """Look at a call soon; one that is being looked at is looked at once more afterwards."""
+        """Refresh a call soon; one being refreshed is refreshed once more afterwards."""
         if call_id in self._tasks:
             self._again.add(call_id)
-        elif len(self._tasks) < MOST_HINTS:
-            self._tasks[call_id] = asyncio.create_task(self._run(call_id), name="hint")
+        elif len(self._tasks) < MAX_QUEUED:
+            self._tasks[call_id] = asyncio.create_task(self._run(call_id), name="refresh")
 
     async def aclose(self) -> None:
-        """Drop what is under way."""
+        """Cancel everything."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -41,7 +41,7 @@ class RefreshQueue:
             while True:
                 self._again.discard(call_id)
                 async with self._places:
-                    await self.look(call_id)
+                    await self.refresh(call_id)
                 if call_id not in self._again:
                     return
         except Exception:

@@ -1,4 +1,4 @@
-"""What a browser may see of a call: an allow-list, whatever OneInbox adds to its records."""
+"""The part of a call that browsers may see: an allow-list, whatever OneInbox adds to its records."""
 
 import json
 import re
@@ -13,55 +13,55 @@ from app.oneinbox.models import CallRecord
 Role = Literal["agent", "user"]
 ROLES: dict[str, Role] = {"agent": "agent", "assistant": "agent", "bot": "agent", "user": "user", "customer": "user"}
 UNSPOKEN = frozenset({"tool", "tool_call", "tool_result", "function", "system"})
-"""Who has lines in a text, and in a list messages, that nobody said."""
+"""Roles whose lines or messages were not spoken."""
 LINE = re.compile(r"^\s*([A-Za-z_]{2,12})\s*:\s?(.*)$")
 
 
 class Utterance(BaseModel):
-    """Something one side said."""
+    """Something that one side said."""
 
     role: Role
     content: str
 
 
 class BasicCall(BaseModel):
-    """What every owner sees of a call."""
+    """The fields of a call that its owner always sees."""
 
-    agent: str | None = Field(description="Configured name of the agent; null when it is not configured any more.")
+    agent: str | None = Field(description="Configured name of the agent; null if it is no longer configured.")
     status: str = Field(
-        description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; a new one counts as running.",
+        description="`queued`, `initiated`, `in_progress`, `completed` or `failed`; treat any other as running.",
         examples=["in_progress"],
     )
     created_at: datetime | None = Field(description="RFC 3339, UTC.")
-    started_at: datetime | None = Field(description="RFC 3339, UTC; null until somebody joined.")
-    ended_at: datetime | None = Field(description="RFC 3339, UTC; null while it runs.")
-    duration_seconds: float | None = Field(description="Length of the conversation, once it ended.")
-    end_reason: str | None = Field(description="Why it ended, in OneInbox's words.")
+    started_at: datetime | None = Field(description="RFC 3339, UTC; null until someone joins.")
+    ended_at: datetime | None = Field(description="RFC 3339, UTC; null while running.")
+    duration_seconds: float | None = Field(description="Length of the conversation; null until it ends.")
+    end_reason: str | None = Field(description="OneInbox's reason for the end.")
 
 
 class ExposedCall(BasicCall):
-    """With all that an operator may expose through BROKER_EXPOSE."""
+    """With the fields that BROKER_EXPOSE may add."""
 
     transcript: list[Utterance] | None = Field(default=None, description="Who said what; 2 to 3 seconds after the end.")
-    messages: list[Utterance] | None = Field(default=None, description="Like the transcript, from the message list.")
-    recording_url: str | None = Field(default=None, description="Where the recording is.")
+    messages: list[Utterance] | None = Field(default=None, description="As `transcript`, from OneInbox's message list.")
+    recording_url: str | None = Field(default=None, description="URL of the recording.")
     summary: str | None = Field(default=None, description="OneInbox's summary of the call.")
     outcome: str | None = Field(default=None, description="OneInbox's verdict on the call.")
 
 
 class Call(ExposedCall):
-    """A call as its owner sees it."""
+    """A call, as its owner sees it."""
 
-    id: str = Field(description="The call, as Location names it.")
+    id: str = Field(description="The id in the call's Location.")
 
 
 class CallList(BaseModel):
-    """Your calls of the last day, the newest first."""
+    """Your calls of the last day, newest first."""
 
     items: list[Call] = Field(description="At most 50.")
 
 
-RUNNING, ENDED = "It runs", "It has ended"
+RUNNING, ENDED = "Running", "Ended"
 CALLS: dict[str, dict[str, Any]] = {
     RUNNING: {
         "id": "call_abc123",
@@ -80,7 +80,7 @@ CALLS[ENDED] = {
     "ended_at": "2026-01-05T10:01:14Z",
     "duration_seconds": 72,
     "end_reason": "user_hangup",
-    # Some of what BROKER_EXPOSE may add:
+    # Added by BROKER_EXPOSE:
     "transcript": [
         {"role": "agent", "content": "Hello! How can I help?"},
         {"role": "user", "content": "Where is my order?"},
@@ -101,7 +101,7 @@ WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -> BasicCall:
-    """The visible part of a record, without its id, which is its holder's own. `expose`: names of BROKER_EXPOSE."""
+    """Return the visible part of a record, without its id. `expose`: names from BROKER_EXPOSE."""
     basic: dict[str, Any] = {
         "agent": agent,
         "status": record.status or "unknown",
@@ -116,7 +116,7 @@ def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -
     more = {
         "transcript": _transcript(record),
         "messages": _utterances(record.messages),
-        # A page will offer it as a link: nothing that a browser would run.
+        # Pages show it as a link: no scheme that a browser would run.
         "recording_url": record.recording_url if WEB_URL.match(record.recording_url or "") else None,
         "summary": record.ai_summary,
         "outcome": record.outcome,
@@ -125,7 +125,7 @@ def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -
 
 
 def _utterances(items: Any) -> list[Utterance] | None:
-    """What was said, out of a list of messages: never tool calls or their results."""
+    """Return what was said in a list of messages, without tool calls and their results."""
     if not isinstance(items, list):
         return None
     said = [item for item in items if isinstance(item, dict) and isinstance(item.get("content"), str)]
@@ -137,10 +137,10 @@ def _utterances(items: Any) -> list[Utterance] | None:
 
 
 def _transcript(record: CallRecord) -> list[Utterance] | None:
-    """The transcript whatever edition OneInbox answers: a list, or a text of `role: words` lines.
+    """Return the transcript, whether OneInbox sends a list or a text of `role: words` lines.
 
-    A text that names no speaker cannot be told apart; then the message list, which can, has the word. As in a list,
-    tool calls and their results are left out, with the lines that follow them up to the next speaker.
+    A text without speakers cannot be split; the message list is used instead. Tool calls and their results are left
+    out, in a text with the lines that follow them up to the next speaker.
     """
     if isinstance(record.transcript, list):
         return _utterances(record.transcript)

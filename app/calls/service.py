@@ -1,4 +1,4 @@
-"""What an owner may do with a call: read it, list it, follow it, end it."""
+"""Read, list, follow and stop calls, for their owners."""
 
 import asyncio
 import time
@@ -19,15 +19,15 @@ from app.problems import Problem
 from app.store import StoreUnavailable
 
 AT_ONCE = 8
-"""Calls of one list that are looked up at once."""
+"""Calls of one list that are fetched at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Shows each call to its owner only.
+    """Calls, each visible to its owner only.
 
-    To everybody else there is no such call: the same `not-found` for a stranger's call, no call, a wrong key and an id
-    that is none, the last two without asking OneInbox.
+    Everything else is the same `not-found`: another user's call, no call, a wrong key, a malformed id. The last two are
+    refused without asking OneInbox.
     """
 
     oneinbox: OneInbox
@@ -38,20 +38,20 @@ class Calls:
     now: Callable[[], float] = time.time
 
     async def read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
-        """OneInbox's id and the state of a user's call. Raises `not-found`."""
+        """Return OneInbox's id and the state of a user's call. Raises `not-found`."""
         call_id = self.ownership.call_id(public_id, user)
         if call_id is None:
             raise Problem("not-found")
-        # A stranger is turned away by what is remembered: their questions ask OneInbox nothing.
+        # The cache is enough to refuse other users, so their requests cost OneInbox nothing.
         remembered = self.cache.remembered(call_id)
         if remembered is not None:
             self._check_owner(user, remembered)
-        # In anonymous mode the key was checked, and only this deployment makes keys.
+        # In anonymous mode the key is valid, and only this deployment makes keys.
         snapshot = self._check_owner(user, await self.cache.get(call_id, known=user.mode == "anonymous"))
         return call_id, snapshot
 
     async def list(self, user: User) -> list[bytes]:
-        """The user's own calls of the last day, as JSON. Raises `not-found` in anonymous mode."""
+        """Return the user's calls of the last day, as JSON. Raises `not-found` in anonymous mode."""
         if user.mode == "anonymous":
             raise Problem("not-found")  # an address is no identity
         try:
@@ -63,7 +63,7 @@ class Calls:
         async def body(call_id: str) -> bytes | None:
             async with places:
                 snapshot = await self.cache.get(call_id, known=True)
-            # What cannot be read (any more) is not listed.
+            # A call that cannot be read is not listed.
             if snapshot is None or not self.ownership.owns(user, snapshot.owner):
                 return None
             return snapshot.body(call_id)
@@ -72,25 +72,25 @@ class Calls:
         return [each for each in bodies if each is not None]
 
     async def stop(self, user: User, public_id: str) -> Snapshot:
-        """Hang up; a call that has ended is fine too. Raises `not-found`, OneInboxError."""
+        """Hang up. A call that has already ended is fine. Raises `not-found`, OneInboxError."""
         call_id, snapshot = await self.read(user, public_id)
         if snapshot.ended:
             return snapshot
         try:
             record = await self.oneinbox.stop_call(call_id)
         except OneInboxError as error:
-            # A call that has ended meanwhile may be no call to stop.
+            # OneInbox may refuse to stop a call that has just ended.
             if error.status not in (400, 409, 422):
                 raise
             ended = await self.cache.fetch(call_id)
             if ended is None or not ended.ended:
                 raise
             return ended
-        # An end is for good: it is news even to who asked for the call while it was being stopped.
+        # Dated now: an end is final, so it must win over a fetch that began during the stop.
         return await self.cache.update(record, self.cache.clock())
 
     async def follow(self, user: User, public_id: str, last_event_id: str | None) -> EventStream | None:
-        """A stream of the call's states; None when the reader has seen the last of them.
+        """Return a stream of the call's states; None if the client has seen the last one.
 
         Raises `not-found`, `too-many-streams`, `at-capacity`.
         """
@@ -103,14 +103,14 @@ class Calls:
             subscription = place.enter_context(self.poller.subscribe(user, call_id, snapshot))
             return EventStream(events(subscription, public_id, lifetime, self.cache.clock), place.pop_all())
 
-    async def hint(self, call_id: str) -> None:
-        """Somebody says that something happened to a call; look, where that matters to us."""
+    async def refresh(self, call_id: str) -> None:
+        """Fetch a call again after a hint that it changed, if it is followed or counted as live."""
         if not self.poller.is_watched(call_id) and not await self.live.is_live(call_id):
             return
         try:
             await self.cache.refetch(call_id)
         except OneInboxError:
-            return  # the next look of a watcher or the sweep finds out
+            return  # the next poll or sweep finds out
 
     def _check_owner(self, user: User, snapshot: Snapshot | None) -> Snapshot:
         if snapshot is None or not self.ownership.owns(user, snapshot.owner):

@@ -1,4 +1,4 @@
-"""A call at one moment, as browsers see it: what is cached, shared between replicas, and streamed."""
+"""A call at one moment, as browsers see it: cached, shared between replicas, and streamed."""
 
 import hashlib
 import json
@@ -17,10 +17,9 @@ LATE_FIELDS = frozenset({"transcript", "messages", "summary", "recording_url"})
 class Snapshot:
     """One state of a call.
 
-    `etag`: names the state, quotes included. `seen`: Unix time of the look at OneInbox. `created`: of the call's start,
-    as OneInbox says. `ended_at`: of its end, within what was seen of it; None while it runs. `ended`: over for good.
-    `complete`: no exposed field is still to come.
-    `owner`: the pseudonym on OneInbox's record. `fields`: the visible JSON without `id`, whose key is its holder's own.
+    `etag`: quotes included. `seen`: when OneInbox was asked, as Unix time. `created`: its start, as OneInbox says.
+    `ended_at`: its end, limited to what was observed; None while it runs. `complete`: no exposed field is missing.
+    `owner`: the pseudonym on OneInbox's record. `fields`: the visible JSON without `id`, which holds the owner's key.
     """
 
     etag: str
@@ -42,7 +41,7 @@ class Snapshot:
         expose: Collection[str],
         before: Self | None = None,
     ) -> Self:
-        """The visible part of a record. `before`: the state seen before."""
+        """Return the visible part of a record. `before`: the previous state."""
         call = project(record, agent=agent_names.get(record.agent_id or ""), expose=expose)
         fields = call.model_dump_json(exclude_unset=True).encode()
         return cls(
@@ -52,24 +51,24 @@ class Snapshot:
             ended_at=_end_of(record, seen, before) if record.ended else None,
             ended=record.ended,
             complete=record.ended and all(getattr(call, name) for name in LATE_FIELDS.intersection(expose)),
-            # Whose a call is does not change; an answer without metadata, as to a stop, may not say it.
+            # The owner never changes; a response without metadata, as to a stop, may not name it.
             owner=record.owner or (before.owner if before is not None else ""),
             fields=fields,
         )
 
     def body(self, public_id: str) -> bytes:
-        """The call as JSON, under the name by which it was asked for (letters, digits, `_`, `-`, `.`)."""
+        """Return the call as JSON, with the id it was requested by (letters, digits, `_`, `-`, `.`)."""
         return b'{"id":"' + public_id.encode() + b'",' + self.fields[1:]
 
     def to_bytes(self) -> bytes:
-        """For other replicas."""
+        """Serialise for other replicas."""
         head = asdict(self)
         del head["fields"]
         return json.dumps(head).encode() + b"\n" + self.fields
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Self | None:
-        """What `to_bytes` made; None for what another version of the broker made of it."""
+        """Read what `to_bytes` wrote; None if another version of the broker wrote it differently."""
         head, _, fields = value.partition(b"\n")
         try:
             return cls(**json.loads(head), fields=fields)
@@ -78,7 +77,7 @@ class Snapshot:
 
 
 def _end_of(record: CallRecord, seen: float, before: Snapshot | None) -> float:
-    """Unix time of a call's end. OneInbox's word counts where it can be true: its clock may be another."""
+    """Return the Unix time of a call's end: OneInbox's, limited to what is possible, as its clock may differ."""
     if before is not None and before.ended_at is not None:
         return before.ended_at
     said = record.ended_at.timestamp() if record.ended_at else seen

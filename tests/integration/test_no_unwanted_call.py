@@ -50,9 +50,9 @@ from tests.support.brokers import (
     running_broker_process,
     settings_of,
 )
-from tests.support.following import in_own_time
 from tests.support.harness import ONEINBOX
 from tests.support.shapes import assert_problem, assert_session
+from tests.support.simulated_time import in_simulated_time
 from tests.support.valkey import Valkey, running_valkey
 
 KEY = "0123456789abcdef"
@@ -668,7 +668,7 @@ class House:
         return [call.id for call in self.account.calls.running()]
 
 
-@in_own_time
+@in_simulated_time
 async def test_nobody_collects_for_thirty_seconds() -> None:
     house = House()
     first, second = Replica(house), Replica(house)
@@ -688,7 +688,7 @@ async def test_nobody_collects_for_thirty_seconds() -> None:
 
 
 @pytest.mark.parametrize("after", [0.0, 15.0, COLLECT_SECONDS - 0.1])
-@in_own_time
+@in_simulated_time
 async def test_somebody_collects_within_thirty_seconds(after: float) -> None:
     house = House()
     first, second = Replica(house), Replica(house)
@@ -701,7 +701,7 @@ async def test_somebody_collects_within_thirty_seconds(after: float) -> None:
         assert house.running == [call]
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_call_that_was_given_is_never_uncollected() -> None:
     house = House()
     first = Replica(house)
@@ -711,7 +711,7 @@ async def test_a_call_that_was_given_is_never_uncollected() -> None:
         assert house.running == [call]
 
 
-@in_own_time
+@in_simulated_time
 async def test_it_is_stopped_later_when_the_store_is_away_just_then() -> None:
     house = House()
     first = Replica(house)
@@ -725,7 +725,7 @@ async def test_it_is_stopped_later_when_the_store_is_away_just_then() -> None:
         assert house.running == []
 
 
-@in_own_time
+@in_simulated_time
 async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
     house = House()
     first = Replica(house)
@@ -736,7 +736,7 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
         assert house.running == []
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_collected_call_runs_on_although_its_kept_answer_has_expired() -> None:
     house = House()
     first = Replica(house)
@@ -748,7 +748,7 @@ async def test_a_collected_call_runs_on_although_its_kept_answer_has_expired() -
         assert house.running == [call]
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_replica_that_dies_while_it_stops_leaves_it_to_another() -> None:
     house = House()
     first, second = Replica(house), Replica(house)
@@ -772,7 +772,7 @@ async def test_a_replica_that_dies_while_it_stops_leaves_it_to_another() -> None
     assert house.running == []
 
 
-@in_own_time
+@in_simulated_time
 async def test_who_hangs_up_in_the_moment_of_collecting_has_not_collected() -> None:
     house = House()
     first = Replica(house)
@@ -788,7 +788,7 @@ async def test_who_hangs_up_in_the_moment_of_collecting_has_not_collected() -> N
 
 
 @pytest.mark.parametrize("life", [86400, 900])
-@in_own_time
+@in_simulated_time
 async def test_a_kept_answer_is_kept_ten_minutes_however_often_it_is_given(life: float) -> None:
     house = House()
     first = Replica(house)
@@ -801,7 +801,7 @@ async def test_a_kept_answer_is_kept_ten_minutes_however_often_it_is_given(life:
     assert again != call
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_clock_that_is_put_forward_stops_nobody() -> None:
     """The kept answer is of no more use by the date, but still there by the store's clock."""
     house = House()
@@ -822,7 +822,7 @@ async def test_a_clock_that_is_put_forward_stops_nobody() -> None:
         await first.post(life=1000)
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_repeat_waits_for_a_slow_first() -> None:
     house = House()
     first, second = Replica(house), Replica(house)

@@ -25,8 +25,8 @@ from app.store import LimitRequest, Slot, StoreUnavailable, Value
 from app.store.memory import MemoryStore
 from app.telemetry.metrics import ORPHANS, Metrics
 from tests.conftest import Logs
-from tests.support.following import in_own_time
 from tests.support.harness import ONEINBOX
+from tests.support.simulated_time import in_simulated_time
 
 DATE = 1_800_000_000.0
 AGENTS = {"main": "agt_main", "side": "agt_side"}
@@ -177,7 +177,7 @@ def later(*seconds: float) -> list[float]:
 # --- when ---
 
 
-@in_own_time
+@in_simulated_time
 async def test_looks_two_five_fifteen_and_sixty_seconds_after_the_loss_and_frees_the_slot_then() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -194,7 +194,7 @@ async def test_looks_two_five_fifteen_and_sixty_seconds_after_the_loss_and_frees
     assert not house.asked("stop")
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_call_that_appears_late_is_found_by_the_next_look() -> None:
     for seconds, scans in ((0.0, 1), (4.0, 2), (14.0, 3), (59.0, 4)):
         house = House()
@@ -212,7 +212,7 @@ async def test_a_call_that_appears_late_is_found_by_the_next_look() -> None:
         assert len(house.asked("stop")) == 1
 
 
-@in_own_time
+@in_simulated_time
 async def test_many_losses_share_a_scan() -> None:
     house = House()
     attempts = [await house.reserve(f"lost-{number}") for number in range(60)]
@@ -227,7 +227,7 @@ async def test_many_losses_share_a_scan() -> None:
     assert await house.live() == set()
 
 
-@in_own_time
+@in_simulated_time
 async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() -> None:
     house = House()
     lost = {agent: await house.reserve(agent, agent) for agent in AGENTS}
@@ -242,7 +242,7 @@ async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() 
     assert not any(house.runs(call) for call in calls.values())
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_new_loss_is_looked_for_in_time_whatever_else_is_pending() -> None:
     house = House()
     async with house.at_work():
@@ -255,7 +255,7 @@ async def test_a_new_loss_is_looked_for_in_time_whatever_else_is_pending() -> No
         assert not house.runs(call)
 
 
-@in_own_time
+@in_simulated_time
 async def test_stops_that_hang_hold_no_other_loss_up() -> None:
     """Twenty stops without an answer, one after the other, would be five minutes in which nobody looks."""
     house = House()
@@ -275,7 +275,7 @@ async def test_stops_that_hang_hold_no_other_loss_up() -> None:
         await asyncio.sleep(600)
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_bug_in_a_scan_does_not_end_the_looking() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -309,7 +309,7 @@ ALIKE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE.keys())
 @pytest.mark.parametrize("list_metadata", [True, False])
-@in_own_time
+@in_simulated_time
 async def test_a_call_that_is_merely_alike_is_left_alone(changes: dict[str, Any], list_metadata: bool) -> None:
     house = House(list_metadata)
     attempt = await house.reserve("lost")
@@ -322,7 +322,7 @@ async def test_a_call_that_is_merely_alike_is_left_alone(changes: dict[str, Any]
     assert not house.asked("stop")
 
 
-@in_own_time
+@in_simulated_time
 async def test_another_agents_call_is_left_alone() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -333,7 +333,7 @@ async def test_another_agents_call_is_left_alone() -> None:
     assert house.runs(other)
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_list_that_ignores_the_agent_asked_for_stops_nobody_elses() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -348,7 +348,7 @@ async def test_a_list_that_ignores_the_agent_asked_for_stops_nobody_elses() -> N
 @pytest.mark.parametrize(
     ("after", "found"), [(-301, False), (-299, True), (0, True), (LATEST - 1, True), (LATEST + 1, False), (None, True)]
 )
-@in_own_time
+@in_simulated_time
 async def test_a_call_counts_by_the_time_of_its_creation(after: float | None, found: bool) -> None:
     house = House()
     await asyncio.sleep(1000)
@@ -367,7 +367,7 @@ async def test_a_call_counts_by_the_time_of_its_creation(after: float | None, fo
 # --- how much OneInbox is asked ---
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_list_without_metadata_has_its_candidates_fetched() -> None:
     house = House(list_metadata=False)
     house.others(40)
@@ -383,7 +383,7 @@ async def test_a_list_without_metadata_has_its_candidates_fetched() -> None:
     assert all(house.runs(other) for other in near)
 
 
-@in_own_time
+@in_simulated_time
 async def test_fetching_is_bounded() -> None:
     house = House(list_metadata=False)
     attempt = await house.reserve("lost")
@@ -394,7 +394,7 @@ async def test_fetching_is_bounded() -> None:
     assert len(house.asked("get")) == MOST_FETCHES
 
 
-@in_own_time
+@in_simulated_time
 async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
     house = House()
     house.others(3 * PAGE)
@@ -414,7 +414,7 @@ async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
 
 
 @pytest.mark.parametrize("ended", [1, 9, 10, 30, 80, 140])
-@in_own_time
+@in_simulated_time
 async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -> None:
     """A list by status gets shorter: what stood on the next page may have moved to the one that was read."""
     house = House()
@@ -437,7 +437,7 @@ async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -
     assert not house.runs(call)
 
 
-@in_own_time
+@in_simulated_time
 async def test_pages_are_bounded() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -449,7 +449,7 @@ async def test_pages_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("list_metadata", [True, False])
-@in_own_time
+@in_simulated_time
 async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_metadata: bool) -> None:
     """Beyond the bounds there may be a call: its slot must not be given away, nor the call be forgotten."""
     house = House(list_metadata)
@@ -465,7 +465,7 @@ async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_me
 # --- what can go wrong at OneInbox ---
 
 
-@in_own_time
+@in_simulated_time
 async def test_one_call_that_cannot_be_fetched_hides_no_other() -> None:
     """A call that was deleted since it was listed, or whose record is broken."""
     house = House(list_metadata=False)
@@ -480,7 +480,7 @@ async def test_one_call_that_cannot_be_fetched_hides_no_other() -> None:
 
 
 @pytest.mark.parametrize("odd_id", [None, "call:17", 17, "x" * 200])
-@in_own_time
+@in_simulated_time
 async def test_one_odd_item_of_a_list_hides_no_other(odd_id: Any) -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -493,7 +493,7 @@ async def test_one_odd_item_of_a_list_hides_no_other(odd_id: Any) -> None:
     assert not house.runs(call)
 
 
-@in_own_time
+@in_simulated_time
 async def test_what_was_found_is_stopped_although_the_scan_broke_off() -> None:
     house = House()
     async with house.at_work():
@@ -516,7 +516,7 @@ async def test_what_was_found_is_stopped_although_the_scan_broke_off() -> None:
         assert house.runs(old)
 
 
-@in_own_time
+@in_simulated_time
 async def test_when_the_last_look_failed_the_slot_stays_and_the_sweep_begins_anew() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -535,7 +535,7 @@ async def test_when_the_last_look_failed_the_slot_stays_and_the_sweep_begins_ane
 
 
 def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
-    @in_own_time
+    @in_simulated_time
     async def run() -> None:
         house = House()
         attempt = await house.reserve("lost")
@@ -548,7 +548,7 @@ def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
     assert [entry["log_level"] for entry in logs if entry["event"] == "lost_call_unresolved"] == ["error"]
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -571,7 +571,7 @@ async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() ->
 
 
 @pytest.mark.parametrize("gone", [False, True])
-@in_own_time
+@in_simulated_time
 async def test_a_call_that_ended_by_itself_is_no_longer_one_that_could_not_be_stopped(gone: bool) -> None:
     house = House()
     attempt = await house.reserve("lost")
@@ -593,7 +593,7 @@ async def test_a_call_that_ended_by_itself_is_no_longer_one_that_could_not_be_st
 # --- what another process left behind ---
 
 
-@in_own_time
+@in_simulated_time
 async def test_the_sweep_finds_what_a_dead_process_left() -> None:
     house = House()
     attempt = await house.reserve("left-behind")
@@ -610,7 +610,7 @@ async def test_the_sweep_finds_what_a_dead_process_left() -> None:
     assert await house.live() == set()
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_dead_processs_start_that_became_no_call_frees_its_slot() -> None:
     house = House()
     await house.reserve("left-behind")
@@ -621,7 +621,7 @@ async def test_a_dead_processs_start_that_became_no_call_frees_its_slot() -> Non
     assert await house.live() == set()
 
 
-@in_own_time
+@in_simulated_time
 async def test_two_replicas_that_look_for_the_same_do_no_harm() -> None:
     house = House()
     attempt, good = await house.reserve("lost"), await house.reserve("good")
@@ -638,7 +638,7 @@ async def test_two_replicas_that_look_for_the_same_do_no_harm() -> None:
     assert await house.live() == {"good"}
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
     """The other replica took it for left behind while the one that asked still waited."""
     house = House()
@@ -653,7 +653,7 @@ async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
     assert house.runs(call)
 
 
-@in_own_time
+@in_simulated_time
 async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
     """What became of a start is not unknown because nobody can be asked."""
     house = House()
@@ -672,7 +672,7 @@ async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
     assert await house.live() == {"good"}
 
 
-@in_own_time
+@in_simulated_time
 async def test_a_call_that_the_store_was_not_told_of_in_time_is_nobody_elses_to_stop() -> None:
     """Begun while the store was gone, its member may be in the shared set before its record is."""
     house = House()
@@ -691,7 +691,7 @@ async def test_a_call_that_the_store_was_not_told_of_in_time_is_nobody_elses_to_
     assert house.runs(call)
 
 
-@in_own_time
+@in_simulated_time
 async def test_what_becomes_of_lost_calls_is_counted() -> None:
     house = House()
     found, absent, hidden = [await house.reserve(name) for name in ("found", "absent", "hidden")]
@@ -711,7 +711,7 @@ async def test_what_becomes_of_lost_calls_is_counted() -> None:
 # --- what a dead process left ---
 
 
-@in_own_time
+@in_simulated_time
 async def test_the_sweep_hands_on_what_a_killed_process_left() -> None:
     """Its slot is in the store, and nobody knows of which call: any replica's sweep has it looked for."""
     house = House()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from app.store.deadline import LATE_TICKS, LONGEST_FACTOR, TICKS, Deadline
-from tests.support.following import OwnTime, in_own_time
+from tests.support.simulated_time import SimulatedLoop, in_simulated_time
 
 BOUND = 0.25
 TICK = BOUND / TICKS
@@ -27,7 +27,7 @@ def never() -> float:
 def work(seconds: float) -> None:
     """Hold the event loop for so long."""
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, OwnTime)
+    assert isinstance(loop, SimulatedLoop)
     loop.pass_time(seconds)
 
 
@@ -50,19 +50,19 @@ async def waited(heard: Callable[[], float], *, turn: float = 0) -> float:
 
 
 @pytest.mark.parametrize("heard", [never, now], ids=["it-is-silent", "it-answers-others"])
-@in_own_time
+@in_simulated_time
 async def test_a_process_with_time_waits_for_the_bound_and_no_longer(heard: Callable[[], float]) -> None:
     assert await waited(heard) == pytest.approx(BOUND, abs=0.01)
 
 
 @pytest.mark.parametrize("turn", [0.01, 0.03, 0.05, 0.1, 0.6])
-@in_own_time
+@in_simulated_time
 async def test_a_silent_server_is_given_up_by_a_busy_process_too(turn: float) -> None:
     took = await waited(never, turn=turn)
     assert BOUND - 0.01 < took < BOUND + (LATE_TICKS + 1) * max(TURNS * turn, TICK)
 
 
-@in_own_time
+@in_simulated_time
 async def test_silence_counts_from_the_last_answer_to_anybody() -> None:
     began = now()
     took = await waited(lambda: began + 0.1, turn=0.03)
@@ -70,7 +70,7 @@ async def test_silence_counts_from_the_last_answer_to_anybody() -> None:
 
 
 @pytest.mark.parametrize("turn", [0.03, 0.3, 0.6, 2])
-@in_own_time
+@in_simulated_time
 async def test_an_answer_that_lies_in_the_socket_counts(turn: float) -> None:
     """However long nobody could read it."""
     here, there = socket.socketpair()
@@ -84,7 +84,7 @@ async def test_an_answer_that_lies_in_the_socket_counts(turn: float) -> None:
         working.cancel()
 
 
-@in_own_time
+@in_simulated_time
 async def test_whoever_waits_for_a_turn_is_patient_while_others_are_answered() -> None:
     with Deadline(BOUND, now):
         for _ in range(25):
@@ -92,13 +92,13 @@ async def test_whoever_waits_for_a_turn_is_patient_while_others_are_answered() -
             await asyncio.sleep(0)
 
 
-@in_own_time
+@in_simulated_time
 async def test_even_then_there_is_an_end() -> None:
     took = await waited(now, turn=0.03)
     assert BOUND * LONGEST_FACTOR <= took < BOUND * LONGEST_FACTOR + (LATE_TICKS + 1) * TURNS * 0.03
 
 
-@in_own_time
+@in_simulated_time
 async def test_somebody_elses_cancellation_stays_one() -> None:
     async def ask() -> None:
         with Deadline(BOUND, never):
