@@ -1,4 +1,4 @@
-"""Requests to a server that may be anything, and answers of which only harmless parts are kept."""
+"""Requests to a server that may be anything; only harmless parts of its answers are kept."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ SLUG = re.compile(r"[a-z-]{1,40}")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. `status`: 0 where nothing did, and `failure` says why. `body`: its JSON; None: it is none."""
+    """An answer. `status`: 0 if there is none, and `failure` says why. `body`: its JSON; None if it is none."""
 
     status: int
     headers: httpx.Headers
@@ -28,20 +28,18 @@ class Answer:
 
     @property
     def slug(self) -> str:
-        """Which problem it is; empty where it is none of ours."""
+        """The broker's problem type; empty if it is none of ours."""
         kind = self.body.get("type") if isinstance(self.body, dict) else None
         last = kind.rpartition("/")[2] if isinstance(kind, str) and "/problems/" in kind else ""
         return last if SLUG.fullmatch(last) else ""
 
     def __str__(self) -> str:
-        """Without a word of the server's own, which may be anything."""
-        if not self.status:
-            return f"no answer ({self.failure})"
-        return f"{self.status} {self.slug}".rstrip()
+        """Return status and slug: none of the server's own words, which may be anything."""
+        return f"{self.status} {self.slug}".rstrip() if self.status else f"no answer ({self.failure})"
 
 
-class Asker:
-    """Asks one deployment. `base_url`: its public URL, without a slash at the end; nothing is sent anywhere else."""
+class Client:
+    """Sends requests to one deployment. `base_url`: its public URL, without a trailing slash."""
 
     def __init__(self, base_url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.base_url = base_url
@@ -54,7 +52,7 @@ class Asker:
         )
         self._room = asyncio.Semaphore(AT_ONCE)
 
-    async def ask(
+    async def request(
         self,
         method: str,
         path: str,
@@ -64,16 +62,15 @@ class Asker:
         chunked: bool = False,
         base_url: str | None = None,
     ) -> Answer:
-        """Send one request; `path` goes out as it stands, dots and all. Never raises.
+        """Send one request, with `path` exactly as given. Never raises.
 
-        `chunked`: send the body without saying its length. `base_url`: another one of the same host.
+        `chunked`: send the body without its length. `base_url`: another one of the same host.
         """
-        body = _in_chunks(content) if chunked and content is not None else content
         request = self._client.build_request(
             method,
             base_url or self.base_url,
             headers={"Accept": "application/json", "Accept-Encoding": "identity", **(headers or {})},
-            content=body,
+            content=_chunks(content) if chunked and content else content,
             extensions={"target": f"{self._prefix}{path}".encode()},
         )
         try:
@@ -86,7 +83,7 @@ class Asker:
         except (httpx.HTTPError, TimeoutError) as error:
             return Answer(0, httpx.Headers(), failure=type(error).__name__)
         finally:
-            self._client.cookies.clear()  # no request depends on what an earlier one was given
+            self._client.cookies.clear()  # no request depends on an earlier answer
         return Answer(response.status_code, response.headers, _json(raw))
 
     async def aclose(self) -> None:
@@ -94,13 +91,13 @@ class Asker:
         await self._client.aclose()
 
 
-async def _in_chunks(content: bytes) -> AsyncIterator[bytes]:
+async def _chunks(content: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(content), 4096):
         yield content[start : start + 4096]
 
 
 async def _read(response: httpx.Response) -> bytes:
-    """The body as it came, or its beginning."""
+    """Return the body undecoded, or its beginning."""
     raw = bytearray()
     async for chunk in response.aiter_raw():
         raw += chunk

@@ -84,7 +84,7 @@ async def test_a_oneinbox_is_no_broker(emulator: RunningEmulator, tmp_path: Path
     before = len(emulator.emulator.requests)
     done = await asyncio.to_thread(run, "doctor", "--probe", emulator.url, cwd=tmp_path, environ={})
     assert done.code == 1
-    assert done.out.startswith("✗ broker: this is no broker: ")
+    assert done.out.startswith("✗ broker: this is not a broker: ")
     assert len(emulator.emulator.requests) == before + 1
 
 
