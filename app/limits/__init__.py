@@ -1,4 +1,4 @@
-"""How much a user may have: declared with slowapi, decided by the store in one go."""
+"""Limits and running calls: declared with slowapi, decided by the store in one request."""
 
 from app.limits.call_attempt import CallAttempt
 from app.limits.kill_switch import KillSwitch

@@ -1,4 +1,4 @@
-"""The IETF's rate-limit headers; in one place, as the draft still moves."""
+"""The IETF's rate-limit headers, in one place because the draft still changes."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
 
 
 def policy_name(prefix: str, rate: Rate) -> str:
-    """A policy's name, such as `user-minute`; windows without a name of their own get their seconds."""
+    """Return a policy's name, such as `user-minute`, or `user-90s` for a window without a name."""
     return f"{prefix}-{NAMES.get(rate.seconds, f'{rate.seconds}s')}"
 
 
 def rate_limit_headers(limits: Sequence[tuple[str, Rate, RateState]]) -> dict[str, str]:
-    """RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10) for named limits, the closest first.
+    """Return RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10), the closest limit first.
 
-    Only a user's own limits may be given: nobody learns another's or a global counter.
+    Pass only a user's own limits: other users' and global counters are private.
     """
     closest = sorted(limits, key=lambda limit: (limit[2].remaining, -limit[2].reset))
     return {

@@ -1,4 +1,4 @@
-"""The operator's hand brake: pause all sessions, block one user. In force on every replica within two seconds."""
+"""The operator's kill switch: pause all sessions, block one user. In force on every replica within two seconds."""
 
 import asyncio
 import math
@@ -16,14 +16,14 @@ PAUSE = "pause"
 BLOCKS = "blocks"
 READ_SECONDS = 1
 IN_FORCE_SECONDS = 2
-"""By when every replica that reaches the store has read it."""
+"""Seconds within which every replica that reaches the store has read it."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
 class KillSwitch:
-    """What the operator stopped, read each second; the last that was seen stays in force while the store is gone.
+    """Pauses and blocks, read every second; the last known ones stay in force while the store is gone.
 
     `clock`: monotonic seconds.
     """
@@ -34,37 +34,37 @@ class KillSwitch:
     _blocked_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def check(self, user: User) -> None:
-        """Raises `at-capacity` while everything is paused, `blocked` for a blocked user."""
+        """Raise `at-capacity` while sessions are paused, `blocked` for a blocked user."""
         left = self._paused_until - self.clock()
         if left > 0:
-            # An end that lies hours ahead may be moved; nobody should wait for it unasked.
+            # A pause of hours may be ended early, so clients ask again after a minute at most.
             raise Problem("at-capacity", headers={"Retry-After": str(min(math.ceil(left), 60))})
         if self._blocked_until.get(user.store_name, 0) > self.clock():
             raise Problem("blocked")
 
     async def pause(self, seconds: float) -> None:
-        """Give no session to anybody for so long."""
+        """Refuse all sessions for `seconds`."""
         await self.store.add_member(PAUSE, PAUSE, seconds)
 
     async def resume(self) -> bool:
-        """End a pause; whether there was one."""
+        """End a pause; return whether there was one."""
         return await self.store.remove_member([PAUSE], PAUSE)
 
     async def block(self, user: User, seconds: float) -> None:
-        """Give no session to a user for so long."""
+        """Refuse a user's sessions for `seconds`."""
         await self.store.add_member(BLOCKS, user.store_name, seconds)
 
     async def unblock(self, user: User) -> bool:
-        """End a block; whether there was one."""
+        """End a block; return whether there was one."""
         return await self.store.remove_member([BLOCKS], user.store_name)
 
     async def refresh(self) -> None:
-        """See what is stopped. While the shared store is gone nothing changes."""
+        """Read pauses and blocks. Nothing changes while the shared store is gone."""
         if not self._reachable():
             return
         paused, blocked = await self.store.members(PAUSE), await self.store.members(BLOCKS)
         if not self._reachable():
-            return  # lost meanwhile: that was this process's own memory, which knows of nothing
+            return  # lost meanwhile: these came from this process's own memory, which has none
         now = self.clock()
         self._paused_until = max((now + left for left in paused.values()), default=0.0)
         self._blocked_until = {name: now + left for name, left in blocked.items()}
@@ -73,7 +73,7 @@ class KillSwitch:
         return self.store.state == "ok"
 
     async def run(self) -> None:
-        """Read for ever."""
+        """Refresh every READ_SECONDS, until cancelled."""
         while True:
             await self.refresh()
             await asyncio.sleep(READ_SECONDS)

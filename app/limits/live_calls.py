@@ -1,4 +1,4 @@
-"""The calls that are running: their slots, their ends, and the hanging up of those that nobody wants (any more)."""
+"""Tracks running calls; frees their slots when they end and hangs up unwanted ones."""
 
 import asyncio
 import contextlib
@@ -19,17 +19,17 @@ from app.store import LimitRequest, Rate, Store, StoreUnavailable, Value
 from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
-LOOK_SECONDS = 10
-"""A refused user's calls are looked at this often at most."""
+RECHECK_SECONDS = 10
+"""A refused user's calls are rechecked this often at most."""
 UNSTOPPED = "unstopped"
-"""The set of calls that could not be hung up."""
+"""The set of calls that could not be hung up, or not be found."""
 UNSTOPPED_SECONDS = 7 * 86400
 DAY = 86400
 LISTED_CALLS = 50
 AT_ONCE = 8
-"""Look-ups of one sweep under way at once."""
+"""Concurrent look-ups of one sweep."""
 
-# Why a call is hung up: in logs and in the store, and what metrics call it.
+# Why a call is hung up: as logs and the store say it, and the label in metrics. The sentences are stored: keep them.
 HUNG_UP = "its caller hung up"
 NOT_COLLECTED = "its caller hung up and did not come back"
 NOT_KEPT = "its answer could not be kept"
@@ -52,24 +52,24 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LiveCall:
-    """One running call, as the store keeps it: its Start's name, OneInbox's id, and why it must end, if it must."""
+    """The store's record of a running call. `member`: its attempt's key. `unwanted`: why it must end, if it must."""
 
     member: str
     call_id: str
     unwanted: str = ""
 
     def to_bytes(self) -> bytes:
-        """For the store."""
+        """Return the value to store."""
         return to_json(self)
 
     @classmethod
     def from_bytes(cls, value: bytes) -> Self:
-        """What `to_bytes` made."""
+        """Parse a stored value."""
         return cls(**from_json(value))
 
     @property
     def attempt(self) -> CallAttempt:
-        """How it began."""
+        """The attempt that started the call."""
         return CallAttempt.from_key(self.member)
 
 
@@ -77,8 +77,8 @@ class LiveCall:
 class LiveCalls:
     """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
 
-    `max_seconds`: longest life of a call; 0: any. `join_timeout`: seconds to stay unjoined; 0: any. `lease`: seconds
-    after which a slot is free whatever became of its call. `now`: Unix time. `metrics`: count what is hung up.
+    `max_seconds`: longest life of a call; 0: no limit. `join_timeout`: seconds a call may stay unjoined; 0: no limit.
+    `lease`: seconds after which a slot is free in any case. `now`: Unix time. `metrics`: count hang-ups.
     """
 
     store: Store
@@ -94,7 +94,7 @@ class LiveCalls:
     """Calls that the shared store missed, by request id; the next sweep writes them."""
 
     async def begin(self, attempt: CallAttempt, call_id: str, *, unwanted: str = "") -> None:
-        """Remember which call took the slots of a start. `unwanted`: why it must be hung up, until it is."""
+        """Record the call that an attempt started. `unwanted`: why it must be hung up."""
         call = LiveCall(attempt.key, call_id, unwanted)
         try:
             await self._write(call)
@@ -102,58 +102,56 @@ class LiveCalls:
             self._unsaved[attempt.request_id] = call
 
     async def note_end(self, request_id: str, record: CallRecord) -> None:
-        """Free the slots of a call that was seen ended."""
-        with contextlib.suppress(StoreUnavailable):  # the sweep sees it, too
+        """Free the slots of a call if its record has ended."""
+        with contextlib.suppress(StoreUnavailable):  # the sweep will see it
             if record.ended and (call := await self._find(request_id)) is not None:
                 await self._end(call, record)
 
     async def note_gone(self, call_id: str) -> None:
-        """Free the slots of a call that OneInbox does not know (any more)."""
+        """Free the slots of a call that OneInbox does not know."""
         with contextlib.suppress(StoreUnavailable):
-            request_id = await self._request_id(call_id)
-            if request_id is not None and (call := await self._find(request_id)) is not None:
+            if (call := await self._find_by_id(call_id)) is not None:
                 await self._end(call, None)
 
     async def stop(self, attempt: CallAttempt, call_id: str, why: str) -> None:
-        """Hang up a call that nobody is given. One that cannot be stopped is remembered; each sweep tries again."""
+        """Hang up an unwanted call. If that fails, each sweep tries again."""
         await self.store.remove_member([UNSTOPPED], _unfound(attempt))
         await self.begin(attempt, call_id, unwanted=why)
-        with contextlib.suppress(OneInboxError):  # said and remembered by now
+        with contextlib.suppress(OneInboxError):  # logged and recorded by now
             await self._hang_up(LiveCall(attempt.key, call_id, why), why)
 
     async def release_slots(self, attempt: CallAttempt) -> None:
-        """Free the slots of a start that became no call."""
+        """Free the slots of an attempt that started no call."""
         await self.store.remove_member([UNSTOPPED], _unfound(attempt))
         await self.store.remove_member(attempt.sets, attempt.key)
 
     async def mark_unresolved(self, attempt: CallAttempt) -> None:
-        """Note that a call may run which nobody could find."""
+        """List a call that may be running but was not found, for an operator."""
         await self.store.add_member(UNSTOPPED, _unfound(attempt), UNSTOPPED_SECONDS)
 
     async def is_pending(self, attempt: CallAttempt) -> bool:
-        """Whether it is not known what became of a start. Raises StoreUnavailable: then nobody can tell."""
+        """Return whether the outcome of an attempt is unknown. Raises StoreUnavailable."""
         return await self._find(attempt.request_id) is None
 
     async def handed_out(self, call_id: str) -> bool:
-        """Whether this deployment started the call, as far as its store remembers: a day and longer."""
+        """Return whether this deployment started the call, as far as its store remembers: at least a day."""
         return await self._request_id(call_id) is not None
 
     async def is_live(self, call_id: str) -> bool:
-        """Whether the call counts as running; False while nobody can tell."""
-        request_id = await self._request_id(call_id)
+        """Return whether the call counts as running; False while the store cannot tell."""
         try:
-            return request_id is not None and await self._find(request_id) is not None
+            return await self._find_by_id(call_id) is not None
         except StoreUnavailable:
             return False
 
     async def of_user(self, user: User) -> list[str]:
-        """Ids of the calls that a user started in the last day, the newest first. Raises StoreUnavailable."""
+        """Return the ids of the calls that a user started in the last day, newest first. Raises StoreUnavailable."""
         calls = [LiveCall.from_bytes(value) for value in await self.store.items(_list_of(user.store_name))]
         return [call.call_id for call in calls if call.attempt.since > self.now() - DAY]
 
     async def recheck(self, user: User) -> bool:
-        """Look whether a refused user's calls have ended meanwhile; whether any slot became free."""
-        if not (await self.store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, LOOK_SECONDS)]))).allowed:
+        """Check whether a refused user's calls have ended; return whether any slot became free."""
+        if not (await self.store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, RECHECK_SECONDS)]))).allowed:
             return False
         members = await self.store.members(calls_of_user(user.store_name))
         freed = await asyncio.gather(
@@ -162,7 +160,7 @@ class LiveCalls:
         return any(freed)
 
     async def flush(self) -> None:
-        """Tell the shared store of calls that began while it was gone."""
+        """Write the calls that began while the shared store was gone."""
         for request_id, call in list(self._unsaved.items()):
             try:
                 await self._write(call)
@@ -171,31 +169,31 @@ class LiveCalls:
             self._unsaved.pop(request_id, None)
 
     async def sweep(self) -> list[CallAttempt]:
-        """Look at every live call once, if no other replica has just done so; the starts of unknown outcome."""
+        """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
         await self.flush()
         if not (await self.store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
         pending: list[CallAttempt] = []
 
-        async def look(attempt: CallAttempt) -> None:
+        async def check(attempt: CallAttempt) -> None:
             try:
                 async with places:
                     if await self._check_call(attempt) is None:
                         pending.append(attempt)
-            except Exception:  # one call must not keep the others from being looked at
+            except Exception:  # one call must not keep the others from being checked
                 log.exception("call_check_failed", request_id=attempt.request_id)
 
         members = await self.store.members(ALL_CALLS)
-        await asyncio.gather(*(look(CallAttempt.from_key(member)) for member in members))
+        await asyncio.gather(*(check(CallAttempt.from_key(member)) for member in members))
         return pending
 
     async def _check_call(self, attempt: CallAttempt) -> bool | None:
-        """Look at one call; whether its slots became free. None: it is not known what became of its start."""
+        """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown."""
         try:
             call = await self._find(attempt.request_id)
         except StoreUnavailable:
-            return False  # without its record nobody can tell; that is no sign of anything
+            return False  # without the store nothing is known about the call
         if call is None:
             return None
         try:
@@ -223,7 +221,7 @@ class LiveCalls:
         return ""
 
     async def _hang_up(self, call: LiveCall, why: str) -> CallRecord:
-        """Stop a call; its record afterwards. Raises OneInboxError, after having remembered that it runs on."""
+        """Stop a call; return its record. Raises OneInboxError, after recording that the call runs on."""
         log.warning("call_stop_requested", call=call.call_id, why=why)
         try:
             record = await self.oneinbox.stop_call(call.call_id)
@@ -244,11 +242,15 @@ class LiveCalls:
         return record
 
     async def _find(self, request_id: str) -> LiveCall | None:
-        """The record of a call; None: there is none. Raises StoreUnavailable."""
+        """Return the record of a call, or None. Raises StoreUnavailable."""
         if request_id in self._unsaved:
             return self._unsaved[request_id]
         value = await self.store.get(f"call:{request_id}")
         return LiveCall.from_bytes(value) if value is not None else None
+
+    async def _find_by_id(self, call_id: str) -> LiveCall | None:
+        request_id = await self._request_id(call_id)
+        return await self._find(request_id) if request_id is not None else None
 
     async def _request_id(self, call_id: str) -> str | None:
         for request_id, call in self._unsaved.items():
@@ -261,7 +263,7 @@ class LiveCalls:
         return value.decode() if value is not None else None
 
     async def _end(self, call: LiveCall, record: CallRecord | None) -> None:
-        """Free a call's slots, and count its minutes, once."""
+        """Free a call's slots and count its minutes, once."""
         attempt = call.attempt
         self._unsaved.pop(attempt.request_id, None)
         if await self.store.remove_member(attempt.sets, attempt.key):
@@ -288,7 +290,7 @@ class LiveCalls:
 
 
 def _unfound(attempt: CallAttempt) -> str:
-    """Name of a call that may run, in a list for an operator."""
+    """Return the name in UNSTOPPED of a call that was not found."""
     return f"of the request {attempt.request_id}"
 
 

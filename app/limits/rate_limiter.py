@@ -1,4 +1,4 @@
-"""The one decision: may this user have what they ask for, now?"""
+"""Decides whether a user may have a request or a session now, by all limits in one request to the store."""
 
 import hashlib
 import math
@@ -22,16 +22,16 @@ from app.store import Decision, LimitRequest, Rate, RateState, Slot, Store
 from app.telemetry.metrics import Metrics
 
 FAILED_LOGINS = 60
-"""Failed logins a minute from one address, after which further ones are told to wait."""
+"""Failed logins per minute and address; further ones are refused with a 429."""
 LIVE_RETRY_AFTER = 10
-"""Seconds to wait for a live call to end, where no end is known."""
+"""Retry-After in seconds for a live call to end: its end is not known."""
 STORE_RETRY_AFTER = 5
-"""Seconds to wait for the shared store: it is taken up again within so many of its return."""
+"""Retry-After in seconds while the shared store is gone."""
 NEARLY = 0.8
-"""Share of a global limit that an operator should know about."""
+"""Share of a global limit that is worth a warning."""
 
 SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
-"""Names of a session's slots, in the order in which they are asked for."""
+"""Names of a session's slots, in the order of its request."""
 
 CACHED_USERS = 4096
 """Users whose applicable limits are cached."""
@@ -42,7 +42,7 @@ Owner = Literal["user", "agent", "all"]
 
 
 def for_user(user: str, agent: str) -> str:
-    """Key function: a budget for each user. Users by their names in the store, agents by theirs."""
+    """Key function: a budget for each user. `user`: name in the store; `agent`: configured name."""
     return user
 
 
@@ -52,21 +52,21 @@ def for_user_and_agent(user: str, agent: str) -> str:
 
 
 def for_all(user: str, agent: str) -> str:
-    """Key function: one budget for everybody."""
+    """Key function: one budget for all users."""
     return "all"
 
 
 def declare(limits: str, key_function: Callable[[str, str], str], scope: Owner | Literal["request"]) -> list[Limit]:
-    """Limits in slowapi's terms, read from a string such as `5/minute;50/day`.
+    """Return limits in slowapi's terms, parsed from a string such as `5/minute;50/day`.
 
-    slowapi only declares. It would decide one limit after the other, in fixed windows, and block the event loop on a
-    shared store; here the store decides about all at once.
+    slowapi only declares them: it would decide one limit after the other, in fixed windows, and block the event loop on
+    a shared store. Here the store decides about all at once.
     """
     return list(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
 
 
 class Refused(RateLimitExceeded):
-    """No room under a declared rate. `problem`: what the browser is told."""
+    """No room under a declared rate. `problem`: the answer to the browser."""
 
     def __init__(self, limit: Limit, problem: Problem) -> None:
         super().__init__(limit)
@@ -75,7 +75,7 @@ class Refused(RateLimitExceeded):
 
 @dataclass(frozen=True, slots=True)
 class UserLimits:
-    """The limits that one user meets, all asked for in one request.
+    """The limits that apply to one user, asked for in one request.
 
     `request`: without its member. `owners` and `names` (the same for all users): of the rates, then of the slots.
     `own`: indices of the user's own rates.
@@ -88,7 +88,7 @@ class UserLimits:
     own: Sequence[int]
 
     def headers(self, states: Sequence[RateState]) -> dict[str, str]:
-        """Headers that say what is left of the user's own rates; the global ones stay private."""
+        """Return headers that say what is left of the user's own rates; the global ones stay private."""
         rates = self.request.rates
         return rate_limit_headers([(self.names[index], rates[index], states[index]) for index in self.own])
 
@@ -104,11 +104,10 @@ class Reservation:
 
 @dataclass
 class Limits:
-    """Declares the limits once, and asks the store about all of them in one question.
+    """Declares the limits once, and asks the store about all of them in one request.
 
-    `enforce` False: what would be refused is logged and let through. `count_locally` False: while the shared store is
-    gone, sessions are refused. `lease`: seconds after which a live slot is free whatever became of its call. `metrics`:
-    count what is refused.
+    `lease`: seconds after which a live slot is free in any case. `enforce` False: log what would be refused and let it
+    through. `count_locally` False: refuse sessions while the shared store is gone. `metrics`: count refusals.
     """
 
     store: Store
@@ -142,7 +141,7 @@ class Limits:
         self._limits_of_request = lru_cache(CACHED_USERS)(self._make_request_limits)
 
     async def count_request(self, user: User) -> dict[str, str]:
-        """Count a request, whatever comes of it; headers that say what is left. Raises Refused."""
+        """Count a request, whatever its outcome; return headers that say what is left. Raises Refused."""
         limits = self._limits_of_request(user.store_name)
         decision = await self.store.decide(limits.request)
         headers = limits.headers(decision.rates)
@@ -152,11 +151,11 @@ class Limits:
         return headers
 
     async def count_failed_login(self, address: str) -> None:
-        """Count a login that failed. Raises a 429 problem when the address has failed too often."""
+        """Count a failed login. Raises a 429 problem when the address has failed too often."""
         await self.count_failure("login", address, FAILED_LOGINS)
 
     async def count_failure(self, kind: str, address: str, most: int) -> None:
-        """Count a failure of an address, at most `most` a minute. Raises a 429 problem beyond."""
+        """Count a failure of an address. Raises a 429 problem after `most` in a minute."""
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
         decision = await self.store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
         if decision.refused:
@@ -182,11 +181,11 @@ class Limits:
         return Reservation(request, decision, headers)
 
     async def release(self, reservation: Reservation) -> None:
-        """Give a reservation back; only where no call can exist."""
+        """Give a reservation back; only if its call cannot exist."""
         await self.store.give_back(reservation.request, reservation.decision)
 
     async def usage(self) -> list[tuple[str, int, int]]:
-        """The global limits: name, sessions counted, sessions allowed."""
+        """Return the global limits: name, sessions counted, sessions allowed."""
         rates = [_rate(limit, "all") for limit in self._global]
         decision = await self.store.decide(LimitRequest(rates, cost=0))
         return [
@@ -217,7 +216,7 @@ class Limits:
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
         count = len(decision.rates)
-        own_rates = [i for i in decision.refused if i < count and limits.owners[i] != "all"]
+        own_rates = [index for index in decision.refused if index in limits.own]
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
             return Refused(limits.limits[own_rates[0]], _wait("rate-limited", wait, headers))
@@ -227,7 +226,7 @@ class Limits:
         return _wait("at-capacity", max(waits), headers)
 
     def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
-        """Whether a refusal is only watched. Counts it, and says in the log which limit would have refused."""
+        """Count a refusal; return True, and log the limits, if they are not enforced."""
         self.metrics.refused([limits.names[index] for index in decision.refused], enforced=self.enforce)
         if self.enforce:
             return False
@@ -236,7 +235,7 @@ class Limits:
         return True
 
     def _warn_when_nearly_used_up(self, limits: UserLimits, decision: Decision) -> None:
-        """Say once per window that a global limit is used to 80%."""
+        """Log once per window that 80% of a global limit are used."""
         for owner, rate, state in zip(limits.owners, limits.request.rates, decision.rates, strict=False):
             used = rate.amount - state.remaining
             if owner != "all" or used < NEARLY * rate.amount or self._nearly_until.get(rate.name, 0) > self.clock():
@@ -251,5 +250,5 @@ def _rate(limit: Limit, key: str) -> Rate:
 
 
 def _wait(slug: str, seconds: float, headers: Mapping[str, str]) -> Problem:
-    """A refusal that says when to try again: in whole seconds, at least one, never too early."""
+    """Return a refusal with Retry-After: whole seconds, rounded up, at least 1."""
     return Problem(slug, headers={**headers, "Retry-After": str(max(1, math.ceil(seconds)))})

@@ -1,8 +1,8 @@
-"""Calls whose answer was lost: found again by what the broker wrote on their record, and hung up.
+"""Finds calls whose answer was lost, by the metadata that the broker wrote on their record, and hangs them up.
 
-A POST to OneInbox that timed out, broke off or failed may have started a call all the same, which nobody will ever join
-and which is billed. Each is looked for some times over a minute. What a killed process left behind is found by any
-replica's sweep: its name in the set of live calls says all that is needed.
+A POST to OneInbox that timed out, broke off or failed may still have started a call, which is billed although no one
+will join it. Each is looked for several times within a minute. Calls that a killed process left behind are found by any
+replica's sweep: their keys in the set of live calls hold all that is needed.
 """
 
 import asyncio
@@ -23,31 +23,31 @@ from app.store import StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 SCAN_AFTER = (2.0, 5.0, 15.0, 60.0)
-"""Seconds after the loss at which is looked; after the last, there was no call."""
+"""Seconds after the loss at which to scan; if the last scan finds no call, there is none."""
 CLOCKS_APART = 300.0
-"""OneInbox's clock and ours may differ by so many seconds."""
+"""Seconds that OneInbox's clock and ours may differ by."""
 PAGE = 100
 OVERLAP = 10
-"""Calls that a page repeats from the one before: calls that end meanwhile move all others up in a list by status."""
+"""Calls that a page repeats from the one before: when calls end meanwhile, the others move up in a list by status."""
 MOST_PAGES = 20
 MOST_FETCHES = 200
-"""Calls that one scan fetches one by one, where a list does not say enough."""
-MOST_REMEMBERED = 10_000
-"""Calls whose metadata is remembered, so that the next scan fetches others: it never changes."""
+"""Most calls that one scan fetches one by one, because a list has no metadata."""
+MOST_CACHED = 10_000
+"""Most calls whose metadata is cached, so that the next scan fetches others. It never changes."""
 STOPS_AT_ONCE = 8
 TRIES = 3
-"""Times that one page is asked for before the scan breaks off."""
+"""Times that a page is requested before the scan breaks off."""
 RUNNING = ("queued", "initiated", "in_progress")
-"""Statuses of calls that have to be stopped; their lists are short, whatever an account's day was like."""
+"""Statuses of calls that must be stopped. Their lists are short, however many calls the account has."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Loss:
-    """A start of unknown outcome. `since`: Unix time from which SCAN_AFTER counts. `scans`: how often was looked.
+    """An attempt of unknown outcome. `since`: Unix time from which SCAN_AFTER counts. `scans`: number of scans so far.
 
-    `witnessed`: this process itself saw the answer get lost; what a sweep found may turn out to be known after all.
+    `witnessed`: this process lost the answer itself; for one that a sweep found, the outcome may still become known.
     """
 
     attempt: CallAttempt
@@ -57,13 +57,13 @@ class Loss:
 
     @property
     def due(self) -> float:
-        """When to look next."""
+        """Unix time of the next scan."""
         return self.since + SCAN_AFTER[self.scans]
 
 
 @dataclass(slots=True)
 class ScanResult:
-    """What a scan of one agent brought. `complete`: nothing that may be a lost call was left out."""
+    """The result of scanning one agent's calls. `complete`: no call that may be a lost one was left out."""
 
     found: dict[str, CallRecord] = field(default_factory=dict)
     complete: bool = True
@@ -75,7 +75,7 @@ class Reconciler:
     """Looks for lost calls, all in one scan.
 
     `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
-    count lost calls, and what became of them.
+    count lost calls and their outcomes.
     """
 
     oneinbox: OneInbox
@@ -87,25 +87,25 @@ class Reconciler:
     metrics: Metrics = field(default_factory=Metrics)
     _losses: dict[str, Loss] = field(default_factory=dict, init=False)
     _added: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    _remembered: OrderedDict[str, CallRecord] = field(default_factory=OrderedDict, init=False)
+    _cached: OrderedDict[str, CallRecord] = field(default_factory=OrderedDict, init=False)
     _stop_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STOPS_AT_ONCE), init=False)
     _stops: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     def report_lost(self, attempt: CallAttempt) -> None:
-        """Look for the call of a start whose answer this process has lost."""
+        """Look for the call of an attempt whose answer this process has lost."""
         self._add(Loss(attempt, self.now(), witnessed=True))
 
     def report_stale(self, attempts: list[CallAttempt]) -> None:
-        """Look for those starts of unknown outcome whose answer must have come long ago.
+        """Look for the calls of those attempts whose answer is overdue.
 
-        Not before every replica has had the time to tell the store what it knows.
+        The first scan waits until every replica has had time to write what it knows to the store.
         """
         for attempt in attempts:
             if self.now() - attempt.since > self.timeout + SCAN_AFTER[-1]:
                 self._add(Loss(attempt, self.now() + SWEEP_SECONDS, witnessed=False))
 
     async def run(self) -> None:
-        """Look, for ever, whenever it is time for one."""
+        """Scan whenever a loss is due, until cancelled."""
         try:
             while True:
                 await self._until_due()
@@ -119,7 +119,7 @@ class Reconciler:
                 task.cancel()
 
     async def scan(self) -> None:
-        """Look once for all that are due, and settle each that is found, or was looked for the last time."""
+        """Look once for all that are due; settle each that is found, or was looked for the last time."""
         losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self.now()}
         for agent in {loss.attempt.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
@@ -129,7 +129,7 @@ class Reconciler:
                 await self._settle(loss, result.found.get(request_id), complete=result.complete)
 
     async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], result: ScanResult) -> None:
-        """Look through an agent's running calls; for the last time also through all, whose status may be a new one."""
+        """Look through an agent's running calls, the last time through all: a call's status may be a new one."""
         agent_id = self.agent_ids.get(agent, "")
         for status in RUNNING:
             try:
@@ -163,10 +163,10 @@ class Reconciler:
         attempt = loss.attempt
         try:
             if not loss.witnessed and not await self.live.is_pending(attempt):
-                del self._losses[attempt.request_id]  # it was known after all
+                del self._losses[attempt.request_id]  # its outcome is known now
                 return
         except StoreUnavailable:
-            loss.since = self.now()  # nobody can tell now
+            loss.since = self.now()  # the store cannot tell; start over
             return
         loss.scans += 1
         if record is not None:
@@ -181,13 +181,13 @@ class Reconciler:
                 self.metrics.orphan("not-found")
                 await self.live.release_slots(attempt)
             else:
-                # It may run: its slot stays until the lease ends, and the next sweep begins anew.
+                # It may run: its slot stays until the lease ends, and the next sweep reports it again.
                 log.error("lost_call_unresolved", request_id=attempt.request_id)
                 self.metrics.orphan("given-up")
                 await self.live.mark_unresolved(attempt)
 
     def _stop(self, attempt: CallAttempt, call_id: str) -> None:
-        """Hang up beside the scans: a stop that hangs must not hold up another loss."""
+        """Hang up in the background: a slow stop must not delay the scans."""
 
         async def stop() -> None:
             async with self._stop_slots:
@@ -198,13 +198,13 @@ class Reconciler:
         task.add_done_callback(self._stops.discard)
 
     async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], result: ScanResult) -> None:
-        """Look through one list of calls, newest first, until all are found or too old. Raises OneInboxError."""
+        """Look through a list of calls, newest first, until all are found or too old. Raises OneInboxError."""
         oldest = min(loss.attempt.since for loss in losses.values()) - CLOCKS_APART
         offset, seen = 0, set[str]()
         for _ in range(MOST_PAGES):
             calls = await self._page(agent_id, status, offset)
             if offset and seen.isdisjoint(each.id for each in calls.items):
-                offset = max(0, offset - PAGE // 2)  # more ended than pages overlap; between lies what nobody has seen
+                offset = max(0, offset - PAGE // 2)  # more calls ended than pages overlap: some were skipped
                 continue
             for listed in calls.items:
                 record = await self._with_metadata(listed, losses, result)
@@ -227,11 +227,11 @@ class Reconciler:
     async def _with_metadata(
         self, listed: CallRecord, losses: Mapping[str, Loss], result: ScanResult
     ) -> CallRecord | None:
-        """A listed call with its metadata; None where it cannot be one of the lost ones, or cannot be had."""
+        """Return a listed call with its metadata; None if it is surely not lost, or cannot be fetched."""
         if listed.metadata is not None:
             return listed
-        if listed.id in self._remembered:
-            return self._remembered[listed.id]
+        if listed.id in self._cached:
+            return self._cached[listed.id]
         if not any(self._fits(listed, loss.attempt) for loss in losses.values()):
             return None
         if result.fetches >= MOST_FETCHES:
@@ -241,12 +241,12 @@ class Reconciler:
         try:
             record = await self.oneinbox.get_call(listed.id)
         except OneInboxError as error:
-            # A 404 is no lost call of ours; anything else may hide one.
+            # A 404 is not a lost call; any other error may hide one.
             result.complete = result.complete and error.status == 404
             return None
-        self._remembered[record.id] = record.model_copy(update={"messages": None, "transcript": None})
-        while len(self._remembered) > MOST_REMEMBERED:
-            self._remembered.popitem(last=False)
+        self._cached[record.id] = record.model_copy(update={"messages": None, "transcript": None})
+        while len(self._cached) > MOST_CACHED:
+            self._cached.popitem(last=False)
         return record
 
     def _fits(self, record: CallRecord, attempt: CallAttempt) -> bool:

@@ -1,4 +1,4 @@
-"""The one sweep, on any replica: looks at live calls, hangs up what must end, and finds what a dead process left."""
+"""The sweep, by one replica at a time: checks live calls, hangs up those that must end, finds lost ones."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ log = structlog.get_logger(__name__)
 
 
 async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
-    """Sweep every SWEEP_SECONDS, and tell a shared store that is back at once what it missed."""
+    """Sweep every SWEEP_SECONDS; write what a shared store missed as soon as it is back."""
     seconds = 0
     while True:
         await asyncio.sleep(1)

@@ -1,8 +1,8 @@
-"""Minutes, not only calls: how long users have talked in the last day."""
+"""Talk time: the minutes that users have talked in the last day."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
@@ -16,7 +16,7 @@ from app.telemetry.metrics import Metrics
 
 DAY = 86400
 RETRY_AFTER = 60
-"""Seconds to wait for a running call to end, where no end is known."""
+"""Retry-After in seconds while a running call uses the last minutes: its end is not known."""
 GLOBAL_MINUTES = "global-talk-minutes"
 
 log = structlog.get_logger(__name__)
@@ -26,9 +26,9 @@ log = structlog.get_logger(__name__)
 class TalkTime:
     """Counts the seconds of finished calls, and adds those of running ones, from their POST on.
 
-    A session is refused once the minutes are used up; calls that run then run on, so that they are exceeded by the live
-    calls times BROKER_MAX_CALL_SECONDS at most. `minutes`, `minutes_total`: per user and in all; None: any. `now`: Unix
-    time. `metrics`: count what is refused.
+    Sessions are refused once the minutes are used up. Running calls go on, so the excess is at most the live calls
+    times BROKER_MAX_CALL_SECONDS. `minutes`, `minutes_total`: per user and in all; None: no limit. `now`: Unix time.
+    `metrics`: count refusals.
     """
 
     store: Store
@@ -40,7 +40,7 @@ class TalkTime:
     metrics: Metrics = field(default_factory=Metrics)
 
     async def check(self, user: User) -> None:
-        """Raises `talk-time-used-up` for the user's own minutes, `at-capacity` for everybody's."""
+        """Raise `talk-time-used-up` for the user's own minutes, `at-capacity` for those of all users."""
         if self.minutes is not None:
             rate = self._rate(user.store_name, self.minutes)
             await self._check(rate, calls_of_user(user.store_name), "talk-time-used-up")
@@ -48,7 +48,7 @@ class TalkTime:
             await self._check(self._rate("all", self.minutes_total), ALL_CALLS, "at-capacity")
 
     async def usage(self) -> list[tuple[str, int, int]]:
-        """The minutes of all users together, if they are limited: name, seconds used, seconds allowed."""
+        """Return the limit of all users together, if there is one: name, seconds used, seconds allowed."""
         if self.minutes_total is None:
             return []
         rate = self._rate("all", self.minutes_total)
@@ -57,8 +57,9 @@ class TalkTime:
         return [(GLOBAL_MINUTES, rate.amount - state.remaining + math.ceil(running), rate.amount)]
 
     async def count(self, attempt: CallAttempt, record: CallRecord | None) -> None:
-        """Count an ended call, once. One that is gone, or says no duration, counts from its POST until now."""
-        rates = [self._rate(name, minutes) for name, minutes in self._limits(attempt) if minutes is not None]
+        """Count an ended call, once. A call without a record or duration counts from its POST until now."""
+        limits = ((attempt.user, self.minutes), ("all", self.minutes_total))
+        rates = [self._rate(name, minutes) for name, minutes in limits if minutes is not None]
         if not rates:
             return
         seconds = record.duration_seconds if record is not None else None
@@ -66,9 +67,6 @@ class TalkTime:
             seconds = self.now() - attempt.since
         if seconds > 0:
             await self.store.decide(LimitRequest(rates, cost=math.ceil(seconds), enforce=False))
-
-    def _limits(self, attempt: CallAttempt) -> Sequence[tuple[str, int | None]]:
-        return (attempt.user, self.minutes), ("all", self.minutes_total)
 
     async def _check(self, rate: Rate, running: str, slug: str) -> None:
         state = (await self.store.decide(LimitRequest([rate], cost=0))).rates[0]
@@ -83,7 +81,7 @@ class TalkTime:
         raise Problem(slug, headers={"Retry-After": str(wait)})
 
     async def _running(self, calls: str) -> float:
-        """Seconds that the running calls of a set have taken until now."""
+        """Return the seconds that the running calls of a set have taken so far."""
         attempts = [CallAttempt.from_key(member) for member in await self.store.members(calls)]
         return sum(self.now() - attempt.since for attempt in attempts)
 
