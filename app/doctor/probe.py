@@ -216,7 +216,7 @@ async def _forged_identity(broker: Deployment, name: str) -> Finding:
     claims = {"sub": "probe", "exp": 4_000_000_000}
     weak = "secret".ljust(32, "!")
     for token in (jwt.encode(claims, "", "none"), jwt.encode(claims, weak, "HS256"), secrets.token_urlsafe(32)):
-        login = {"Authorization": f"Bearer {token}"}
+        login = {"Authorization": "Bearer " + token}
         if finding := await _login_works(broker, name, login, "check the settings BROKER_JWT_…"):
             return finding
     return fine(name, f"made-up tokens change nothing: {broker.listed}")
