@@ -1,1 +1,1 @@
-"""POST /session: a browser asks, and gets what it needs to join one call."""
+"""POST /session: start a call and return what a browser needs to join it."""

@@ -1,4 +1,4 @@
-"""A bot challenge before a session: Turnstile or hCaptcha, whose verify calls are alike.
+"""A bot challenge before a session: Turnstile or hCaptcha, whose verification requests are alike.
 
 https://developers.cloudflare.com/turnstile/get-started/server-side-validation/
 https://docs.hcaptcha.com/#verify-the-user-response-server-side
@@ -22,11 +22,11 @@ from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 FAILURES, FAILURE_SECONDS = 10, 60
-"""Failed challenges of an address at most, in any window of so many seconds."""
+"""Failed challenges allowed per address in any window of this many seconds."""
 MAX_ANSWER = 64 * 1024
 TOKEN = re.compile(r"[ -~]{1,2048}")  # 2,048 characters is Turnstile's bound; hCaptcha's tokens are shorter
 
-# The service refuses the broker and not the browser: the secret is wrong, or another site's.
+# The service rejects the broker, not the browser: its secret is wrong or belongs to another site.
 BROKERS_FAULT = ("missing-input-secret", "invalid-input-secret", "sitekey-secret-mismatch")
 
 log = structlog.get_logger(__name__)
@@ -34,11 +34,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Challenge:
-    """Asks the challenge's service whether a browser passed. Fails closed.
+    """Verify with the challenge service that a browser passed. Fails closed.
 
-    `secret` goes into the body of that question and nowhere else. `hosts`: host names, in lower case, that the
-    challenge may have been solved on; None: any. `transport`: to the service; follows no redirect. `timeout`: seconds
-    for its whole answer. `metrics`: count what is refused.
+    `secret`: sent in the body of that request and nowhere else. `hosts`: lower-case host names on which the challenge
+    may have been solved; None: any. `transport`: to the service; follows no redirects. `timeout`: seconds for the whole
+    response.
     """
 
     url: httpx.URL = field(repr=False)
@@ -53,20 +53,20 @@ class Challenge:
     async def check(self, token: str | None, address: str) -> None:
         """Return if the challenge was passed.
 
-        `token`: what the browser sent. `address`: the client's. Raises Problem: `challenge-failed`; `rate-limited`
-        after too many of those; `at-capacity` while the service or the store cannot be asked.
+        `token`: from the browser. `address`: the client's. Raises Problem: `challenge-failed`; `rate-limited` after
+        too many of those; `at-capacity` while the service or the store is unavailable.
         """
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()
         failures = Rate(f"rate:challenge:{digest}:{FAILURE_SECONDS}", FAILURES, FAILURE_SECONDS)
-        # Looked at before and counted after, so that those who pass are never held up by each other.
-        await self._room(failures, cost=0)
-        why = await self._failure(token, address)
-        if why is not None:
-            await self._room(failures, cost=1)  # also of many at once, only so many are told
-            raise Problem("challenge-failed", why)
+        # Checked before and counted after, so that passed challenges never block each other.
+        await self._count(failures, cost=0)
+        reason = await self._failure(token, address)
+        if reason is not None:
+            await self._count(failures, cost=1)  # may refuse, too, if many fail at once
+            raise Problem("challenge-failed", reason)
 
-    async def _room(self, failures: Rate, *, cost: int) -> None:
-        """Count `cost` failures. Raises Problem `rate-limited` when there is no room for another one."""
+    async def _count(self, failures: Rate, *, cost: int) -> None:
+        """Count `cost` failures. Raises Problem `rate-limited` if another one would exceed the limit."""
         try:
             decision = await self.store.decide(LimitRequest([failures], cost=cost))
         except StoreUnavailable:
@@ -75,21 +75,21 @@ class Challenge:
         if not decision.allowed or (cost == 0 and state.remaining == 0):
             self.metrics.refused(["failed-challenge"])
             headers = {"Retry-After": str(max(1, math.ceil(state.reset)))}
-            raise Problem("rate-limited", "Too many challenges failed.", headers)
+            raise Problem("rate-limited", "Too many failed challenges.", headers)
 
     async def _failure(self, token: str | None, address: str) -> str | None:
-        """Why the challenge is failed, in words for the browser's developer; None: it is passed."""
+        """Return why the challenge failed, for the browser's developer; None if it was passed."""
         if not token:
             return "Solve the challenge and send its token in X-Challenge-Token."
         if not TOKEN.fullmatch(token):
-            return "X-Challenge-Token is no token of a challenge."
+            return "X-Challenge-Token is not a challenge token."
         answer = await self._ask(token, address)
         if answer.get("success") is not True:
             codes = answer.get("error-codes")
             faults = [code for code in BROKERS_FAULT if code in codes] if isinstance(codes, list) else []
             if faults:
                 log.error("challenge_misconfigured", host=self.url.host, codes=faults)
-            return "The challenge was not passed. A token counts once and for a few minutes: solve a new one."
+            return "The challenge was not passed. A token works once and for a few minutes: solve a new challenge."
         hostname = answer.get("hostname")
         if self.hosts is None or hostname is None:
             return None
@@ -99,11 +99,11 @@ class Challenge:
         return None
 
     async def _ask(self, token: str, address: str) -> dict[str, Any]:
-        """The service's answer; raises Problem `at-capacity` where it is none."""
+        """Return the service's response. Raises Problem `at-capacity` if it is not usable."""
         form = {"secret": self.secret.get_secret_value(), "response": token}
-        if parse_address(address) is not None:  # a Unix socket's peer has none
+        if parse_address(address) is not None:  # the peer of a Unix socket has none
             form["remoteip"] = address
-        # A compressed answer could unpack to anything; none is asked for and none is taken.
+        # A compressed response could unpack to any size; none is requested and none accepted.
         headers = {"accept": "application/json", "accept-encoding": "identity", "user-agent": "oneinbox-broker"}
         timeouts = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), self.timeout)}
         request = httpx.Request("POST", self.url, data=form, headers=headers, extensions=timeouts)
@@ -127,7 +127,7 @@ class Challenge:
         return answer
 
     def _down(self, reason: str) -> Problem:
-        # Neither the URL's path and query, which may hold a secret, nor a message that may repeat them.
+        # The URL's path and query may hold a secret, and error messages may repeat them.
         log.error("challenge_unavailable", host=self.url.host, reason=reason)
         return _unavailable()
 
@@ -137,7 +137,7 @@ def _unavailable() -> Problem:
 
 
 async def _read(response: httpx.Response) -> bytes:
-    """The whole body; nothing, which is no JSON, when it is encoded or larger than MAX_ANSWER."""
+    """Return the body; empty, which is not JSON, if it is encoded or larger than MAX_ANSWER."""
     if response.headers.get("content-encoding", "identity") != "identity":
         return b""
     body = bytearray()

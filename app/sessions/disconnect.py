@@ -1,4 +1,4 @@
-"""Whether whoever asked is still there."""
+"""Detect clients that disconnect while their request is handled."""
 
 import asyncio
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ from starlette.types import Receive
 
 @dataclass(slots=True)
 class ClientConnection:
-    """The other end of one request whose body has been read. `receive`: the request's.
+    """The client of one request whose body has been read. `receive`: the request's.
 
-    A handler is neither told of a hang-up nor cancelled. The server knows, and goes on knowing: it is asked where it
-    matters, which costs a tenth of a task that would wait for the news.
+    A handler is neither notified of a disconnect nor cancelled. The server knows, so it is asked where it matters: that
+    costs a tenth of a task that waits for the disconnect.
     """
 
     receive: Receive
     _gone: bool = False
 
     def has_gone(self) -> bool:
-        """Whether the connection is known to be closed, by this moment and not by the last turn of the event loop."""
+        """Return whether the server knows, at this moment, that the connection is closed."""
         while not self._gone:
-            # One step of receive(): it ends at once where the server has something to tell, and would wait otherwise.
+            # One step of receive(): it returns at once if the server has a message, and would wait otherwise.
             step = self.receive()
             try:
                 step.send(None)  # type: ignore[attr-defined]  # servers' receive are coroutine functions
-            except StopIteration as answered:  # what is left of a body is no hang-up
+            except StopIteration as answered:  # the rest of a body is no disconnect
                 self._gone = answered.value["type"] == "http.disconnect"
             else:
                 step.close()  # type: ignore[attr-defined]
@@ -32,7 +32,7 @@ class ClientConnection:
         return True
 
     async def has_left(self) -> bool:
-        """As `has_gone`, after the event loop has had a look at the connection: for the moment before an answer."""
-        for _ in range(2):  # one turn reads what the kernel knows, the next tells the server's connection
+        """Like `has_gone`, after the event loop has polled the connection; for use right before a response."""
+        for _ in range(2):  # one turn reads from the kernel, the next informs the server's connection
             await asyncio.sleep(0)
         return self.has_gone()

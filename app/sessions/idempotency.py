@@ -1,6 +1,6 @@
-"""Idempotency-Key: the same request again gets the same answer, and no second call.
+"""Idempotency-Key: a repeated request gets the first response, and starts no second call.
 
-After draft-ietf-httpapi-idempotency-key-header-07. Only a 201 is kept, encrypted; everything else may be tried again.
+Follows draft-ietf-httpapi-idempotency-key-header-07. Only a 201 is kept, encrypted; anything else may be retried.
 """
 
 import asyncio
@@ -30,21 +30,21 @@ from app.store import Store, StoreUnavailable
 
 KEEP_SECONDS = 600
 BEFORE_EXPIRY = 60
-"""Seconds before its token's end from which a kept answer is of no use."""
+"""A kept response is useless this many seconds before its token expires."""
 MARK_GRACE = 10
-"""Seconds that a running request's mark outlives the longest answer of OneInbox."""
+"""Seconds that the mark of a running request outlives ONEINBOX_TIMEOUT."""
 ANONYMOUS_LENGTH = 16
-"""Least length in anonymous mode, where users behind one address must not find each other's keys."""
-LOOK_SECONDS = 0.5
-"""A waiting request looks again after this long, even if nobody told it to."""
+"""Shortest key in anonymous mode, so that users behind one address cannot guess each other's."""
+RECHECK_SECONDS = 0.5
+"""A waiting request checks again after this long, even without a notification."""
 COLLECT_SECONDS = 30
-"""So long the call of a caller who hung up waits for them to come back with their key."""
+"""How long the call of a client that disconnected waits for the client to return with its key."""
 UNCOLLECTED = "uncollected"
-"""The set of kept answers whose callers hung up."""
+"""The set of kept responses whose clients disconnected."""
 TICK_SECONDS = 1
 DAY = 86400
 LATEST_TIME = 1e12
-"""The year 33658; what lies beyond, and what is no number, is no time."""
+"""The year 33658; anything later is not a time."""
 
 PRINTABLE = re.compile(r"[\x20-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
@@ -53,7 +53,7 @@ log = structlog.get_logger(__name__)
 
 
 def read_key(values: list[str], user: User) -> str | None:
-    """The request's key, None without one. `"quoted"` (RFC 9651, section 3.3.3) equals bare. Raises 422."""
+    """Return the request's key, None without one. `"quoted"` (RFC 9651, section 3.3.3) equals bare. Raises 422."""
     if not values:
         return None
     key = values[0].strip()
@@ -71,7 +71,7 @@ def read_key(values: list[str], user: User) -> str | None:
 
 
 class StartedCall(NamedTuple):
-    """A call, and what the store knows of it from before it existed."""
+    """A started call and its attempt."""
 
     attempt: CallAttempt
     call: WebCall
@@ -79,17 +79,17 @@ class StartedCall(NamedTuple):
 
 @dataclass(eq=False)
 class NotKept(Exception):
-    """A started call's answer could not be kept: given all the same, a repeat would start another."""
+    """The response of a started call could not be stored, so a repeat would start another call."""
 
     started: StartedCall
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stands under a key.
+    """The stored value of a key.
 
-    `fingerprint`: of the request's body. `nonce`: tells this state of the entry from any other. `call`: the answer,
-    once there is one. `until`: Unix time to which it is kept. `replayed`: whether a repeat has been given it.
+    `fingerprint`: of the request's body. `nonce`: distinguishes this state of the entry from others. `call`: the
+    response, once there is one. `until`: Unix time until which it is kept. `replayed`: a repeat has received it.
     """
 
     fingerprint: str
@@ -101,7 +101,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Uncollected:
-    """A kept answer that nobody was given. `due`: Unix time at which its call is stopped."""
+    """A kept response that no client received. `due`: Unix time at which its call is stopped."""
 
     member: str
     call_id: str
@@ -110,9 +110,9 @@ class Uncollected:
 
 @dataclass
 class Idempotency:
-    """Runs a request once per key, and gives its answer to all who send it again.
+    """Run a request once per key, and give its response to every repeat.
 
-    `timeout`: seconds that OneInbox may take to answer. `now`: Unix time.
+    `timeout`: seconds that OneInbox may take to respond. `now`: Unix time.
     """
 
     store: Store
@@ -121,23 +121,23 @@ class Idempotency:
     _: KW_ONLY
     timeout: float
     now: Callable[[], float] = time.time
-    # Answers that the store may have kept although it did not say so, by name: nobody may be given them.
+    # Responses that the store may have kept without confirming it, by name: they must not be replayed.
     _doubtful: dict[str, bytes] = field(default_factory=dict, init=False)
 
     async def once(
         self, user: User, key: str, body: Any, client: ClientConnection, run: Callable[[], Awaitable[StartedCall]]
     ) -> tuple[WebCall, bool]:
-        """The call of the request with this key, and whether it was replayed; `run` starts it, once.
+        """Return the call of the request with this key, and whether it was replayed. `run` starts it, once.
 
-        Raises `idempotency-mismatch` for another body, `in-progress` when the first request outlasts the waiting,
-        `at-capacity` while the shared store is gone, NotKept, ClientDisconnect, and what `run` raises.
+        Raises `idempotency-mismatch` for another body, `in-progress` if the first request runs longer than a repeat
+        waits, `at-capacity` while the shared store is gone, NotKept, ClientDisconnect, and the errors of `run`.
         """
         name = "answer:" + hashlib.sha256(user.canonical + b"\x1f" + key.encode()).hexdigest()
         fingerprint = hashlib.sha256(_canonical(body)).hexdigest()
         try:
             mark = await self._wait_or_mark(name, fingerprint, client)
         except StoreUnavailable:
-            detail = "Nobody can tell now whether this request is a repeat."
+            detail = "The store is unavailable, so repeats cannot be detected."
             raise Problem("at-capacity", detail, headers={"Retry-After": "5"}) from None
         if isinstance(mark, WebCall):
             return mark, True
@@ -153,39 +153,39 @@ class Idempotency:
         return started.call, False
 
     async def stop_uncollected(self) -> None:
-        """Stop the calls whose callers hung up and did not come back in time. Raises StoreUnavailable."""
+        """Stop the calls whose clients disconnected and did not return in time. Raises StoreUnavailable."""
         for name in await self.store.members(UNCOLLECTED):
             value = await self.store.get(f"uncollected:{name}")
             uncollected = Uncollected(**json.loads(value)) if value is not None else None
             if uncollected is None or uncollected.due > self.now():
                 continue
-            # Whoever takes the kept answer decides: one replica, once, or the repeat that collects it. It leaves the
-            # set last: a store that is lost in between may carry that out without saying so.
+            # Deleting the kept response decides between one replica and a repeat that collects it. The set comes last,
+            # since a store that is lost in between may have deleted it without confirming.
             if await self._withdraw(name):
                 attempt = CallAttempt.from_key(uncollected.member)
                 await self.live.stop(attempt, uncollected.call_id, NOT_COLLECTED)
                 await self.store.remove_member([UNCOLLECTED], name)
 
     async def run(self) -> None:
-        """Stop uncollected calls, and take back doubtful answers, for ever."""
+        """Stop uncollected calls and delete doubtful responses, until cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             try:
                 await self._delete_doubtful()
                 await self.stop_uncollected()
             except StoreUnavailable:
-                continue  # all of it is still there when the store is back
+                continue  # retried once the store is back
             except Exception:
                 log.exception("uncollected_sweep_failed")
 
     async def _wait_or_mark(self, name: str, fingerprint: str, client: ClientConnection) -> WebCall | bytes:
-        """The kept answer; or, where there is none, the mark with which this request runs."""
+        """Return the kept response, or the mark under which this request runs if there is none."""
         mark = self._seal(Entry(fingerprint, secrets.token_hex(8)))
         lifetime = self.timeout + MARK_GRACE
         if await self.store.add(name, mark, lifetime):
             return mark
         end = self.now() + self.timeout
-        async with self.store.subscribe(name) as told:
+        async with self.store.subscribe(name) as notifications:
             while not client.has_gone():
                 value = await self.store.get(name)
                 if value is None:
@@ -198,56 +198,56 @@ class Idempotency:
                 if entry is not None and entry.call is not None and value != self._doubtful.get(name):
                     if entry.replayed:
                         return entry.call
-                    if (noted := await self._collect(name, value, entry)) is not None:
+                    if (collected := await self._collect(name, value, entry)) is not None:
                         if not client.has_gone():
                             return entry.call
-                        await self._put_back(name, noted, entry)
+                        await self._put_back(name, collected, entry)
                         break
-                    # It was withdrawn or noted in this very moment, or is of no use any more; if so, it goes.
+                    # It was just withdrawn or collected, or has expired; then it is deleted.
                     if entry.until <= self.now():
                         await self.store.delete(name, value)
                     continue
                 if self.now() >= end:
                     raise Problem("in-progress", headers={"Retry-After": "1"})
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await anext(told)
+                    async with asyncio.timeout(RECHECK_SECONDS):
+                        await anext(notifications)
         raise ClientDisconnect
 
     async def _collect(self, name: str, value: bytes, entry: Entry) -> bytes | None:
-        """Note that a repeat is given the answer; None: not any more, or noted by another in this very moment."""
+        """Record that a repeat receives the response. None: it has expired, or another request was faster."""
         left = entry.until - self.now()
-        noted = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
-        if left <= 0 or not await self.store.replace(name, value, noted, left):
+        collected = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
+        if left <= 0 or not await self.store.replace(name, value, collected, left):
             return None
         await self.store.remove_member([UNCOLLECTED], name)
-        return noted
+        return collected
 
-    async def _put_back(self, name: str, noted: bytes, entry: Entry) -> None:
-        """Whoever collected has gone, too: where nobody else was given the answer, it waits once more."""
+    async def _put_back(self, name: str, collected: bytes, entry: Entry) -> None:
+        """Undo `_collect` for a client that disconnected, unless another one has received the response."""
         value = await self.store.get(f"uncollected:{name}")
         left = entry.until - self.now()
         again = self._seal(replace(entry, nonce=secrets.token_hex(8)))
-        if value is None or left <= 0 or not await self.store.replace(name, noted, again, left):
+        if value is None or left <= 0 or not await self.store.replace(name, collected, again, left):
             return
         uncollected = replace(Uncollected(**json.loads(value)), due=self.now() + COLLECT_SECONDS)
         await self._wait_for_collection(name, uncollected)
 
     async def _withdraw(self, name: str) -> bool:
-        """Delete a kept answer, unless a repeat has been given it; whether nobody was, and nobody can be any more."""
+        """Delete a kept response unless a repeat received it. Return whether it can no longer be given to anyone."""
         value = await self.store.get(name)
         if value is None:
-            return True  # expired; a repeat that was given it would have taken it out of the set
+            return True  # expired; a repeat that received it would have removed it from the set
         entry = self._open(value)
         return entry is not None and not entry.replayed and await self.store.delete(name, value)
 
     async def _leave_for_collection(self, name: str, started: StartedCall) -> None:
-        log.warning("caller_gone", call=started.call.id, waits=COLLECT_SECONDS)
+        log.warning("client_disconnected", call=started.call.id, waits=COLLECT_SECONDS)
         uncollected = Uncollected(started.attempt.key, started.call.id, self.now() + COLLECT_SECONDS)
         try:
             await self._wait_for_collection(name, uncollected)
         except StoreUnavailable:
-            # Nobody could stop it in time; and a repeat is refused while the store is gone.
+            # It could not be stopped in time, and repeats are refused while the store is gone.
             await self.live.stop(started.attempt, started.call.id, HUNG_UP)
             await self._forget(name, None)
 
@@ -266,7 +266,7 @@ class Idempotency:
         try:
             kept = await self.store.replace(name, mark, value, until - now)
         except StoreUnavailable:
-            self._doubtful[name] = value  # a frozen store may do it yet
+            self._doubtful[name] = value  # a stalled store may still do it
             kept = False
         if not kept:
             raise NotKept(started)
@@ -281,14 +281,14 @@ class Idempotency:
         try:
             await self.store.delete(name, expected)
         except StoreUnavailable:
-            return  # it dies by itself
+            return  # it expires
         await self.store.publish(name, b"")
 
     def _seal(self, entry: Entry) -> bytes:
         return self.keyring.encrypt(json.dumps(asdict(entry)).encode())
 
     def _open(self, value: bytes) -> Entry | None:
-        """None: written under a secret that is not known (any more); its request is taken as running."""
+        """Decrypt an entry. None: its secret is unknown, so its request counts as running."""
         plain = self.keyring.decrypt(value)
         if plain is None:
             return None
@@ -298,7 +298,7 @@ class Idempotency:
 
 
 def _canonical(value: Any) -> bytes:
-    """One text for all ways to write the same JSON, much as RFC 8785 has it: sorted keys, no spaces, 1.0 as 1."""
+    """Return equal bytes for equal JSON, much like RFC 8785: sorted keys, no spaces, 1.0 as 1."""
     return json.dumps(_plain_numbers(value), sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -313,7 +313,7 @@ def _plain_numbers(value: Any) -> Any:
 
 
 def _expiry(token: str) -> float | None:
-    """A participant token's `exp` (RFC 7519, section 4.1.4), unverified: it only says how long keeping makes sense."""
+    """Return a participant token's `exp` (RFC 7519, section 4.1.4), unverified: it only limits how long to keep it."""
     try:
         payload = token.split(".")[1]
         expires = from_json(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]

@@ -1,4 +1,4 @@
-"""What a browser may ask of an agent: everything not allowed is refused, but for what LiveKit sends by itself."""
+"""Rules for session requests: what is not allowed is refused, except for fields that LiveKit always sends."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CallSpec:
-    """A session request that passed the policy: what OneInbox is asked for.
+    """A session request that passed the policy, as OneInbox gets it.
 
-    `own_variables`: those the browser set itself; `variables` holds the trusted and fixed ones too.
+    `own_variables`: set by the browser itself; `variables` includes the trusted and fixed ones.
     """
 
     agent: Agent
@@ -32,13 +32,13 @@ class CallSpec:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The configured agents and what may be asked of each. `claims`: by trusted variable, the claim it comes from."""
+    """The configured agents and what requests may set. `claims`: the token claim of each trusted variable."""
 
     agents: Agents
     claims: Mapping[str, str]
 
     def decide(self, user: User, request: SessionRequest) -> CallSpec:
-        """Raises 403 and 422 problems."""
+        """Check a request and return the call to start. Raises 403 and 422 problems."""
         agent = self._agent(user, request)
         if user.mode != "anonymous" and request.participant_identity not in (None, user.id):
             raise Problem("identity-mismatch")
@@ -48,7 +48,7 @@ class Policy:
         refused = sorted(set(_refused_leaves(request.overrides or {}, allowed)))
         if refused:
             shown = ", ".join(path[:64] for path in refused[:10])
-            raise Problem("override-not-allowed", f"Not allowed, or not of the type it takes: {shown}.")
+            raise Problem("override-not-allowed", f"Not allowed, or of the wrong type: {shown}.")
         return CallSpec(
             agent=agent,
             own_variables=own,
@@ -64,7 +64,7 @@ class Policy:
         if (name is not None and by_name is None) or (agent_id is not None and by_id is None):
             raise Problem("agent-not-allowed")
         if by_name is not None and by_id is not None and by_name is not by_id:
-            raise _invalid("agent_id", "Differs from the agent that is named", "contradiction")
+            raise _invalid("agent_id", "Differs from the named agent", "contradiction")
         agent = by_name or by_id or self.agents.default
         if agent is None:
             raise _invalid("agent", "There is no default agent: name one", "missing")
@@ -81,14 +81,14 @@ class Policy:
         refused = sorted(name for name in variables if not allows(name))
         if refused:
             raise Problem("variable-not-allowed", f"Not allowed: {', '.join(refused)}.")
-        # LiveKit's clients send it by themselves: dropping it beats refusing every one of them.
+        # LiveKit's clients always send it, so it is dropped rather than refused.
         if request.participant_name is not None and allows("participant_name"):
             try:
                 variables.setdefault("participant_name", check_variable_value(request.participant_name))
             except ValueError as error:
                 raise _invalid("participant_name", str(error), "variable") from None
         if len(variables) > MAX_VARIABLES:
-            raise _invalid("participant_name", "There are at most 32 variables, this one included", "too_long")
+            raise _invalid("participant_name", "At most 32 variables are allowed, including this one", "too_long")
         return variables
 
     def _trusted_variables(self, user: User) -> dict[str, VariableValue]:
@@ -118,7 +118,7 @@ def _refused_leaves(value: Mapping[str, Any], allowed: frozenset[str], prefix: s
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings in one, neither changed; where both have a leaf, `above` wins."""
+    """Return two nested mappings merged into a new one; `above` wins."""
     merged = dict(below)
     for key, each in above.items():
         under = merged.get(key)

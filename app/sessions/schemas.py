@@ -1,4 +1,4 @@
-"""What POST /session takes and gives: the broker's own fields and LiveKit's standard token request, side by side."""
+"""Request and response of POST /session: the broker's own fields and those of LiveKit's token request."""
 
 from typing import Annotated, Any, Self
 
@@ -14,7 +14,7 @@ RESERVED_PREFIX = "broker_"
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
     if any(name.startswith(RESERVED_PREFIX) for name in value):
-        raise PydanticCustomError("reserved_key", "Keys that start with broker_ are the broker's own")
+        raise PydanticCustomError("reserved_key", "Keys that start with broker_ are reserved")
     return value
 
 
@@ -26,29 +26,29 @@ class _Strict(BaseModel):
 
 
 class AgentDispatch(_Strict):
-    """LiveKit's agent dispatch, as far as it has a meaning here."""
+    """LiveKit's agent dispatch, as far as it applies here."""
 
     agent_name: Name | None = Field(default=None, description="Name of a configured agent.")
-    metadata: str | None = Field(default=None, description="Goes to the call's metadata as `agent_metadata`.")
+    metadata: str | None = Field(default=None, description="Stored in the call's metadata as `agent_metadata`.")
 
 
 NO_DISPATCH = AgentDispatch()
 
 
 class RoomConfig(_Strict):
-    """LiveKit's room configuration: only the agent can be chosen, OneInbox assigns the room."""
+    """LiveKit's room configuration: it only chooses the agent, since OneInbox assigns the room."""
 
     agents: list[AgentDispatch] | None = Field(default=None, max_length=1)
 
 
 class SessionRequest(_Strict):
-    """Everything is optional: no body at all starts a call with the default agent."""
+    """All fields are optional: an empty body starts a call with the default agent."""
 
     agent: Name | None = Field(
         default=None,
-        description="Name of a configured agent; `default` is the only one unless the operator named more.",
+        description="Name of a configured agent; unless the operator named more, only `default`.",
     )
-    agent_id: Name | None = Field(default=None, description="Instead of a name: the id of a configured agent.")
+    agent_id: Name | None = Field(default=None, description="The id of a configured agent, instead of its name.")
     variables: dict[VariableName, VariableValue] | None = Field(
         default=None,
         max_length=MAX_VARIABLES,
@@ -57,7 +57,7 @@ class SessionRequest(_Strict):
         examples=[{"customer_name": "Ada"}],
     )
     metadata: Annotated[dict[str, Any], AfterValidator(_check_metadata)] | None = Field(
-        default=None, description="Stored on the call record; at most 4 KiB as JSON, no key that starts with `broker_`."
+        default=None, description="Stored on the call record; at most 4 KiB as JSON, no keys that start with `broker_`."
     )
     overrides: dict[str, Any] | None = Field(
         default=None,
@@ -66,13 +66,13 @@ class SessionRequest(_Strict):
     )
     participant_name: str | None = Field(
         default=None,
-        description="LiveKit: becomes the variable `participant_name` where that is allowed, else is dropped.",
+        description="LiveKit: becomes the variable `participant_name` if allowed, else is dropped.",
     )
     participant_identity: str | None = Field(
-        default=None, description="LiveKit: must be the signed-in user's own id; ignored in anonymous mode."
+        default=None, description="LiveKit: must be the signed-in user's id; ignored in anonymous mode."
     )
     participant_metadata: str | None = Field(
-        default=None, description="LiveKit: goes to the call's metadata as `participant_metadata`."
+        default=None, description="LiveKit: stored in the call's metadata as `participant_metadata`."
     )
     participant_attributes: dict[VariableName, VariableText] | None = Field(
         default=None, max_length=MAX_VARIABLES, description="LiveKit: more `variables`, under the same rules."
@@ -83,17 +83,17 @@ class SessionRequest(_Strict):
 
     @property
     def all_variables(self) -> dict[str, str | float | bool]:
-        """`variables` over `participant_attributes`; not `participant_name`, which policy may drop."""
+        """`participant_attributes` updated with `variables`, without `participant_name`, which the policy may drop."""
         return {**(self.participant_attributes or {}), **(self.variables or {})}
 
     @property
     def agent_name(self) -> str | None:
-        """The agent asked for by name, in either style."""
+        """The requested agent's name, in either style."""
         return self.agent or self._dispatch.agent_name
 
     @property
     def all_metadata(self) -> dict[str, Any]:
-        """`metadata`, with LiveKit's two texts under names of their own."""
+        """`metadata` with LiveKit's two metadata texts."""
         livekit = {"participant_metadata": self.participant_metadata, "agent_metadata": self._dispatch.metadata}
         return {**(self.metadata or {}), **{name: text for name, text in livekit.items() if text is not None}}
 
@@ -107,15 +107,15 @@ class SessionRequest(_Strict):
         if self.agent and self._dispatch.agent_name not in (None, self.agent):
             raise PydanticCustomError("contradiction", "agent and room_config.agents[0].agent_name differ")
         if len(self.all_variables) > MAX_VARIABLES:
-            raise PydanticCustomError("too_long", "There are at most 32 variables, participant_attributes included")
+            raise PydanticCustomError("too_long", "At most 32 variables are allowed, including participant_attributes")
         if (metadata := self.all_metadata) and len(to_json(metadata)) > MAX_METADATA:
-            raise PydanticCustomError("too_long", "Metadata has at most 4 KiB as JSON")
+            raise PydanticCustomError("too_long", "Metadata may have at most 4 KiB as JSON")
         return self
 
 
-# A broker with the default settings takes each of them.
+# A broker with default settings accepts each of them.
 REQUESTS: dict[str, Any] = {
-    "Nothing: the default agent": {},
+    "Empty: the default agent": {},
     "Values for the agent's prompt": {
         "variables": {"customer_name": "Ada", "order_count": 3, "premium": True},
         "metadata": {"page": "/pricing"},
@@ -130,7 +130,7 @@ REQUESTS: dict[str, Any] = {
 
 
 class Session(BaseModel):
-    """What a browser needs to join the call: exactly what LiveKit's standard token endpoint answers."""
+    """The fields a browser needs to join the call: exactly those of LiveKit's standard token endpoint."""
 
     server_url: str = Field(description="Where to connect.")
     participant_token: str = Field(description="A short-lived token for this one call.")

@@ -1,4 +1,4 @@
-"""From an asking user to a started call."""
+"""From a session request to a started call."""
 
 import secrets
 import time
@@ -29,11 +29,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SessionInput:
-    """One POST /session, read and checked.
+    """One POST /session, parsed.
 
-    `body`: its JSON, for telling a repeat from another request. `keys`: its Idempotency-Key headers. `proof`: its
-    answer to the bot challenge. `caller`: whether anybody still waits. `answer_headers`: gets what the answer carries
-    whatever comes of it.
+    `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `proof`: its bot challenge token.
+    `answer_headers`: receives headers for the response, whatever its status.
     """
 
     request: SessionRequest
@@ -46,11 +45,10 @@ class SessionInput:
 
 @dataclass(kw_only=True)
 class Sessions:
-    """Starts calls: policy, idempotency, challenge, limits, OneInbox, in this order.
+    """Start calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
-    `max_waiting`: sessions that may wait for OneInbox at once. `share_user_id`: whether OneInbox's record names the
-    user plainly. `challenge`: None where none is asked for. `metrics`: count what is refused. `now`: Unix time.
-    `waiting`: sessions that wait for OneInbox now.
+    `max_waiting`: sessions that may wait for OneInbox at once; `waiting`: those waiting now. `share_user_id`: write the
+    plain user id on OneInbox's record. `challenge`: None if not configured. `now`: Unix time.
     """
 
     policy: Policy
@@ -69,10 +67,10 @@ class Sessions:
     waiting: int = field(default=0, init=False)
 
     async def start(self, user: User, session_input: SessionInput) -> tuple[WebCall, bool]:
-        """The user's new call, and False; or the call that this request started before, and True.
+        """Return the user's new call and False, or the call that this request started before and True.
 
-        Nobody but a caller who is there is given a call: one that was started for a caller who hung up is stopped.
-        Raises Problem, Refused, OneInboxError, ClientDisconnect.
+        A call started for a client that has disconnected is stopped. Raises Problem, Refused, OneInboxError,
+        ClientDisconnect.
         """
         spec = self.policy.decide(user, session_input.request)
         key = read_key(session_input.keys, user)
@@ -101,7 +99,7 @@ class Sessions:
         self.waiting += 1
         try:
             attempt = CallAttempt(
-                # Never the client's: OneInbox's record is found by it.
+                # Never the client's request id: OneInbox's record is found by it.
                 request_id=secrets.token_hex(16),
                 since=int(self.now()),
                 agent=spec.agent.name,
@@ -119,7 +117,7 @@ class Sessions:
         try:
             reservation = await self.limits.reserve(user, spec.agent, attempt)
         except Problem as problem:
-            # A call may have ended without anybody having looked.
+            # A call may have ended unnoticed.
             if problem.slug != "too-many-live-calls" or not await self.live.recheck(user):
                 raise
             reservation = await self.limits.reserve(user, spec.agent, attempt)
@@ -141,10 +139,10 @@ class Sessions:
                 await self.live.stop(attempt, error.call_id, UNUSABLE)
             else:
                 self.reconciler.report_lost(attempt)
-            if isinstance(error, Rejected) and (errors := _of_the_browser(error.errors, session_input.request, spec)):
+            if isinstance(error, Rejected) and (errors := _browser_errors(error.errors, session_input.request, spec)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
-        except BaseException:  # cancelled: the process goes down, or worse
+        except BaseException:  # cancelled by a shutdown, or a bug
             self.reconciler.report_lost(attempt)
             raise
         await self.live.begin(attempt, call.id)
@@ -157,29 +155,29 @@ class Sessions:
         return {**spec.metadata, **own}
 
 
-def _of_the_browser(
+def _browser_errors(
     errors: Sequence[Mapping[str, Any]], request: SessionRequest, spec: CallSpec
 ) -> list[dict[str, Any]] | None:
-    """OneInbox's complaints, when all are about something that the browser itself sent: their place and words only."""
+    """Return the place and text of OneInbox's errors, if all are about something that the browser itself sent."""
     overrides = request.overrides or {}
     sent = {"variables": spec.own_variables, "overrides": overrides, "metadata": spec.metadata}
-    # All of a field is the browser's where nothing was added to it; the broker always adds to metadata.
-    all_theirs = {"variables": spec.own_variables == spec.variables, "overrides": overrides == spec.overrides}
-    about: list[dict[str, Any]] = []
+    # A whole field is the browser's if nothing was added to it; the broker always adds to metadata.
+    unchanged = {"variables": spec.own_variables == spec.variables, "overrides": overrides == spec.overrides}
+    found: list[dict[str, Any]] = []
     for error in errors:
         loc = error.get("loc")
         if not isinstance(loc, list) or not all(isinstance(part, (str, int)) for part in loc):
             return None
         path = loc[1:] if loc[:1] == ["body"] else loc
-        whole = len(path) == 1 and bool(sent.get(path[0])) and all_theirs.get(path[0], False)
+        whole = len(path) == 1 and bool(sent.get(path[0])) and unchanged.get(path[0], False)
         if not (whole or _lies_under(path, sent)):
             return None
-        about.append({"loc": ["body", *path], "msg": str(error.get("msg", ""))[:500], "type": "upstream"})
-    return about[:20] or None
+        found.append({"loc": ["body", *path], "msg": str(error.get("msg", ""))[:500], "type": "upstream"})
+    return found[:20] or None
 
 
 def _lies_under(path: Sequence[str | int], sent: Mapping[str, Any]) -> bool:
-    """Whether a path of at least two parts leads to, or below, a value in `sent`."""
+    """Return whether a path of at least two parts leads to, or below, a value in `sent`."""
     if len(path) < 2:
         return False
     value: Any = sent

@@ -17,7 +17,7 @@ from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
 from app.sessions.disconnect import ClientConnection
-from app.sessions.idempotency import LOOK_SECONDS, Idempotency, StartedCall
+from app.sessions.idempotency import RECHECK_SECONDS, Idempotency, StartedCall
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import ONEINBOX, Upstream, post_session, started
@@ -277,7 +277,7 @@ async def test_a_repeat_waits_as_long_as_the_first_takes(broker: httpx.AsyncClie
 
     async def start(_: httpx.Request) -> httpx.Response:
         asked.set()
-        await asyncio.sleep(3 * LOOK_SECONDS)  # so that a repeat looks more than once
+        await asyncio.sleep(3 * RECHECK_SECONDS)  # so that a repeat checks more than once
         return httpx.Response(201, json=started())
 
     upstream.start.mock(side_effect=start)

@@ -226,6 +226,7 @@ async def test_a_request_pipelined_behind_it_is_answered_in_turn() -> None:
         assert not asked(oneinbox.emulator, "stop")
 
 
+@pytest.mark.process
 async def test_many_who_hang_up_at_once_leave_nothing_behind() -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
@@ -346,6 +347,7 @@ BY_ID: dict[str, Fault] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("list_metadata", [True, False], ids=["listed-metadata", "fetched-metadata"])
 async def test_a_call_whose_answer_was_lost_is_found_and_stopped_and_nobody_elses(list_metadata: bool) -> None:
     """All at once, as in an outage."""
@@ -386,6 +388,7 @@ async def test_an_invalid_answer_with_an_id_is_stopped_by_it_at_once(fault: Faul
         assert not asked(oneinbox.emulator, "list")
 
 
+@pytest.mark.process
 async def test_who_hangs_up_on_an_answer_that_is_lost_changes_nothing() -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
@@ -422,6 +425,7 @@ async def test_what_cannot_be_stopped_is_told_to_the_operator(valkey: Valkey, lo
 # --- a process that dies ---
 
 
+@pytest.mark.process
 async def test_a_process_that_is_killed_leaves_a_call_that_another_replica_finds(valkey: Valkey) -> None:
     async with AsyncExitStack() as stack:
         oneinbox = await stack.enter_async_context(running_emulator(LONG_CALLS))
@@ -490,6 +494,7 @@ async def two_replicas(oneinbox: RunningEmulator, valkey: Valkey) -> AsyncIterat
         yield [first, second]
 
 
+@pytest.mark.process
 @in_every_way
 @pytest.mark.usefixtures("hurried")
 async def test_a_keyed_call_that_nobody_collects_is_stopped(valkey: Valkey, way: Any) -> None:
@@ -509,6 +514,7 @@ async def test_a_keyed_call_that_nobody_collects_is_stopped(valkey: Valkey, way:
             await browser.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("early", [True, False], ids=["while-it-runs", "after-the-answer"])
 @pytest.mark.usefixtures("hurried")
 async def test_a_keyed_call_that_is_collected_runs_on(valkey: Valkey, early: bool, logs: Logs) -> None:
@@ -521,7 +527,7 @@ async def test_a_keyed_call_that_is_collected_runs_on(valkey: Valkey, early: boo
         if not early:
 
             async def is_answered() -> bool:
-                return any(entry["event"] == "caller_gone" for entry in logs)
+                return any(entry["event"] == "client_disconnected" for entry in logs)
 
             await eventually(is_answered, SOON)
         responses = [await post(replicas[at % 2], KEY) for at in (1, 0, 1)]
@@ -533,6 +539,7 @@ async def test_a_keyed_call_that_is_collected_runs_on(valkey: Valkey, early: boo
         assert len(asked(oneinbox.emulator, "start")) == 1
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("hurried")
 async def test_a_repeat_that_hangs_up_too_collects_nothing(valkey: Valkey) -> None:
     async with running_emulator(LONG_CALLS) as oneinbox, two_replicas(oneinbox, valkey) as replicas:

@@ -30,7 +30,7 @@ from app.problems import Problem
 from app.sessions.idempotency import PRINTABLE, _canonical, _expiry, read_key
 from app.sessions.policy import CallSpec
 from app.sessions.schemas import SessionRequest
-from app.sessions.service import _of_the_browser
+from app.sessions.service import _browser_errors
 from tests.support.call_world import outcome
 from tests.support.harness import AGENT_ID, ONEINBOX
 from tests.unit.test_agents import SUPPORT
@@ -252,7 +252,7 @@ def test_any_complaint_of_oneinbox_is_about_the_browsers_words_or_told_to_nobody
     order = CallSpec(
         agent=SUPPORT, variables={"a": "b", "tier": "gold"}, own_variables={"a": "b"}, overrides={}, metadata={"a": {}}
     )
-    told = _of_the_browser(Rejected(errors).errors, request, order)
+    told = _browser_errors(Rejected(errors).errors, request, order)
     for each in told or []:
         assert each.keys() == {"loc", "msg", "type"}
         assert each["loc"][:2] in (["body", "variables"], ["body", "metadata"])
