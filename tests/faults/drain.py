@@ -172,7 +172,7 @@ async def be_honest(url: str, number: int, seconds: float) -> Honest:
 
 @dataclass(frozen=True)
 class Bill:
-    """What OneInbox would bill."""
+    """OneInbox's bill."""
 
     total: int
     most_a_minute: int

@@ -68,7 +68,7 @@ def spoiled(share: float, seed: int, operations: Sequence[str]) -> list[dict[str
 
 @dataclass
 class Book:
-    """What the browsers saw.
+    """The browsers' record.
 
     `given`: paths by OneInbox's id. `of_key`: ids by key. `waits`: seconds to each answer. `under_way`: requests in
     progress, by replica.
