@@ -1,4 +1,4 @@
-"""A request in, a user out."""
+"""Identify the user of a request."""
 
 from app.identity.anonymous import Anonymous
 from app.identity.base import Identity

@@ -1,6 +1,6 @@
-"""Who is at the other end of the connection: the peer, or whom a trusted proxy names in X-Forwarded-For.
+"""The client's address: the peer's, or the one that a trusted proxy names in X-Forwarded-For.
 
-Anybody can write X-Forwarded-For. It is believed from a trusted peer alone, and only as far back as trusted proxies
+Anyone can write X-Forwarded-For, so it is accepted only from a trusted peer, and only as far back as trusted proxies
 wrote it: https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For#selecting_an_ip_address
 """
 
@@ -19,21 +19,21 @@ Address = IPv4Address | IPv6Address
 
 UNIX_SOCKET = "local"
 MAX_HOPS = 100
-MAX_HOP_LENGTH = 64  # the longest address, 45 characters, in brackets, with a port and some blanks
+MAX_HOP_LENGTH = 64  # the longest address, 45 characters, with brackets, a port and some blanks
 CACHED_TEXTS = 4096
 
-# `1.2.3.4:567` (Azure), `[2001:db8::1]` and `[2001:db8::1]:567` (RFC 7239 writes it so, and some proxies copy that).
+# `1.2.3.4:567` (Azure), `[2001:db8::1]` and `[2001:db8::1]:567` (RFC 7239; some proxies copy that).
 WITH_PORT = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[0-9.]+))(?::[0-9]{1,5})?", re.ASCII)
 
 log = structlog.get_logger(__name__)
 
 
 def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence[Network]) -> str:
-    """The client's address, normalised; the peer's own when nobody trustworthy says otherwise.
+    """Return the client's address, normalised: the peer's unless a trusted proxy names another. Never raises.
 
-    `peer`: who connected; None: over a Unix socket, which no network can name, so that it is never trusted.
-    `forwarded`: every X-Forwarded-For value, in the order received. From a trusted peer the answer is the right-most
-    hop that is not trusted itself. A malformed one there, or none within MAX_HOPS: the peer. Never raises.
+    `peer`: the other end of the connection; None: a Unix socket, which is never trusted, since no network contains it.
+    `forwarded`: all X-Forwarded-For values in the order received. For a trusted peer the client is the right-most hop
+    that is not trusted; if that is malformed, or not within MAX_HOPS, it is the peer.
     """
     if peer is None:
         return UNIX_SOCKET
@@ -52,14 +52,14 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
 
 @lru_cache(maxsize=CACHED_TEXTS)
 def limit_key(address: str) -> str:
-    """What limits count by: an IPv4 address; of IPv6 the /64, since one household or machine has all of it."""
+    """Return what limits count by: an IPv4 address, or an IPv6 /64, all of which one household or machine has."""
     parsed = parse_address(address)
     return str(IPv6Network((parsed, 64), strict=False)) if isinstance(parsed, IPv6Address) else address
 
 
 @lru_cache(maxsize=CACHED_TEXTS)
 def parse_address(text: str) -> Address | None:
-    """An address without its zone (`%eth0`), IPv4 written as IPv6 (`::ffff:1.2.3.4`) as IPv4; None: no address."""
+    """Parse an address, without its zone (`%eth0`) and with `::ffff:1.2.3.4` as IPv4; None if it is none."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:
@@ -68,7 +68,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def parse_hop(text: str) -> Address | None:
-    """One hop of X-Forwarded-For: an address, perhaps with a port; None: malformed."""
+    """Parse one hop of X-Forwarded-For, an address with or without a port; None if malformed."""
     if len(text) > MAX_HOP_LENGTH:  # before the cache, which would keep it
         return None
     text = text.strip(" \t")
@@ -77,14 +77,14 @@ def parse_hop(text: str) -> Address | None:
 
 
 def is_trusted(address: Address, trusted: Sequence[Network]) -> bool:
-    """Whether an address lies in a trusted network."""
+    """Return whether an address lies in a trusted network."""
     return any(address in network for network in trusted)
 
 
 def _hops_from_right(forwarded: Sequence[str]) -> Iterator[str]:
     left = MAX_HOPS
     for value in reversed(forwarded):
-        hops = value.rsplit(",", left)[-left:]  # a longer header's rest is not looked at
+        hops = value.rsplit(",", left)[-left:]  # the rest of a longer header is ignored
         yield from reversed(hops)
         left -= len(hops)
         if left == 0:
@@ -93,13 +93,13 @@ def _hops_from_right(forwarded: Sequence[str]) -> Iterator[str]:
 
 @dataclass
 class ClientAddresses:
-    """The client address of requests, behind given trusted networks."""
+    """Find the client address of requests, given the trusted networks."""
 
     trusted: Sequence[Network]
     _warned: bool = field(default=False, init=False)
 
     def of(self, request: HTTPConnection) -> str:
-        """The client address of a request. Warns once of an X-Forwarded-For that is not believed."""
+        """Return the client address of a request. Warns once about an X-Forwarded-For from an untrusted peer."""
         peer = request.client.host if request.client else None
         forwarded = request.headers.getlist("x-forwarded-for")
         if forwarded and not self._warned and not self.is_proxy(request):
@@ -107,11 +107,11 @@ class ClientAddresses:
             log.warning(
                 "forwarded_for_ignored",
                 peer=peer or UNIX_SOCKET,
-                hint="X-Forwarded-For from a peer that is not in BROKER_TRUSTED_PROXIES; said once",
+                hint="X-Forwarded-For from a peer that is not in BROKER_TRUSTED_PROXIES; logged once",
             )
         return client_address(peer, forwarded, self.trusted)
 
     def is_proxy(self, request: HTTPConnection) -> bool:
-        """Whether the peer itself is a trusted proxy."""
+        """Return whether the peer itself is a trusted proxy."""
         peer = parse_address(request.client.host) if request.client else None
         return peer is not None and is_trusted(peer, self.trusted)

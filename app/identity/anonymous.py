@@ -1,4 +1,4 @@
-"""Anonymous mode: limits go by client address. An address is no identity; it owns nothing."""
+"""anonymous mode: limits apply per client address. An address is not an identity and owns no calls."""
 
 from starlette.requests import HTTPConnection
 
@@ -8,9 +8,9 @@ from app.identity.user import User
 
 
 class Anonymous(Identity):
-    """Everybody is let in, and counted by address."""
+    """Accept every request, and count it by address."""
 
     async def identify(self, request: HTTPConnection) -> User:
-        """The caller by address; never refuses."""
+        """Return a user for the client address; never refuses."""
         address = self.addresses.of(request)
         return User(mode="anonymous", id=limit_key(address), address=address)

@@ -1,4 +1,4 @@
-"""What every identity source is to the rest of the house."""
+"""The interface of all identity sources."""
 
 import re
 from abc import ABC, abstractmethod
@@ -11,30 +11,27 @@ from app.identity.addresses import ClientAddresses
 from app.identity.user import User
 
 MAX_ID_LENGTH = 255
-# Control characters would get into logs and store names; half a surrogate pair cannot be encoded at all.
+# Control characters would get into logs and store names; lone surrogates cannot be encoded.
 UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_user_id(value: object) -> TypeGuard[str]:
-    """Whether this can be a user's id: non-empty text of at most 255 characters, none of them a control character."""
+    """Return whether this can be a user id: 1 to 255 characters, none of them a control character."""
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNFIT.search(value)
 
 
 @dataclass
 class Identity(ABC):
-    """A request in, a user out.
-
-    `addresses`: the client address of a request, also of a refused one.
-    """
+    """A source of users. `addresses`: finds the client address of any request, also of a refused one."""
 
     addresses: ClientAddresses
 
     @abstractmethod
     async def identify(self, request: HTTPConnection) -> User:
-        """The caller. Raises Problem: `unauthenticated`, or `at-capacity` while no login can be checked."""
+        """Return the request's user. Raises Problem: `unauthenticated`, or `at-capacity` if it cannot be checked."""
 
     async def start(self) -> None:  # noqa: B027 - most sources have nothing to start
-        """Begin the work in the background, if there is any; waits for nothing."""
+        """Start background work, if any, without waiting for it."""
 
-    async def aclose(self) -> None:  # noqa: B027 - nor to end
-        """End that work."""
+    async def aclose(self) -> None:  # noqa: B027 - nor to stop
+        """Stop the background work."""

@@ -1,8 +1,8 @@
-"""header mode: a proxy in front has signed the user in and says who it is in a header.
+"""header mode: a proxy in front signs users in and names them in a header.
 
-Whoever can reach the broker past that proxy could write the header too: it counts from a trusted peer alone. The
-proxy must remove what the client sent under that name, and under names that differ in `-` and `_` only: many servers
-take them for one (https://nginx.org/en/docs/http/ngx_http_core_module.html#underscores_in_headers).
+Clients that bypass the proxy could write the header too, so it is accepted only from a trusted peer. The proxy must
+remove the client's own header of that name, and of names that differ only in `-` and `_`, since many servers treat
+them as one (https://nginx.org/en/docs/http/ngx_http_core_module.html#underscores_in_headers).
 """
 
 from starlette.requests import HTTPConnection
@@ -14,7 +14,7 @@ from app.problems import Problem
 
 
 class HeaderIdentity(Identity):
-    """Users by header. `header`: its name; `addresses` knows the proxies that may send it."""
+    """Identify users by a header. `header`: its name; `addresses`: knows the proxies that may send it."""
 
     def __init__(self, addresses: ClientAddresses, header: str) -> None:
         super().__init__(addresses)
@@ -22,20 +22,20 @@ class HeaderIdentity(Identity):
         self._plain = _plain(self._header)
 
     async def identify(self, request: HTTPConnection) -> User:
-        """The user whom the proxy names. Raises Problem 401."""
+        """Return the user whom the proxy names. Raises Problem 401."""
         if not self.addresses.is_proxy(request):
             raise _unauthenticated("The request did not come through the sign-in proxy.")
         found = [(name, value) for name, value in request.headers.raw if _plain(name) == self._plain]
         if not found:
             raise _unauthenticated("The sign-in proxy names no user.")
         if len(found) > 1 or found[0][0].lower() != self._header:
-            raise _unauthenticated("The user header is there twice, or under a name that looks like it.")
+            raise _unauthenticated("The user header is repeated, or another header has a similar name.")
         try:
             user = found[0][1].decode("utf-8").strip(" \t")
         except UnicodeDecodeError:
             user = ""
-        # A comma is what two header lines look like once something on the way has joined them (RFC 9110, section 5.3);
-        # believed, a client's own line would make up a new user with each request.
+        # A comma may come from two header lines that were joined on the way (RFC 9110, section 5.3): if it were
+        # accepted, clients could invent a new user for each request with a line of their own.
         if not is_user_id(user) or "," in user:
             raise _unauthenticated("The user header does not name one user.")
         return User(mode="header", id=user, address=self.addresses.of(request))
@@ -46,6 +46,6 @@ def _plain(name: bytes) -> bytes:
 
 
 def _unauthenticated(detail: str) -> Problem:
-    # RFC 9110, section 15.5.2, wants a challenge on every 401, and some clients raise an error without one. No
-    # registered scheme says "ask the proxy", and one that browsers know would make them ask for a password.
+    # RFC 9110, section 15.5.2, requires a challenge on every 401, and some clients fail without one. No registered
+    # scheme means "ask the proxy", and a scheme that browsers know would make them ask for a password.
     return Problem("unauthenticated", detail, {"WWW-Authenticate": "ForwardedUser"})

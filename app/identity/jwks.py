@@ -1,8 +1,7 @@
-"""An issuer's key set (RFC 7517), kept fresh in the background.
+"""An issuer's key set (RFC 7517), refreshed in the background.
 
-Requests wait for the issuer in two cases only, and only shortly: before the first key set has come, and when a token
-names a key that is not known yet, as after a rotation. An issuer that is down neither logs in nor locks out anybody,
-until its keys are a day old.
+Requests wait for the issuer only briefly and only in two cases: before the first key set has arrived, and if a token
+names an unknown key, as after a rotation. While the issuer is down, logins continue until its keys are a day old.
 """
 
 import asyncio
@@ -22,12 +21,12 @@ from app.identity.keys import PUBLIC_KEY_ALGORITHMS, VerifyingKey, jwk_key
 from app.problems import Problem
 
 REFRESH_SECONDS = 300
-RETRY_SECONDS = 30  # after a fetch that failed
-FIRST_RETRY_SECONDS = 5  # after one that failed while there are no keys at all
-UNKNOWN_KEY_SECONDS = 30  # an unknown key id makes us ask at most this often
-BELIEVED_SECONDS = 24 * 3600
+RETRY_SECONDS = 30  # after a failed fetch
+FIRST_RETRY_SECONDS = 5  # after a failed fetch while there are no keys
+UNKNOWN_KEY_SECONDS = 30  # an unknown key id causes a fetch at most this often
+MAX_AGE_SECONDS = 24 * 3600
 FETCH_SECONDS = 5
-WAIT_SECONDS = 3  # that a request waits for a fetch under way
+WAIT_SECONDS = 3  # that a request waits for a running fetch
 MAX_BYTES = 1_000_000
 MAX_KEYS = 100
 
@@ -35,15 +34,15 @@ log = structlog.get_logger(__name__)
 
 
 class KeySetError(Exception):
-    """An answer that is no usable key set. Says why, without repeating it."""
+    """A response that is not a usable key set. The message does not quote it."""
 
 
 @dataclass
 class KeySet:
-    """The keys behind a JWKS URL.
+    """The keys behind a JWKS URL. Raises ValueError for algorithms without public keys.
 
-    `algorithms`: only these; empty: all that fit each key. `transport`: httpx's own unless told. `clock`: seconds,
-    monotonic. `sleep`: waits so many seconds.
+    `algorithms`: only these; empty: all that fit each key. `transport`: default: httpx's own. `clock`: monotonic
+    seconds. `sleep`: waits seconds.
     """
 
     url: str = field(repr=False)
@@ -55,7 +54,7 @@ class KeySet:
     version: int = field(default=0, init=False)
     _keys: list[VerifyingKey] = field(default_factory=list, init=False)
     _fetched_at: float | None = field(default=None, init=False)
-    _asked_for_unknown_at: float = field(default=float("-inf"), init=False)
+    _unknown_fetch_at: float = field(default=float("-inf"), init=False)
     _fetching: asyncio.Task[bool] | None = field(default=None, init=False)
     _refreshing: asyncio.Task[None] | None = field(default=None, init=False)
 
@@ -64,11 +63,11 @@ class KeySet:
         if unfit:
             raise ValueError(f"does not go with {', '.join(unfit)}, only with public-key algorithms")
         self.algorithms = self.algorithms or PUBLIC_KEY_ALGORITHMS
-        # A redirect would let whoever answers there choose the keys.
+        # A redirect would let another server choose the keys.
         self._client = httpx.AsyncClient(transport=self.transport, follow_redirects=False, timeout=FETCH_SECONDS)
 
     async def start(self) -> None:
-        """Fetch now, and again every REFRESH_SECONDS. Does not wait for it."""
+        """Start to fetch now and every REFRESH_SECONDS, without waiting."""
         self._refreshing = asyncio.create_task(self._refresh(self._begin_fetch()))
 
     async def aclose(self) -> None:
@@ -80,37 +79,37 @@ class KeySet:
         await self._client.aclose()
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
-        """The key for a token. Raises Problem `at-capacity` while there are none to be believed."""
+        """Return the key for a token. Raises Problem `at-capacity` while there are no usable keys."""
         if algorithm not in self.algorithms:
             return None
         if self._fetched_at is None:
-            await self._fetched()
+            await self._wait_for_fetch()
         self._check_age()
         if kid is not None and not self._knows(kid):
-            if self.clock() - self._asked_for_unknown_at >= UNKNOWN_KEY_SECONDS:
-                self._asked_for_unknown_at = self.clock()
+            if self.clock() - self._unknown_fetch_at >= UNKNOWN_KEY_SECONDS:
+                self._unknown_fetch_at = self.clock()
                 self._begin_fetch()
-            await self._fetched()
+            await self._wait_for_fetch()
         fitting = [key for key in self._keys if algorithm in key.algorithms and kid in (None, key.kid)]
         if kid is None and len(fitting) != 1:
-            return None  # a guess among several would verify a token with keys that its issuer did not mean
+            return None  # a guess among several could pick a key that the issuer did not mean
         return fitting[0] if fitting else None
 
     def _knows(self, kid: str) -> bool:
         return any(key.kid == kid for key in self._keys)
 
     def _check_age(self) -> None:
-        if self._fetched_at is None or self.clock() - self._fetched_at > BELIEVED_SECONDS:
+        if self._fetched_at is None or self.clock() - self._fetched_at > MAX_AGE_SECONDS:
             raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
 
     def _begin_fetch(self) -> asyncio.Task[bool]:
-        """The fetch under way, or a new one: there are never two."""
+        """Return the running fetch, or start one: there are never two."""
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._fetch())
         return self._fetching
 
-    async def _fetched(self) -> None:
-        """Wait a while for the fetch under way, if there is one. A caller who is cancelled does not cancel it."""
+    async def _wait_for_fetch(self) -> None:
+        """Wait up to WAIT_SECONDS for the running fetch, if any. Cancelling the wait does not cancel the fetch."""
         if self._fetching is not None and not self._fetching.done():
             await asyncio.wait({self._fetching}, timeout=WAIT_SECONDS)
 
@@ -123,13 +122,13 @@ class KeySet:
             fetch = self._begin_fetch()
 
     async def _fetch(self) -> bool:
-        """Whether it worked."""
+        """Fetch the keys; return whether that succeeded."""
         try:
             async with asyncio.timeout(FETCH_SECONDS):
                 body = await self._download()
             keys = self._read(body)
-        except Exception as error:  # whatever a transport raises: the keys at hand stay good
-            # Neither the path and query of the URL, which may hold a secret, nor a message that may repeat them.
+        except Exception as error:  # any error of a transport: the present keys stay valid
+            # The URL's path and query may hold a secret, and error messages may repeat them.
             reason = str(error) if isinstance(error, KeySetError) else type(error).__name__
             log.error("jwks_fetch_failed", host=urlsplit(self.url).hostname, reason=reason)
             return False
@@ -139,7 +138,7 @@ class KeySet:
         return True
 
     async def _download(self) -> bytes:
-        # Not compressed: the bound holds for what is read, not for what a small answer unpacks to.
+        # Not compressed: MAX_BYTES limits what is read, not what it unpacks to.
         headers = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
         async with self._client.stream("GET", self.url, headers=headers) as response:
             if response.status_code != 200:
@@ -160,9 +159,9 @@ class KeySet:
             raise KeySetError("no key set")
         keys = []
         for entry in islice(entries, MAX_KEYS):
-            with suppress(ValueError):  # RFC 7517, section 5: what is not understood is ignored
+            with suppress(ValueError):  # RFC 7517, section 5: ignore keys that are not understood
                 keys.append(jwk_key(entry, self.algorithms))
         if not keys:
-            # More likely an accident than a revocation of everything, which would lock everybody out.
+            # More likely a mistake than a revocation of all keys, which would lock every user out.
             raise KeySetError("no usable key")
         return keys

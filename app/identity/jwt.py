@@ -1,7 +1,7 @@
-"""jwt mode: a signed token of the application's own login (RFC 7519), checked as RFC 8725 advises.
+"""jwt mode: a signed token from the application's own login (RFC 7519), checked as RFC 8725 advises.
 
-PyJWT verifies signature, issuer and audience. Which key and algorithm, and the times, are decided here. `jku`, `x5u`,
-`jwk` and `x5c` in a token's header are never looked at: they name keys by the word of whoever made the token.
+PyJWT verifies signature, issuer and audience. Key, algorithm and times are checked here. `jku`, `x5u`, `jwk` and `x5c`
+in a token's header are ignored: with them the token's author would choose the key.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from app.identity.user import User
 from app.problems import Problem
 
 MAX_TOKEN_BYTES = 8 * 1024
-# Clocks differ: a token made this moment must not be refused by a broker a few seconds behind its issuer. An expired
-# one gets no such grace, as PyJWT, jose and jsonwebtoken give none: clients fetch a new token in time anyway.
+# Clocks differ: a broker a few seconds behind the issuer must not refuse a new token. An expired one gets no leeway, as
+# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway.
 NOT_YET_LEEWAY_SECONDS = 10
-LATEST_TIME = 1e12  # the year 33658; what is beyond is no time, and infinity and NaN are none either
+LATEST_TIME = 1e12  # the year 33658; anything later is not a time, nor are infinity and NaN
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 1024
 
@@ -33,12 +33,12 @@ BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE | re.ASCII)
 
 
 class InvalidLogin(Exception):
-    """A token that does not log in. Says why, for a developer; holds nothing of the token."""
+    """A token that is refused. The message says why, for a developer, and quotes nothing of the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A verified token: whose it is, and until when it need not be verified again."""
+    """A verified token's user, and the time until which it need not be verified again."""
 
     user: User
     until: float
@@ -46,10 +46,10 @@ class Remembered:
 
 @dataclass
 class JwtIdentity(Identity):
-    """Users by token, from `Authorization: Bearer` or a cookie.
+    """Identify users by a token from `Authorization: Bearer` or a cookie.
 
-    `issuer`, `audience`: what the token must say; empty: not checked. `user_claim`: the claim that is the user's id.
-    `cookie`: its name; empty: no cookie counts. `now`: Unix time.
+    `issuer`, `audience`: what the token must name; empty: not checked. `user_claim`: the claim with the user's id.
+    `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
     """
 
     keys: Keys
@@ -59,21 +59,21 @@ class JwtIdentity(Identity):
     user_claim: str = "sub"
     cookie: str = ""
     now: Callable[[], float] = time.time
-    # By hash, so that no token lies in memory longer than its request. A page asks several times a minute, and
-    # an answer out of here costs some tenth of a verification.
+    # By hash, so that no token stays in memory longer than its request. A page sends several requests a minute, and a
+    # hit costs about a tenth of a verification.
     _remembered: dict[bytes, Remembered] = field(default_factory=dict, init=False)
     _remembered_version: int = field(default=0, init=False)
 
     async def start(self) -> None:
-        """Begin to fetch keys."""
+        """Start fetching keys."""
         await self.keys.start()
 
     async def aclose(self) -> None:
-        """Stop that."""
+        """Stop fetching keys."""
         await self.keys.aclose()
 
     async def identify(self, request: HTTPConnection) -> User:
-        """The user of the request's token. Raises Problem: 401, or 503 while there are no keys to check it with."""
+        """Return the user of the request's token. Raises Problem: 401, or 503 while there are no keys."""
         try:
             token, by_cookie = self._token(request)
             if token is None:
@@ -86,7 +86,7 @@ class JwtIdentity(Identity):
         return replace(user, address=self.addresses.of(request), by_cookie=by_cookie)
 
     def _token(self, request: HTTPConnection) -> tuple[str | None, bool]:
-        """The token, and whether the cookie alone brought it."""
+        """Return the token, and whether only the cookie holds it."""
         in_header = self._header_token(request)
         in_cookie = self._cookie_token(request) if self.cookie else None
         if in_header is None:
@@ -100,7 +100,7 @@ class JwtIdentity(Identity):
         if len(values) > 1:
             raise InvalidLogin("There is more than one Authorization header.")
         if not values or not values[0].lower().startswith("bearer"):
-            return None  # such as the password of a staging site, which the browser sends with everything
+            return None  # such as a staging site's password, which browsers send with every request
         match = BEARER.fullmatch(values[0].strip())
         if match is None:
             raise InvalidLogin("The Authorization header is not `Bearer` and one token.")
@@ -112,10 +112,10 @@ class JwtIdentity(Identity):
             name, _, value = pair.partition("=")
             if name.strip() == self.cookie:
                 found.add(value.strip().strip('"'))
-        found.discard("")  # how some servers sign out
+        found.discard("")  # some servers sign users out this way
         if len(found) > 1:
             # Of two cookies one may have been set by another host of the same site (RFC 6265, section 8.6).
-            raise InvalidLogin("The cookie is there twice, with different tokens.")
+            raise InvalidLogin("The cookie was sent twice, with different tokens.")
         return found.pop() if found else None
 
     async def _verified(self, token: str) -> User:
@@ -130,7 +130,7 @@ class JwtIdentity(Identity):
         if remembered is not None and now < remembered.until:
             return remembered.user
         user = await self._verify(token)
-        self._remembered.pop(digest, None)  # so that it goes to the end, away from the oldest
+        self._remembered.pop(digest, None)  # so that it moves to the end, away from the oldest
         if len(self._remembered) >= REMEMBERED_TOKENS:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[digest] = Remembered(user, min(user.expires_at or 0, now + REMEMBERED_SECONDS))
@@ -139,7 +139,7 @@ class JwtIdentity(Identity):
     async def _verify(self, token: str) -> User:
         header = _unverified_header(token)
         algorithm, kid = header.get("alg"), header.get("kid")
-        if "crit" in header:  # RFC 7515, section 4.1.11: an extension that must be understood, and none is
+        if "crit" in header:  # RFC 7515, section 4.1.11: extensions that must be understood; none is
             raise InvalidLogin("The token's header has critical extensions.")
         if not isinstance(algorithm, str) or not isinstance(kid, str | None):
             raise InvalidLogin("The token's header is malformed.")
@@ -157,11 +157,11 @@ class JwtIdentity(Identity):
                     "require": ["exp"],
                     "verify_iss": bool(self.issuer),
                     "verify_aud": bool(self.audience),
-                    # Ours: by the clock given, and without taking text and truth values for numbers.
+                    # Checked here: with our clock, and without accepting strings and booleans as numbers.
                     "verify_exp": False,
                     "verify_nbf": False,
                     "verify_iat": False,
-                    # Ours: the id may be another claim.
+                    # Checked here: the id may be another claim.
                     "verify_sub": False,
                     "verify_jti": False,
                 },
@@ -187,8 +187,7 @@ class JwtIdentity(Identity):
         return User(
             mode="jwt",
             id=_name(claims, self.user_claim),
-            # What a token says of its issuer is worth something only when it was checked; operators block users by
-            # the configured one.
+            # The token's own issuer counts only if it was checked; operators block users by the configured one.
             issuer=self.issuer,
             claims=claims,
             expires_at=expires_at,
@@ -196,7 +195,7 @@ class JwtIdentity(Identity):
 
 
 def _unverified_header(token: str) -> Mapping[str, Any]:
-    """The header, for finding the key. PyJWT reads the same text again, more strictly."""
+    """Return the header, to find the key. PyJWT parses it again, more strictly."""
     segment = token.partition(".")[0]
     try:
         header: Any = json.loads(urlsafe_b64decode(segment + "=" * (-len(segment) % 4)))
@@ -208,7 +207,7 @@ def _unverified_header(token: str) -> Mapping[str, Any]:
 
 
 def _time(claims: Mapping[str, Any], name: str) -> float:
-    """A NumericDate (RFC 7519, section 2)."""
+    """Return a claim that is a NumericDate (RFC 7519, section 2)."""
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not -LATEST_TIME < value < LATEST_TIME:
         raise InvalidLogin(f"The token's {name} is not a time.")

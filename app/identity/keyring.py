@@ -1,4 +1,4 @@
-"""Keys derived from BROKER_SECRET, one per purpose. The first secret signs, every secret verifies: that is rotation."""
+"""Keys derived from BROKER_SECRET, one per purpose. The first secret signs, all verify, so it can be rotated."""
 
 import base64
 import hashlib
@@ -12,13 +12,13 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from app.identity.user import User
 
 PSEUDONYMS = 4096
-"""Users whose pseudonyms are kept."""
+"""Users whose pseudonyms are cached."""
 
 Purpose = Literal["call-key", "pseudonym", "stored-answer"]
 
 
 class Keyring:
-    """Signs short texts, and encrypts what is kept in the store.
+    """Sign short texts, and encrypt values in the store.
 
     Each purpose has its own key: HMAC-SHA256 of the purpose under a secret.
     """
@@ -28,33 +28,33 @@ class Keyring:
         self.use(secrets)
 
     def use(self, secrets: Sequence[str]) -> None:
-        """Sign with the first of these from now on, and verify with these only."""
+        """Sign with the first of these from now on, and verify with only these."""
         signing: tuple[Purpose, ...] = ("call-key", "pseudonym")
         self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
-        # A user's pseudonym is asked for with each of their requests.
+        # Each request needs its user's pseudonym.
         self._pseudonym = lru_cache(PSEUDONYMS)(partial(_mac, self._keys["pseudonym"][0]))
         stored = _derive(secrets, "stored-answer")
         self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
 
     def sign(self, purpose: Purpose, message: bytes) -> str:
-        """A URL-safe MAC of 43 characters under the newest secret."""
+        """Return a URL-safe MAC of 43 characters, made with the newest secret."""
         return self._pseudonym(message) if purpose == "pseudonym" else _mac(self._keys[purpose][0], message)
 
     def verify(self, purpose: Purpose, message: bytes, mac: str) -> bool:
-        """Whether any secret made this MAC; each comparison takes constant time."""
+        """Return whether any secret made this MAC; comparisons take constant time."""
         given = mac.encode("utf-8", "surrogatepass")
         return any(hmac.compare_digest(_mac(key, message).encode(), given) for key in self._keys[purpose])
 
     def pseudonym(self, user: User) -> str:
-        """A user's keyed name, for OneInbox's record and for logs."""
+        """Return a user's pseudonym, for OneInbox's record and for logs."""
         return self.sign("pseudonym", user.canonical)
 
     def encrypt(self, value: bytes) -> bytes:
-        """The value as only this keyring reads it (Fernet: AES-128-CBC with HMAC-SHA256)."""
+        """Encrypt a value (Fernet: AES-128-CBC with HMAC-SHA256)."""
         return self._box.encrypt(value)
 
     def decrypt(self, value: bytes) -> bytes | None:
-        """The value that `encrypt` took; None when no secret fits."""
+        """Decrypt a value of `encrypt`; None if no secret fits."""
         try:
             return self._box.decrypt(value)
         except InvalidToken:

@@ -1,7 +1,7 @@
-"""The keys that logins are verified with, each bound to the algorithms it may be used with.
+"""Keys that verify logins, each bound to the algorithms it may be used with.
 
-The key decides the algorithm, never the token (RFC 8725, sections 2.1 and 3.1): a token signed with HS256 and the text
-of the public key as its secret, or with `none`, finds no key.
+The key decides the algorithm, never the token (RFC 8725, sections 2.1 and 3.1): no key fits a token with `none`, or one
+signed by HS256 with the public key's text as the secret.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,12 +22,12 @@ PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448Publ
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # RFC 7518, section 3.4, and RFC 8812: one algorithm for each curve.
 CURVE_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
-# RFC 7518, section 3.2: the key must be as long as the hash, at least.
+# RFC 7518, section 3.2: the key must be at least as long as the hash.
 SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
 PUBLIC_KEY_ALGORITHMS = frozenset((*RSA_ALGORITHMS, *CURVE_ALGORITHMS.values(), "EdDSA"))
 MIN_RSA_BITS = 2048
 
-# What a public key consists of, RFC 7518, section 6, and RFC 8037: a private part published by mistake stays unread.
+# The parts of a public key (RFC 7518, section 6, and RFC 8037); a private part published by mistake is ignored.
 JWK_PARTS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
 JWK_LOADERS = {"RSA": RSAAlgorithm.from_jwk, "EC": ECAlgorithm.from_jwk, "OKP": OKPAlgorithm.from_jwk}
 
@@ -42,50 +42,50 @@ class VerifyingKey:
 
 
 class Keys(Protocol):
-    """Where keys come from. `version` changes whenever the keys do."""
+    """A source of keys. `version` changes whenever the keys do."""
 
     version: int
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
-        """The key for a token that names this algorithm and key id; None: there is none."""
+        """Return the key for a token with this algorithm and key id, if any."""
         ...
 
     async def start(self) -> None:
-        """Begin to fetch them, if they have to be."""
+        """Start fetching keys, if needed."""
         ...
 
     async def aclose(self) -> None:
-        """Stop that."""
+        """Stop fetching keys."""
         ...
 
 
 @dataclass
 class FixedKey:
-    """One configured key; a token's key id does not matter."""
+    """One configured key, whatever key id a token names."""
 
     key: VerifyingKey
     version: int = field(default=0, init=False)
 
     def use(self, key: VerifyingKey) -> None:
-        """Another key from now on; logins remembered under the old one are forgotten."""
+        """Use another key from now on; cached logins are dropped."""
         self.key = key
         self.version += 1
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
-        """The key, when it is one for this algorithm."""
+        """Return the key if it fits the algorithm."""
         return self.key if algorithm in self.key.algorithms else None
 
     async def start(self) -> None:
-        """Nothing to fetch."""
+        """Do nothing: the key is fixed."""
 
     async def aclose(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:
-    """A shared secret, for HS256, HS384 and HS512, as far as it is long enough for them.
+    """Return a shared secret for HS256, HS384 and HS512, as far as it is long enough for each.
 
-    `algorithms`: only these; empty: all that fit. Raises ValueError, which never repeats the secret.
+    `algorithms`: only these; empty: all that fit. Raises ValueError, which never quotes the secret.
     """
     key = secret.encode()
     if len(key) < SECRET_BYTES["HS256"]:
@@ -99,11 +99,11 @@ def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:
 
 
 def public_key(pem: str, algorithms: Collection[str] = ()) -> VerifyingKey:
-    """A public key in PEM, for the algorithms of its kind. `algorithms`, ValueError: as for `secret_key`."""
+    """Return a public key in PEM for the algorithms of its kind. `algorithms`, ValueError: as for `secret_key`."""
     if "PRIVATE KEY" in pem:
         raise ValueError("is a private key, which belongs to the issuer alone")
     try:
-        # A line of an .env file or a manifest often holds `\n` for each line break; PEM itself has no backslash.
+        # In an .env file or a manifest line breaks are often written `\n`; PEM itself has no backslash.
         key = load_pem_public_key(pem.replace("\\n", "\n").encode())
     except (ValueError, UnsupportedAlgorithm):
         raise ValueError("is not a public key in PEM") from None
@@ -112,10 +112,10 @@ def public_key(pem: str, algorithms: Collection[str] = ()) -> VerifyingKey:
 
 
 def jwk_key(jwk: Any, algorithms: Collection[str] = ()) -> VerifyingKey:
-    """One key of a key set (RFC 7517, section 4). Raises ValueError when logins cannot be verified with it.
+    """Return one key of a key set (RFC 7517, section 4). Raises ValueError if it cannot verify logins.
 
-    `algorithms`: at most these, which may be of several kinds, as a set's keys may be; empty: all that fit. Symmetric
-    keys are refused: what is published is no secret.
+    `algorithms`: at most these, which may be of several kinds, as keys of a set may be; empty: all that fit. Symmetric
+    keys are refused: a published key is not a secret.
     """
     if not isinstance(jwk, Mapping) or not isinstance(jwk.get("kty"), str) or jwk["kty"] not in JWK_PARTS:
         raise ValueError("is of another kind")
@@ -157,7 +157,7 @@ def _fitting(key: PublicKey) -> list[str]:
 
 
 def _all_fitting(wanted: Collection[str], fitting: Sequence[str]) -> Sequence[str]:
-    """The wanted algorithms, which must all be the key's; unless any is wanted, all of the key's."""
+    """Return the wanted algorithms, which must all fit the key, or without any all that fit."""
     unfit = sorted(set(wanted) - set(fitting))
     if unfit:
         raise ValueError(f"does not go with {', '.join(unfit)}, only with {', '.join(fitting)}")

@@ -1,4 +1,4 @@
-"""Who is asking."""
+"""The user of a request."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,12 +11,11 @@ Mode = Literal["anonymous", "jwt", "header"]
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One caller, as its identity source names it.
+    """A user, as named by the identity source.
 
-    `id`: the user's id; in anonymous mode the client address (IPv6: its /64). `issuer`: who vouches for it (jwt mode).
-    `claims`: the verified token's. `expires_at`: when the login ends, as a Unix time; None: never by itself.
-    `address`: the client address, whatever the mode. `by_cookie`: the browser sent the login along by itself, so that
-    another site could make it do so.
+    `id`: in anonymous mode the client address (IPv6: its /64). `issuer`: of the token (jwt mode). `claims`: of the
+    verified token. `expires_at`: Unix time at which the login ends; None: never. `address`: the client's, in any mode.
+    `by_cookie`: the browser sent the login by itself, so another site could cause the request.
     """
 
     mode: Mode
@@ -29,12 +28,12 @@ class User:
 
     @property
     def canonical(self) -> bytes:
-        """Mode, issuer and id in one unambiguous text: what pseudonyms and store names are made of."""
+        """Mode, issuer and id as one unambiguous value, from which pseudonyms and store names are made."""
         return "\x1f".join((self.mode, self.issuer, self.id)).encode()
 
     @property
     def store_name(self) -> str:
-        """The user's name in the store. Keyless, so that rotating BROKER_SECRET resets no limit."""
+        """The user's name in the store; unkeyed, so that rotating BROKER_SECRET resets no limits."""
         return _store_name(self.canonical)
 
 
