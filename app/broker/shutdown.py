@@ -14,7 +14,7 @@ class Shutdown:
     """The state of the process's shutdown.
 
     `drain_seconds`: how long after SIGTERM new connections are still served, while `/readyz` says `draining`. `close`:
-    then ends what has no end of its own, such as event streams.
+    then closes what would keep running, such as event streams.
     """
 
     drain_seconds: float
