@@ -28,6 +28,8 @@ from tests.deploy.settings import (
 from tests.documents import ROOT
 from tests.support.needs import program
 
+pytestmark = pytest.mark.process
+
 SCRIPTS = Path(sys.executable).parent
 EXPOSURE = 1.5
 """Of 10, as `systemd-analyze security` counts; what the broker cannot do without (a network) makes 1.2."""

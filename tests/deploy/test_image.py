@@ -17,7 +17,7 @@ from tests.deploy.images import PACKAGES, Container, Image, built_image
 from tests.documents import ROOT
 from tests.support.needs import cannot, program
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.image, pytest.mark.timeout(600)]
 
 SANDBOX = EmulatorOptions()
 ENVIRON = {

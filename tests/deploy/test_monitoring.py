@@ -24,6 +24,8 @@ from tests.support.brokers import LONG_CALLS, eventually, running_broker_process
 from tests.support.needs import program
 from tests.support.processes import PATIENCE
 
+pytestmark = pytest.mark.process
+
 MONITORING = ROOT / "deploy" / "monitoring"
 ALERTS = MONITORING / "alerts.yaml"
 CASES = ROOT / "tests" / "deploy" / "alerts.test.yaml"

@@ -38,6 +38,8 @@ from tests.support.brokers import (
 from tests.support.ports import free_port
 from tests.support.processes import Finished, run
 
+pytestmark = pytest.mark.process
+
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 ONEINBOX = EmulatorOptions(
     api_key="oi_sk_your_key", agents=("agt_your_agent",), queued=0, initiated=0, in_progress=3600

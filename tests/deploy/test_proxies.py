@@ -33,7 +33,7 @@ AS_A_CLIENT_MIGHT = [
     {"True-Client-IP": "203.0.113.16"},
 ]
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.process, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -14,6 +14,8 @@ from playwright.sync_api import Page
 from tests.e2e.conftest import OpenPage, control, running_broker, running_site
 from tests.support.processes import Process
 
+pytestmark = pytest.mark.browser
+
 SECRET = "origins_c4b1f08a6d2e4b7c9a5e3f10"
 COOKIE = "who"
 STATUS = r"Failed to load resource: the server responded with a status of "

@@ -19,6 +19,8 @@ from tests.e2e.conftest import OpenPage, control, running_sandbox, url_in
 from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import Process
 
+pytestmark = pytest.mark.browser
+
 PATIENCE = 20_000
 """Milliseconds; enough on a busy machine."""
 REFUSED = r"Failed to load resource: the server responded with a status of 4(04|22|29)"

@@ -12,6 +12,8 @@ from playwright.sync_api import Locator, Page, expect
 from tests.e2e.conftest import OpenPage, running_broker
 from tests.support.needs import program
 
+pytestmark = pytest.mark.browser
+
 SECRET = "a-secret-shared-with-the-sign-in-service"
 EXAMPLES = ".opblock-section-request-body .examples-select select"
 PATIENCE = 20_000

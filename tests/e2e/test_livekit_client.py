@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.conftest import control, running_broker
 from tests.support.needs import node
 
+pytestmark = pytest.mark.browser
+
 HERE = Path(__file__).parent
 PATIENCE = 30
 """Seconds; enough on a busy machine."""
@@ -19,7 +21,7 @@ PATIENCE = 30
 
 @dataclass(frozen=True)
 class Visit:
-    """What the client fetched, and what reached OneInbox."""
+    """The client's tokens, and the requests that reached OneInbox."""
 
     fetched: dict[str, Any]
     starts: list[dict[str, Any]]

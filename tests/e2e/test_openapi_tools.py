@@ -6,8 +6,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.documents import ROOT
 from tests.support.needs import NODE_MODULES, node
+
+pytestmark = pytest.mark.browser
 
 HERE = Path(__file__).parent
 DOCUMENT = ROOT / "deploy" / "openapi.json"

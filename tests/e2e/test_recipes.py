@@ -28,6 +28,8 @@ from tests.support.harness import ROOMY
 from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import ROOT, running, serving
 
+pytestmark = pytest.mark.browser
+
 PRINTED_BROKER = "http://127.0.0.1:8000"
 RECIPES = ROOT / "app/client/recipes"
 LIVEKIT = "127.0.0.1:7880"

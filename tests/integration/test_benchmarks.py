@@ -14,6 +14,8 @@ from tests.benchmarks.rig import Server
 from tests.support import needs
 from tests.support.processes import surroundings
 
+pytestmark = pytest.mark.process
+
 PATIENCE = 150.0
 
 

@@ -41,7 +41,7 @@ class Clock:
 CLOCK = Clock()
 OPTIONS = EmulatorOptions(api_key=KEY, now=CLOCK)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.process, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

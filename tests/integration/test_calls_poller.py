@@ -5,6 +5,8 @@ import math
 import time
 from collections import Counter
 
+import pytest
+
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Latency
 from app.sandbox.schemas import CallOverride, RegisterWebhook
@@ -12,6 +14,8 @@ from app.sandbox.server import running_emulator
 from tests.support.brokers import asked, running_broker_process, running_broker_processes
 from tests.support.valkey import running_valkey
 from tests.support.watchers import Watcher, figure, open_many, room_for_sockets
+
+pytestmark = pytest.mark.process
 
 WATCHERS = 1000
 STREAMS = {"BROKER_MAX_STREAMS": "2000"}

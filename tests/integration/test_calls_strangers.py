@@ -6,10 +6,13 @@ import time
 from collections import Counter
 
 import jwt
+import pytest
 
 from app.sandbox.server import running_emulator
 from tests.support.brokers import LONG_CALLS, asked, running_broker_process
 from tests.support.watchers import figure
+
+pytestmark = pytest.mark.process
 
 ISSUER = "an issuer's secret of more than 32 characters"
 SETTINGS = {

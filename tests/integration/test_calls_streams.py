@@ -9,6 +9,7 @@ import time
 
 import httpx
 import jwt
+import pytest
 
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.schemas import CallOverride
@@ -24,6 +25,8 @@ from tests.support.processes import PATIENCE
 from tests.support.shapes import assert_problem
 from tests.support.valkey import running_valkey
 from tests.support.watchers import Watcher, figure, open_many
+
+pytestmark = pytest.mark.process
 
 ISSUER = "an issuer's secret of more than 32 characters"
 VANISHED_SECONDS = 20

@@ -47,6 +47,7 @@ async def do(url: str, what: str, *arguments: str, **changes: str) -> str:
     return said
 
 
+@pytest.mark.process
 async def test_register_list_and_remove(oneinbox: RunningEmulator, tmp_path: Path) -> None:
     registered = await command(oneinbox.url, tmp_path, "register")
 
@@ -77,6 +78,7 @@ async def test_no_webhook_at_all(oneinbox: RunningEmulator) -> None:
     assert await do(oneinbox.url, "list") == "There are no webhooks."
 
 
+@pytest.mark.process
 async def test_missing_settings_are_lines_and_exit_2(oneinbox: RunningEmulator, tmp_path: Path) -> None:
     missing = await command(oneinbox.url, tmp_path, "list", BROKER_PUBLIC_URL="", BROKER_WEBHOOK_SECRET="")
 
@@ -97,6 +99,7 @@ async def test_one_missing_setting_is_named(name: str, oneinbox: RunningEmulator
     assert SECRET not in line
 
 
+@pytest.mark.process
 async def test_oneinbox_may_refuse(oneinbox: RunningEmulator, tmp_path: Path) -> None:
     refused = await command(oneinbox.url, tmp_path, "register", ONEINBOX_API_KEY="oi_sk_wrong")
 

@@ -12,6 +12,8 @@ from app.sandbox.demo import ASSETS, LIVEKIT_CLIENT
 from tests.support.processes import run, running, serving
 from tests.support.shapes import assert_problem, assert_session
 
+pytestmark = pytest.mark.process
+
 LIVEKIT = ("--livekit-url", "ws://127.0.0.1:17880", "--livekit-key", "key_of_mine")
 SECRET = "livekit_planted_5b7e90c1d2f34a68"
 

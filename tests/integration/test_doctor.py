@@ -79,6 +79,7 @@ async def command(tmp_path: Path, environ: dict[str, str], *arguments: str) -> F
     return done
 
 
+@pytest.mark.process
 async def test_all_green(environ: dict[str, str], tmp_path: Path) -> None:
     done = await command(tmp_path, environ)
     assert (done.code, done.err) == (0, "")
@@ -88,6 +89,7 @@ async def test_all_green(environ: dict[str, str], tmp_path: Path) -> None:
     assert last == "Nothing is wrong."
 
 
+@pytest.mark.process
 async def test_wrong_key_as_json(environ: dict[str, str], tmp_path: Path) -> None:
     done = await command(tmp_path, environ | {"ONEINBOX_API_KEY": KEY + "x"}, "--json")
     assert (done.code, done.err) == (1, "")
@@ -99,6 +101,7 @@ async def test_wrong_key_as_json(environ: dict[str, str], tmp_path: Path) -> Non
     assert "ONEINBOX_API_KEY" in wrong["remedy"]
 
 
+@pytest.mark.process
 async def test_wrong_settings_are_findings_and_no_usage_error(tmp_path: Path) -> None:
     environ = {
         "ONEINBOX_API_KEY": "oi_pk_PLANTED",
@@ -239,6 +242,7 @@ async def test_agents_that_had_calls(environ: dict[str, str], emulator: RunningE
     assert "only a first call shows" in found["agents"].detail
 
 
+@pytest.mark.process
 async def test_it_is_quick_though_nothing_answers(environ: dict[str, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"127.0.0.1:{silent.getsockname()[1]}"

@@ -22,6 +22,8 @@ from app import __version__
 from app.cli.commands import EXIT_STATUS, cli
 from tests.support.processes import PATIENCE, run, running, surroundings
 
+pytestmark = pytest.mark.process
+
 REQUIRED = {"ONEINBOX_API_KEY": "oi_sk_terminal", "ONEINBOX_AGENT_ID": "agt_terminal"}
 DEAD = {**REQUIRED, "ONEINBOX_BASE_URL": "http://127.0.0.1:1"}
 

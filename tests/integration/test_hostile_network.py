@@ -37,6 +37,7 @@ MANY = 1000
 WEBHOOK_SECRET = "a-webhook-secret-of-the-tests"
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process' memory from /proc"),
 ]

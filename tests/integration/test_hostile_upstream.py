@@ -49,6 +49,7 @@ COOLING = 5.0
 """Seconds that an unreachable OneInbox is left alone."""
 
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process' memory from /proc"),
 ]

@@ -41,6 +41,7 @@ async def broker_in_process(oneinbox: RunningEmulator, **changes: str) -> AsyncI
         yield client
 
 
+@pytest.mark.process
 async def test_a_hundred_at_once_of_one_key_are_one_call(valkey: Valkey) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
@@ -67,6 +68,7 @@ async def test_a_hundred_at_once_of_one_key_are_one_call(valkey: Valkey) -> None
                 assert secret.encode() not in name + value
 
 
+@pytest.mark.process
 async def test_a_process_that_dies_leaves_a_mark_that_dies_too(valkey: Valkey) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,

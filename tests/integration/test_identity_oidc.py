@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from app.sandbox.server import running_emulator
 from tests.support.brokers import LONG_CALLS, running_broker_process
 from tests.support.needs import node
 from tests.support.processes import PATIENCE
 from tests.support.shapes import assert_problem
+
+pytestmark = pytest.mark.browser
 
 SCRIPT = Path(__file__).parents[1] / "e2e" / "oidc_provider.mjs"
 CLIENT, SECRET, AUDIENCE = "web-shop", "a secret of the tests", "https://voice.example"

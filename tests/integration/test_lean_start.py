@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.processes import surroundings
 
+pytestmark = pytest.mark.process
+
 LIBRARIES = {"asyncio", "fastapi", "httpx", "jwt", "pydantic", "redis", "rich", "starlette", "structlog", "uvicorn"}
 
 EVERY_HELP = """

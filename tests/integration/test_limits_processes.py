@@ -27,6 +27,8 @@ from tests.support.brokers import (
 from tests.support.shapes import policies, remaining, states
 from tests.support.valkey import Valkey, running_valkey
 
+pytestmark = pytest.mark.process
+
 GLOBAL_MINUTE = 5000
 PROXIED = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
 RATED = {**PROXIED, "BROKER_SESSION_LIMITS": "5/minute", "BROKER_GLOBAL_SESSION_LIMITS": f"{GLOBAL_MINUTE}/minute"}

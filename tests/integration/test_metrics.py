@@ -17,6 +17,8 @@ from tests.support.brokers import LONG_CALLS, BrokerProcess, eventually, post_ma
 from tests.support.processes import PATIENCE
 from tests.support.valkey import Valkey, running_valkey
 
+pytestmark = pytest.mark.process
+
 TOKEN = "metrics-token-of-the-operator"
 METRICS = {"BROKER_METRICS_TOKEN": TOKEN, "BROKER_SESSION_LIMITS": "10/hour"}
 STARTED = ("broker_sessions_total", "started")

@@ -29,6 +29,8 @@ from tests.support.harness import settings
 from tests.support.processes import Finished, run
 from tests.support.valkey import Valkey, running_valkey
 
+pytestmark = pytest.mark.process
+
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
 NOWHERE = "redis://127.0.0.1:1"
 HOUSEHOLD = "2001:db8:1:2::1"

@@ -18,6 +18,8 @@ from app.sandbox import faults
 from app.sandbox.server import running_emulator
 from tests.support.brokers import LONG_CALLS, SECRET, eventually, post_many, running_broker_process
 
+pytestmark = pytest.mark.process
+
 TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-0[13]")
 """W3C's header of a sampled trace; 2 says that its id is random (Trace Context Level 2, section 3.2.2.5.2)."""
 MARKER = "PLANTED"

@@ -81,6 +81,7 @@ async def test_a_new_broker_knows_whose_a_call_is(mode: str) -> None:
             assert_problem(await broker.get(path, headers=ann), "not-found")
 
 
+@pytest.mark.process
 async def test_a_killed_process_and_a_new_secret_reset_nothing() -> None:
     ann, ben = who("anonymous", "ann"), who("anonymous", "ben")
     with running_valkey() as valkey:

@@ -13,6 +13,8 @@ from tests.support.needs import program
 from tests.support.processes import PATIENCE, ROOT, run, running, surroundings
 from tests.support.valkey import running_valkey
 
+pytestmark = pytest.mark.process
+
 DOCUMENTS = ("README.md", "app/client/README.md", "deploy/README.md")
 LINES = [line for name in DOCUMENTS for line in shell_lines((ROOT / name).read_text(encoding="utf-8"))]
 COMMAND = r"(\.venv/bin/)?oneinbox-broker "

@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.brokers import (
     LONG_CALLS,
@@ -15,6 +17,8 @@ from tests.support.brokers import (
     post_many,
     running_broker_process,
 )
+
+pytestmark = pytest.mark.process
 
 AT_ONCE = 100
 ROTATIONS = 5

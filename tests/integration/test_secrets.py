@@ -29,7 +29,7 @@ MARKER = "PLANTEDBODY"
 USER = "198.51.100."
 TIMEOUT = "1"
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.process, pytest.mark.asyncio(loop_scope="module")]
 
 
 def struck(operation: Any) -> dict[str, list[Fault]]:

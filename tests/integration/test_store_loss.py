@@ -81,6 +81,7 @@ async def each_is(brokers: list[BrokerProcess], status: str) -> bool:
     return all([await broker.readiness() == status for broker in brokers])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
 async def test_a_lost_store_under_load(valkey: Valkey, accident: str) -> None:
     settings = {**SETTINGS, "BROKER_STORE_URL": valkey.url}
@@ -134,6 +135,7 @@ async def _is_blocked(broker: BrokerProcess) -> bool:
     return response.status_code == 403
 
 
+@pytest.mark.process
 async def test_a_pause_stays_in_force(valkey: Valkey) -> None:
     settings = {"BROKER_STORE_URL": valkey.url}
     async with (

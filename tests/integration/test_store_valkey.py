@@ -42,6 +42,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.process
 async def test_two_processes_and_two_hundred_questions_at_once(valkey: Valkey, store: ValkeyStore) -> None:
     racers = [
         subprocess.Popen(
