@@ -1,4 +1,4 @@
-"""When OneInbox is left alone: after its 429, and while it cannot be reached."""
+"""Pauses requests to OneInbox after its 429, and while it cannot be reached."""
 
 import math
 import re
@@ -15,24 +15,24 @@ from app.oneinbox.errors import Busy, CircuitOpen, OneInboxError
 from app.telemetry.metrics import Metrics
 
 DEFAULT_PAUSE, LONGEST_PAUSE = 5, 60
-"""Seconds of a pause where OneInbox does not say how long, and at most."""
+"""Seconds of a pause: if OneInbox does not say how long, and at most."""
 FAILURES_IN_A_ROW = 10
 FAILURE_PAUSE = 5
-"""Seconds to leave an OneInbox alone that cannot be reached."""
+"""Seconds of a pause after failures."""
 WHILE_PROBING = 1
-"""Seconds that the others wait while one request finds out."""
+"""Retry-After in seconds for other requests during a probe."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass
 class CircuitBreaker:
-    """Decides for each request, in this process, whether it may be sent; `turn` goes around every one.
+    """Decides in this process whether a request may be sent; `guard` wraps each one.
 
     A 429 starts a pause of the length it asks for, FAILURES_IN_A_ROW requests without any answer one of FAILURE_PAUSE.
-    When it is over, one request goes ahead as a probe, and the others go on being refused until it is known what became
-    of it: an answer, whichever (a 5xx came over a connection that works), ends the cool-down; a 429 or none begins it
-    anew; a probe whose caller was cancelled found out nothing, and the next request is the probe.
+    After the pause one request is sent as a probe, and the others are refused until it has ended. Any answer to the
+    probe closes the circuit (even a 5xx shows that the connection works); a 429 or no answer starts another pause. If
+    the probe is cancelled, the next request becomes the probe.
 
     `clock`: monotonic seconds. `metrics`: count the pauses.
     """
@@ -46,12 +46,12 @@ class CircuitBreaker:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds in which nothing is sent; 0 where something is, be it a probe only."""
+        """Seconds left in which no request is sent; 0 if one may be, even if only as a probe."""
         return 0.0 if self._until is None else max(0.0, self._until - self.clock())
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around one request, to its answer. Raises CoolingDown instead, where it must not be sent."""
+        """Wrap one request, until its answer. Raises CircuitOpen if it must not be sent."""
         probe, pauses = self._admit(), self._pauses
         try:
             yield
@@ -59,8 +59,8 @@ class CircuitBreaker:
             self._pause(busy.retry_after, "asked for")
             raise
         except OneInboxError:
-            # What was sent before the last pause began says nothing that was not known then: of a hundred requests
-            # that time out together, ten start a pause and ninety must not start the next.
+            # A request sent before the last pause says nothing new: of a hundred that time out together, ten start a
+            # pause, and ninety must not start the next one.
             if pauses == self._pauses:
                 self._failures += 1
                 if probe or self._failures == FAILURES_IN_A_ROW:
@@ -68,7 +68,7 @@ class CircuitBreaker:
             raise
         else:
             self._failures = 0
-            if probe and not self.seconds_left:  # else a request of before the pause was answered with a 429 meanwhile
+            if probe and not self.seconds_left:  # unless an older request got a 429 meanwhile
                 self._until = None
                 log.info("oneinbox_recovered")
         finally:
@@ -76,7 +76,7 @@ class CircuitBreaker:
                 self._probing = False
 
     def _admit(self) -> bool:
-        """Whether the request that is let through is the probe. Raises CoolingDown."""
+        """Admit a request; return whether it is the probe. Raises CircuitOpen."""
         if self._until is None:
             return False
         if left := self.seconds_left:
@@ -96,9 +96,9 @@ class CircuitBreaker:
 
 
 def pause_asked_for(retry_after: str | None, now: float) -> int:
-    """Whole seconds of a Retry-After header (RFC 9110, section 10.2.3): a number of seconds or a date.
+    """Return the whole seconds of a Retry-After header (RFC 9110, section 10.2.3): a number of seconds or a date.
 
-    At least 1 and at most LONGEST_PAUSE; DEFAULT_PAUSE where it is missing or neither. `now`: Unix time.
+    At least 1 and at most LONGEST_PAUSE; DEFAULT_PAUSE if it is missing or neither. `now`: Unix time.
     """
     text = (retry_after or "").strip()
     if re.fullmatch(r"[0-9]+", text):

@@ -1,4 +1,4 @@
-"""OneInbox's API, as far as the broker uses it."""
+"""Client of OneInbox's API, as far as the broker uses it."""
 
 import asyncio
 import re
@@ -31,9 +31,9 @@ from app.telemetry.traces import Traces
 M = TypeVar("M", bound=BaseModel)
 
 MAX_ANSWER = 2 * 1024 * 1024
-"""Bytes of an answer at most: a long call's record with all its messages has room, an endless answer has not."""
+"""Most bytes of an answer: enough for a long call's record with all its messages."""
 MAX_STARTED = 256 * 1024
-"""The same for a started call, of which a thousand may be waited for at once."""
+"""The same for a started call: a thousand of these may be pending at once."""
 MAX_TOKEN = 16 * 1024
 TOKEN = re.compile(r"[!-~]+")
 
@@ -43,13 +43,9 @@ WEBHOOKS, WEBHOOK = "/v1/webhooks", "/v1/webhooks/{webhook}"
 
 
 class OneInbox:
-    """Client of one OneInbox account; holds the key and one pooled transport for the whole process.
+    """Client of one OneInbox account, with one connection pool for the whole process.
 
-    `timeout`: seconds for a whole answer, connecting included. `connect_timeout`: seconds for connecting.
-    Every method raises OneInboxError. A request is sent once; again only after a 401, when the key has changed.
-
-    `cooldown`: when no call is started; reads are neither refused by it nor do they begin it. `metrics`: count.
-    `traces`: None where there are none.
+    Every method raises OneInboxError. A request is sent once; again only after a 401, if the key has changed.
     """
 
     def __init__(
@@ -66,9 +62,12 @@ class OneInbox:
         metrics: Metrics | None = None,
         traces: Traces | None = None,
     ) -> None:
-        """`insecure_media`: take `ws://` server URLs too (only where OneInbox itself is on loopback).
+        """Create a client.
 
-        `reread_key`: gives a changed key to `use_key`, if there is one.
+        `timeout`: seconds for a whole answer, connecting included. `connect_timeout`: seconds for connecting.
+        `insecure_media`: accept `ws://` server URLs too (only if OneInbox itself is on loopback). `reread_key`: passes
+        a changed key to `use_key`, if there is one. `breaker`: guards starting calls; reads neither open it nor are
+        refused by it.
         """
         self._metrics = metrics or Metrics()
         self._traces = traces
@@ -84,16 +83,16 @@ class OneInbox:
         self._reread_key = reread_key
 
     def use_key(self, api_key: SecretStr) -> None:
-        """Send another key from the next request on. Those under way keep theirs."""
+        """Use another key from the next request on. Requests under way keep theirs."""
         headers = {
             "host": self._web_calls.netloc.decode(),
             "authorization": f"Bearer {api_key.get_secret_value()}",
             "accept": "application/json",
-            # A compressed answer could unpack to anything; none is asked for and none is taken.
+            # A compressed answer could unpack to any size, so none is accepted.
             "accept-encoding": "identity",
             "user-agent": "oneinbox-broker",
         }
-        # Made once: httpx would put the same together for each request.
+        # Made once, not for each request.
         self._headers = httpx.Headers(headers)
         self._headers_with_body = httpx.Headers({**headers, "content-type": "application/json"})
 
@@ -105,7 +104,7 @@ class OneInbox:
         overrides: Mapping[str, Any],
         metadata: Mapping[str, Any],
     ) -> WebCall:
-        """Start a billable call. After an error `may_have_acted` tells whether it may exist all the same."""
+        """Start a billable call. After an error, `may_have_acted` says whether the call may exist anyway."""
         body: dict[str, Any] = {"agent_id": agent_id, "metadata": metadata}
         if variables:
             body["variables"] = variables
@@ -116,30 +115,26 @@ class OneInbox:
         _raise_for_status(status, answer)
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
-            raise Invalid("started a call without a usable id", may_have_acted=True, status=status)
+            raise _unusable("id", status)
         url, token = answer.get("server_url"), answer.get("participant_token")
         if not isinstance(url, str) or not self._media_url.fullmatch(url):
-            raise Invalid(
-                "started a call without a usable server_url", may_have_acted=True, status=status, call_id=call_id
-            )
+            raise _unusable("server_url", status, call_id)
         if not isinstance(token, str) or len(token) > MAX_TOKEN or not TOKEN.fullmatch(token):
-            raise Invalid(
-                "started a call without a usable participant_token", may_have_acted=True, status=status, call_id=call_id
-            )
+            raise _unusable("participant_token", status, call_id)
         return WebCall(call_id, url, token)
 
     async def get_call(self, call_id: str) -> CallRecord:
-        """One call; raises NoSuchCall. `call_id` must be a valid one."""
+        """Return one call. Raises NoSuchCall. `call_id` must match CALL_ID."""
         return await self._call("GET", CALL, call_id)
 
     async def stop_call(self, call_id: str) -> CallRecord:
-        """Hang up; raises NoSuchCall. `call_id` must be a valid one."""
+        """Hang up; return the call. Raises NoSuchCall. `call_id` must match CALL_ID."""
         return await self._call("POST", STOP, call_id)
 
     async def list_calls(
         self, *, agent_id: str | None = None, status: str | None = None, limit: int = 20, offset: int = 0
     ) -> CallPage:
-        """A page of the account's calls, newest first. `limit`: 1 to 100."""
+        """Return a page of the account's calls, newest first. `limit`: 1 to 100."""
         filters = {"agent_id": agent_id, "status": status, "limit": limit, "offset": offset}
         query = urlencode({name: value for name, value in filters.items() if value is not None})
         code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
@@ -154,15 +149,15 @@ class OneInbox:
         return _model(Webhook, answer, status)
 
     async def list_webhooks(self) -> list[Webhook]:
-        """All webhooks of the account. The route is not documented; its answer is taken as a list or a page."""
+        """Return all webhooks of the account. The route is undocumented; the answer may be a list or a page."""
         status, answer = await self._send("GET", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS))
         _raise_for_status(status, answer)
         return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
 
     async def remove_webhook(self, webhook_id: str) -> None:
-        """Remove a webhook. The route is not documented; raises Misconfigured for a 404, and for what is no id."""
+        """Remove a webhook. The route is undocumented. Raises Misconfigured for a 404 and an invalid id."""
         if not CALL_ID.fullmatch(webhook_id):
-            raise _misconfigured(404)  # such as `..`, which would name another route
+            raise _misconfigured(404)  # such as `..`, which would lead to another route
         url = httpx.URL(f"{self._base_url}{WEBHOOKS}/{webhook_id}")
         status, answer = await self._send("DELETE", WEBHOOK, url)
         _raise_for_status(status, answer)
@@ -176,15 +171,15 @@ class OneInbox:
         _raise_for_status(status, answer, NoSuchCall)
         record = _model(CallRecord, answer, status)
         if record.id != call_id:
-            raise Invalid("answered another call", may_have_acted=True, status=status)
+            raise Invalid("sent another call", may_have_acted=True, status=status)
         return record
 
     async def _send(
         self, method: str, path: str, url: httpx.URL, body: Mapping[str, Any] | None = None, *, limit: int = MAX_ANSWER
     ) -> tuple[int, Any]:
-        """Status and JSON of the answer (None where it is no JSON); bounded in time and size.
+        """Return the answer's status and JSON (None if it is not JSON), bounded in time and size.
 
-        `path`: the URL's, with names for what varies.
+        `path`: the URL's, with placeholders, as metrics and traces name it.
         """
         content = None if body is None else to_json(body)
         headers = self._headers
@@ -193,7 +188,7 @@ class OneInbox:
             async with asyncio.timeout(self._timeout):
                 response, raw = await self._exchange(request, path, limit)
                 if response.status_code == 401:
-                    request.extensions["sent"] = False  # refused, it did nothing, and a POST started no call
+                    request.extensions["sent"] = False  # it was refused, so a POST started no call
                     if await self._has_another_key(headers):
                         request = self._request(method, url, content)
                         response, raw = await self._exchange(request, path, limit)
@@ -243,18 +238,18 @@ class OneInbox:
                 Traces.end_exchange(span, status, failure)
 
     async def _has_another_key(self, headers: httpx.Headers) -> bool:
-        """Whether the key is another by now than when a request with these headers was made."""
+        """Return whether the key has changed since a request with these headers was made."""
         if headers is self._headers and self._reread_key is not None:
             await self._reread_key()
         return headers is not self._headers
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
-    """The whole body; nothing when it is encoded or larger than `limit`, which no later step can use."""
+    """Return the whole body; empty, which is not JSON, if it is encoded or larger than `limit`."""
     if response.headers.get("content-encoding", "identity") != "identity":
         return b""
     body = bytearray()
-    # The stream itself: httpx's readers would keep a second copy, and decode.
+    # httpx's readers would keep a second copy, and decode.
     stream = response.stream
     assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - of an async transport
     async for chunk in stream:
@@ -268,13 +263,13 @@ def _model(model: type[M], answer: Any, status: int) -> M:
     try:
         return model.model_validate(answer)
     except ValidationError:
-        raise Invalid(f"answered no {model.__name__}", may_have_acted=True, status=status) from None
+        raise Invalid(f"sent no valid {model.__name__}", may_have_acted=True, status=status) from None
 
 
 def _raise_for_status(status: int, answer: Any, not_found: type[OneInboxError] | None = None) -> None:
-    """`not_found`: what a 404 means where it is not the operator's business."""
+    """Raise for any status but a 2xx. `not_found`: the error for a 404 if it is not the operator's to fix."""
     if 200 <= status < 300:
-        return  # what it says counts, not which of these it is
+        return
     if status == 404 and not_found is not None:
         raise not_found
     if status in (401, 402, 403, 404):
@@ -282,10 +277,14 @@ def _raise_for_status(status: int, answer: Any, not_found: type[OneInboxError] |
     if status == 422:
         errors = answer.get("detail") if isinstance(answer, dict) else None
         listed = errors if isinstance(errors, list) else []
-        # One that cannot be read may be about anything.
+        # If one cannot be read, none are passed on: it may be about anything.
         raise Rejected(listed if all(isinstance(each, dict) for each in listed) else [])
     refused = 400 <= status < 500 and status != 408
     raise Failed(f"answered {status}", may_have_acted=not refused, status=status)
+
+
+def _unusable(field: str, status: int, call_id: str | None = None) -> Invalid:
+    return Invalid(f"started a call without a usable {field}", may_have_acted=True, status=status, call_id=call_id)
 
 
 def _misconfigured(status: int) -> Misconfigured:

@@ -1,4 +1,4 @@
-"""What can go wrong with OneInbox. Each class names the problem a browser gets (`slug`)."""
+"""Failures of requests to OneInbox. Each class names the problem that a browser gets (`slug`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 class OneInboxError(Exception):
     """Any failure of a request to OneInbox.
 
-    `may_have_acted`: whether OneInbox may have done what was asked; False only when the request surely was never sent,
-    or was refused (a 4xx other than 408). `status`: OneInbox's, when it answered. `call_id`: of a call that the answer
-    named although it was not usable.
+    `reason`: continues "OneInbox …". `may_have_acted`: OneInbox may have done what was asked; False only if the request
+    was certainly not sent, or was refused (a 4xx other than 408). `status`: OneInbox's, if it answered. `call_id`: of a
+    call that an unusable answer named.
     """
 
     slug: ClassVar[str] = "upstream-error"
@@ -31,7 +31,7 @@ class Unreachable(OneInboxError):
 
 
 class TimedOut(OneInboxError):
-    """The whole answer did not arrive in time."""
+    """The answer did not arrive completely in time."""
 
     slug = "upstream-timeout"
 
@@ -43,7 +43,7 @@ class Failed(OneInboxError):
 
 
 class Invalid(OneInboxError):
-    """An answer that is not what was asked for."""
+    """An answer that does not fit the request."""
 
     slug = "upstream-invalid"
 
@@ -62,7 +62,7 @@ class CircuitOpen(Busy):
     """Not sent: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after, "is left alone for now", status=None)
+        super().__init__(retry_after, "gets no requests during a pause", status=None)
 
 
 class Misconfigured(OneInboxError):
@@ -72,7 +72,7 @@ class Misconfigured(OneInboxError):
 
 
 class Rejected(OneInboxError):
-    """A 422. `errors`: OneInbox's own list, as it came (not for browsers before it is looked through)."""
+    """A 422. `errors`: OneInbox's own list, unfiltered, so not for browsers."""
 
     slug = "upstream-misconfigured"
 

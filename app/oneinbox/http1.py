@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection to an upstream: a request out, its answer in, every part of the answer bounded (RFC 9112).
+"""One HTTP/1.1 connection to an upstream, with every part of an answer bounded (RFC 9112).
 
-httptools parses, as in the server. A client library's connection does more per request than all the rest of the broker
-(redirects, cookies, tracing, decoding: nothing that is wanted here), and tells less about what was sent.
+httptools parses, as in the server. A client library's connection costs more per request than the rest of the broker
+(redirects, cookies, tracing, decoding: none is needed here), and says less about what was sent.
 """
 
 import asyncio
@@ -12,24 +12,24 @@ import httpx
 
 MAX_FIELDS = 200
 MAX_OVERHEAD = 64 * 1024
-"""Bytes of an answer that are not its body: head, interim answers, chunk sizes, trailers."""
+"""Most bytes of an answer besides its body: head, interim answers, chunk sizes, trailers."""
 OVERHEAD_PER_BYTE = 8
-"""So many more for each byte of the body: a chunk of one byte takes six."""
+"""This many more per byte of the body: a chunk of one byte takes six."""
 MAX_INTERIM = 20
-"""Answers (1xx) before the answer."""
+"""Most interim answers (1xx)."""
 BUFFERED = 64 * 1024
-"""Bytes of a body from which on no more are read from the wire before these are."""
+"""Bytes of unread body above which reading from the wire pauses."""
 
 Fields = list[tuple[bytes, bytes]]
 
 
 class Connection(asyncio.Protocol):
-    """Carries one exchange at a time: `send`, then `head`, then `read` until it is empty. Waits without a bound.
+    """Carries one exchange at a time: `send`, then `head`, then `read` until it is empty. It has no timeouts.
 
-    Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (what came is no answer).
+    Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (not a valid answer).
     """
 
-    # Thousands wait at once for OneInbox, each with a connection of its own.
+    # Thousands of requests may wait for OneInbox at once, each with its own connection.
     __slots__ = (
         "_answered",
         "_body",
@@ -74,23 +74,23 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another request may be sent: open, and the last answer came to its end and allows it."""
+        """True when another request may be sent: open, and the last answer is complete and allows it."""
         return self._transport is not None and self._failure is None and (self._complete or not self._busy)
 
     @property
     def has_answered(self) -> bool:
-        """Whether any byte came since the request was sent."""
+        """True when any byte has come since the request was sent."""
         return self._received > 0
 
     @property
     def transport(self) -> asyncio.Transport:
-        """The open connection below. Raises httpx.ReadError where it has ended."""
+        """The open transport below. Raises httpx.ReadError if it has ended."""
         if self._transport is None:
             raise self._failure or httpx.ReadError("connection closed")
         return self._transport
 
     def send(self, request: bytes) -> None:
-        """Write a whole request. Raises httpx.ReadError, with nothing sent, where the connection has ended."""
+        """Write a whole request. Raises httpx.ReadError, with nothing sent, if the connection has ended."""
         transport = self.transport
         if self._busy:
             self._begin()
@@ -98,17 +98,17 @@ class Connection(asyncio.Protocol):
         transport.write(request)
 
     async def head(self) -> tuple[int, Fields]:
-        """Status and header fields of the answer; names as they came."""
+        """Return status and header fields of the answer, names as received."""
         while not self._answered:
-            await self._news()
+            await self._wait()
         return self._status, self._fields
 
     async def read(self) -> bytes:
-        """What has come of the body since the last time, waiting for some; empty at its end."""
+        """Return the next part of the body, waiting for some; empty at its end."""
         while not self._pieces:
             if self._complete:
                 return b""
-            await self._news()
+            await self._wait()
         piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._buffered = 0
@@ -118,18 +118,18 @@ class Connection(asyncio.Protocol):
         return piece
 
     def abort(self) -> None:
-        """Close at once, whatever is under way."""
+        """Close at once, even during an exchange."""
         if self._transport is not None:
             self._transport.abort()
 
     # --- from the wire
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is open."""
+        """Keep the open transport."""
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended: fine for an answer that says nothing else about its own end (RFC 9112, 6.3)."""
+        """End the answer. That is regular if only the connection's end delimits it (RFC 9112, 6.3)."""
         self._transport = None
         if self._answered and not self._complete and self._ends_with_connection():
             self._complete = True
@@ -139,40 +139,40 @@ class Connection(asyncio.Protocol):
             self._fail(httpx.ReadError("connection closed"))
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Parse received bytes."""
         if not self._busy or self._complete:
-            self._fail(httpx.RemoteProtocolError("an answer that nobody asked for"))
+            self._fail(httpx.RemoteProtocolError("an answer without a request"))
             return
         self._received += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fail(httpx.RemoteProtocolError("no HTTP answer, or one beyond all bounds"))
+            self._fail(httpx.RemoteProtocolError("not an HTTP answer, or too large"))
             return
         if self._received - self._body > MAX_OVERHEAD + OVERHEAD_PER_BYTE * self._body:
-            self._fail(httpx.RemoteProtocolError("an answer beyond all bounds"))
+            self._fail(httpx.RemoteProtocolError("too large an answer"))
             return
         if self._buffered > BUFFERED and not self._complete and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
         self._wake()
 
-    # --- from the parser; what these raise, it raises as an HttpParserError
+    # --- from the parser, which turns exceptions of these into HttpParserError
 
     def on_message_begin(self) -> None:
-        """An answer begins."""
+        """Refuse a second answer."""
         if self._complete:
             raise ValueError("more than one answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header field, or a trailer, which has no use here."""
+        """Keep a header field; ignore a trailer."""
         if not self._answered:
             self._fields.append((name, value))
             if len(self._fields) > MAX_FIELDS:
                 raise ValueError("too many fields")
 
     def on_headers_complete(self) -> None:
-        """A head is complete, maybe an interim answer's."""
+        """Mark the head as complete, unless it is an interim answer's."""
         self._status = self._parser.get_status_code()
         if self._status >= 200:
             self._answered = True
@@ -183,13 +183,13 @@ class Connection(asyncio.Protocol):
             raise ValueError("too many interim answers")
 
     def on_body(self, piece: bytes) -> None:
-        """Some of the body."""
+        """Keep a part of the body."""
         self._pieces.append(piece)
         self._buffered += len(piece)
         self._body += len(piece)
 
     def on_message_complete(self) -> None:
-        """The answer came to its end."""
+        """Mark the answer as complete, unless it is an interim one."""
         if self._answered:
             self._complete = True
             if not self._parser.should_keep_alive():
@@ -198,7 +198,7 @@ class Connection(asyncio.Protocol):
     def _ends_with_connection(self) -> bool:
         return not any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._fields)
 
-    async def _news(self) -> None:
+    async def _wait(self) -> None:
         if self._failure is not None:
             raise self._failure
         self._waiter = self._loop.create_future()

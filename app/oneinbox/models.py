@@ -1,4 +1,4 @@
-"""OneInbox's answers, in both editions of its documentation: what the broker does not need is not read."""
+"""OneInbox's answers, in both editions of its documentation. Fields that the broker does not need are ignored."""
 
 import contextlib
 import re
@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler,
 BROKER_USER = "broker_user"
 BROKER_REQUEST_ID = "broker_request_id"
 BROKER_USER_ID = "broker_user_id"
-"""Keys of a call's metadata that the broker writes itself."""
+"""Metadata keys that the broker writes on a call."""
 
 CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TERMINAL_STATUSES = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
-"""Statuses after which a call never runs again. Any other, a new one included, counts as running."""
+"""Statuses of calls that have ended. Any other status, also an unknown one, counts as running."""
 
 
 class WebCall(NamedTuple):
@@ -27,7 +27,7 @@ class WebCall(NamedTuple):
 
 
 def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """A field of an unexpected type counts as missing: one odd field must not hide the whole call."""
+    """Treat a field of an unexpected type as missing: one odd field must not hide the whole call."""
     try:
         return handler(value)
     except ValueError:
@@ -40,7 +40,7 @@ def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
         return None
     try:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:  # the first or last hours that there are
+    except OverflowError:  # within hours of year 1 or 9999
         return None
 
 
@@ -50,7 +50,7 @@ Moment = Annotated[datetime | None, WrapValidator(_utc)]
 
 
 class CallRecord(BaseModel):
-    """One call, as OneInbox keeps it. Anything but the id may be missing."""
+    """OneInbox's record of a call. Everything but the id may be missing."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -71,12 +71,12 @@ class CallRecord(BaseModel):
 
     @property
     def request_id(self) -> str:
-        """The broker's own id of the POST that started the call; empty when it was not this broker's."""
+        """The broker's id of the POST that started the call; empty if the broker did not start it."""
         return self._text(BROKER_REQUEST_ID)
 
     @property
     def owner(self) -> str:
-        """The pseudonym of the user who started the call; empty when it was not this broker's."""
+        """The pseudonym of the user who started the call; empty if the broker did not start it."""
         return self._text(BROKER_USER)
 
     def _text(self, name: str) -> str:
@@ -85,12 +85,12 @@ class CallRecord(BaseModel):
 
     @property
     def ended(self) -> bool:
-        """Whether the call is over for good."""
+        """True when the call has ended."""
         return self.status in TERMINAL_STATUSES
 
 
 class Webhook(BaseModel):
-    """A registered webhook; its signing secret, answered at registration, is not read."""
+    """A registered webhook. The signing secret in the answer to a registration is ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -107,9 +107,9 @@ class WebhookList(BaseModel):
 
 
 def _readable(value: Any, handler: ValidatorFunctionWrapHandler) -> list[CallRecord]:
-    """The items that are calls: one odd item must not hide the others."""
+    """Keep the items that are calls: one odd item must not hide the others."""
     if not isinstance(value, list):
-        raise ValueError("is no list")
+        raise ValueError("not a list")
     records = []
     for item in value:
         with contextlib.suppress(ValueError):
@@ -118,7 +118,7 @@ def _readable(value: Any, handler: ValidatorFunctionWrapHandler) -> list[CallRec
 
 
 class CallPage(BaseModel):
-    """One page of a list of calls. `listed`: how many there were, those that cannot be read included."""
+    """One page of a list of calls. `listed`: its length, including items that cannot be read."""
 
     items: Annotated[list[CallRecord], WrapValidator(_readable)]
     listed: int = 0

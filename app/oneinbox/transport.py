@@ -1,4 +1,4 @@
-"""The pooled connections to one upstream, as an httpx transport, and the mark that tells whether a request was sent."""
+"""A connection pool to one upstream, as an httpx transport that marks each request when it is sent."""
 
 import asyncio
 import base64
@@ -13,32 +13,32 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 from app.oneinbox.http1 import Connection
 
 IDLE_SECONDS = 15
-"""An unused connection is closed after this long: servers close theirs after longer, and must not do it first."""
+"""An unused connection is closed after this long: before servers close theirs."""
 ADDRESS_SECONDS = 10
-"""So long a resolved name is not resolved again."""
+"""A resolved name is not resolved again for this long."""
 NEXT_ADDRESS_SECONDS = 0.25
-"""After this long without an answer the next address of a name is tried as well (RFC 8305, section 5)."""
+"""After this long without a connection the next address of a name is tried as well (RFC 8305, section 5)."""
 
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
 def surely_not_sent(request: httpx.Request, error: Exception) -> bool:
-    """Whether a request that failed with `error` never left this machine; in doubt it did."""
+    """Return whether a request that failed with `error` certainly never left this machine."""
     if "sent" in request.extensions:
         return not request.extensions["sent"]
     return isinstance(error, NEVER_SENT)
 
 
 def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
-    """A transport to the host of a URL; must be called inside the event loop.
+    """Return a transport to the host of a URL. Call it inside the event loop.
 
-    `pool_size`: connections at most. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE are honoured for https.
+    `pool_size`: most connections. For https it respects HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE.
     """
     return PooledTransport(httpx.URL(base_url), pool_size=pool_size, proxy=proxy_for(base_url))
 
 
 def proxy_for(base_url: str) -> httpx.Proxy | None:
-    """The proxy that the environment names for a URL. Raises ValueError where it is no http:// or https:// URL."""
+    """Return the proxy that the environment names for a URL. Raises ValueError if it is not http:// or https://."""
     url = httpx.URL(base_url)
     named = getproxies().get(url.scheme) if url.scheme == "https" else None
     if not named or proxy_bypass(url.host):
@@ -46,20 +46,19 @@ def proxy_for(base_url: str) -> httpx.Proxy | None:
     try:
         proxy = httpx.Proxy(named)
     except httpx.InvalidURL:
-        raise ValueError("no URL") from None
+        raise ValueError("not a URL") from None
     if proxy.url.scheme not in ("http", "https") or not proxy.url.host:
-        raise ValueError("another kind of proxy")
+        raise ValueError("not an HTTP proxy")
     return proxy
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
     """Keeps connections to one host open between requests, and sends requests to no other.
 
-    `url`: of the host. `pool_size`: connections at most; further requests wait. `proxy`: an HTTP proxy to tunnel
-    through (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts here; whoever asks bounds the
-    whole. Follows no redirect, keeps no cookie, decodes nothing. A request is marked in
-    `request.extensions["sent"]` just before it is written, and written again only where it is a GET that met a kept
-    connection at its end.
+    `url`: of the host. `pool_size`: most connections; further requests wait. `proxy`: an HTTP proxy to tunnel through
+    (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no
+    redirect, keeps no cookie and decodes nothing. A request is marked in `request.extensions["sent"]` just before it is
+    written. Only a GET is written twice, if its reused connection had ended.
     """
 
     def __init__(self, url: httpx.URL, *, pool_size: int, proxy: httpx.Proxy | None = None) -> None:
@@ -75,16 +74,16 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._addresses: asyncio.Task[list[AddrInfoType]] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; raises httpx.TransportError only."""
+        """Send one request. Raises only httpx.TransportError."""
         url = request.url
         request.extensions["sent"] = False
         if (url.raw_scheme, url.raw_host, url.port) != self._origin:
-            raise httpx.UnsupportedProtocol("another host than this transport is for")
+            raise httpx.UnsupportedProtocol("not the host of this transport")
         content = await request.aread()
         message = _head(request, len(content)) + content
         await self._room.acquire()
         try:
-            kept = self._kept()
+            kept = self._reuse()
             try:
                 return await self._exchange(request, message, kept)
             except httpx.ReadError:
@@ -96,7 +95,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
             raise
 
     async def aclose(self) -> None:
-        """Close all connections that are not in use."""
+        """Close all idle connections."""
         if self._closing is not None:
             self._closing.cancel()
         if self._addresses is not None:
@@ -106,7 +105,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._idle.clear()
 
     def take_back(self, connection: Connection) -> None:
-        """Keep a connection for the next request, if it can take one."""
+        """Keep a connection for the next request, or close it if it cannot take one."""
         self._room.release()
         if not connection.is_reusable:
             connection.abort()
@@ -127,8 +126,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
             raise
         return httpx.Response(status, headers=fields, stream=_Body(self, connection))
 
-    def _kept(self) -> Connection | None:
-        """The connection that was used last, if it can still take a request."""
+    def _reuse(self) -> Connection | None:
+        """Return the last used connection that can still take a request."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_reusable:
@@ -137,7 +136,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         return None
 
     def _close_idle(self) -> None:
-        """Close what has been idle for long; the list is in that order."""
+        """Close connections idle for IDLE_SECONDS; the list begins with the oldest."""
         long_ago = self._loop.time() - IDLE_SECONDS
         stale = 0
         while stale < len(self._idle) and self._idle[stale].idle_since <= long_ago:
@@ -156,13 +155,13 @@ class PooledTransport(httpx.AsyncBaseTransport):
                 return await self._tunnel(self._proxy)
         except TimeoutError:
             raise httpx.ConnectTimeout("no connection in time") from None
-        except (OSError, UnicodeError) as error:  # no such name, no name at all, a refusal, a certificate that is wrong
+        except (OSError, UnicodeError) as error:  # unknown or invalid name, refusal, wrong certificate
             raise httpx.ConnectError(type(error).__name__) from error
 
     async def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
         addresses = await self._resolve(host, port)
         name = host if tls else None
-        if len(addresses) == 1:  # with nothing to choose from, the event loop connects at a fraction of the cost
+        if len(addresses) == 1:  # then the event loop connects at a fraction of the cost
             ((_, _, _, _, address),) = addresses
             _, connection = await self._loop.create_connection(
                 Connection, str(address[0]), port, ssl=tls, server_hostname=name
@@ -173,8 +172,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
         return connection
 
     async def _tunnel(self, proxy: httpx.Proxy) -> Connection:
-        """A connection through the proxy, which sees nothing but the host's name."""
-        # An https:// proxy gets TLS of its own, around that of the upstream.
+        """Connect through the proxy, which sees only the host's name."""
+        # An https:// proxy has its own TLS, around that of the upstream.
         own = self._tls if proxy.url.scheme == "https" else None
         plain = await self._dial(proxy.url.raw_host.decode(), proxy.url.port or (443 if own else 80), own)
         try:
@@ -201,7 +200,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         return connection
 
     async def _resolve(self, host: str, port: int) -> list[AddrInfoType]:
-        """The addresses of a name; who asks meanwhile waits for the same answer."""
+        """Return the addresses of a name; concurrent callers share one look-up."""
         if self._addresses is None:
             self._addresses = self._loop.create_task(self._look_up(host, port), name="addresses")
             self._addresses.add_done_callback(self._forget_addresses)
@@ -222,7 +221,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
 
 class _Body(httpx.AsyncByteStream):
-    """An answer's body as it comes; closing it gives the connection back."""
+    """An answer's body as a stream; closing it gives the connection back."""
 
     def __init__(self, pool: PooledTransport, connection: Connection) -> None:
         self._pool = pool
@@ -239,7 +238,7 @@ class _Body(httpx.AsyncByteStream):
 
 
 def _head(request: httpx.Request, length: int) -> bytes:
-    """Request line and header fields (RFC 9112, section 3). Raises httpx.LocalProtocolError for a line break in one."""
+    """Return request line and header fields (RFC 9112, section 3). Raises httpx.LocalProtocolError for a line break."""
     lines = [request.method.encode() + b" " + request.url.raw_path + b" HTTP/1.1"]
     lines += [name + b": " + value for name, value in request.headers.raw]
     if request.method != "GET" and "content-length" not in request.headers:
