@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -56,8 +57,10 @@ Logs = list[MutableMapping[str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of this machine and no `.env` reaches a test."""
+def clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep this machine's settings and `.env` from a test; and all programs but Python from one without a marker."""
+    if not any(map(request.node.get_closest_marker, ("process", "browser", "image"))):
+        monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     for name in list(os.environ):
         if name.upper().startswith(("BROKER_", "ONEINBOX_", "OTEL_")):
             monkeypatch.delenv(name)
