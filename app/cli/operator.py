@@ -2,8 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from app.broker.build import open_limits, open_oneinbox
 from app.cli.process import checked, refuse, say
@@ -77,36 +79,6 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
         return said
 
 
-def run_operator(work: Callable[[Operator], Awaitable[str]]) -> None:
-    """Do an operator's work, and print what it returns."""
-    say(_operate(work))
-
-
-def run_control(work: Callable[[Operator], Awaitable[bool | None]], done: str, otherwise: str = "") -> None:
-    """Do work that stops or allows sessions, and print `done` once all replicas obey; `otherwise` if it was False."""
-
-    async def run(operator: Operator) -> str:
-        return otherwise if await work(operator) is False else done
-
-    said = _operate(run)
-    time.sleep(IN_FORCE_SECONDS)
-    say(said)
-
-
-def _operate(work: Callable[[Operator], Awaitable[str]]) -> str:
-    settings = _settings()
-    try:
-        return checked(lambda: asyncio.run(operate(settings, work)))
-    except StoreUnavailable:
-        refuse("BROKER_STORE_URL: the store does not answer; nothing was changed", status=1)
-
-
-def _settings() -> Settings:
-    settings = checked(load_settings)
-    configure_logging("error", settings.log_format)
-    return settings
-
-
 EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")
 
 
@@ -160,10 +132,33 @@ async def operate_webhooks(settings: Settings, work: Callable[[WebhookOperator],
         await oneinbox.aclose()
 
 
+def run_operator(work: Callable[[Operator], Awaitable[str]]) -> None:
+    """Do an operator's work, and print what it returns."""
+    say(_run(partial(operate, work=work)))
+
+
+def run_control(work: Callable[[Operator], Awaitable[bool | None]], done: str, otherwise: str = "") -> None:
+    """Do work that stops or allows sessions, and print `done` once all replicas obey; `otherwise` if it was False."""
+
+    async def run(operator: Operator) -> str:
+        return otherwise if await work(operator) is False else done
+
+    said = _run(partial(operate, work=run))
+    time.sleep(IN_FORCE_SECONDS)
+    say(said)
+
+
 def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
     """Do an operator's work on OneInbox's webhooks, and print what it returns."""
-    settings = _settings()
+    say(_run(partial(operate_webhooks, work=work)))
+
+
+def _run(operation: Callable[[Settings], Coroutine[Any, Any, str]]) -> str:
+    settings = checked(load_settings)
+    configure_logging("error", settings.log_format)
     try:
-        say(checked(lambda: asyncio.run(operate_webhooks(settings, work))))
+        return checked(lambda: asyncio.run(operation(settings)))
+    except StoreUnavailable:
+        refuse("BROKER_STORE_URL: the store does not answer; nothing was changed", status=1)
     except OneInboxError as error:
         refuse(f"OneInbox {error.reason}", status=1)
