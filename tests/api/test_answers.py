@@ -58,7 +58,7 @@ NOWHERE = {
 
 
 @pytest.mark.parametrize(("method", "path"), NOWHERE.values(), ids=NOWHERE.keys())
-async def test_what_is_not_there(method: str, path: str, broker: httpx.AsyncClient) -> None:
+async def test_unknown_paths_are_not_found(method: str, path: str, broker: httpx.AsyncClient) -> None:
     assert_problem(await broker.request(method, path), "not-found")
 
 
@@ -73,7 +73,7 @@ WRONG_METHODS = {
 
 
 @pytest.mark.parametrize(("method", "path", "allowed"), WRONG_METHODS.values(), ids=WRONG_METHODS.keys())
-async def test_a_wrong_method_says_which_are_right(
+async def test_a_wrong_method_gets_the_allowed_ones(
     method: str, path: str, allowed: set[str], broker: httpx.AsyncClient
 ) -> None:
     response = await broker.request(method, path)
@@ -82,7 +82,7 @@ async def test_a_wrong_method_says_which_are_right(
     assert set(response.headers["allow"].split(", ")) - {"HEAD"} == allowed
 
 
-async def test_a_bug_is_told_to_the_log_and_not_to_the_browser(
+async def test_a_bug_is_logged_and_hidden_from_the_browser(
     broker: httpx.AsyncClient, upstream: Upstream, logs: Logs
 ) -> None:
     upstream.start.mock(side_effect=RuntimeError("MARKER /srv/app/secret.py"))

@@ -235,7 +235,7 @@ async def test_several_exposed_fields(open_broker: OpenBroker, upstream: Upstrea
     assert (await read(broker, upstream, outcome="x")).keys() == BASIC | {"outcome", "summary", "messages"}
 
 
-async def test_an_etag_answers_the_same_question_without_a_body(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_a_matching_etag_gets_304_without_a_body(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     path = await start_call(broker)
     upstream.has_call("call_1")
     first = await broker.get(path)
@@ -251,7 +251,7 @@ async def test_an_etag_answers_the_same_question_without_a_body(broker: httpx.As
         assert_safe_headers(again)
 
 
-async def test_an_etag_may_stand_in_any_of_several_lines(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_an_etag_may_be_in_any_of_several_lines(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     path = await start_call(broker)
     upstream.has_call("call_1")
     etag = (await broker.get(path)).headers["etag"]
@@ -261,7 +261,7 @@ async def test_an_etag_may_stand_in_any_of_several_lines(broker: httpx.AsyncClie
     assert again.status_code == 304
 
 
-async def test_an_etag_of_something_else_is_answered_in_full(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_another_etag_gets_the_full_response(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     path = await start_call(broker)
     upstream.has_call("call_1")
     etag = (await broker.get(path)).headers["etag"]
@@ -273,7 +273,7 @@ async def test_an_etag_of_something_else_is_answered_in_full(broker: httpx.Async
         assert again.headers["etag"] == etag
 
 
-async def test_the_etag_changes_with_what_is_seen_and_only_then(open_broker: OpenBroker) -> None:
+async def test_the_etag_changes_with_the_visible_fields_only(open_broker: OpenBroker) -> None:
     etags = []
     records: list[dict[str, Any]] = [{}, {"cost_cents": 5}, {"status": "completed"}]
     for record in records:
@@ -287,7 +287,7 @@ async def test_the_etag_changes_with_what_is_seen_and_only_then(open_broker: Ope
 
 
 @pytest.mark.parametrize("peer", ["203.0.113.7", "198.51.100.99"])
-async def test_whoever_holds_the_key_may_look(peer: str, open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_the_call_key_is_enough_to_read(peer: str, open_broker: OpenBroker, upstream: Upstream) -> None:
     path = await start_call(await open_broker(BROKER_SECRET="s" * 32))
     upstream.has_call("call_1")
 
@@ -311,12 +311,12 @@ def swapped(path: str) -> str:
     return path[:position] + path[position].swapcase() + path[position + 1 :]
 
 
-def test_the_trick_changes_the_path() -> None:
+def test_swapped_changes_one_letter() -> None:
     assert swapped("/calls/a.bC9") == "/calls/a.bc9"
 
 
 async def forbidden_paths(broker: httpx.AsyncClient) -> dict[str, str]:
-    """Paths that name no call of the asker's, made of two calls that exist."""
+    """Paths that name none of the user's calls, made from two existing calls."""
     one, two = await start_call(broker), await start_call(broker)
     (id_one, key_one), (_, key_two) = (path.removeprefix("/calls/").split(".") for path in (one, two))
     return {
@@ -356,7 +356,7 @@ async def forbidden_paths(broker: httpx.AsyncClient) -> dict[str, str]:
     }
 
 
-async def test_whatever_is_not_the_askers_is_the_same_404(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_anything_that_is_not_the_users_is_the_same_404(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     paths = await forbidden_paths(broker)
     asked = len(upstream.requests)
 

@@ -106,7 +106,7 @@ async def test_the_owner_may_from_anywhere(who: str, route: str, site: Site) -> 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("who", ["other", "nobody"])
 @pytest.mark.parametrize("owner_first", [False, True], ids=["first", "after-the-owner"])
-async def test_strangers_learn_nothing(who: str, route: str, owner_first: bool, site: Site) -> None:
+async def test_other_users_learn_nothing(who: str, route: str, owner_first: bool, site: Site) -> None:
     if owner_first:
         assert (await site.ask("owner", "read", site.path)).status_code == 200
     bare = "/calls/call_1"
@@ -123,7 +123,7 @@ async def test_strangers_learn_nothing(who: str, route: str, owner_first: bool, 
             assert_problem(response, slug)
     assert seen(answers[0]) == seen(answers[1]) == seen(answers[2])
     assert not [request for request in site.upstream.requests if request.url.path.endswith("/stop")]
-    # Nor does it change what the owner is told.
+    # Nor does it change what the owner sees.
     assert (await site.ask("owner", "read", site.path)).status_code == 200
 
 
@@ -165,7 +165,7 @@ async def test_a_users_id_of_another_issuer_is_another_user(open_broker: OpenBro
 
 
 @pytest.mark.parametrize("broker_user", [None, "", 7, ["x"], {"x": 1}, "\u0000", "ü", "x" * 100_000])
-async def test_a_record_that_names_no_owner_is_nobodys(
+async def test_a_record_without_an_owner_belongs_to_no_user(
     broker_user: Any, open_broker: OpenBroker, upstream: Upstream
 ) -> None:
     broker = await open_broker(MODES["jwt"].settings)

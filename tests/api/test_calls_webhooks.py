@@ -1,4 +1,4 @@
-"""POST /webhooks/oneinbox/{secret}: taken from whoever knows the secret, believed by nobody."""
+"""POST /webhooks/oneinbox/{secret}: accepted with the secret, but never trusted."""
 
 import asyncio
 import json
@@ -31,11 +31,11 @@ def assert_refused(response: httpx.Response, slug: str) -> None:
     assert SECRET[:-1] not in response.text
 
 
-async def looks(upstream: Upstream, least: int = 0) -> int:
-    """How often calls were looked up, once all hints are followed; waits until it is so often."""
+async def fetches(upstream: Upstream, least: int = 0) -> int:
+    """Return how often calls were fetched, once that is at least `least` and the queue is empty."""
     async with asyncio.timeout(5):
         while True:
-            for _ in range(50):  # enough steps of the event loop for a look through the canned transport
+            for _ in range(50):  # enough steps of the event loop for a fetch through the canned transport
                 await asyncio.sleep(0)
             count = len([request for request in upstream.requests if request.method == "GET"])
             if count >= least:
@@ -43,9 +43,7 @@ async def looks(upstream: Upstream, least: int = 0) -> int:
 
 
 @pytest.mark.parametrize("call_id", ["call_1", "call_1.with-a-key", "call_2", "", "../agents", "cursor", "x" * 200])
-async def test_only_a_call_that_matters_is_looked_up(
-    call_id: str, hooked: httpx.AsyncClient, upstream: Upstream
-) -> None:
+async def test_only_a_tracked_call_is_fetched(call_id: str, hooked: httpx.AsyncClient, upstream: Upstream) -> None:
     await post_session(hooked)
     upstream.has_call("call_1", status="in_progress", metadata=upstream.asked["metadata"])
 
@@ -53,7 +51,7 @@ async def test_only_a_call_that_matters_is_looked_up(
 
     assert (response.status_code, response.content) == (204, b"")
     assert response.headers["cache-control"] == "no-store"
-    assert await looks(upstream, least=int(call_id == "call_1")) == (call_id == "call_1")
+    assert await fetches(upstream, least=int(call_id == "call_1")) == (call_id == "call_1")
 
 
 async def test_what_it_says_is_not_believed(hooked: httpx.AsyncClient, upstream: Upstream) -> None:
@@ -61,7 +59,7 @@ async def test_what_it_says_is_not_believed(hooked: httpx.AsyncClient, upstream:
     upstream.has_call("call_1", status="in_progress", metadata=upstream.asked["metadata"])
 
     await hooked.post(PATH, json=EVENT)
-    await looks(upstream, least=1)
+    await fetches(upstream, least=1)
 
     assert (await hooked.get(path)).json()["status"] == "in_progress"
     assert_problem(await post_session(hooked), "too-many-live-calls")
@@ -73,7 +71,7 @@ async def test_an_end_frees_the_slot(hooked: httpx.AsyncClient, upstream: Upstre
 
     for event in ("call.ended", "call.started", "call.analyzed", "call.ended"):
         assert (await hooked.post(PATH, json={**EVENT, "event": event})).status_code == 204
-    await looks(upstream, least=1)
+    await fetches(upstream, least=1)
 
     assert (await post_session(hooked)).status_code == 201
 
@@ -101,14 +99,14 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
-async def test_any_body_is_taken(body: bytes, hooked: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_any_body_is_accepted(body: bytes, hooked: httpx.AsyncClient, upstream: Upstream) -> None:
     await post_session(hooked)
     assert len(body) <= MAX_BODY
 
     response = await hooked.post(PATH, content=body)
 
     assert response.status_code == 204
-    assert not await looks(upstream)
+    assert not await fetches(upstream)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -185,7 +183,7 @@ async def test_a_wrong_secret_is_as_unknown_as_any_path(
 
     assert_refused(wrong, "not-found")
     assert wrong.content == unknown.content == without.content
-    assert not await looks(upstream)
+    assert not await fetches(upstream)
 
 
 async def test_a_wrong_secret_reads_no_body(hooked: httpx.AsyncClient) -> None:
@@ -200,13 +198,13 @@ async def test_a_wrong_secret_reads_no_body(hooked: httpx.AsyncClient) -> None:
     assert_refused(await hooked.post(PATH[:-1], content=chunks()), "not-found")
 
 
-async def test_oneinbox_may_fail_when_it_is_asked(hooked: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_a_failing_fetch_does_not_fail_the_webhook(hooked: httpx.AsyncClient, upstream: Upstream) -> None:
     await post_session(hooked)
     upstream.router.get("/v1/calls/call_1").respond(500)
 
     for _ in range(3):
         assert (await hooked.post(PATH, json=EVENT)).status_code == 204
-        await looks(upstream, least=1)
+        await fetches(upstream, least=1)
 
 
 async def test_other_methods_are_refused(hooked: httpx.AsyncClient) -> None:

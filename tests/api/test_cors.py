@@ -1,4 +1,4 @@
-"""Which sites may use the broker from a browser, and what browsers are told."""
+"""Sites that may use the broker from a browser, and the headers they get."""
 
 from typing import Any
 

@@ -49,7 +49,7 @@ async def test_whatever_oneinbox_answers(
 
 
 @pytest.mark.parametrize(("method", "path"), OF_A_CALL.values(), ids=OF_A_CALL)
-async def test_whoever_asks(open_broker: OpenBroker, upstream: Upstream, method: str, path: str) -> None:
+async def test_every_user(open_broker: OpenBroker, upstream: Upstream, method: str, path: str) -> None:
     broker = await open_broker(HEADER_MODE, BROKER_REQUEST_LIMITS="2/minute")
     assert (await broker.post("/session", headers=ADA)).status_code == 201
     upstream.has_call("call_1")

@@ -56,7 +56,7 @@ async def test_a_repeat_gets_the_first_answer(broker: httpx.AsyncClient, upstrea
     assert upstream.start.call_count == 1
 
 
-async def test_without_a_key_or_with_another_each_is_a_call_of_its_own(
+async def test_without_a_key_or_with_another_each_request_starts_a_call(
     broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     responses = [
@@ -135,13 +135,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", TAKEN.values(), ids=TAKEN.keys())
-async def test_keys_that_are_taken(broker: httpx.AsyncClient, key: str) -> None:
+async def test_accepted_keys(broker: httpx.AsyncClient, key: str) -> None:
     assert_session(await keyed(broker, key=key))
     assert is_replay(await keyed(broker, key=key))
 
 
 @pytest.mark.parametrize("key", REFUSED.values(), ids=REFUSED.keys())
-async def test_keys_that_are_refused(broker: httpx.AsyncClient, upstream: Upstream, key: str) -> None:
+async def test_refused_keys(broker: httpx.AsyncClient, upstream: Upstream, key: str) -> None:
     response = await broker.post("/session", headers=[(b"idempotency-key", key.encode("latin-1"))])
     problem = assert_problem(response, "invalid-request")
     (error,) = problem["errors"]
@@ -163,7 +163,7 @@ async def test_a_quoted_key_equals_a_bare_one(broker: httpx.AsyncClient, bare: s
     assert is_replay(await keyed(broker, key=bare))
 
 
-async def test_short_keys_are_taken_from_those_who_sign_in(open_broker: OpenBroker) -> None:
+async def test_signed_in_users_may_send_short_keys(open_broker: OpenBroker) -> None:
     broker = await open_broker(BROKER_AUTH="header", BROKER_TRUSTED_PROXIES="203.0.113.0/24")
     broker.headers["Sec-Fetch-Site"] = "same-origin"
     assert (await keyed(broker, key="1", x_forwarded_user="ann")).status_code == 201
@@ -199,7 +199,7 @@ async def test_the_same_json_is_the_same_request(broker: httpx.AsyncClient, firs
 
 
 @pytest.mark.parametrize(("first", "second"), DIFFERENT.values(), ids=DIFFERENT.keys())
-async def test_another_body_is_a_mistake(
+async def test_another_body_is_refused(
     broker: httpx.AsyncClient, upstream: Upstream, first: bytes, second: bytes
 ) -> None:
     assert_session(await keyed(broker, first))
@@ -253,7 +253,7 @@ async def test_a_refusal_of_a_limit_is_not_kept(open_broker: OpenBroker, upstrea
 # --- at the same time ---
 
 
-async def test_all_who_come_while_the_first_runs_get_its_answer(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_repeats_during_the_first_request_get_its_response(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def start(_: httpx.Request) -> httpx.Response:
@@ -288,7 +288,7 @@ async def test_a_repeat_waits_as_long_as_the_first_takes(broker: httpx.AsyncClie
     assert upstream.start.call_count == 1
 
 
-async def test_all_who_come_while_the_first_fails_try_one_after_the_other(
+async def test_repeats_during_a_failing_request_try_one_after_another(
     broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     failures = iter([httpx.Response(503, json={}), httpx.Response(422, json={})])
@@ -309,7 +309,7 @@ async def test_all_who_come_while_the_first_fails_try_one_after_the_other(
     assert sorted(response.status_code for response in responses) == [201] * 18 + [502] * 2
 
 
-async def test_a_first_that_outlasts_the_waiting(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_a_first_request_that_outlasts_the_wait(open_broker: OpenBroker, upstream: Upstream) -> None:
     # The one part of a request that OneInbox's timeout does not bound.
     asked, passed = asyncio.Event(), asyncio.Event()
 
@@ -334,7 +334,7 @@ async def test_a_first_that_outlasts_the_waiting(open_broker: OpenBroker, upstre
 # --- how long ---
 
 
-async def test_an_answer_of_no_more_use_is_not_kept(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_a_useless_response_is_not_kept(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     upstream.start.respond(201, json=started(participant_token=token(exp=time.time() + 59)))
     assert_session(await keyed(broker))
     assert not is_replay(await keyed(broker))
@@ -357,9 +357,7 @@ ODD_TOKENS = {
 
 
 @pytest.mark.parametrize("odd", ODD_TOKENS.values(), ids=ODD_TOKENS.keys())
-async def test_a_token_that_tells_no_end_is_kept_all_the_same(
-    broker: httpx.AsyncClient, upstream: Upstream, odd: str
-) -> None:
+async def test_a_token_without_an_expiry_is_kept(broker: httpx.AsyncClient, upstream: Upstream, odd: str) -> None:
     upstream.start.respond(201, json=started(participant_token=odd))
     assert_session(await keyed(broker))
     assert is_replay(await keyed(broker))
@@ -407,7 +405,7 @@ class Desk:
 
 
 async def stays() -> Message:
-    """A connection that nobody closes."""
+    """A connection that is never closed."""
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -424,7 +422,7 @@ async def test_replayed_for_ten_minutes_or_until_a_minute_before_the_tokens_end(
     assert await desk.ask(life) == ("call_2", False)
 
 
-async def test_a_running_mark_dies_by_itself() -> None:
+async def test_a_running_mark_expires() -> None:
     desk = Desk()
     running = asyncio.create_task(desk.ask(until=asyncio.Event()))
     async with asyncio.timeout(5):
@@ -443,7 +441,7 @@ async def test_an_old_secret_still_reads_what_it_kept() -> None:
     assert await Desk("new" * 11, "old" * 11, store=first.store).ask() == ("call_1", True)
 
 
-async def test_what_nobody_can_read_is_taken_for_a_running_request() -> None:
+async def test_an_unreadable_entry_counts_as_a_running_request() -> None:
     first = Desk("old" * 11)
     await first.ask()
     with pytest.raises(Problem, match="in-progress"):

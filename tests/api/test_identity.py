@@ -1,4 +1,4 @@
-"""Who is asking, over HTTP: what logs in, what does not, and how the browser is told."""
+"""Logins over HTTP: which are accepted, and how refusals are reported to the browser."""
 
 import json
 import time
@@ -77,10 +77,10 @@ def tampered(text: str) -> str:
     return f"{head}.{b64(json.dumps(claims_of(sub='ben')).encode())}.{signature}"
 
 
-def assert_no_login(response: httpx.Response, *, told: bool = True) -> None:
-    """A whole 401 of jwt mode. `told`: whether there was a token to be wrong (RFC 6750, section 3.1)."""
+def assert_no_login(response: httpx.Response, *, sent: bool = True) -> None:
+    """A whole 401 of jwt mode. `sent`: a token was sent (RFC 6750, section 3.1)."""
     assert_problem(response, "unauthenticated")
-    assert response.headers.get_list("www-authenticate") == ['Bearer error="invalid_token"' if told else "Bearer"]
+    assert response.headers.get_list("www-authenticate") == ['Bearer error="invalid_token"' if sent else "Bearer"]
     assert "ratelimit" not in response.headers
     assert "set-cookie" not in response.headers
 
@@ -155,7 +155,7 @@ FOREIGN_KEYS = {
 
 
 @pytest.mark.parametrize("headers", FOREIGN_KEYS.values(), ids=FOREIGN_KEYS.keys())
-async def test_a_key_that_the_token_brings_along_is_not_its_judge(
+async def test_a_key_in_the_token_is_not_trusted(
     open_broker: OpenBroker, upstream: Upstream, headers: dict[str, Any]
 ) -> None:
     broker = await open_broker(**BY_KEY)
@@ -186,19 +186,19 @@ HEADERS: dict[str, tuple[list[tuple[str, str]], bool]] = {
 }
 
 
-@pytest.mark.parametrize(("headers", "told"), HEADERS.values(), ids=HEADERS.keys())
-async def test_what_is_no_login(
-    open_broker: OpenBroker, upstream: Upstream, headers: list[tuple[str, str]], told: bool
+@pytest.mark.parametrize(("headers", "sent"), HEADERS.values(), ids=HEADERS.keys())
+async def test_requests_without_a_login(
+    open_broker: OpenBroker, upstream: Upstream, headers: list[tuple[str, str]], sent: bool
 ) -> None:
     broker = await open_broker(**BY_SECRET)
     response = await broker.post("/session", headers=headers, params={"access_token": token()})
-    assert_no_login(response, told=told)
+    assert_no_login(response, sent=sent)
     assert not upstream.requests
 
 
 async def test_a_login_is_checked_before_the_body(open_broker: OpenBroker) -> None:
     broker = await open_broker(**BY_SECRET)
-    assert_no_login(await post_session(broker, b"{"), told=False)
+    assert_no_login(await post_session(broker, b"{"), sent=False)
     assert_problem(await post_session(broker, b"x" * 20_000), "body-too-large")
     assert_problem(await post_session(broker, origin="https://evil.example"), "forbidden-origin")
 
@@ -224,14 +224,14 @@ async def test_sixty_failed_logins_a_minute(open_broker: OpenBroker, upstream: U
     assert_no_login(await broker.post("/session", headers={**bearer("bad"), "X-Forwarded-For": "2001:db8:1:3::1"}))
 
 
-async def test_logins_fail_alike_while_the_limits_are_only_watched(open_broker: OpenBroker) -> None:
+async def test_logins_fail_alike_in_observe_mode(open_broker: OpenBroker) -> None:
     broker = await open_broker(**BY_SECRET, BROKER_LIMITS_MODE="observe")
     for _ in range(60):
         assert_no_login(await broker.get("/calls/x", headers=bearer("bad")))
     assert_problem(await broker.get("/calls/x", headers=bearer("bad")), "rate-limited")
 
 
-async def test_a_failed_login_spends_nothing_of_anybodys(open_broker: OpenBroker) -> None:
+async def test_a_failed_login_spends_no_limit(open_broker: OpenBroker) -> None:
     broker = await open_broker(**BY_SECRET, BROKER_REQUEST_LIMITS="10/minute", BROKER_GLOBAL_SESSION_LIMITS="1/minute")
     for _ in range(30):
         assert_no_login(await broker.post("/session", headers=bearer(tampered(token()))))
@@ -309,7 +309,7 @@ async def test_no_credentials_where_no_browser_sends_any(open_broker: OpenBroker
 async def test_a_refused_login_is_readable_by_the_page(open_broker: OpenBroker) -> None:
     broker = await open_broker(**BY_COOKIE)
     response = await broker.post("/session", headers={"Origin": APP})
-    assert_no_login(response, told=False)
+    assert_no_login(response, sent=False)
     assert response.headers["access-control-allow-origin"] == APP
     assert response.headers["access-control-allow-credentials"] == "true"
     preflight = await broker.options("/session", headers={"Origin": APP, "Access-Control-Request-Method": "POST"})
@@ -496,14 +496,14 @@ async def test_participant_identity_must_be_the_users_own(open_broker: OpenBroke
     assert upstream.start.call_count == 1
 
 
-async def test_participant_identity_is_ignored_where_nobody_has_one(broker: httpx.AsyncClient) -> None:
+async def test_participant_identity_is_ignored_in_anonymous_mode(broker: httpx.AsyncClient) -> None:
     assert (await post_session(broker, {"participant_identity": "anybody"})).status_code == 201
 
 
 # --- whose call ---
 
 
-async def test_a_call_is_its_users_and_nobody_elses(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_a_call_belongs_to_its_user_only(open_broker: OpenBroker, upstream: Upstream) -> None:
     broker = await open_broker(**BY_SECRET)
     ann, ben = bearer(token()), bearer(token(sub="ben"))
     path = (await broker.post("/session", headers=ann)).headers["location"]
@@ -511,7 +511,7 @@ async def test_a_call_is_its_users_and_nobody_elses(open_broker: OpenBroker, ups
     upstream.has_call("call_of_another_deployment", metadata={})
     upstream.router.get("/v1/calls/call_unknown").respond(404)
 
-    strangers = [
+    refusals = [
         await broker.get(where, headers=headers)
         for where, headers in (
             (path, ben),
@@ -523,9 +523,9 @@ async def test_a_call_is_its_users_and_nobody_elses(open_broker: OpenBroker, ups
     assert (await broker.get(path, headers=bearer(token(aud=[AUDIENCE, "more"])))).status_code == 200, (
         "any token of hers"
     )
-    answers = [assert_problem(stranger, "not-found") for stranger in strangers]
+    answers = [assert_problem(refused, "not-found") for refused in refusals]
     assert len({(answer["title"], answer["detail"]) for answer in answers}) == 1
-    assert_no_login(await broker.get(path), told=False)
+    assert_no_login(await broker.get(path), sent=False)
 
 
 async def test_another_claim_may_be_the_user(open_broker: OpenBroker, upstream: Upstream) -> None:

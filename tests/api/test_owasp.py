@@ -85,7 +85,7 @@ async def test_api2_a_forged_login_is_refused_alike_everywhere(open_broker: Open
     assert not upstream.requests
 
 
-async def test_api2_guessing_is_slowed_and_locks_nobody_out(open_broker: OpenBroker) -> None:
+async def test_api2_guessing_is_slowed_and_locks_no_user_out(open_broker: OpenBroker) -> None:
     broker = await open_broker(**SIGNED_IN)
     statuses = [(await broker.get("/calls/x", headers={"Authorization": f"Bearer {n}"})).status_code for n in range(70)]
     assert statuses == [401] * 60 + [429] * 10
@@ -213,9 +213,7 @@ async def test_api5_operators_work_has_no_route(open_broker: OpenBroker, upstrea
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "POST", "TRACE", "PROPFIND"])
-async def test_api5_reading_gives_no_power_to_change(
-    broker: httpx.AsyncClient, upstream: Upstream, method: str
-) -> None:
+async def test_api5_reading_changes_nothing(broker: httpx.AsyncClient, upstream: Upstream, method: str) -> None:
     path = assert_session(await post_session(broker))
     for headers in ({}, {"X-HTTP-Method-Override": "GET"}):
         assert_problem(await broker.request(method, path, headers=headers), "method-not-allowed")
@@ -238,7 +236,7 @@ async def test_api5_an_agent_for_some_is_not_for_all(
 # --- API6:2023 Unrestricted access to sensitive business flows ---
 
 
-async def test_api6_starting_calls_can_ask_for_a_human(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_api6_starting_calls_can_require_a_challenge(open_broker: OpenBroker, upstream: Upstream) -> None:
     url = "https://verify.example/siteverify"
     verify = upstream.router.post(url).respond(json={"success": False})
     broker = await open_broker(BROKER_CHALLENGE_SECRET="a-secret", BROKER_CHALLENGE_VERIFY_URL=url)
@@ -249,7 +247,7 @@ async def test_api6_starting_calls_can_ask_for_a_human(open_broker: OpenBroker, 
     assert_session(await post_session(broker, x_challenge_token="solved"))
 
 
-async def test_api6_all_callers_together_are_bounded_too(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_api6_all_users_together_are_limited_too(open_broker: OpenBroker, upstream: Upstream) -> None:
     broker = await open_broker(BROKER_GLOBAL_SESSION_LIMITS="10/minute", BROKER_TRUSTED_PROXIES="203.0.113.0/24")
     responses = [await post_session(broker, x_forwarded_for=f"192.0.2.{number}") for number in range(20)]
     assert [response.status_code for response in responses] == [201] * 10 + [503] * 10
@@ -312,7 +310,7 @@ async def test_api8_every_answer_has_its_safe_headers(broker: httpx.AsyncClient,
         assert_safe_headers(response)
 
 
-async def test_api8_a_bug_tells_nothing(broker: httpx.AsyncClient, upstream: Upstream, logs: Logs) -> None:
+async def test_api8_a_bug_reveals_nothing(broker: httpx.AsyncClient, upstream: Upstream, logs: Logs) -> None:
     upstream.start.mock(side_effect=RuntimeError(f"at /srv/app with {API_KEY}"))
     response = await post_session(broker)
     assert_problem(response, "internal-error")
@@ -391,7 +389,7 @@ async def test_api10_an_answer_that_is_no_session_is_not_passed_on(
     assert "location" not in response.headers
 
 
-async def test_api10_texts_of_oneinbox_stay_texts(open_broker: OpenBroker, upstream: Upstream) -> None:
+async def test_api10_oneinboxs_text_is_not_markup(open_broker: OpenBroker, upstream: Upstream) -> None:
     broker = await open_broker(BROKER_EXPOSE="summary")
     path = assert_session(await post_session(broker))
     upstream.has_call("call_1", ai_summary="<script>alert(1)</script>\r\nX: y", status="</pre>", end_reason="\x00")

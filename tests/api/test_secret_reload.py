@@ -20,7 +20,7 @@ OLD, NEW = "old-" * 8, "new-" * 8
 
 
 class Ticks:
-    """Stands in for the waiting between two looks at the files."""
+    """Replaces the pause between two reads of the files."""
 
     def __init__(self) -> None:
         self._waits, self._over = asyncio.Semaphore(0), asyncio.Semaphore(0)
@@ -30,7 +30,7 @@ class Ticks:
         await self._over.acquire()
 
     async def __call__(self) -> None:
-        """End one waiting, and wait for the look that follows."""
+        """End a pause, and wait for the read that follows."""
         async with asyncio.timeout(10):
             await self._waits.acquire()
             self._over.release()
@@ -40,7 +40,7 @@ class Ticks:
 
 @pytest.fixture(autouse=True)
 def tick(monkeypatch: pytest.MonkeyPatch) -> Ticks:
-    """Has every broker look at its files when it is called, and never else."""
+    """Make every broker read its files only when this is called."""
     ticks = Ticks()
     monkeypatch.setattr("app.broker.build.SecretReloader", partial(SecretReloader, sleep=ticks.sleep))
     return ticks
@@ -74,7 +74,7 @@ async def open_with_key_file(
     )
 
 
-async def test_a_new_api_key_is_used_from_the_next_look_on(
+async def test_a_new_api_key_is_used_after_the_next_reload(
     open_broker: OpenBroker, upstream: Upstream, file: Path, tick: Ticks, logs: Logs
 ) -> None:
     broker = await open_with_key_file(open_broker, upstream, file)
@@ -91,7 +91,7 @@ async def test_a_new_api_key_is_used_from_the_next_look_on(
     assert NEW_KEY not in repr(logs)
 
 
-async def test_a_key_that_is_refused_before_that_costs_nobody_a_session(
+async def test_an_old_key_refused_before_the_reload_costs_no_session(
     open_broker: OpenBroker, upstream: Upstream, file: Path
 ) -> None:
     oneinbox = Keyed(upstream, API_KEY)
@@ -108,7 +108,7 @@ async def test_a_key_that_is_refused_before_that_costs_nobody_a_session(
     assert upstream.start.call_count == 100
 
 
-async def test_a_key_that_is_refused_for_good_is_the_operators_business(
+async def test_a_key_that_stays_refused_is_a_misconfiguration(
     open_broker: OpenBroker, upstream: Upstream, file: Path, logs: Logs
 ) -> None:
     oneinbox = Keyed(upstream, NEW_KEY)
@@ -210,7 +210,7 @@ async def test_another_store_needs_a_restart(open_broker: OpenBroker, file: Path
     assert_session(await post_session(broker))
 
 
-async def test_a_session_under_way_is_finished_with_the_old_key(
+async def test_a_running_session_finishes_with_the_old_key(
     open_broker: OpenBroker, upstream: Upstream, file: Path, tick: Ticks
 ) -> None:
     async def slow(_: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""POST /session: what is taken, what OneInbox is asked, what the browser gets."""
+"""POST /session: accepted bodies, the request to OneInbox, the response."""
 
 import re
 from typing import Any
@@ -279,7 +279,7 @@ async def test_a_session_counts_once_in_every_window(broker: httpx.AsyncClient) 
     assert remaining(response, "user-day") == 49
 
 
-async def test_a_caller_who_hangs_up_in_the_middle_of_the_body_is_no_bug(
+async def test_a_client_that_disconnects_during_its_body_is_no_bug(
     broker: httpx.AsyncClient, upstream: Upstream, logs: list[dict[str, Any]]
 ) -> None:
     transport = broker._transport

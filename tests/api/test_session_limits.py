@@ -1,4 +1,4 @@
-"""How many sessions a user gets, and how they are told."""
+"""Session limits and their headers."""
 
 import asyncio
 from pathlib import Path
@@ -101,7 +101,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("headers", FORGED.values(), ids=FORGED.keys())
-async def test_headers_that_anybody_can_write_are_no_way_around(
+async def test_headers_that_any_client_can_write_are_no_way_around(
     headers: dict[str, str], open_broker: OpenBroker
 ) -> None:
     broker = await open_broker(BROKER_SESSION_LIMITS="1/minute")

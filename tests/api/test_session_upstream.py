@@ -57,7 +57,7 @@ async def respond_and_ask(upstream: Upstream, broker: httpx.AsyncClient, status:
 
 
 @pytest.mark.parametrize(("status", "slug"), STATUSES.values(), ids=STATUSES.keys())
-async def test_a_refusal_is_told_without_detail_and_does_not_count(
+async def test_a_refusal_has_no_detail_and_does_not_count(
     status: int, slug: str, broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     response = await respond_and_ask(upstream, broker, status)
@@ -71,12 +71,12 @@ async def test_a_refusal_is_told_without_detail_and_does_not_count(
 
 
 @pytest.mark.parametrize(("status", "slug"), LOST_STATUSES.values(), ids=LOST_STATUSES.keys())
-async def test_an_answer_that_tells_nothing_of_a_call_counts(
+async def test_a_response_without_a_call_counts(
     status: int, slug: str, broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     assert_problem(await respond_and_ask(upstream, broker, status), slug)
 
-    # A POST is sent once, and to nobody but OneInbox.
+    # A POST is sent once, and only to OneInbox.
     assert upstream.start.call_count == 1
     assert {request.url.host for request in upstream.requests} == {"api.oneinbox.ai"}
     upstream.works_again()
@@ -84,7 +84,7 @@ async def test_an_answer_that_tells_nothing_of_a_call_counts(
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 422])
-async def test_what_is_the_operators_business_is_logged_as_an_error(
+async def test_a_misconfiguration_is_logged_as_an_error(
     status: int, broker: httpx.AsyncClient, upstream: Upstream, logs: Logs
 ) -> None:
     response = await respond_and_ask(upstream, broker, status)
@@ -200,7 +200,7 @@ fixed_overrides = { tts = { voice_id = "anna" } }
 
 
 @pytest.mark.parametrize("field", ["variables", "overrides"])
-async def test_a_422_about_all_of_a_field_is_the_operators_where_he_added_to_it(
+async def test_a_422_about_a_whole_field_is_the_operators_if_the_operator_added_to_it(
     field: str, open_broker: OpenBroker, upstream: Upstream, tmp_path: Path
 ) -> None:
     agents = tmp_path / "agents.toml"
@@ -279,7 +279,7 @@ class Encoded(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
-async def test_an_encoded_answer_which_nobody_asked_for_is_invalid(encoding: str, open_broker: OpenBroker) -> None:
+async def test_an_encoded_response_that_was_not_requested_is_invalid(encoding: str, open_broker: OpenBroker) -> None:
     broker = await open_broker(transport=Encoded(encoding))
 
     assert_problem(await post_session(broker), "upstream-invalid")
@@ -314,7 +314,7 @@ async def test_what_was_never_sent_does_not_count(
 
 
 @pytest.mark.parametrize(("error", "slug"), LOST.values(), ids=LOST.keys())
-async def test_what_may_have_been_heard_counts(
+async def test_what_may_have_been_received_counts(
     error: type[httpx.TransportError], slug: str, broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
     upstream.start.mock(side_effect=error("internal.host:5432"))
@@ -341,7 +341,7 @@ async def test_the_whole_answer_has_a_time_limit(open_broker: OpenBroker, upstre
     assert remaining(await post_session(broker)) == 3
 
 
-async def test_a_failure_is_no_session_to_anybody(broker: httpx.AsyncClient, upstream: Upstream, logs: Logs) -> None:
+async def test_a_failure_leaks_no_session(broker: httpx.AsyncClient, upstream: Upstream, logs: Logs) -> None:
     upstream.start.respond(201, json=started(id="call_9", server_url="http://voice.oneinbox.ai"))
 
     response = await post_session(broker)
@@ -351,7 +351,7 @@ async def test_a_failure_is_no_session_to_anybody(broker: httpx.AsyncClient, ups
     assert TOKEN not in repr(logs)
 
 
-async def test_errors_tell_what_is_left_too(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_errors_report_what_is_left_too(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     upstream.start.respond(500)
 
     assert remaining(await post_session(broker)) == 4

@@ -1,4 +1,4 @@
-"""Traces: FastAPI makes its own as soon as somebody configures OpenTelemetry. They hold no call key either."""
+"""Traces: FastAPI makes its own once OpenTelemetry is configured. They hold no call key either."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from tests.support.harness import Upstream, post_session, start_call
 
 
 class Recorder(NonRecordingSpan, trace.Tracer, trace.TracerProvider):
-    """Provider, tracer and span in one, which keeps all it is told."""
+    """Provider, tracer and span in one, which keeps everything."""
 
     def __init__(self) -> None:
         super().__init__(INVALID_SPAN_CONTEXT)

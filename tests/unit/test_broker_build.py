@@ -15,16 +15,16 @@ from tests.support.harness import Upstream, settings
 
 
 async def nothing_more() -> dict[str, Any]:
-    """A caller who stays."""
+    """A client that stays connected."""
     await asyncio.Event().wait()
     raise AssertionError
 
 
 @pytest.mark.parametrize(("max_call_seconds", "lease"), [("600", 900), ("0", 86400)])
-async def test_a_slot_whose_call_nobody_sees_any_more_is_free_in_the_end(
+async def test_the_slot_of_an_unobserved_call_is_freed_in_the_end(
     upstream: Upstream, max_call_seconds: str, lease: float
 ) -> None:
-    """Five minutes after the longest call; a day where calls may run for ever."""
+    """Five minutes after the longest call; a day if calls may run without limit."""
     async with open_broker(settings({"BROKER_MAX_CALL_SECONDS": max_call_seconds}), upstream) as broker:
         asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {})
         await broker.sessions.start(User(mode="jwt", id="ann"), asked)

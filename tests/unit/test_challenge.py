@@ -1,4 +1,4 @@
-"""The bot challenge: what is asked, what is believed, and that in doubt nobody passes."""
+"""The bot challenge: the request, the accepted answers, and that it fails closed."""
 
 import asyncio
 from collections import Counter
@@ -102,7 +102,9 @@ async def retry_after(challenge: Challenge, token: str | None = "token") -> str:
 @pytest.mark.parametrize(
     ("address", "remoteip"), [(ADDRESS, [ADDRESS]), ("2001:db8::1", ["2001:db8::1"]), ("local", None)]
 )
-async def test_what_is_asked(challenge: Challenge, service: Service, address: str, remoteip: list[str] | None) -> None:
+async def test_the_request_to_the_service(
+    challenge: Challenge, service: Service, address: str, remoteip: list[str] | None
+) -> None:
     assert await outcome(challenge, "a token&+=", address) == "passed"
     (request,) = service.asked
     assert request.method == "POST"
@@ -167,7 +169,7 @@ SHOPS = frozenset({"shop.example", "localhost"})
         (FAILED | {"hostname": "shop.example"}, SHOPS, "challenge-failed"),
     ],
 )
-async def test_what_is_believed(
+async def test_which_answers_pass(
     service: Service, store: MemoryStore, answer: dict[str, Any], hosts: frozenset[str] | None, expected: str
 ) -> None:
     service.answer = answer
@@ -227,7 +229,7 @@ async def never() -> httpx.Response:
         (answering(500, json=PASSED), "status 500"),
     ],
 )
-async def test_a_service_that_cannot_be_asked_lets_nobody_in(
+async def test_an_unavailable_service_fails_closed(
     service: Service, store: MemoryStore, answer: Any, reason: str
 ) -> None:
     service.answer = answer
@@ -298,7 +300,9 @@ async def test_a_passed_challenge_counts_nothing(challenge: Challenge, store: Me
     assert len(store) == 0
 
 
-async def test_of_many_at_once_the_passed_pass_and_ten_failures_are_told(service: Service, store: MemoryStore) -> None:
+async def test_of_many_at_once_the_passed_pass_and_ten_failures_are_reported(
+    service: Service, store: MemoryStore
+) -> None:
     challenge = make(service, store)
     all_asked = asyncio.Event()
 
@@ -329,7 +333,7 @@ class LostStore(MemoryStore):
 
 
 @pytest.mark.parametrize("questions", [0, 1])
-async def test_a_lost_store_lets_nobody_in(service: Service, questions: int) -> None:
+async def test_a_lost_store_fails_closed(service: Service, questions: int) -> None:
     service.answer = FAILED
     assert await outcome(make(service, LostStore(questions))) == "at-capacity"
     assert len(service.asked) == questions
@@ -363,7 +367,7 @@ async def test_a_lost_store_lets_nobody_in(service: Service, questions: int) -> 
         ),
     ],
 )
-async def test_what_the_operator_is_told(
+async def test_what_the_operators_log_says(
     service: Service, store: MemoryStore, answer: dict[str, Any], logged: list[dict[str, Any]]
 ) -> None:
     service.answer = answer

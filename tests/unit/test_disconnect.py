@@ -1,4 +1,4 @@
-"""Whether whoever asked is still there: known at once, and by this very moment."""
+"""Disconnected clients are noticed at once."""
 
 import asyncio
 import gc
@@ -46,14 +46,14 @@ async def turn() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_caller_who_stays_is_there() -> None:
+async def test_a_connected_client_is_not_gone() -> None:
     caller = ClientConnection(Server().receive)
 
     assert not caller.has_gone()
     assert not await caller.has_left()
 
 
-async def test_a_hang_up_is_known_by_this_moment_and_not_by_the_last_turn() -> None:
+async def test_a_disconnect_is_known_at_once_and_not_a_turn_later() -> None:
     server = Server()
     caller = ClientConnection(server.receive)
     await turn()
@@ -63,14 +63,14 @@ async def test_a_hang_up_is_known_by_this_moment_and_not_by_the_last_turn() -> N
     assert caller.has_gone(), "no task has had a turn since"
 
 
-async def test_a_hang_up_that_the_loop_has_yet_to_see_is_known_before_an_answer() -> None:
+async def test_a_disconnect_that_the_loop_has_yet_to_read_is_known_before_a_response() -> None:
     server = Server()
     asyncio.get_running_loop().call_soon(server.hang_up)
 
     assert await ClientConnection(server.receive).has_left()
 
 
-async def test_who_has_gone_stays_gone() -> None:
+async def test_a_client_that_is_gone_stays_gone() -> None:
     server = Server()
     caller = ClientConnection(server.receive)
     server.hang_up()
@@ -81,7 +81,7 @@ async def test_who_has_gone_stays_gone() -> None:
     assert caller.has_gone()
 
 
-async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
+async def test_the_rest_of_a_body_is_no_disconnect() -> None:
     server = Server()
     caller = ClientConnection(server.receive)
     server.say(MORE)
@@ -96,7 +96,7 @@ async def test_what_is_left_of_a_body_is_no_hang_up() -> None:
     assert caller.has_gone()
 
 
-async def test_asking_often_leaves_nobody_waiting() -> None:
+async def test_checking_often_leaves_nothing_waiting() -> None:
     server = Server()
     caller = ClientConnection(server.receive)
 
@@ -106,7 +106,7 @@ async def test_asking_often_leaves_nobody_waiting() -> None:
     assert server.waiting == 0
 
 
-async def test_nothing_is_left_to_complain_about() -> None:
+async def test_no_warning_is_left_behind() -> None:
     """No coroutine that was never awaited: warnings are errors."""
     caller = ClientConnection(Server().receive)
     caller.has_gone()

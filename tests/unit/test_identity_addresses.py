@@ -24,7 +24,7 @@ def request_from(peer: str | None, *forwarded: str) -> Request:
 @pytest.mark.parametrize(
     ("peer", "forwarded", "expected"),
     [
-        # Without a trusted proxy the header is somebody's wish.
+        # Without a trusted proxy the header proves nothing.
         ("203.0.113.9", [], "203.0.113.9"),
         ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),
         ("203.0.113.9", ["10.0.0.1"], "203.0.113.9"),
@@ -67,7 +67,7 @@ def request_from(peer: str | None, *forwarded: str) -> Request:
         (PROXY, ['for="198.51.100.1"'], PROXY),
         (PROXY, ["1.2.3.4\n5.6.7.8"], PROXY),
         (PROXY, ["1.1.1.1" + " " * 100], PROXY),
-        # A malformed hop further left does not matter: nobody trustworthy wrote it.
+        # A malformed hop further left does not matter: no trusted proxy wrote it.
         (PROXY, ["<script>, 198.51.100.1, 10.0.0.2"], "198.51.100.1"),
         # Ports, brackets, zones, IPv4 in IPv6's clothes.
         (PROXY, ["198.51.100.1:4711"], "198.51.100.1"),

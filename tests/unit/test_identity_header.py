@@ -83,7 +83,7 @@ async def test_refused(peer: str | None, headers: list[tuple[str, bytes]]) -> No
     assert "jane" not in caught.value.detail
 
 
-async def test_nobody_is_trusted_by_default() -> None:
+async def test_no_peer_is_trusted_by_default() -> None:
     identity = HeaderIdentity(ClientAddresses([]), "X-Forwarded-User")
     with pytest.raises(Problem):
         await identity.identify(request_from("127.0.0.1", ("x-forwarded-user", b"jane")))

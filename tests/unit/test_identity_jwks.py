@@ -56,7 +56,7 @@ class Issuer:
 
 
 class Clock:
-    """Time that stands still, and sleeps that last until told."""
+    """Time that stands still, and sleeps that end on request."""
 
     def __init__(self) -> None:
         self.at = 1000.0
@@ -265,7 +265,7 @@ async def test_rotation_is_noticed_in_the_background(begin: MakeSetup) -> None:
     assert await setup.slug(RSA, kid=None) == "unauthenticated"
 
 
-async def test_unknown_key_ids_ask_once_per_30_seconds(begin: MakeSetup) -> None:
+async def test_unknown_key_ids_cause_one_fetch_per_30_seconds(begin: MakeSetup) -> None:
     setup = await begin(jwk_of(RSA, kid="k1"))
     for after, asked in ((0, 2), (0.1, 2), (29.9, 2), (30, 3), (59.9, 3), (60, 4)):
         setup.clock.at = 1000 + after
@@ -274,15 +274,15 @@ async def test_unknown_key_ids_ask_once_per_30_seconds(begin: MakeSetup) -> None
     assert await setup.slug() == "in"
 
 
-async def test_a_hundred_unknown_key_ids_at_once_ask_once(begin: MakeSetup) -> None:
+async def test_a_hundred_unknown_key_ids_at_once_cause_one_fetch(begin: MakeSetup) -> None:
     setup = await begin(jwk_of(RSA, kid="k1"))
     setup.issuer.keys.append(jwk_of(RSA_NEW, kid="k2"))
     setup.issuer.gate.clear()
     logins = [asyncio.create_task(setup.slug(RSA_NEW, kid="k2")) for _ in range(100)]
     await settle()
-    assert await setup.slug() == "in"  # whoever has a known key does not wait
+    assert await setup.slug() == "in"  # tokens with a known key do not wait
     assert not any(login.done() for login in logins)
-    logins[0].cancel()  # a caller who hangs up takes nothing from the others
+    logins[0].cancel()  # a client that disconnects takes nothing from the others
     setup.issuer.gate.set()
     outcomes = await asyncio.gather(*logins, return_exceptions=True)
     assert outcomes[1:] == ["in"] * 99

@@ -115,7 +115,7 @@ async def test_every_algorithm_family(private: Any, key: VerifyingKey, algorithm
     await refused(identity_of(key), bearer(f"{head}.{payload}."))
 
 
-async def test_what_a_user_is_made_of() -> None:
+async def test_the_fields_of_a_user() -> None:
     user = await login(identity_of(), bearer(token_of(iss="https://issuer.example/", plan="pro")))
     assert user == User(
         mode="jwt",
@@ -166,7 +166,7 @@ async def test_another_user_claim() -> None:
     assert "names no user" in await refused(identity, bearer(token_of()))
 
 
-async def test_headers_that_name_keys_are_not_looked_at() -> None:
+async def test_headers_that_name_keys_are_ignored() -> None:
     """The token is good; its `jku`, `x5u`, `jwk` and `x5c` neither help nor harm."""
     headers = {"jku": "https://evil.example/jwks", "x5u": "https://evil.example/c", "x5c": ["x"], "jwk": {"kty": "oct"}}
     assert (await login(identity_of(), bearer(token_of(headers=headers)))).id == "user-1"

@@ -30,7 +30,7 @@ def test_a_signature_is_good_for_one_message(message: bytes, more: bytes) -> Non
 
 
 @given(st.text())
-def test_whatever_is_no_signature_is_refused(mac: str) -> None:
+def test_anything_that_is_not_a_signature_is_refused(mac: str) -> None:
     keyring = Keyring([NEW, OLD])
 
     assert not keyring.verify("call-key", b"call_1", mac)
@@ -45,7 +45,7 @@ def test_every_letter_counts(position: int) -> None:
     assert not keyring.verify("call-key", b"call_1", mac[:position] + other + mac[position + 1 :])
 
 
-def test_purposes_are_apart() -> None:
+def test_purposes_have_separate_keys() -> None:
     keyring = Keyring([NEW])
 
     assert keyring.sign("call-key", b"m") != keyring.sign("pseudonym", b"m")

@@ -96,7 +96,7 @@ def test_answer_has_its_headers(name: str, status: str, answer: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("content", [*contents()])
-def test_examples_are_what_the_schema_says(content: dict[str, Any]) -> None:
+def test_examples_match_the_schema(content: dict[str, Any]) -> None:
     schema = {**content.get("schema", {}), "components": DOCUMENT["components"]}  # events have none
     validator = jsonschema_rs.Draft202012Validator(schema, validate_formats=True)
     assert examples(content)
@@ -125,7 +125,7 @@ def test_headers_that_browsers_may_send_and_read_are_described() -> None:
     assert {*EXPOSED.split(", ")} <= read
 
 
-def test_who_may_be_asked_to_sign_in_is_said() -> None:
+def test_operations_that_need_a_login_say_so() -> None:
     public = {name for name, operation in OPERATIONS.items() if operation.get("security") == []}
     assert {"getHealth", "getReadiness", "explainProblem", "receiveWebhook"} <= public
     assert {"createSession", "getCall", "listCalls", "followCall", "stopCall"}.isdisjoint(public)
@@ -171,6 +171,6 @@ def test_a_broker_describes_the_routes_that_are_switched_on() -> None:
     assert "securitySchemes" not in least["components"], "the explorer would have an empty dialog"
 
 
-def test_what_may_be_left_out_has_no_default() -> None:
+def test_optional_fields_have_no_default() -> None:
     """openapi-typescript takes a field with a default for one that is always there."""
     assert '"default": null' not in json.dumps(DOCUMENT)

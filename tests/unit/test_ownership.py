@@ -54,7 +54,7 @@ def test_an_odd_id_is_none(name: str, user: User) -> None:
 
 
 @pytest.mark.parametrize("stranger", OTHERS.values(), ids=OTHERS.keys())
-def test_a_call_belongs_to_whom_its_record_names(stranger: User) -> None:
+def test_a_call_belongs_to_the_user_in_its_record(stranger: User) -> None:
     pseudonym = KEYRING.pseudonym(ADA)
 
     assert OWNERSHIP.owns(ADA, pseudonym)
@@ -62,11 +62,11 @@ def test_a_call_belongs_to_whom_its_record_names(stranger: User) -> None:
 
 
 @pytest.mark.parametrize("pseudonym", ["", "ada", KEYRING.pseudonym(ADA)[:-1], KEYRING.pseudonym(ADA).upper()])
-def test_a_call_of_nobody_belongs_to_nobody(pseudonym: str) -> None:
+def test_a_call_without_an_owner_belongs_to_no_user(pseudonym: str) -> None:
     assert not OWNERSHIP.owns(ADA, pseudonym)
 
 
-def test_a_pseudonym_tells_nothing_and_outlives_a_change_of_secret() -> None:
+def test_a_pseudonym_reveals_nothing_and_outlives_a_change_of_secret() -> None:
     before = Keyring(["o" * 32]).pseudonym(ADA)
 
     assert "ada" not in before

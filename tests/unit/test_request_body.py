@@ -100,7 +100,7 @@ NAMES = st.sampled_from([*SessionRequest.model_fields, "room_name", "extra"])
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
-def test_any_object_is_a_request_or_a_list_of_places(body: dict[str, Any]) -> None:
+def test_any_object_is_a_request_or_a_list_of_errors(body: dict[str, Any]) -> None:
     try:
         request = SessionRequest.model_validate(body)
     except ValidationError:

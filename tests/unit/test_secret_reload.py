@@ -122,7 +122,7 @@ async def test_a_written_file_is_a_change(files: Files) -> None:
     assert taken.noted == [(KEY, NEW_KEY)]
 
 
-async def test_each_secret_is_taken_by_itself(files: Files) -> None:
+async def test_each_secret_is_replaced_alone(files: Files) -> None:
     secret_reloader, taken = rotation_of(files.settings())
 
     files.hold(BROKER_SECRET="n" * 32)
@@ -149,9 +149,7 @@ REFUSED: dict[str, tuple[str, str | bytes]] = {
 
 
 @pytest.mark.parametrize(("name", "content"), REFUSED.values(), ids=REFUSED.keys())
-async def test_what_the_setting_does_not_take_is_refused_once(
-    name: str, content: str | bytes, files: Files, logs: Logs
-) -> None:
+async def test_an_invalid_value_is_refused_once(name: str, content: str | bytes, files: Files, logs: Logs) -> None:
     files.hold(
         BROKER_JWT_SECRET="j" * 32, BROKER_WEBHOOK_SECRET="w" * 32, BROKER_STORE_URL="redis://:hush@valkey.example"
     )
@@ -175,7 +173,7 @@ async def test_what_the_setting_does_not_take_is_refused_once(
         assert len(errors(logs)) == lines
 
 
-async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs) -> None:
+async def test_a_missing_file_changes_nothing(files: Files, logs: Logs) -> None:
     secret_reloader, taken = rotation_of(files.settings())
 
     (files.root / "..data").unlink()
@@ -192,7 +190,7 @@ async def test_a_file_that_is_gone_changes_nothing(files: Files, logs: Logs) -> 
     assert taken.noted == [(KEY, NEW_KEY)]
 
 
-async def test_one_bad_file_holds_no_other_up(files: Files) -> None:
+async def test_a_bad_file_does_not_block_others(files: Files) -> None:
     secret_reloader, taken = rotation_of(files.settings())
 
     files.hold(ONEINBOX_API_KEY=NEW_KEY, BROKER_SECRET="")
@@ -201,7 +199,7 @@ async def test_one_bad_file_holds_no_other_up(files: Files) -> None:
     assert taken.noted == [(KEY, NEW_KEY)]
 
 
-async def test_what_its_user_refuses_is_not_in_force(files: Files, logs: Logs) -> None:
+async def test_a_secret_that_its_handler_refuses_is_not_in_force(files: Files, logs: Logs) -> None:
     def refuse(_: Settings) -> None:
         raise SettingsError([f"{KEY}: does not please"])
 
@@ -265,7 +263,7 @@ def plain(tmp_path: Path) -> Settings:
     return load({f"{KEY}_FILE": str(tmp_path / "plain"), SECRET: "s" * 32})
 
 
-async def test_who_asks_at_once_shares_a_look(plain: Settings) -> None:
+async def test_concurrent_reloads_share_one_read(plain: Settings) -> None:
     slow = SlowReader()
     secret_reloader, _ = rotation_of(plain, read=slow)
 
@@ -281,7 +279,7 @@ async def test_who_asks_at_once_shares_a_look(plain: Settings) -> None:
     assert slow.reads == 2
 
 
-async def test_whose_look_is_cancelled_takes_it_from_nobody(plain: Settings, tmp_path: Path) -> None:
+async def test_a_cancelled_reload_does_not_cancel_others(plain: Settings, tmp_path: Path) -> None:
     slow = SlowReader()
     secret_reloader, taken = rotation_of(plain, read=slow)
     first, second = asyncio.create_task(secret_reloader.reload()), asyncio.create_task(secret_reloader.reload())
@@ -296,7 +294,7 @@ async def test_whose_look_is_cancelled_takes_it_from_nobody(plain: Settings, tmp
 
 
 class Ticks:
-    """Stands in for the waiting between two looks."""
+    """Replaces the pause between two reads."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -314,14 +312,14 @@ class Ticks:
         self._over.release()
 
     async def tick(self) -> None:
-        """End one waiting, and wait for the look that follows."""
+        """End a pause, and wait for the read that follows."""
         await self.begin()
         async with asyncio.timeout(10):
             await self._waits.acquire()
         self._waits.release()
 
 
-async def test_it_looks_every_few_seconds(files: Files) -> None:
+async def test_it_reloads_every_few_seconds(files: Files) -> None:
     ticks = Ticks()
     secret_reloader, taken = rotation_of(files.settings(), every=3, sleep=ticks.sleep)
     running = asyncio.create_task(secret_reloader.run())
@@ -363,7 +361,7 @@ async def test_without_files_there_is_nothing_to_do() -> None:
     assert taken.noted == []
 
 
-async def test_a_look_on_demand_does_not_believe_one_that_had_begun(plain: Settings, tmp_path: Path) -> None:
+async def test_a_reload_on_demand_does_not_use_a_read_that_had_begun(plain: Settings, tmp_path: Path) -> None:
     slow, ticks = SlowReader(), Ticks()
     secret_reloader, taken = rotation_of(plain, read=slow, sleep=ticks.sleep)
     running = asyncio.create_task(secret_reloader.run())
@@ -383,7 +381,7 @@ async def test_a_look_on_demand_does_not_believe_one_that_had_begun(plain: Setti
     assert slow.reads == 2
 
 
-def test_every_secret_has_a_taker() -> None:
+def test_every_secret_has_a_handler() -> None:
     oneinbox = OneInbox(ONEINBOX, SecretStr(OLD_KEY), Telling(), timeout=1, connect_timeout=1)
 
     assert secret_handlers(oneinbox, Keyring(["s" * 32]), None, None).keys() == SECRETS
@@ -559,7 +557,7 @@ async def test_a_second_401_stands() -> None:
 
 
 @pytest.mark.parametrize("status", [402, 403, 404, 422, 429, 500])
-async def test_only_a_401_makes_it_look(status: int) -> None:
+async def test_only_a_401_causes_a_reload(status: int) -> None:
     client = Client(httpx.MockTransport(lambda _: httpx.Response(status)))
     client.file_key = NEW_KEY
 
@@ -569,7 +567,7 @@ async def test_only_a_401_makes_it_look(status: int) -> None:
     assert client.rereads == 0
 
 
-async def test_a_request_under_way_keeps_its_key_and_learns_of_the_new_one() -> None:
+async def test_a_running_request_keeps_its_key_and_uses_the_new_one_after_a_401() -> None:
     async def wait() -> None:
         arrived.set()
         await go_on.wait()
