@@ -3,19 +3,14 @@
 Only the broker's address in them is replaced. The stand-in for LiveKit's server accepts connections and sends nothing.
 """
 
-import base64
 import json
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import jwt
 import pytest
@@ -23,15 +18,15 @@ from playwright.sync_api import Dialog, Page, Request, Route, expect
 
 from app.problems import KINDS
 from tests.documents import blocks
-from tests.e2e.conftest import OpenPage
-from tests.support.harness import ROOMY
+from tests.e2e.conftest import OpenPage, control, running_broker, running_site
 from tests.support.needs import NODE_MODULES, node
-from tests.support.processes import ROOT, running, serving
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.browser
 
 PRINTED_BROKER = "http://127.0.0.1:8000"
 RECIPES = ROOT / "app/client/recipes"
+ORIGINS = {"BROKER_ALLOWED_ORIGINS": "http://127.0.0.1:*"}
 LIVEKIT = "127.0.0.1:7880"
 """Where the emulator sends participants."""
 JWT_SECRET = "a secret of tests, 32 characters or more"
@@ -103,17 +98,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         options = ("--bundle", "--format=esm", "--jsx=automatic", "--log-level=warning", f"--outfile={name}.js")
         command = [program, str(NODE_MODULES / "esbuild/bin/esbuild"), source, *options]
         subprocess.run(command, cwd=folder, check=True, timeout=120)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietFiles, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-class _QuietFiles(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    with running_site(folder) as origin:
+        yield origin
 
 
 @dataclass
@@ -169,35 +155,13 @@ def token_in(url: str) -> str:
 
 def room_of(token: str) -> str:
     """The room a participant token is for."""
-    payload = token.split(".")[1]
-    room: str = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["video"]["room"]
+    room: str = jwt.decode(token, options={"verify_signature": False})["video"]["room"]
     return room
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running("emulator", "--port", "0", cwd=tmp_path_factory.mktemp("emulator"), environ={}) as process:
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.wait_for("The emulated OneInbox listens on"))
-        assert url is not None
-        yield url[0]
-
-
-@pytest.fixture(scope="module")
-def environ(emulator: str) -> dict[str, str]:
-    """Settings of a broker in front of the emulator."""
-    return {
-        "ONEINBOX_API_KEY": "oi_sk_sandbox",
-        "ONEINBOX_BASE_URL": emulator,
-        "ONEINBOX_AGENT_ID": "agt_sandbox",
-        "BROKER_ALLOWED_ORIGINS": "http://127.0.0.1:*",
-        "BROKER_SESSION_LIMITS": "1000/minute",
-        **ROOMY,
-    }
-
-
-@pytest.fixture(scope="module")
-def broker(environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("broker"), environ) as (_, url):
+def broker(oneinbox: str) -> Iterator[str]:
+    with running_broker(oneinbox, **ORIGINS) as (_, url):
         yield url
 
 
@@ -205,14 +169,12 @@ OpenRecipes = Callable[..., Visit]
 
 
 @pytest.fixture
-def open_recipes(
-    open_page: OpenPage, site: str, broker: str, environ: dict[str, str], tmp_path: Path
-) -> Iterator[OpenRecipes]:
+def open_recipes(open_page: OpenPage, site: str, broker: str, oneinbox: str) -> Iterator[OpenRecipes]:
     """Open a page with the recipes: `open_recipes("plain")`; with settings, in front of its own broker."""
     with ExitStack() as stack:
 
         def opens(name: str, complaints_expected: str | None = None, **settings: str) -> Visit:
-            url = stack.enter_context(serving(tmp_path, environ | settings))[1] if settings else broker
+            url = stack.enter_context(running_broker(oneinbox, **ORIGINS, **settings))[1] if settings else broker
             visit = Visit(open_page(complaints_expected=complaints_expected))
 
             def with_its_address(route: Route) -> None:
@@ -229,10 +191,9 @@ def open_recipes(
         yield opens
 
 
-def starts(emulator: str, page: Page) -> int:
+def starts(oneinbox: str) -> int:
     """The number of calls that OneInbox was ever asked for."""
-    answer = page.request.get(f"{emulator}/_emulator/requests").json()
-    return sum((each["method"], each["path"]) == ("POST", "/v1/calls/web") for each in answer)
+    return sum(each["path"] == "/v1/calls/web" for each in control(oneinbox, "requests"))
 
 
 def test_the_page_of_the_readme(open_recipes: OpenRecipes) -> None:
@@ -303,9 +264,9 @@ def test_waiting_too_long_is_no_patience(open_recipes: OpenRecipes) -> None:
     assert len(visit.posts) == 2
 
 
-def test_a_lost_answer_starts_no_second_call(open_recipes: OpenRecipes, emulator: str) -> None:
+def test_a_lost_answer_starts_no_second_call(open_recipes: OpenRecipes, oneinbox: str) -> None:
     visit = open_recipes("plain", "ERR_FAILED")
-    before = starts(emulator, visit.page)
+    before = starts(oneinbox)
     lost: list[str] = []
 
     def lose_the_first(route: Route) -> None:
@@ -318,7 +279,7 @@ def test_a_lost_answer_starts_no_second_call(open_recipes: OpenRecipes, emulator
     visit.page.route("**/session", lose_the_first)
     started = visit.page.evaluate("startCallPatiently()")
     assert [started["participant_token"]] == lost
-    assert starts(emulator, visit.page) == before + 1
+    assert starts(oneinbox) == before + 1
 
 
 FOLLOW = """async (call) => {
