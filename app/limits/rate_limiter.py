@@ -95,7 +95,7 @@ class UserLimits:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one session counted, so that it can be given back. `headers`: what is left, for the browser."""
+    """The counts of one session, to be given back. `headers`: what is left, for the browser."""
 
     request: LimitRequest
     decision: Decision

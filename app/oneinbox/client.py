@@ -24,7 +24,7 @@ from app.oneinbox.errors import (
     Unreachable,
 )
 from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall, Webhook, WebhookList
-from app.oneinbox.transport import surely_not_sent
+from app.oneinbox.transport import read_body, surely_not_sent
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
 
@@ -224,7 +224,7 @@ class OneInbox:
             response = await self._transport.handle_async_request(request)
             status = response.status_code
             try:
-                return response, await _read(response, limit)
+                return response, await read_body(response, limit)
             finally:
                 await response.aclose()
         except BaseException as error:
@@ -242,21 +242,6 @@ class OneInbox:
         if headers is self._headers and self._reread_key is not None:
             await self._reread_key()
         return headers is not self._headers
-
-
-async def _read(response: httpx.Response, limit: int) -> bytes:
-    """Return the whole body; empty, which is not JSON, if it is encoded or larger than `limit`."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        return b""
-    body = bytearray()
-    # httpx's readers would keep a second copy, and decode.
-    stream = response.stream
-    assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - of an async transport
-    async for chunk in stream:
-        body += chunk
-        if len(body) > limit:
-            return b""
-    return bytes(body)
 
 
 def _model(model: type[M], answer: Any, status: int) -> M:

@@ -29,27 +29,6 @@ class Connection(asyncio.Protocol):
     Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (not a valid answer).
     """
 
-    # Thousands of requests may wait for OneInbox at once, each with its own connection.
-    __slots__ = (
-        "_answered",
-        "_body",
-        "_buffered",
-        "_busy",
-        "_complete",
-        "_failure",
-        "_fields",
-        "_interim",
-        "_loop",
-        "_parser",
-        "_paused",
-        "_pieces",
-        "_received",
-        "_status",
-        "_transport",
-        "_waiter",
-        "idle_since",
-    )
-
     def __init__(self) -> None:
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()

@@ -220,6 +220,21 @@ class PooledTransport(httpx.AsyncBaseTransport):
             self._loop.call_later(ADDRESS_SECONDS, forget)
 
 
+async def read_body(response: httpx.Response, limit: int) -> bytes:
+    """Return the whole body; empty, which is not JSON, if it is encoded or larger than `limit`."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        return b""
+    body = bytearray()
+    # httpx's readers would keep a second copy, and decode.
+    stream = response.stream
+    assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - of an async transport
+    async for chunk in stream:
+        body += chunk
+        if len(body) > limit:
+            return b""
+    return bytes(body)
+
+
 class _Body(httpx.AsyncByteStream):
     """An answer's body as a stream; closing it gives the connection back."""
 

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from pydantic_core import from_json
 
 from app.identity.addresses import limit_key, parse_address
+from app.oneinbox.transport import read_body
 from app.problems import Problem
 from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
@@ -111,7 +112,7 @@ class Challenge:
             async with asyncio.timeout(self.timeout):
                 response = await self.transport.handle_async_request(request)
                 try:
-                    raw = await _read(response)
+                    raw = await read_body(response, MAX_ANSWER)
                 finally:
                     await response.aclose()
         except (TimeoutError, httpx.TransportError) as error:
@@ -134,15 +135,3 @@ class Challenge:
 
 def _unavailable() -> Problem:
     return Problem("at-capacity", "Challenges cannot be checked right now.", {"Retry-After": "5"})
-
-
-async def _read(response: httpx.Response) -> bytes:
-    """Return the body; empty, which is not JSON, if it is encoded or larger than MAX_ANSWER."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        return b""
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_ANSWER:
-            return b""
-    return bytes(body)
