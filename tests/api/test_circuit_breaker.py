@@ -1,4 +1,4 @@
-"""POST /session while OneInbox is left alone: answered at once, unsent, and nothing is spent."""
+"""POST /session while the circuit breaker is open: answered at once, unsent, and nothing is spent."""
 
 import asyncio
 from functools import partial
@@ -23,7 +23,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of every cool-down."""
+    """The clock of every circuit breaker."""
     clock = Clock()
     monkeypatch.setattr("app.oneinbox.client.CircuitBreaker", partial(CircuitBreaker, clock))
     return clock

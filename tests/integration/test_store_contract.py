@@ -1,4 +1,4 @@
-"""What every store does alike: in memory, on Valkey, and on Valkey with the process's own as a reserve."""
+"""Behaviour that all stores share: in memory, on Valkey, and on Valkey with a local one to fall back on."""
 
 import asyncio
 import uuid

@@ -1,4 +1,4 @@
-"""The shared store dies, freezes and comes back, under load: nobody waits long, nothing starts from zero."""
+"""The shared store dies, freezes and comes back, under load: no one waits long, nothing starts from zero."""
 
 import asyncio
 import contextlib

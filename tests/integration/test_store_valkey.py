@@ -1,4 +1,4 @@
-"""What only the shared store has: several processes, one script per question, ends on every key, bounded waits."""
+"""The shared store alone: several processes, one script per operation, ends on every key, bounded waits."""
 
 import asyncio
 import random

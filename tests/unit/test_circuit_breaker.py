@@ -1,4 +1,4 @@
-"""When OneInbox is left alone, by an injected clock."""
+"""When the circuit breaker pauses requests to OneInbox, by an injected clock."""
 
 import asyncio
 import time
@@ -67,7 +67,7 @@ def fails(breaker: CircuitBreaker, error: OneInboxError = NO_ANSWER, times: int 
 
 
 def refused(breaker: CircuitBreaker) -> int:
-    """A request that is not let through; the seconds it is told to wait."""
+    """Seconds to wait of a request that is refused."""
     with pytest.raises(CircuitOpen) as raised, breaker.guard():
         pytest.fail("it was let through")
     assert raised.value.slug == "upstream-busy"

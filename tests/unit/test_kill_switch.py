@@ -1,4 +1,4 @@
-"""The hand brake: what is stopped, for whom and how long, and that a lost store releases nothing."""
+"""The kill switch: what is stopped, for whom and how long, and that a lost store releases nothing."""
 
 import pytest
 from starlette.requests import Request

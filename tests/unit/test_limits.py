@@ -1,4 +1,4 @@
-"""The one decision, by a clock of the test's own: who gets how much, and who is told what."""
+"""Rates and slots of requests and sessions, by an injected clock: what is allowed, and what refusals say."""
 
 import math
 import re
@@ -142,7 +142,7 @@ async def test_who_waits_as_told_gets_in(gaps: list[float]) -> None:
     seconds = wait(refused.problem)
     assert seconds >= max(1, *(reset for left, reset in numbers(refused.problem.headers).values() if left == 0))
     desk.clock.now += seconds - 1.001
-    assert (await desk.refusal()).slug == "rate-limited", "nobody is told to wait for longer than needed"
+    assert (await desk.refusal()).slug == "rate-limited", "Retry-After is no longer than needed"
     desk.clock.now += 1.001
     await desk.reserve()
 

@@ -1,4 +1,4 @@
-"""Live calls, by clocks of the test's own: when a slot is free again, who is hung up, and what OneInbox is asked."""
+"""Live calls, by injected clocks: when a slot is free again, what is hung up, and what OneInbox is asked."""
 
 import asyncio
 from collections import Counter
@@ -37,7 +37,7 @@ class Clock:
 
 
 class House:
-    """One store and one OneInbox, and replicas of the broker's book of calls on them."""
+    """One store and one OneInbox, and replicas of LiveCalls on them."""
 
     def __init__(
         self, *, max_live_calls: int = 1, join_timeout: float = JOIN_SECONDS, max_seconds: float = MAX_SECONDS
@@ -72,7 +72,7 @@ class House:
         )
 
     def plan(self, call_id: str, user: User = ANN) -> CallAttempt:
-        """A start that has not begun."""
+        """An attempt whose POST is not sent yet."""
         return CallAttempt(f"start-of-{call_id}", int(self.clock.now), AGENT.name, user.store_name, "pseudonym")
 
     async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> CallAttempt:
@@ -84,7 +84,7 @@ class House:
         return attempt
 
     async def has_room(self, user: User = ANN) -> bool:
-        """Whether the user could start one more; tries it, and takes it back."""
+        """Return whether the user could start one more: reserve, and give back."""
         try:
             reservation = await self.limits.reserve(user, AGENT, self.plan("try", user))
         except Problem as problem:

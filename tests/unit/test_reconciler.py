@@ -1,4 +1,4 @@
-"""Lost answers: looked for at set times, found by what the broker wrote, stopped; and nobody else's call ever."""
+"""Lost answers: looked for at set times, found by their metadata, stopped; and never anyone else's call."""
 
 import asyncio
 import re
@@ -129,7 +129,7 @@ class House:
         return attempt
 
     def arrives(self, attempt: CallAttempt, **changes: Any) -> Call:
-        """OneInbox starts the call; its answer is nobody's business here."""
+        """OneInbox starts the call; its answer does not matter here."""
         metadata = {"broker_user": attempt.owner, "broker_request_id": attempt.request_id, **changes}
         return self.emulator.calls.start(StartCall(agent_id=AGENTS[attempt.agent], metadata=metadata))
 
@@ -257,7 +257,7 @@ async def test_a_new_loss_is_looked_for_in_time_whatever_else_is_pending() -> No
 
 @in_simulated_time
 async def test_stops_that_hang_hold_no_other_loss_up() -> None:
-    """Twenty stops without an answer, one after the other, would be five minutes in which nobody looks."""
+    """Twenty stops without an answer, one after the other, would be five minutes without a scan."""
     house = House()
     early = [await house.reserve(f"early-{number}") for number in range(20)]
     for each in early:
@@ -655,7 +655,7 @@ async def test_a_call_whose_answer_came_after_all_is_not_stopped() -> None:
 
 @in_simulated_time
 async def test_the_calls_of_users_run_on_while_the_store_is_gone() -> None:
-    """What became of a start is not unknown because nobody can be asked."""
+    """A store that is gone does not make the outcome of an attempt unknown."""
     house = House()
     attempt = await house.reserve("good")
     call = house.arrives(attempt)
@@ -713,7 +713,7 @@ async def test_what_becomes_of_lost_calls_is_counted() -> None:
 
 @in_simulated_time
 async def test_the_sweep_hands_on_what_a_killed_process_left() -> None:
-    """Its slot is in the store, and nobody knows of which call: any replica's sweep has it looked for."""
+    """Its slot is in the store without a call: any replica's sweep reports it."""
     house = House()
     call = house.arrives(await house.reserve("of-a-killed-process"))
     async with house.at_work():

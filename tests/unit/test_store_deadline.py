@@ -1,4 +1,4 @@
-"""A question to the store may take 250 ms; but a process too busy to listen takes no healthy store for lost."""
+"""A store operation may take 250 ms, but a process too busy to read does not give up a healthy store."""
 
 import asyncio
 import socket
@@ -72,7 +72,7 @@ async def test_silence_counts_from_the_last_answer_to_anybody() -> None:
 @pytest.mark.parametrize("turn", [0.03, 0.3, 0.6, 2])
 @in_simulated_time
 async def test_an_answer_that_lies_in_the_socket_counts(turn: float) -> None:
-    """However long nobody could read it."""
+    """However long the process was too busy to read it."""
     here, there = socket.socketpair()
     here.setblocking(False)
     with here, there, Deadline(BOUND, never):

@@ -1,4 +1,4 @@
-"""The store in memory, with a clock of the test's own: ends, sweeping, size."""
+"""The store in memory, by an injected clock: ends, sweeping, size."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The moving window against a model that remembers every hit. Times are multiples of 1/64 s: exact in doubles."""
+"""The sliding window against a model that remembers every hit. Times are multiples of 1/64 s: exact in doubles."""
 
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def now_or_never(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that awaits nothing: nobody else can have run in between."""
+    """The result of a coroutine that awaits nothing, so nothing else can have run in between."""
     try:
         coroutine.send(None)
     except StopIteration as done:
