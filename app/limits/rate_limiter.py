@@ -26,7 +26,7 @@ FAILED_LOGINS = 60
 LIVE_RETRY_AFTER = 10
 """Retry-After in seconds for a live call to end: its end is not known."""
 STORE_RETRY_AFTER = 5
-"""Retry-After in seconds while the shared store is gone."""
+"""Retry-After in seconds while the shared store is gone; it is used again this soon after its return."""
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
 
