@@ -6,7 +6,6 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
@@ -35,42 +34,31 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Register the exception handlers."""
-    app.add_exception_handler(Problem, _on_problem)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(OneInboxError, _on_upstream_error)
-    app.add_exception_handler(RateLimitExceeded, _on_refused)
+    """Answer the exceptions of all routes with problems."""
+
+    async def respond(request: Request, error: Exception) -> Response:
+        return problem_response(request.scope, _problem_of(error, request))
+
+    for kind in (Problem, Refused, OneInboxError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, respond)
 
 
-async def _on_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)  # noqa: S101 - registered for this class
-    return problem_response(request.scope, error)
-
-
-async def _on_upstream_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OneInboxError)  # noqa: S101 - registered for this class
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
-    if not isinstance(error, NoSuchCall):
-        # A misconfiguration needs the operator; the rest passes by itself.
-        level = "error" if error.slug == "upstream-misconfigured" else "warning"
-        getattr(log, level)(
-            "upstream_failed", problem=error.slug, reason=error.reason, request_id=request.scope["state"]["request_id"]
-        )
-    return problem_response(request.scope, Problem(error.slug, headers=headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
-    return problem_response(request.scope, invalid_request(error.errors()))
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
+def _problem_of(error: Exception, request: Request) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case Refused():
+            return error.problem
+        case RequestValidationError():
+            return invalid_request(error.errors())
+        case OneInboxError():
+            if not isinstance(error, NoSuchCall):
+                # A misconfiguration needs the operator; the rest passes by itself.
+                report = log.error if error.slug == "upstream-misconfigured" else log.warning
+                request_id = request.scope["state"]["request_id"]
+                report("upstream_failed", problem=error.slug, reason=error.reason, request_id=request_id)
+            headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+            return Problem(error.slug, headers=headers)
+    assert isinstance(error, HTTPException)  # noqa: S101 - the last of the registered classes
     slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "internal-error")
-    return problem_response(request.scope, Problem(slug, headers=error.headers or {}))
-
-
-async def _on_refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)  # noqa: S101 - registered for this class
-    return problem_response(request.scope, error.problem)
+    return Problem(slug, headers=error.headers or {})

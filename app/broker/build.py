@@ -87,8 +87,9 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             stack.push_async_callback(traces.aclose)
         oneinbox = open_oneinbox(settings, transport, secret_reloader.reload, metrics, traces)
         stack.push_async_callback(oneinbox.aclose)
-        stack.push_async_callback(identity.aclose)
-        await identity.start()
+        if isinstance(keys, KeySet):
+            stack.push_async_callback(keys.aclose)
+            await keys.start()
         limits = open_limits(settings, agents, store, lease, metrics)
         talk = TalkTime(
             store,
@@ -287,16 +288,15 @@ def _keys(settings: Settings) -> Keys | None:
 
 def _fixed_key(settings: Settings) -> VerifyingKey | None:
     """Return the configured secret or public key of the issuer, if any. Raises SettingsError."""
-    name = ""
-    try:
-        if settings.jwt_secret is not None:
-            name = "BROKER_JWT_SECRET"
-            return secret_key(settings.jwt_secret.get_secret_value(), settings.jwt_algorithms)
-        if settings.jwt_public_key is not None:
-            name = "BROKER_JWT_PUBLIC_KEY"
-            return public_key(settings.jwt_public_key.get_secret_value(), settings.jwt_algorithms)
-    except ValueError as error:
-        raise SettingsError([f"{name}: {error}"]) from None
+    for name, value, parse in (
+        ("BROKER_JWT_SECRET", settings.jwt_secret, secret_key),
+        ("BROKER_JWT_PUBLIC_KEY", settings.jwt_public_key, public_key),
+    ):
+        if value is not None:
+            try:
+                return parse(value.get_secret_value(), settings.jwt_algorithms)
+            except ValueError as error:
+                raise SettingsError([f"{name}: {error}"]) from None
     return None
 
 

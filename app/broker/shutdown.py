@@ -40,12 +40,9 @@ class Shutdown:
                 signal.raise_signal(number)
 
         def begin(number: int, frame: FrameType | None) -> None:
-            if self.draining or not self.drain_seconds or number != signal.SIGTERM:
-                self.draining = True
-                loop.call_soon_threadsafe(finish, number, frame)
-                return
+            wait = 0 if self.draining or number != signal.SIGTERM else self.drain_seconds
             self.draining = True
-            loop.call_soon_threadsafe(loop.call_later, self.drain_seconds, finish, number, frame)
+            loop.call_soon_threadsafe(loop.call_later, wait, finish, number, frame)
 
         for number in before:
             signal.signal(number, begin)

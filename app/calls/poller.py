@@ -49,14 +49,13 @@ class Subscription:
     subscribers: int = 0
 
     def update(self, latest: Snapshot | None = None, *, over: bool = False, closed: bool = False) -> None:
-        """Wake the subscribers if anything changed."""
-        new = latest is not None and latest.etag != self.latest.etag
+        """Wake the subscribers if anything changed. What is over or closed stays so."""
+        before = (self.latest.etag, self.over, self.closed)
         self.latest = latest or self.latest
-        if not new and over == self.over and closed == self.closed:
-            return
-        self.over, self.closed = over, closed
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self.over, self.closed = self.over or over, self.closed or closed
+        if (self.latest.etag, self.over, self.closed) != before:
+            self.changed.set()
+            self.changed = asyncio.Event()
 
 
 @dataclass
@@ -112,9 +111,7 @@ class CallPoller:
             subscription = self._subscriptions[call_id] = Subscription(latest)
             self._tasks[call_id] = asyncio.create_task(self._poll(call_id, subscription), name="poll")
         else:
-            subscription.update(
-                self.cache.latest(call_id) or latest, over=subscription.over, closed=subscription.closed
-            )
+            subscription.update(self.cache.latest(call_id) or latest)
         subscription.subscribers += 1
         self._streams[user.store_name] += 1
         try:
@@ -132,7 +129,7 @@ class CallPoller:
         """Close all streams without `end`: browsers reconnect, to another replica."""
         self._closed = True
         for subscription in self._subscriptions.values():
-            subscription.update(over=subscription.over, closed=True)
+            subscription.update(closed=True)
 
     async def run(self) -> None:
         """Pass on changes that any replica saw, until cancelled."""
@@ -143,7 +140,7 @@ class CallPoller:
                 if subscription is None:
                     continue
                 await self.cache.read_shared(call_id)
-                subscription.update(self.cache.latest(call_id), over=subscription.over, closed=subscription.closed)
+                subscription.update(self.cache.latest(call_id))
 
     async def _poll(self, call_id: str, subscription: Subscription) -> None:
         """Poll a call until it is over. A failure slows polling down, but does not end it."""
@@ -176,8 +173,8 @@ class CallPoller:
                 else:
                     log.exception("poll_failed", call=call_id, seconds=rest)
                 await self.cache.drop_lease(call_id, rest)
-            subscription.update(self.cache.latest(call_id), closed=subscription.closed)
-        subscription.update(over=True, closed=subscription.closed)
+            subscription.update(self.cache.latest(call_id))
+        subscription.update(over=True)
 
     async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
         """Return whether the call is due, and no other replica is fetching it."""

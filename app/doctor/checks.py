@@ -21,7 +21,6 @@ from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.identity.jwks import FETCH_SECONDS, KeySet, KeySetError
-from app.identity.keys import VerifyingKey
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, OneInboxError
 from app.oneinbox.transport import open_transport
@@ -311,13 +310,6 @@ def _server(name: str, about: Mapping[str, str], milliseconds: float) -> Finding
 # Logins
 
 
-class _OneFetch(KeySet):
-    async def fetch(self) -> list[VerifyingKey]:
-        """Fetch the issuer's usable keys once, as the broker does. Raises KeySetError, and the connection's errors."""
-        async with asyncio.timeout(FETCH_SECONDS):
-            return self._read(await self._download())
-
-
 async def _logins(settings: Settings) -> list[Finding]:
     name = "logins"
     if settings.auth == "anonymous":
@@ -327,7 +319,7 @@ async def _logins(settings: Settings) -> list[Finding]:
     if settings.jwt_jwks_url is None:
         return [fine(name, "tokens, verified with the configured key")]
     try:
-        keys = _OneFetch(settings.jwt_jwks_url, settings.jwt_algorithms)
+        keys = KeySet(settings.jwt_jwks_url, settings.jwt_algorithms)
     except ValueError:
         return [warning(name, "not checked: the algorithms do not fit")]
     try:

@@ -29,9 +29,3 @@ class Identity(ABC):
     @abstractmethod
     async def identify(self, request: HTTPConnection) -> User:
         """Return the request's user. Raises Problem: `unauthenticated`, or `at-capacity` if it cannot be checked."""
-
-    async def start(self) -> None:  # noqa: B027 - most sources have nothing to start
-        """Start background work, if any, without waiting for it."""
-
-    async def aclose(self) -> None:  # noqa: B027 - nor to stop
-        """Stop the background work."""

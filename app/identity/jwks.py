@@ -84,8 +84,9 @@ class KeySet:
             return None
         if self._fetched_at is None:
             await self._wait_for_fetch()
-        self._check_age()
-        if kid is not None and not self._knows(kid):
+        if self._fetched_at is None or self.clock() - self._fetched_at > MAX_AGE_SECONDS:
+            raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
+        if kid is not None and not any(key.kid == kid for key in self._keys):
             if self.clock() - self._unknown_fetch_at >= UNKNOWN_KEY_SECONDS:
                 self._unknown_fetch_at = self.clock()
                 self._begin_fetch()
@@ -95,12 +96,10 @@ class KeySet:
             return None  # a guess among several could pick a key that the issuer did not mean
         return fitting[0] if fitting else None
 
-    def _knows(self, kid: str) -> bool:
-        return any(key.kid == kid for key in self._keys)
-
-    def _check_age(self) -> None:
-        if self._fetched_at is None or self.clock() - self._fetched_at > MAX_AGE_SECONDS:
-            raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
+    async def fetch(self) -> list[VerifyingKey]:
+        """Fetch the usable keys once. Raises KeySetError, ValueError, TimeoutError, and errors of the connection."""
+        async with asyncio.timeout(FETCH_SECONDS):
+            return self._read(await self._download())
 
     def _begin_fetch(self) -> asyncio.Task[bool]:
         """Return the running fetch, or start one: there are never two."""
@@ -122,17 +121,14 @@ class KeySet:
             fetch = self._begin_fetch()
 
     async def _fetch(self) -> bool:
-        """Fetch the keys; return whether that succeeded."""
+        """Replace the keys; return whether that succeeded."""
         try:
-            async with asyncio.timeout(FETCH_SECONDS):
-                body = await self._download()
-            keys = self._read(body)
+            self._keys = await self.fetch()
         except Exception as error:  # any error of a transport: the present keys stay valid
             # The URL's path and query may hold a secret, and error messages may repeat them.
             reason = str(error) if isinstance(error, KeySetError) else type(error).__name__
             log.error("jwks_fetch_failed", host=urlsplit(self.url).hostname, reason=reason)
             return False
-        self._keys = keys
         self._fetched_at = self.clock()
         self.version += 1
         return True

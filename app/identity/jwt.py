@@ -64,14 +64,6 @@ class JwtIdentity(Identity):
     _remembered: dict[bytes, Remembered] = field(default_factory=dict, init=False)
     _remembered_version: int = field(default=0, init=False)
 
-    async def start(self) -> None:
-        """Start fetching keys."""
-        await self.keys.start()
-
-    async def aclose(self) -> None:
-        """Stop fetching keys."""
-        await self.keys.aclose()
-
     async def identify(self, request: HTTPConnection) -> User:
         """Return the user of the request's token. Raises Problem: 401, or 503 while there are no keys."""
         try:

@@ -50,14 +50,6 @@ class Keys(Protocol):
         """Return the key for a token with this algorithm and key id, if any."""
         ...
 
-    async def start(self) -> None:
-        """Start fetching keys, if needed."""
-        ...
-
-    async def aclose(self) -> None:
-        """Stop fetching keys."""
-        ...
-
 
 @dataclass
 class FixedKey:
@@ -74,12 +66,6 @@ class FixedKey:
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key if it fits the algorithm."""
         return self.key if algorithm in self.key.algorithms else None
-
-    async def start(self) -> None:
-        """Do nothing: the key is fixed."""
-
-    async def aclose(self) -> None:
-        """Do nothing."""
 
 
 def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -81,11 +82,9 @@ class Sessions:
                 raise ClientDisconnect
             return started.call, False
 
-        async def run() -> StartedCall:
-            return await self._start(user, session_input, spec)
-
+        start = partial(self._start, user, session_input, spec)
         try:
-            return await self.idempotency.once(user, key, session_input.body, session_input.client, run)
+            return await self.idempotency.once(user, key, session_input.body, session_input.client, start)
         except NotKept as unkept:
             await self.live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
             raise Problem("at-capacity", headers={"Retry-After": "5"}) from None

@@ -173,11 +173,9 @@ def test_ignored_header_is_warned_about_once() -> None:
 
 async def test_anonymous_users_are_counted_by_address() -> None:
     identity = Anonymous(ClientAddresses(TRUSTED))
-    await identity.start()
     user = await identity.identify(request_from(PROXY, "1.1.1.1, 2001:db8:1:2:3:4:5:6"))
     assert (user.mode, user.id, user.address) == ("anonymous", "2001:db8:1:2::/64", "2001:db8:1:2:3:4:5:6")
     assert (user.issuer, user.claims, user.expires_at, user.by_cookie) == ("", {}, None, False)
     user = await identity.identify(request_from("203.0.113.9", "198.51.100.1"))
     assert (user.id, user.address) == ("203.0.113.9", "203.0.113.9")
     assert (await identity.identify(request_from(None))).id == "local"
-    await identity.aclose()

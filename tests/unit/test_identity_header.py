@@ -30,10 +30,8 @@ def request_from(peer: str | None, *headers: tuple[str, bytes]) -> Request:
 )
 async def test_user_of_a_trusted_proxy(value: bytes, user: str) -> None:
     identity = HeaderIdentity(BEHIND_PROXY, "X-Forwarded-User")
-    await identity.start()
     request = request_from(PROXY, ("x-forwarded-user", value), ("x-forwarded-for", b"1.1.1.1, 198.51.100.1"))
     assert await identity.identify(request) == User(mode="header", id=user, address="198.51.100.1")
-    await identity.aclose()
 
 
 async def test_peer_may_be_ipv4_in_ipv6() -> None:

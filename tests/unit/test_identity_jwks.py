@@ -119,13 +119,13 @@ async def begin() -> AsyncIterator[MakeSetup]:
     async def make(*keys: Any, algorithms: tuple[str, ...] = (), issuer: Issuer | None = None) -> Setup:
         setup = Setup(issuer or Issuer(*keys), *algorithms)
         made.append(setup)
-        await setup.identity.start()
+        await setup.keys.start()
         await settle()
         return setup
 
     yield make
     for setup in made:
-        await setup.identity.aclose()
+        await setup.keys.aclose()
 
 
 def failing(reason: Exception) -> Callable[[httpx.Request], httpx.Response]:
@@ -351,7 +351,7 @@ async def test_never_fetched(begin: MakeSetup) -> None:
 async def test_not_started() -> None:
     setup = Setup(Issuer(jwk_of(RSA, kid="k1")))
     assert await setup.slug() == "at-capacity"
-    await setup.identity.aclose()
+    await setup.keys.aclose()
 
 
 async def test_an_outage_changes_nothing_for_a_day(begin: MakeSetup) -> None:
@@ -431,6 +431,6 @@ async def test_close_ends_a_fetch_under_way(begin: MakeSetup) -> None:
     issuer.gate.clear()
     setup = await begin(issuer=issuer)
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    await setup.identity.aclose()
+    await setup.keys.aclose()
     assert all(task.done() for task in others if task.get_coro().__qualname__.startswith("KeySet"))  # type: ignore[union-attr]
     assert issuer.asked == 1

@@ -447,12 +447,6 @@ async def test_memory_is_bounded_and_failures_are_not_kept() -> None:
     assert keys.found == before + 3
 
 
-async def test_start_and_close_do_nothing_with_a_fixed_key() -> None:
-    identity = identity_of()
-    await identity.start()
-    await identity.aclose()
-
-
 # --- keys ---
 
 

@@ -44,38 +44,27 @@ class CorsPolicy:
         self.any_port = frozenset(origin.removesuffix(":*") for origin in allowed if origin.endswith(":*"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http" or route_path(scope).startswith("/webhooks/"):
+            return await self.app(scope, receive, send)  # webhooks are not for browsers; their secret protects them
         origins = [value for name, value in scope["headers"] if name == b"origin"]
-        if route_path(scope).startswith("/webhooks/"):
-            return await self.app(scope, receive, send)  # not for browsers; its own secret protects it
-        if not origins and not self._needs_origin(scope):
+        headers = [VARY]
+        if origins or self._needs_origin(scope):
+            origin = origins[0].decode("latin-1") if len(origins) == 1 else ""
+            if not self.allows(origin, scope):
+                problem = Problem("forbidden-origin", headers={"Vary": "Origin"})
+                return await problem_response(scope, problem)(scope, receive, send)
+            headers = self._cors(origin)
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in dict(scope["headers"]):
+                return await _answer_preflight(headers, send)
 
-            async def send_with_vary(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    message["headers"].append(VARY)
-                await send(message)
-
-            return await self.app(scope, receive, send_with_vary)
-        origin = origins[0].decode("latin-1") if len(origins) == 1 else ""
-        if not self.admits(origin, scope):
-            problem = Problem("forbidden-origin", headers={"Vary": "Origin"})
-            return await problem_response(scope, problem)(scope, receive, send)
-        scope["state"]["origin"] = origin
-        answer_headers = self._cors(origin)
-
-        async def send_with_cors(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"].extend(answer_headers)
+                message["headers"].extend(headers)
             await send(message)
 
-        if scope["method"] == "OPTIONS" and any(
-            name == b"access-control-request-method" for name, _ in scope["headers"]
-        ):
-            return await _answer_preflight(answer_headers, send)
-        return await self.app(scope, receive, send_with_cors)
+        return await self.app(scope, receive, send_with_headers)
 
-    def admits(self, origin: str, scope: Scope) -> bool:
+    def allows(self, origin: str, scope: Scope) -> bool:
         """True for an origin that is allowed or the broker's own, never for `null` or an empty one."""
         if not origin or origin == "null":
             return False

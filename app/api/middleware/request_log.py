@@ -52,20 +52,15 @@ class RequestLog:
             route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - started
             self._count(scope, route, status, seconds)
-            line = {
-                "method": scope["method"],
-                "route": route,
-                "status": status,
-                "ms": round(seconds * 1000, 1),
-                "request_id": request_id,
-            }
-            for name in ("user", "call", "problem", "trace"):
-                if value := state.get(name):
-                    line[name] = value
-            if route in QUIET_ROUTES:
-                log.debug("request", **line)
-            else:
-                log.info("request", **line)
+            (log.debug if route in QUIET_ROUTES else log.info)(
+                "request",
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(seconds * 1000, 1),
+                request_id=request_id,
+                **{name: state[name] for name in ("user", "call", "problem", "trace") if state.get(name)},
+            )
 
     @staticmethod
     def _count(scope: Scope, route: str, status: int, seconds: float) -> None:
