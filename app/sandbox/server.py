@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,22 +25,6 @@ class _CuttingProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         # A fault that hangs, drips or never ends must not delay the shutdown.
         self.transport.abort()
-
-
-class _EmbeddedServer(uvicorn.Server):
-    """A server in the host's event loop: it leaves signals to the host and sets `up` once it has started."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.up = asyncio.Event()
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.up.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +53,25 @@ async def running_emulator(
     """Run an emulator in this event loop, on a loopback port (0: a free one), until the context ends."""
     app = create_emulator(options)
     with socket.create_server(("127.0.0.1", port)) as listener:
-        server = _EmbeddedServer(_config(app, *listener.getsockname()))
-        serving = asyncio.create_task(server.serve([listener]))
-        await server.up.wait()
+        config = _config(app, *listener.getsockname())
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        # Not `serve`: it takes the host's signals, and a fifth of a second to end.
+        await server.startup([listener])
+        ticking = asyncio.create_task(server.main_loop())  # keeps the Date header right
         try:
             yield RunningEmulator(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.emulator)
         finally:
-            server.should_exit = True
-            await serving
+            ticking.cancel()
+            for each in server.servers:
+                each.close()
+            for connection in list(server.server_state.connections):
+                connection.shutdown()
+            await asyncio.gather(*server.server_state.tasks, ticking, return_exceptions=True)
             for _ in range(3):  # aborted connections close their sockets in the loop's next iterations
                 await asyncio.sleep(0)
+            await server.lifespan.shutdown()
 
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
