@@ -21,10 +21,10 @@ from tests.support.brokers import (
     running_broker_process,
     running_broker_processes,
 )
+from tests.support.followers import Follower, figure, open_many
 from tests.support.processes import PATIENCE
 from tests.support.shapes import assert_problem
 from tests.support.valkey import running_valkey
-from tests.support.watchers import Watcher, figure, open_many
 
 pytestmark = pytest.mark.process
 
@@ -50,23 +50,23 @@ async def test_a_closed_connection_frees_its_place_at_once() -> None:
     ):
         path = await start(broker)
         for how in ("close", "reset", "half-close"):
-            watchers = [await Watcher.open(url_of(broker), path) for _ in range(2)]
-            for watcher in watchers:
-                await watcher.has("in_progress")
+            followers = [await Follower.open(url_of(broker), path) for _ in range(2)]
+            for follower in followers:
+                await follower.has("in_progress")
             refused = await broker.client.get(f"{path}/events")
             assert_problem(refused, "too-many-streams")
             assert refused.headers["retry-after"] == "10"
-            for watcher in watchers:
-                connection = watcher.writer.get_extra_info("socket")
+            for follower in followers:
+                connection = follower.writer.get_extra_info("socket")
                 if how == "reset":
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 if how == "half-close":
-                    watcher.writer.write_eof()
+                    follower.writer.write_eof()
                 else:
-                    await watcher.hang_up()
+                    await follower.hang_up()
             assert await eventually(lambda: has_room(broker, path), within=2) < 2, how
-            for watcher in watchers:
-                await watcher.hang_up()
+            for follower in followers:
+                await follower.hang_up()
 
 
 async def has_room(broker: BrokerProcess, path: str) -> bool:
@@ -74,20 +74,20 @@ async def has_room(broker: BrokerProcess, path: str) -> bool:
         return response.status_code == 200
 
 
-async def test_a_client_that_vanished_without_a_word_frees_its_place() -> None:
+async def test_a_client_that_vanished_frees_its_place() -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_process(oneinbox.url, BROKER_MAX_STREAMS="1") as broker,
     ):
         path = await start(broker)
-        watcher = await Watcher.open(url_of(broker), path)
-        await watcher.has("in_progress")
-        make_deaf(watcher.writer.get_extra_info("socket").fileno())
+        follower = await Follower.open(url_of(broker), path)
+        await follower.has("in_progress")
+        make_deaf(follower.writer.get_extra_info("socket").fileno())
 
         seconds = await eventually(lambda: has_room(broker, path), within=VANISHED_SECONDS)
 
         figure("seconds until its place is free", round(seconds, 1))
-        await watcher.hang_up()
+        await follower.hang_up()
 
 
 def make_deaf(descriptor: int) -> None:
@@ -98,7 +98,7 @@ def make_deaf(descriptor: int) -> None:
         same.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
-async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
+async def test_a_client_that_never_reads_costs_no_memory() -> None:
     """Its states are large and many; what it does not read is not stored for it."""
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     async with (
@@ -107,7 +107,7 @@ async def test_a_reader_that_never_reads_is_kept_nothing() -> None:
     ):
         path = await start(broker)
         [call] = oneinbox.emulator.calls
-        reading = await Watcher.open(url_of(broker), path)
+        reading = await Follower.open(url_of(broker), path)
         lazy = []
         for _ in range(5):
             connection = socket.socket()
@@ -146,17 +146,17 @@ async def test_a_stream_ends_with_its_token() -> None:
         signed = {"Authorization": f"Bearer {jwt.encode({'sub': 'ann', 'exp': expires}, ISSUER, 'HS256')}"}
         path = await start(broker, **signed)
 
-        watcher = await Watcher.open(url_of(broker), path, signed)
-        await watcher.over(within=10)
+        follower = await Follower.open(url_of(broker), path, signed)
+        await follower.over(within=10)
 
         assert 0 <= time.time() - expires < 1
-        assert watcher.clean
-        assert not watcher.ended
-        assert watcher.statuses == ["in_progress"]
+        assert follower.clean
+        assert not follower.ended
+        assert follower.statuses == ["in_progress"]
         assert_problem(await broker.client.get(path, headers=signed), "unauthenticated")
 
 
-async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -> None:
+async def test_a_shutdown_closes_all_streams_cleanly_and_none_misses_the_end() -> None:
     options = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
     with running_valkey() as valkey:
         settings = {"BROKER_STORE_URL": valkey.url, "BROKER_MAX_STREAMS": "1000"}
@@ -165,41 +165,41 @@ async def test_going_down_ends_all_streams_cleanly_and_nobody_misses_the_end() -
             running_broker_processes(2, oneinbox.url, **settings) as (leaving, staying),
         ):
             path = await start(leaving)
-            watchers = await open_many(url_of(leaving), path, 200)
-            await asyncio.gather(*(watcher.has("in_progress") for watcher in watchers))
+            followers = await open_many(url_of(leaving), path, 200)
+            await asyncio.gather(*(follower.has("in_progress") for follower in followers))
 
             began = asyncio.get_running_loop().time()
             leaving.process.send_signal(signal.SIGTERM)
-            await asyncio.gather(*(watcher.over(within=5) for watcher in watchers))
+            await asyncio.gather(*(follower.over(within=5) for follower in followers))
             seconds = asyncio.get_running_loop().time() - began
             figure("seconds until 200 streams ended", round(seconds, 2))
-            assert all(watcher.clean for watcher in watchers)
-            assert not any(watcher.ended for watcher in watchers)
+            assert all(follower.clean for follower in followers)
+            assert not any(follower.ended for follower in followers)
             # The call ends while everybody is on the way to the other replica.
             [call] = oneinbox.emulator.calls
             oneinbox.emulator.override(call, CallOverride(status="completed"))
             assert await leaving.process.ended() == 0
             back = [
-                await Watcher.open(url_of(staying), path, {"Last-Event-ID": watcher.last_id})
-                for watcher in watchers[:20]
+                await Follower.open(url_of(staying), path, {"Last-Event-ID": follower.last_id})
+                for follower in followers[:20]
             ]
-            for watcher in back:
-                await watcher.over(within=5)
-                assert watcher.ended
-                assert watcher.statuses[-1] == "completed"
-            last = await Watcher.open(url_of(staying), path, {"Last-Event-ID": back[0].last_id})
+            for follower in back:
+                await follower.over(within=5)
+                assert follower.ended
+                assert follower.statuses[-1] == "completed"
+            last = await Follower.open(url_of(staying), path, {"Last-Event-ID": back[0].last_id})
             assert last.status == 204
             await last.hang_up()
         assert [entry for entry in leaving.logs if entry.get("level") == "error"] == []
 
 
-async def test_draining_says_so_at_once_and_serves_on() -> None:
+async def test_draining_is_announced_at_once_and_still_serves() -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_process(oneinbox.url, BROKER_DRAIN_SECONDS="2") as broker,
     ):
         path = await start(broker)
-        before = await Watcher.open(url_of(broker), path)
+        before = await Follower.open(url_of(broker), path)
         loop = asyncio.get_running_loop()
         began = loop.time()
         broker.process.send_signal(signal.SIGTERM)
@@ -209,16 +209,16 @@ async def test_draining_says_so_at_once_and_serves_on() -> None:
             assert (await fresh.get("/healthz")).status_code == 200
             assert (await fresh.post("/session")).status_code == 201
             assert (await fresh.get(path)).status_code == 200
-        during = await Watcher.open(url_of(broker), path)
+        during = await Follower.open(url_of(broker), path)
         await during.has("in_progress")
         assert not before.over_at
         assert loop.time() - began < 2
 
-        for watcher in (before, during):
-            await watcher.over(within=5)
-            assert watcher.clean
-            assert not watcher.ended
-            assert 2 <= watcher.over_at - began < 4
+        for follower in (before, during):
+            await follower.over(within=5)
+            assert follower.clean
+            assert not follower.ended
+            assert 2 <= follower.over_at - began < 4
         assert await broker.process.ended() == 0
 
 

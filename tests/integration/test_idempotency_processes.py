@@ -1,4 +1,4 @@
-"""Idempotency-Key over processes: one call, whoever is asked; also when a process or the store dies."""
+"""Idempotency-Key over processes: one call on any replica, also when a process or the store dies."""
 
 import asyncio
 import time
@@ -69,7 +69,7 @@ async def test_a_hundred_at_once_of_one_key_are_one_call(valkey: Valkey) -> None
 
 
 @pytest.mark.process
-async def test_a_process_that_dies_leaves_a_mark_that_dies_too(valkey: Valkey) -> None:
+async def test_the_mark_of_a_process_that_died_expires(valkey: Valkey) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         running_broker_process(oneinbox.url, BROKER_STORE_URL=valkey.url) as first,
@@ -102,7 +102,7 @@ async def test_a_process_that_dies_leaves_a_mark_that_dies_too(valkey: Valkey) -
 
 
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
-async def test_an_answer_that_cannot_be_kept_is_not_given(valkey: Valkey, accident: str) -> None:
+async def test_a_response_that_cannot_be_kept_is_not_given(valkey: Valkey, accident: str) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
         broker_in_process(oneinbox, BROKER_STORE_URL=valkey.url) as broker,

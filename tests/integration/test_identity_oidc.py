@@ -108,7 +108,7 @@ async def test_tokens_of_a_real_identity_provider() -> None:
         read = await broker.client.get(started.headers["location"], headers={"Authorization": f"Bearer {other}"})
         assert read.status_code == 200, "a new token of the same user"
 
-        # An outage of the provider locks nobody out, and lets nobody in.
+        # An outage of the provider locks no user out, and lets none in.
         fresh = await provider.login()
         await provider.end()
         assert (await post(fresh)).status_code == 201

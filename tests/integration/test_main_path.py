@@ -3,9 +3,9 @@
 from app.sandbox.schemas import CallOverride
 from app.sandbox.server import running_emulator
 from tests.support.brokers import LONG_CALLS, asked, running_broker_process
+from tests.support.followers import Follower
 from tests.support.shapes import assert_limited, assert_problem, assert_session
 from tests.support.valkey import Valkey
-from tests.support.watchers import Watcher
 
 SETTINGS = {"BROKER_SESSION_LIMITS": "3/hour", "BROKER_MAX_LIVE_CALLS": "1"}
 
@@ -28,13 +28,13 @@ async def test_main_path(valkey: Valkey) -> None:
         assert len(emulator.calls) == 1
 
         # Follow it to its end, which OneInbox brings about.
-        watcher = await Watcher.open(str(client.base_url), path)
-        await watcher.has("in_progress")
+        follower = await Follower.open(str(client.base_url), path)
+        await follower.has("in_progress")
         [call] = emulator.calls
         emulator.override(call, CallOverride(status="completed"))
-        await watcher.over()
-        assert watcher.ended
-        assert watcher.statuses == ["in_progress", "completed"]
+        await follower.over()
+        assert follower.ended
+        assert follower.statuses == ["in_progress", "completed"]
 
         # Stop one: it ends at OneInbox, too, and its slot is free.
         path = assert_session(await client.post("/session"))

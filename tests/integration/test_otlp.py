@@ -24,7 +24,7 @@ TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-0[13]")
 """W3C's header of a sampled trace; 2 says that its id is random (Trace Context Level 2, section 3.2.2.5.2)."""
 MARKER = "PLANTED"
 THEIRS = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
-"""A trace of the caller's own, not sampled."""
+"""A trace of the client's own, not sampled."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ async def test_a_session_is_a_trace_that_goes_on_at_oneinbox(receiver: Receiver)
     assert resource["service.version"]
 
 
-async def test_a_callers_trace_is_not_continued(receiver: Receiver) -> None:
+async def test_a_clients_trace_is_not_continued(receiver: Receiver) -> None:
     async with running_emulator(LONG_CALLS) as oneinbox, running_broker_process(oneinbox.url) as broker:
         headers = {"traceparent": THEIRS, "tracestate": f"x={MARKER}", "baggage": f"x={MARKER}"}
         await post_many([broker], 1, headers)

@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, str]] = {
 
 
 def who(mode: str, name: str) -> dict[str, str]:
-    """Headers by which a caller is known."""
+    """Headers that identify a user."""
     if mode == "anonymous":
         return from_address({"ann": "192.0.2.1", "ben": "192.0.2.2"}[name])
     if mode == "header":
@@ -48,7 +48,7 @@ async def broker_in_process(oneinbox: RunningEmulator, settings: Mapping[str, st
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_new_broker_knows_whose_a_call_is(mode: str) -> None:
+async def test_a_new_broker_knows_the_owner_of_a_call(mode: str) -> None:
     ann, ben = who(mode, "ann"), who(mode, "ben")
     settings = MODES[mode]
     rotated = {**settings, "BROKER_SECRET": f"{NEW_SECRET}\n{SECRET}"}
@@ -71,9 +71,11 @@ async def test_a_new_broker_knows_whose_a_call_is(mode: str) -> None:
                     assert_problem(await broker.get(f"{path[:-1]}{'A' if path[-1] != 'A' else 'B'}"), "not-found")
                 else:
                     assert_problem(await broker.get(path, headers=ben), "not-found")
-                    assert (await broker.get(path, headers=ann)).status_code == 200, "whoever asked in between"
+                    assert (await broker.get(path, headers=ann)).status_code == 200, (
+                        "after ben, too"
+                    )
 
-        # A call of today is not the old secret's any more; one of yesterday is nobody's once that is gone.
+        # Without the old secret, calls made under it belong to no user; calls made under the new one still do.
         async with broker_in_process(oneinbox, rotated) as broker:
             newer = (await broker.post("/session", headers=ann)).headers["location"]
         async with broker_in_process(oneinbox, forgotten) as broker:
@@ -101,7 +103,7 @@ async def test_a_killed_process_and_a_new_secret_reset_nothing() -> None:
 
 
 @pytest.mark.parametrize("other", ["header", "another-issuer"])
-async def test_the_same_name_elsewhere_is_somebody_else(other: str) -> None:
+async def test_the_same_name_elsewhere_is_another_user(other: str) -> None:
     issued = {**MODES["jwt"], "BROKER_JWT_ISSUER": "https://one.example"}
     claims = {"sub": "ann", "exp": 4_000_000_000, "iss": "https://one.example"}
     async with running_emulator(LONG_CALLS) as oneinbox:

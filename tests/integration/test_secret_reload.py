@@ -105,7 +105,7 @@ async def test_sessions_work_through_a_rotation_under_load(tmp_path: Path) -> No
 
         assert seen.keys() == {"201"}
         assert seen["201"] > 2 * AT_ONCE * ROTATIONS
-        # Each has its call, and nobody has two.
+        # Each session has one call.
         assert len(oneinbox.emulator.calls) == seen["201"]
         assert refused(oneinbox) >= ROTATIONS
         assert sum(entry["event"] == "secret_renewed" for entry in broker.logs) == ROTATIONS
@@ -141,7 +141,7 @@ async def test_a_key_that_is_swapped_in_good_time_is_never_refused(tmp_path: Pat
         assert refused(oneinbox) == 0
 
 
-async def test_what_is_no_key_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
+async def test_an_invalid_key_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
     file = KeyFile(tmp_path)
     async with (
         running_emulator(LONG_CALLS) as oneinbox,

@@ -205,7 +205,7 @@ async def test_a_participant_token_is_in_its_201_only(found: LeakSearch) -> None
     assert TOKEN not in found.printed
 
 
-async def test_a_call_key_is_told_to_its_owner_only(found: LeakSearch) -> None:
+async def test_only_its_owner_gets_a_call_key(found: LeakSearch) -> None:
     assert len(found.call_keys) > 10
     for key in found.call_keys:
         assert key not in found.printed
@@ -228,7 +228,7 @@ async def test_what_a_browser_sent_is_in_no_log_and_no_answer(found: LeakSearch)
     assert all(MARKER not in json.dumps([error["msg"] for error in response.json()["errors"]]) for response in told)
 
 
-async def test_metrics_counted_all_of_it_and_name_nobody(found: LeakSearch) -> None:
+async def test_metrics_counted_all_of_it_and_name_no_user(found: LeakSearch) -> None:
     assert found.metrics is not None
     text = found.metrics.text
 

@@ -1,8 +1,8 @@
-"""Watchers of calls over raw sockets, cheap enough for a thousand of them.
+"""Clients that follow calls over raw sockets, cheap enough for a thousand of them.
 
-watcher = await Watcher.open(url, path)
-await watcher.has("completed")
-await watcher.over()
+follower = await Follower.open(url, path)
+await follower.has("completed")
+await follower.over()
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-PATIENCE = 30
+TIMEOUT = 30
 
 
 @dataclass
-class Watcher:
+class Follower:
     """One open event stream. `events`: when each came, its name, its id and its data. `clean`: the last chunk came."""
 
     reader: asyncio.StreamReader
@@ -38,14 +38,14 @@ class Watcher:
         reader, writer = await asyncio.open_connection(host, int(port))
         lines = [f"GET {path}/events HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in (headers or {}).items())]
         writer.write("\r\n".join([*lines, "", ""]).encode())
-        watcher = cls(reader, writer)
-        async with asyncio.timeout(PATIENCE):
+        follower = cls(reader, writer)
+        async with asyncio.timeout(TIMEOUT):
             first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
-        watcher.status = int(first.split()[1])
-        watcher.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}
-        if watcher.status == 200:
-            watcher._task = asyncio.create_task(watcher._read())
-        return watcher
+        follower.status = int(first.split()[1])
+        follower.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in rest)}
+        if follower.status == 200:
+            follower._task = asyncio.create_task(follower._read())
+        return follower
 
     @property
     def statuses(self) -> list[str]:
@@ -54,16 +54,16 @@ class Watcher:
 
     @property
     def ended(self) -> bool:
-        """Whether it was told that the call is over."""
+        """Whether the last event was `end`."""
         return bool(self.events) and self.events[-1][1] == "end"
 
     @property
     def last_id(self) -> str:
-        """What an EventSource sends when it comes back."""
+        """The id that an EventSource sends when it reconnects."""
         return self.events[-1][2]
 
-    async def has(self, status: str, within: float = PATIENCE) -> float:
-        """Wait for a state; when it came."""
+    async def has(self, status: str, within: float = TIMEOUT) -> float:
+        """Wait for a state; return when it came."""
         async with asyncio.timeout(within):
             while True:
                 for at, name, _, data in self.events:
@@ -71,7 +71,7 @@ class Watcher:
                         return at
                 await self._news.wait()
 
-    async def over(self, within: float = PATIENCE) -> None:
+    async def over(self, within: float = TIMEOUT) -> None:
         """Wait for the end of the stream."""
         assert self._task is not None
         async with asyncio.timeout(within):
@@ -113,24 +113,24 @@ class Watcher:
         )
 
 
-async def open_many(url: str, path: str, count: int, at_once: int = 50) -> list[Watcher]:
-    """So many watchers of one call."""
+async def open_many(url: str, path: str, count: int, at_once: int = 50) -> list[Follower]:
+    """Open several streams of one call."""
     places = asyncio.Semaphore(at_once)
 
-    async def one() -> Watcher:
+    async def one() -> Follower:
         async with places:
-            return await Watcher.open(url, path)
+            return await Follower.open(url, path)
 
     return await asyncio.gather(*(one() for _ in range(count)))
 
 
 def room_for_sockets() -> None:
-    """A thousand connections need more file descriptors than some shells give; processes started later inherit them."""
+    """Allow the file descriptors of a thousand connections, also for processes started later."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 8192:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
 
 
 def figure(name: str, value: float) -> None:
-    """Say what was measured; `pytest -s` shows it."""
+    """Print a measurement; `pytest -s` shows it."""
     sys.stdout.write(f"\n{name}: {value:g}\n")

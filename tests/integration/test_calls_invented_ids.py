@@ -1,4 +1,4 @@
-"""Thousands of invented ids: OneInbox hears of few, and whoever has business is served."""
+"""Thousands of invented ids: few reach OneInbox, and owners are still served."""
 
 import asyncio
 import secrets
@@ -10,7 +10,7 @@ import pytest
 
 from app.sandbox.server import running_emulator
 from tests.support.brokers import LONG_CALLS, asked, running_broker_process
-from tests.support.watchers import figure
+from tests.support.followers import figure
 
 pytestmark = pytest.mark.process
 
@@ -29,10 +29,10 @@ def signed(user: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {jwt.encode({'sub': user, 'exp': time.time() + 600}, ISSUER, 'HS256')}"}
 
 
-async def invent(host: str, port: int, number: int, until: float, told: Counter[str]) -> None:
+async def invent(host: str, port: int, number: int, until: float, statuses: Counter[str]) -> None:
     """Ask for one invented call after the other, over one raw connection, each time from another address."""
     reader, writer = await asyncio.open_connection(host, port)
-    user = signed(f"stranger-{number}")["Authorization"]
+    user = signed(f"inventor-{number}")["Authorization"]
     for _ in range(IDS // CONNECTIONS):
         if asyncio.get_running_loop().time() > until:
             break
@@ -46,7 +46,7 @@ async def invent(host: str, port: int, number: int, until: float, told: Counter[
         await reader.readexactly(length)
         status = head.split()[1]
         assert status == "404" or "retry-after: 1\r\n" in head
-        told[status] += 1
+        statuses[status] += 1
     writer.close()
 
 
@@ -57,34 +57,34 @@ async def test_invented_ids() -> None:
         for path in known:
             assert (await client.get(path, headers=ann)).status_code == 200
         oneinbox.emulator.requests.clear()
-        told: Counter[str] = Counter()
+        statuses: Counter[str] = Counter()
         loop = asyncio.get_running_loop()
         began = loop.time()
         url = client.base_url
-        strangers = asyncio.gather(
-            *(invent(url.host, url.port or 0, n, began + LONGEST_SECONDS, told) for n in range(CONNECTIONS))
+        inventors = asyncio.gather(
+            *(invent(url.host, url.port or 0, n, began + LONGEST_SECONDS, statuses) for n in range(CONNECTIONS))
         )
         waits = []
-        while not strangers.done():
+        while not inventors.done():
             asking = loop.time()
             answers = await asyncio.gather(
                 client.post("/session", json={}, headers=ann), *(client.get(path, headers=ann) for path in known)
             )
             waits.append(loop.time() - asking)
             assert [answer.status_code for answer in answers] == [201] + [200] * len(known)
-            await asyncio.wait([strangers], timeout=0.2)
-        await strangers
+            await asyncio.wait([inventors], timeout=0.2)
+        await inventors
         seconds = loop.time() - began
 
         mine = {path.removeprefix("/calls/") for path in known}
-        looks = sorted(r.at for r in asked(oneinbox.emulator, "get") if r.path.split("/")[3] not in mine)
-        busiest = max(sum(at <= later < at + 1 for later in looks) for at in looks)
-        figure("ids asked for in a second", round(told.total() / seconds))
-        figure("looks in a second", round(len(looks) / seconds, 1))
+        fetches = sorted(r.at for r in asked(oneinbox.emulator, "get") if r.path.split("/")[3] not in mine)
+        busiest = max(sum(at <= later < at + 1 for later in fetches) for at in fetches)
+        figure("ids asked for in a second", round(statuses.total() / seconds))
+        figure("fetches in a second", round(len(fetches) / seconds, 1))
         figure("slowest session, seconds", round(max(waits), 3))
-        assert told.keys() == {"404", "503"}
-        assert told["404"] == len(looks)
+        assert statuses.keys() == {"404", "503"}
+        assert statuses["404"] == len(fetches)
         # Twenty by the broker's clock; on their way, those of one second may meet those of the next.
         assert busiest <= 40
-        assert len(looks) <= 20 * (seconds + 1)
+        assert len(fetches) <= 20 * (seconds + 1)
         assert max(waits) < 2
