@@ -16,8 +16,9 @@ from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, TalkTime
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
+from app.sessions import idempotency
 from app.sessions.disconnect import ClientConnection
-from app.sessions.idempotency import RECHECK_SECONDS, Idempotency, StartedCall
+from app.sessions.idempotency import Idempotency, StartedCall
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import ONEINBOX, Upstream, post_session, started
@@ -272,12 +273,15 @@ async def test_repeats_during_the_first_request_get_its_response(broker: httpx.A
     assert len({response.content for response in responses}) == 1
 
 
-async def test_a_repeat_waits_as_long_as_the_first_takes(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_a_repeat_waits_as_long_as_the_first_takes(
+    broker: httpx.AsyncClient, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idempotency, "RECHECK_SECONDS", 0.05)
     asked = asyncio.Event()
 
     async def start(_: httpx.Request) -> httpx.Response:
         asked.set()
-        await asyncio.sleep(3 * RECHECK_SECONDS)  # so that a repeat checks more than once
+        await asyncio.sleep(0.15)  # so that a repeat checks more than once
         return httpx.Response(201, json=started())
 
     upstream.start.mock(side_effect=start)

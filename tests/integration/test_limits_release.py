@@ -90,6 +90,7 @@ async def test_what_was_never_sent_costs_nothing() -> None:
         assert left == [2] * 5, "each was counted while it ran, and given back"
 
 
+@pytest.mark.process
 async def test_a_call_whose_answer_was_lost_keeps_its_slot_until_it_is_stopped() -> None:
     async with running_emulator(LONG_CALLS) as oneinbox:
         transport = open_transport(oneinbox.url, pool_size=10)

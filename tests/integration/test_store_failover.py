@@ -86,6 +86,7 @@ def callbacks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return took
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
 async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str, callbacks: list[float]) -> None:
     user = Rate("user", 5, 60)

@@ -14,6 +14,7 @@ from app.doctor.findings import Finding, as_text
 from app.doctor.probe import PROBES, probe
 from app.problems import KINDS
 from app.sessions.schemas import SessionRequest
+from tests.support.simulated_time import in_simulated_time
 
 URL = "https://voice.example/prefix"
 KNOWN = "/prefix/problems/forbidden-origin"
@@ -177,6 +178,7 @@ async def test_it_comes_to_an_end() -> None:
     assert finding.detail.startswith("no result within")
 
 
+@in_simulated_time
 async def test_what_takes_too_long_hides_nothing_else() -> None:
     server = Server(good)
 

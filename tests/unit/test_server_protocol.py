@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 from app.server.protocol import MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
 from tests.conftest import Logs
 
-ARRIVAL, LINGER, KEEP_ALIVE = 0.2, 0.2, 1
+ARRIVAL, LINGER, KEEP_ALIVE = 0.2, 0.2, 0.5
 SLACK = 5.0
 """Seconds that a busy machine may be late."""
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3})")
@@ -101,9 +101,8 @@ async def _send(send: Send, body: bytes) -> None:
 @asynccontextmanager
 async def listening(app: ASGIApp, state: ServerState, guard: type[GuardedHttp]) -> AsyncIterator[int]:
     """Start a server on this event loop; gives its port."""
-    config = uvicorn.Config(
-        app, ws="none", access_log=False, lifespan="off", timeout_keep_alive=KEEP_ALIVE, log_config=None
-    )
+    config = uvicorn.Config(app, ws="none", access_log=False, lifespan="off", log_config=None)
+    config.timeout_keep_alive = KEEP_ALIVE  # type: ignore[assignment]  # whole seconds are long to wait for
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: guard(config, state, {}), "127.0.0.1", 0)
