@@ -176,6 +176,18 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+def problem_body(slug: str, request_id: str, *, detail: str = "", prefix: str = "") -> dict[str, Any]:
+    """Return the members of a problem. `detail`: default: the meaning. `prefix`: of the broker's paths."""
+    kind = KINDS[slug]
+    return {
+        "type": f"{prefix}/problems/{slug}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": detail or kind.meaning,
+        "request_id": request_id,
+    }
+
+
 class FieldError(BaseModel):
     """One invalid field of a request; its value is never repeated."""
 

@@ -1,7 +1,6 @@
 """Exception handlers: every error of a route, FastAPI's own included, becomes problem details (RFC 9457)."""
 
 import json
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -12,25 +11,20 @@ from starlette.types import Scope
 
 from app.limits import Refused
 from app.oneinbox.errors import Busy, NoSuchCall, OneInboxError
-from app.problems import KINDS, MEDIA_TYPE, Problem, invalid_request
+from app.problems import MEDIA_TYPE, Problem, invalid_request, problem_body
 
 log = structlog.get_logger(__name__)
 
 
 def problem_response(scope: Scope, problem: Problem) -> Response:
     """Return the response for a problem. `scope`: of its request, for the prefix and the request id."""
-    kind = KINDS[problem.slug]
-    body: dict[str, Any] = {
-        "type": f"{scope.get('root_path', '')}/problems/{problem.slug}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": problem.detail or kind.meaning,
-        "request_id": scope.get("state", {}).get("request_id", ""),
-    }
+    state = scope.setdefault("state", {})
+    state["problem"] = problem.slug
+    prefix = scope.get("root_path", "")
+    body = problem_body(problem.slug, state.get("request_id", ""), detail=problem.detail, prefix=prefix)
     if problem.errors:
         body["errors"] = list(problem.errors)
-    scope.setdefault("state", {})["problem"] = problem.slug
-    return Response(json.dumps(body), status_code=kind.status, headers=dict(problem.headers), media_type=MEDIA_TYPE)
+    return Response(json.dumps(body), status_code=body["status"], headers=dict(problem.headers), media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:

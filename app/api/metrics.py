@@ -34,7 +34,7 @@ broker_streams 3.0
 )
 async def metrics(request: Request, broker: BrokerDep) -> Response:
     """Return metrics for Prometheus. Needs BROKER_METRICS_TOKEN as a bearer token; 404 if that is not set."""
-    token = broker.metrics_token
+    token = broker.settings.metrics_token
     if token is None:
         raise Problem("not-found")
     given = request.headers.getlist("authorization")

@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from app.config.settings import Settings
-from app.problems import KINDS, MEDIA_TYPE, ProblemDetails
+from app.problems import KINDS, MEDIA_TYPE, ProblemDetails, problem_body
 
 JSON = "application/json"
 ABOUT = """
@@ -249,17 +249,10 @@ def _problem_answer(status: int, slugs: list[str]) -> dict[str, Any]:
 
 
 def _problem_example(slug: str) -> dict[str, Any]:
-    kind = KINDS[slug]
-    value: dict[str, Any] = {
-        "type": f"/problems/{slug}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": kind.meaning,
-        "request_id": RESPONSE_HEADERS["X-Request-ID"][1],
-    }
+    value = problem_body(slug, RESPONSE_HEADERS["X-Request-ID"][1])
     if slug in PROBLEM_ERRORS:
         value["errors"] = PROBLEM_ERRORS[slug]
-    return {"summary": kind.title, "value": value}
+    return {"summary": value["title"], "value": value}
 
 
 def _parameter(name: str, description: str, bounds: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     call, replayed = await broker.sessions.start(user, session_input)
     state["call"] = call.id
     state["outcome"] = "replayed" if replayed else "started"
-    headers = {"Location": f"{broker.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
+    headers = {"Location": f"{broker.settings.root_path}/calls/{broker.ownership.public_id(call.id, user)}"}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     answer = to_json({"server_url": call.server_url, "participant_token": call.participant_token})
@@ -69,5 +69,4 @@ def _parse(body: Any) -> SessionRequest:
     try:
         return SessionRequest.model_validate(body)
     except ValidationError as error:
-        places = error.errors(include_url=False, include_context=False, include_input=False)
-        raise invalid_request([{**each, "loc": ("body", *each["loc"])} for each in places]) from None
+        raise invalid_request([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None

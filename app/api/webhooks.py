@@ -34,7 +34,7 @@ async def receive_webhook(
 
     For OneInbox only. The secret in the path is the only check; a body that is not an event is ignored.
     """
-    known = broker.webhook_secret
+    known = broker.settings.webhook_secret
     if known is None or not secrets.compare_digest(secret.encode(), known.get_secret_value().encode()):
         raise Problem("not-found")
     body = await read_body(request, MAX_WEBHOOK)

@@ -179,7 +179,6 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             metrics=metrics,
             gauges=gauges,
             traces=traces,
-            root_path=settings.root_path,
         )
 
 

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from pydantic import SecretStr
-
 from app.broker.gauges import Gauges
 from app.broker.secret_reload import SecretReloader
 from app.broker.shutdown import Shutdown
 from app.calls.ownership import Ownership
 from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
+from app.config.settings import Settings
 from app.identity import Identity
 from app.identity.keyring import Keyring
 from app.limits import KillSwitch, Limits
@@ -51,15 +50,8 @@ class Broker:
     """Current values, for the metrics."""
     traces: Traces | None
     """None if tracing is off."""
-    root_path: str
-    """Prefix of every path in a response."""
 
     @property
-    def webhook_secret(self) -> SecretStr | None:
-        """The secret part of the webhook's path."""
-        return self.secret_reloader.settings.webhook_secret
-
-    @property
-    def metrics_token(self) -> SecretStr | None:
-        """The bearer token of /metrics."""
-        return self.secret_reloader.settings.metrics_token
+    def settings(self) -> Settings:
+        """The settings in force; secrets may change."""
+        return self.secret_reloader.settings

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from app.calls.snapshots import Snapshot
@@ -163,13 +164,11 @@ class CallCache:
         """Let another replica fetch, after `rest` seconds. A lease that another replica holds by now stays."""
         if not self.store.shared:
             return
-        try:
+        with suppress(StoreUnavailable):
             if rest:
                 await self.store.replace(f"look:{call_id}", self._lease, self._lease, rest)
             else:
                 await self.store.delete(f"look:{call_id}", self._lease)
-        except StoreUnavailable:
-            return
 
     async def read_shared(self, call_id: str) -> None:
         """Copy the latest state that any replica saw into this process's cache, if it is newer."""
@@ -227,13 +226,11 @@ class CallCache:
         if not self.store.shared:
             return
         value = snapshot.to_bytes()
-        try:
+        with suppress(StoreUnavailable):
             if len(value) <= SHARED_BYTES:
                 await self.store.set(f"seen:{call_id}", self.keyring.encrypt(value), SHARED_SECONDS)
             else:
                 await self.store.delete(f"seen:{call_id}")
-        except StoreUnavailable:
-            return
 
     def _keep(self, call_id: str, snapshot: Snapshot | None, since: float, *, ours: bool = False) -> None:
         old = self._cache.pop(call_id, None)

@@ -45,7 +45,7 @@ async def document(request: Request, broker: BrokerDep) -> Response:
     """Return the OpenAPI document for this broker, generated once."""
     state = request.app.state
     if not hasattr(state, "document"):
-        state.document = to_json(of_broker(request.app.openapi(), broker.secret_reloader.settings))
+        state.document = to_json(of_broker(request.app.openapi(), broker.settings))
     return Response(state.document, media_type="application/json")
 
 
