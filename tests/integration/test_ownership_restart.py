@@ -71,9 +71,7 @@ async def test_a_new_broker_knows_the_owner_of_a_call(mode: str) -> None:
                     assert_problem(await broker.get(f"{path[:-1]}{'A' if path[-1] != 'A' else 'B'}"), "not-found")
                 else:
                     assert_problem(await broker.get(path, headers=ben), "not-found")
-                    assert (await broker.get(path, headers=ann)).status_code == 200, (
-                        "after ben, too"
-                    )
+                    assert (await broker.get(path, headers=ann)).status_code == 200, "after ben, too"
 
         # Without the old secret, calls made under it belong to no user; calls made under the new one still do.
         async with broker_in_process(oneinbox, rotated) as broker:
