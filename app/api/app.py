@@ -23,7 +23,7 @@ from app.broker.context import Broker
 from app.config.settings import Settings, origin_of
 from app.sessions.schemas import SessionRequest
 from app.telemetry.metrics import Metrics
-from app.telemetry.traces import Traces, are_wanted
+from app.telemetry.traces import Traces, traces_enabled
 
 
 class State(TypedDict):
@@ -60,7 +60,7 @@ def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = 
         middleware=[
             Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
-            *([Middleware(TraceRequests)] if are_wanted() else []),
+            *([Middleware(TraceRequests)] if traces_enabled() else []),
             Middleware(SecurityHeaders),
             Middleware(
                 CorsPolicy,

@@ -51,7 +51,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
         request=_parse(body),
         body=body,
         keys=request.headers.getlist("idempotency-key"),
-        proof=request.headers.get("x-challenge-token"),
+        challenge_token=request.headers.get("x-challenge-token"),
         client=ClientConnection(request.receive),
         answer_headers=state["limit_headers"],
     )

@@ -47,9 +47,9 @@ class Gauges:
         self.metrics.live_calls.set(live)
         self.metrics.unstopped.set(unstopped)
         for name, used, amount in [*rates, *talk]:
-            self.metrics.used(name, used / amount)
+            self.metrics.set_used(name, used / amount)
         if self.max_live_calls_total is not None:
-            self.metrics.used("global-live-calls", live / self.max_live_calls_total)
+            self.metrics.set_used("global-live-calls", live / self.max_live_calls_total)
         self._read_own()  # the store's state may have changed
 
     async def run(self) -> None:
@@ -61,6 +61,6 @@ class Gauges:
     def _read_own(self) -> None:
         self.metrics.waiting.set(self.sessions.waiting)
         self.metrics.streams.set(self.poller.streams)
-        self.metrics.watched.set(self.poller.watched)
+        self.metrics.followed.set(self.poller.followed)
         self.metrics.cooldown.set(self.oneinbox.breaker.seconds_left)
         self.metrics.store_up.set(self.store.state == "ok")

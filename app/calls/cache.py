@@ -106,7 +106,7 @@ class CallCache:
         if cached is not None and (cached.snapshot is not None or cached.ours):
             return cached.snapshot
         # A call seen before counts as known, so requests for unknown calls do not affect it.
-        known = known or self.latest(call_id) is not None or await self.live.handed_out(call_id)
+        known = known or self.latest(call_id) is not None or await self.live.started_here(call_id)
         if cached is not None and not known:
             return None
         if call_id not in self._fetching:

@@ -9,7 +9,7 @@ from app.identity import User
 from app.identity.keyring import Keyring
 from app.oneinbox.models import CALL_ID
 
-ROUTES = frozenset({"cursor", "web"})
+RESERVED_IDS = frozenset({"cursor", "web"})
 """Words that OneInbox uses for routes in place of a call's id."""
 
 
@@ -30,7 +30,7 @@ class Ownership:
         call_id, key = public_id, None
         if user.mode == "anonymous":
             call_id, _, key = public_id.partition(".")
-        if not CALL_ID.fullmatch(call_id) or call_id in ROUTES:
+        if not CALL_ID.fullmatch(call_id) or call_id in RESERVED_IDS:
             return None
         if key is not None and not self.keyring.verify("call-key", call_id.encode(), key):
             return None

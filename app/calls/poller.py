@@ -78,7 +78,7 @@ class CallPoller:
     _streams: Counter[str] = field(default_factory=Counter, init=False)
     _closed: bool = field(default=False, init=False)
 
-    def is_watched(self, call_id: str) -> bool:
+    def is_followed(self, call_id: str) -> bool:
         """Return whether a stream of this process follows the call."""
         return call_id in self._subscriptions
 
@@ -88,7 +88,7 @@ class CallPoller:
         return self._streams.total()
 
     @property
-    def watched(self) -> int:
+    def followed(self) -> int:
         """Followed calls."""
         return len(self._subscriptions)
 
@@ -101,10 +101,10 @@ class CallPoller:
         """Follow a call until the context ends. Raises `too-many-streams` and `at-capacity`."""
         wait = {"Retry-After": str(RETRY_AFTER)}
         if self._streams[user.store_name] >= self.max_streams:
-            self.metrics.refused(["user-streams"])
+            self.metrics.count_refusal(["user-streams"])
             raise Problem("too-many-streams", headers=wait)
         if self._closed or self._streams.total() >= self.max_streams_total:
-            self.metrics.refused(["process-streams"])
+            self.metrics.count_refusal(["process-streams"])
             raise Problem("at-capacity", headers=wait)
         subscription = self._subscriptions.get(call_id)
         if subscription is None:
@@ -145,15 +145,15 @@ class CallPoller:
     async def _poll(self, call_id: str, subscription: Subscription) -> None:
         """Poll a call until it is over. A failure slows polling down, but does not end it."""
         failures = 0
-        rested = self.clock()
+        not_before = self.clock()
         while not self.finished(subscription.latest):
             changed = subscription.changed
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._pause(call_id, subscription.latest, rested)):
+                async with asyncio.timeout(self._pause(call_id, subscription.latest, not_before)):
                     await changed.wait()
                     continue  # it may have ended
             try:
-                if await self._is_my_turn(call_id, self._pace(subscription.latest), rested):
+                if await self._is_my_turn(call_id, self._pace(subscription.latest), not_before):
                     gone = await self.cache.fetch(call_id) is None
                     failures = 0
                     await self.cache.drop_lease(call_id)
@@ -167,7 +167,7 @@ class CallPoller:
                 rest = min(2.0 ** min(failures, 10), LONGEST_BACKOFF_SECONDS)
                 if isinstance(error, Busy):
                     rest = error.retry_after
-                rested = self.clock() + rest
+                not_before = self.clock() + rest
                 if isinstance(error, OneInboxError):
                     log.warning("poll_backoff", call=call_id, reason=error.reason, seconds=rest)
                 else:
@@ -176,16 +176,16 @@ class CallPoller:
             subscription.update(self.cache.latest(call_id))
         subscription.update(over=True)
 
-    async def _is_my_turn(self, call_id: str, pace: float, rested: float) -> bool:
+    async def _is_my_turn(self, call_id: str, pace: float, not_before: float) -> bool:
         """Return whether the call is due, and no other replica is fetching it."""
         await self.cache.read_shared(call_id)
-        if self.cache.age(call_id) < pace or self.clock() < rested:
+        if self.cache.age(call_id) < pace or self.clock() < not_before:
             return False
         return await self.cache.take_lease(call_id)
 
-    def _pause(self, call_id: str, snapshot: Snapshot, rested: float) -> float:
+    def _pause(self, call_id: str, snapshot: Snapshot, not_before: float) -> float:
         """Return the seconds until the call needs attention, unless it changes before."""
-        due = max(self._pace(snapshot) - self.cache.age(call_id), rested - self.clock(), SHORTEST_PAUSE_SECONDS)
+        due = max(self._pace(snapshot) - self.cache.age(call_id), not_before - self.clock(), SHORTEST_PAUSE_SECONDS)
         pause = TICK_SECONDS if self.store.shared else due
         if snapshot.ended:
             pause = min(pause, max(self._late_left(snapshot), SHORTEST_PAUSE_SECONDS))

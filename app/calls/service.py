@@ -105,7 +105,7 @@ class Calls:
 
     async def refresh(self, call_id: str) -> None:
         """Fetch a call again after a hint that it changed, if it is followed or counted as live."""
-        if not self.poller.is_watched(call_id) and not await self.live.is_live(call_id):
+        if not self.poller.is_followed(call_id) and not await self.live.is_live(call_id):
             return
         try:
             await self.cache.refetch(call_id)

@@ -10,7 +10,7 @@ from app.config.settings import takes
 from app.server.gc import freeze_gc
 from app.server.server import create_server, serve_with_workers, url_of
 from app.telemetry.logging import configure_logging
-from app.telemetry.metrics import count_together
+from app.telemetry.metrics import use_shared_directory
 
 
 def run_broker(host: str, port: int, workers: int) -> None:
@@ -27,15 +27,15 @@ def run_broker(host: str, port: int, workers: int) -> None:
     announce(settings, host, url=url_of(listener), workers=workers)
     freeze_gc()
     if workers > 1:
-        with nullcontext() if settings.metrics_token is None else _count_together():
+        with nullcontext() if settings.metrics_token is None else _use_shared_directory():
             serve_with_workers(listener, workers)
     else:
         create_server(app).run(sockets=[listener])
 
 
-def _count_together() -> AbstractContextManager[str]:
+def _use_shared_directory() -> AbstractContextManager[str]:
     try:
-        return count_together()
+        return use_shared_directory()
     except OSError as error:
         refuse(
             f"BROKER_METRICS_TOKEN: several workers need a directory for temporary files ({error.strerror})", status=1

@@ -133,7 +133,7 @@ class LiveCalls:
         """Return whether the outcome of an attempt is unknown. Raises StoreUnavailable."""
         return await self._find(attempt.request_id) is None
 
-    async def handed_out(self, call_id: str) -> bool:
+    async def started_here(self, call_id: str) -> bool:
         """Return whether this deployment started the call, as far as its store remembers: at least a day."""
         return await self._request_id(call_id) is not None
 
@@ -230,12 +230,12 @@ class LiveCalls:
             raise
         except OneInboxError as error:
             log.error("call_not_stopped", call=call.call_id, why=why, reason=error.reason)
-            self.metrics.hung_up(REASONS.get(why, "other"), done=False)
+            self.metrics.count_hang_up(REASONS.get(why, "other"), done=False)
             await self.store.add_member(UNSTOPPED, call.call_id, UNSTOPPED_SECONDS)
             raise
-        self.metrics.hung_up(REASONS.get(why, "other"), done=True)
+        self.metrics.count_hang_up(REASONS.get(why, "other"), done=True)
         if why == LOST:
-            self.metrics.orphan("stopped")
+            self.metrics.count_orphan("stopped")
         await self.store.remove_member([UNSTOPPED], call.call_id)
         if record.ended:
             await self._end(call, record)

@@ -159,7 +159,7 @@ class Limits:
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
         decision = await self.store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
         if decision.refused:
-            self.metrics.refused([f"failed-{kind}"])
+            self.metrics.count_refusal([f"failed-{kind}"])
             raise _wait("rate-limited", decision.rates[0].reset, {})
 
     async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
@@ -227,7 +227,7 @@ class Limits:
 
     def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
         """Count a refusal; return True, and log the limits, if they are not enforced."""
-        self.metrics.refused([limits.names[index] for index in decision.refused], enforced=self.enforce)
+        self.metrics.count_refusal([limits.names[index] for index in decision.refused], enforced=self.enforce)
         if self.enforce:
             return False
         names = [*(rate.name for rate in limits.request.rates), *(slot.name for slot in limits.request.slots)]

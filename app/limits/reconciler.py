@@ -145,7 +145,7 @@ class Reconciler:
     def _add(self, loss: Loss) -> None:
         if loss.attempt.request_id not in self._losses:
             self._losses[loss.attempt.request_id] = loss
-            self.metrics.orphan("lost")
+            self.metrics.count_orphan("lost")
             self._added.set()
 
     async def _until_due(self) -> None:
@@ -171,19 +171,19 @@ class Reconciler:
         loss.scans += 1
         if record is not None:
             log.warning("lost_call_found", call=record.id, request_id=attempt.request_id, scans=loss.scans)
-            self.metrics.orphan("found")
+            self.metrics.count_orphan("found")
             del self._losses[attempt.request_id]
             self._stop(attempt, record.id)
         elif loss.scans == len(SCAN_AFTER):
             del self._losses[attempt.request_id]
             if complete:
                 log.warning("lost_call_not_found", request_id=attempt.request_id)
-                self.metrics.orphan("not-found")
+                self.metrics.count_orphan("not-found")
                 await self.live.release_slots(attempt)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep reports it again.
                 log.error("lost_call_unresolved", request_id=attempt.request_id)
-                self.metrics.orphan("given-up")
+                self.metrics.count_orphan("given-up")
                 await self.live.mark_unresolved(attempt)
 
     def _stop(self, attempt: CallAttempt, call_id: str) -> None:
@@ -209,7 +209,7 @@ class Reconciler:
             for listed in calls.items:
                 record = await self._with_metadata(listed, losses, result)
                 loss = losses.get(record.request_id) if record is not None else None
-                if record is not None and loss is not None and self._is(record, agent_id, loss.attempt):
+                if record is not None and loss is not None and self._is_call_of(record, agent_id, loss.attempt):
                     result.found[record.request_id] = record
             ages = [record.created_at.timestamp() for record in calls.items if record.created_at is not None]
             if calls.listed < PAGE or len(result.found) == len(losses) or (ages and min(ages) < oldest):
@@ -232,7 +232,7 @@ class Reconciler:
             return listed
         if listed.id in self._cached:
             return self._cached[listed.id]
-        if not any(self._fits(listed, loss.attempt) for loss in losses.values()):
+        if not any(self._could_be(listed, loss.attempt) for loss in losses.values()):
             return None
         if result.fetches >= MOST_FETCHES:
             result.complete = False
@@ -249,11 +249,11 @@ class Reconciler:
             self._cached.popitem(last=False)
         return record
 
-    def _fits(self, record: CallRecord, attempt: CallAttempt) -> bool:
+    def _could_be(self, record: CallRecord, attempt: CallAttempt) -> bool:
         if record.created_at is None:
             return True
         after = record.created_at.timestamp() - attempt.since
         return -CLOCKS_APART <= after <= self.timeout + CLOCKS_APART
 
-    def _is(self, record: CallRecord, agent_id: str, attempt: CallAttempt) -> bool:
-        return record.agent_id == agent_id and record.owner == attempt.owner and self._fits(record, attempt)
+    def _is_call_of(self, record: CallRecord, agent_id: str, attempt: CallAttempt) -> bool:
+        return record.agent_id == agent_id and record.owner == attempt.owner and self._could_be(record, attempt)

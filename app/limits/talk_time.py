@@ -73,7 +73,7 @@ class TalkTime:
         if state.remaining > 0 and await self._running(running) < state.remaining:
             return
         limit = "user-talk-minutes" if slug == "talk-time-used-up" else GLOBAL_MINUTES
-        self.metrics.refused([limit], enforced=self.enforce)
+        self.metrics.count_refusal([limit], enforced=self.enforce)
         if not self.enforce:
             log.warning("would_refuse", limits=[rate.name])
             return

@@ -89,13 +89,13 @@ class CircuitBreaker:
     def _pause(self, seconds: float, why: str) -> None:
         if self._until is None:
             log.warning("oneinbox_paused", seconds=seconds, why=why)
-            self.metrics.paused(why.replace(" ", "-"))
+            self.metrics.count_pause(why.replace(" ", "-"))
         self._until = max(self._until or 0.0, self.clock() + seconds)
         self._failures = 0
         self._pauses += 1
 
 
-def pause_asked_for(retry_after: str | None, now: float) -> int:
+def parse_retry_after(retry_after: str | None, now: float) -> int:
     """Return the whole seconds of a Retry-After header (RFC 9110, section 10.2.3): a number of seconds or a date.
 
     At least 1 and at most LONGEST_PAUSE; DEFAULT_PAUSE if it is missing or neither. `now`: Unix time.

@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json, to_json
 
-from app.oneinbox.circuit_breaker import CircuitBreaker, pause_asked_for
+from app.oneinbox.circuit_breaker import CircuitBreaker, parse_retry_after
 from app.oneinbox.errors import (
     Busy,
     Failed,
@@ -202,7 +202,7 @@ class OneInbox:
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
         if response.status_code == 429:
-            raise Busy(pause_asked_for(response.headers.get("retry-after"), time.time()))
+            raise Busy(parse_retry_after(response.headers.get("retry-after"), time.time()))
         try:
             return response.status_code, from_json(raw)
         except ValueError:
@@ -233,7 +233,7 @@ class OneInbox:
             raise
         finally:
             seconds = time.perf_counter() - begun
-            self._metrics.exchanged(request.method, path, status, failure, server=self._server, seconds=seconds)
+            self._metrics.count_upstream(request.method, path, status, failure, server=self._server, seconds=seconds)
             if span is not None:
                 Traces.end_exchange(span, status, failure)
 

@@ -142,7 +142,7 @@ class GuardedHttp(HttpToolsProtocol):
         if self._unanswered:
             self.flow.resume_reading()  # likewise after a large body that the app has not read yet
         else:
-            self._rest()  # it was answered before it ended
+            self._await_next()  # it was answered before it ended
 
     def _check_head(self) -> None:
         if len(self.headers) > MAX_FIELDS:
@@ -184,7 +184,7 @@ class GuardedHttp(HttpToolsProtocol):
             self._waiting.clear()
             self.data_received(waiting)
 
-    def _rest(self) -> None:
+    def _await_next(self) -> None:
         """Wait for the next request, as uvicorn does after an answer."""
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
 from app.server.protocol import GuardedHttp
-from app.telemetry.metrics import forget_all_but
+from app.telemetry.metrics import drop_dead_gauges
 
 GRACE = 20
 """Seconds that running requests get to finish after SIGTERM."""
@@ -37,7 +37,7 @@ class Supervisor(Multiprocess):
     def keep_subprocess_alive(self) -> None:
         """Replace dead workers; called twice a second."""
         super().keep_subprocess_alive()
-        forget_all_but({process.pid for process in self.processes})
+        drop_dead_gauges({process.pid for process in self.processes})
 
 
 def serve_with_workers(listener: socket.socket, workers: int) -> None:

@@ -74,7 +74,7 @@ class Challenge:
             raise _unavailable() from None
         (state,) = decision.rates
         if not decision.allowed or (cost == 0 and state.remaining == 0):
-            self.metrics.refused(["failed-challenge"])
+            self.metrics.count_refusal(["failed-challenge"])
             headers = {"Retry-After": str(max(1, math.ceil(state.reset)))}
             raise Problem("rate-limited", "Too many failed challenges.", headers)
 

@@ -15,24 +15,24 @@ class ClientConnection:
     """
 
     receive: Receive
-    _gone: bool = False
+    _closed: bool = False
 
-    def has_gone(self) -> bool:
+    def is_closed(self) -> bool:
         """Return whether the server knows, at this moment, that the connection is closed."""
-        while not self._gone:
+        while not self._closed:
             # One step of receive(): it returns at once if the server has a message, and would wait otherwise.
             step = self.receive()
             try:
                 step.send(None)  # type: ignore[attr-defined]  # servers' receive are coroutine functions
             except StopIteration as answered:  # the rest of a body is no disconnect
-                self._gone = answered.value["type"] == "http.disconnect"
+                self._closed = answered.value["type"] == "http.disconnect"
             else:
                 step.close()  # type: ignore[attr-defined]
                 return False
         return True
 
-    async def has_left(self) -> bool:
-        """Like `has_gone`, after the event loop has polled the connection; for use right before a response."""
+    async def poll_is_closed(self) -> bool:
+        """Like `is_closed`, after the event loop has polled the connection; for use right before a response."""
         for _ in range(2):  # one turn reads from the kernel, the next informs the server's connection
             await asyncio.sleep(0)
-        return self.has_gone()
+        return self.is_closed()

@@ -147,7 +147,7 @@ class Idempotency:
             await self._forget(name, mark)
             raise
         await self._keep(name, mark, fingerprint, started)
-        if await client.has_left():
+        if await client.poll_is_closed():
             await self._leave_for_collection(name, started)
             raise ClientDisconnect
         return started.call, False
@@ -186,7 +186,7 @@ class Idempotency:
             return mark
         end = self.now() + self.timeout
         async with self.store.subscribe(name) as notifications:
-            while not client.has_gone():
+            while not client.is_closed():
                 value = await self.store.get(name)
                 if value is None:
                     if await self.store.add(name, mark, lifetime):
@@ -199,7 +199,7 @@ class Idempotency:
                     if entry.replayed:
                         return entry.call
                     if (collected := await self._collect(name, value, entry)) is not None:
-                        if not client.has_gone():
+                        if not client.is_closed():
                             return entry.call
                         await self._put_back(name, collected, entry)
                         break

@@ -32,14 +32,14 @@ log = structlog.get_logger(__name__)
 class SessionInput:
     """One POST /session, parsed.
 
-    `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `proof`: its bot challenge token.
+    `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `challenge_token`: of its bot challenge.
     `answer_headers`: receives headers for the response, whatever its status.
     """
 
     request: SessionRequest
     body: Any
     keys: list[str]
-    proof: str | None
+    challenge_token: str | None
     client: ClientConnection
     answer_headers: dict[str, str]
 
@@ -77,7 +77,7 @@ class Sessions:
         key = read_key(session_input.keys, user)
         if key is None:
             started = await self._start(user, session_input, spec)
-            if await session_input.client.has_left():
+            if await session_input.client.poll_is_closed():
                 await self.live.stop(started.attempt, started.call.id, HUNG_UP)
                 raise ClientDisconnect
             return started.call, False
@@ -91,9 +91,9 @@ class Sessions:
 
     async def _start(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         if self.challenge is not None:
-            await self.challenge.check(session_input.proof, user.address)
+            await self.challenge.check(session_input.challenge_token, user.address)
         if self.waiting >= self.max_waiting:
-            self.metrics.refused(["waiting"])
+            self.metrics.count_refusal(["waiting"])
             raise Problem("at-capacity", headers={"Retry-After": "1"})
         self.waiting += 1
         try:
@@ -121,7 +121,7 @@ class Sessions:
                 raise
             reservation = await self.limits.reserve(user, spec.agent, attempt)
         session_input.answer_headers.update(reservation.headers)
-        if session_input.client.has_gone():
+        if session_input.client.is_closed():
             await self.limits.release(reservation)
             raise ClientDisconnect
         try:

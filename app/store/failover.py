@@ -77,10 +77,10 @@ class FailoverStore(Store):
             decision = await self._ask(self._shared.decide, request)
         except StoreUnavailable:
             if sent:  # a frozen server may still let the member in
-                self._miss_slots(request, None)
+                self._queue_slots(request, None)
             alone = await self._local.decide(request)
             if alone.counted:
-                self._miss_slots(request, request.lease)
+                self._queue_slots(request, request.lease)
             return dataclasses.replace(alone, local=True)
         if not decision.counted:
             return decision
@@ -91,13 +91,13 @@ class FailoverStore(Store):
         if not isinstance(decision, _SharedDecision):
             await self._local.give_back(request, decision)
             if decision.counted:
-                self._miss_slots(request, None)
+                self._queue_slots(request, None)
             return
         await self._local.give_back(request, decision.mirrored)
         try:
             await self._ask(self._shared.give_back, request, decision)
         except StoreUnavailable:
-            self._miss_slots(request, None)
+            self._queue_slots(request, None)
 
     async def get(self, name: str) -> bytes | None:
         return await self._ask(self._shared.get, name)
@@ -119,14 +119,14 @@ class FailoverStore(Store):
         try:
             await self._ask(self._shared.add_member, name, member, ttl)
         except StoreUnavailable:
-            self._miss([name], member, ttl)
+            self._queue_change([name], member, ttl)
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         left = await self._local.remove_member(names, member)
         try:
             return await self._ask(self._shared.remove_member, names, member)
         except StoreUnavailable:
-            self._miss(names, member, None)
+            self._queue_change(names, member, None)
             return left
 
     async def members(self, name: str) -> dict[str, float]:
@@ -172,15 +172,15 @@ class FailoverStore(Store):
             self._down_since = time.monotonic()
             log.error("store_lost", reason=str(error))
 
-    def _miss(self, names: Sequence[str], member: str, ttl: float | None) -> None:
+    def _queue_change(self, names: Sequence[str], member: str, ttl: float | None) -> None:
         for name in names:
             self._missed.pop((name, member), None)
             if len(self._missed) >= MISSED:
                 del self._missed[next(iter(self._missed))]
             self._missed[name, member] = None if ttl is None else time.monotonic() + ttl
 
-    def _miss_slots(self, request: LimitRequest, ttl: float | None) -> None:
-        self._miss([slot.name for slot in request.slots], request.member, ttl)
+    def _queue_slots(self, request: LimitRequest, ttl: float | None) -> None:
+        self._queue_change([slot.name for slot in request.slots], request.member, ttl)
 
     async def _probe_forever(self) -> None:
         while True:

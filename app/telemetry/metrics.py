@@ -85,7 +85,7 @@ class Metrics:
             "Seconds to answer a request, for streams until their end.",
             *("http_request_method", "http_route", "http_response_status_code"),
         )
-        self._exchanges = histogram(
+        self._upstream = histogram(
             "http_client_request_duration_seconds",
             "Seconds that a request to OneInbox took; without an answer, error_type replaces the status.",
             *("http_request_method", "url_template", "http_response_status_code", "error_type"),
@@ -118,7 +118,7 @@ class Metrics:
         )
         self.waiting = gauge("broker_waiting_sessions", "Sessions waiting for OneInbox.", "livesum")
         self.streams = gauge("broker_streams", "Open event streams.", "livesum")
-        self.watched = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
+        self.followed = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
         self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until OneInbox is called again.", "livemax")
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
         self.live_calls = gauge("broker_live_calls", "Running calls of all replicas.", "livemostrecent")
@@ -142,15 +142,15 @@ class Metrics:
         for fate in ORPHANS:
             self._orphans[(fate,)]
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count an answered request. `route`: its template, or `unmatched`."""
         self._requests[method if method in METHODS else OTHER, route, status].observe(seconds)
 
-    def session(self, outcome: str) -> None:
+    def count_session(self, outcome: str) -> None:
         """Count a request for a session."""
         self._sessions[(outcome,)].inc()
 
-    def exchanged(
+    def count_upstream(
         self, method: str, template: str, status: int | None, error: str, *, server: tuple[str, int], seconds: float
     ) -> None:
         """Count a request to OneInbox. `template`: its path with placeholders. `error`: an exception's class name.
@@ -163,26 +163,26 @@ class Metrics:
             shown = "" if status is None else status
         if status is not None and status >= 400:
             error = str(shown)  # as in OpenTelemetry's conventions
-        self._exchanges[method, template, shown, error, *server].observe(seconds)
+        self._upstream[method, template, shown, error, *server].observe(seconds)
 
-    def refused(self, limits: Iterable[str], *, enforced: bool = True) -> None:
+    def count_refusal(self, limits: Iterable[str], *, enforced: bool = True) -> None:
         """Count a refusal by each of these limits."""
         for limit in limits:
             self._refused[limit, "true" if enforced else "false"].inc()
 
-    def paused(self, reason: str) -> None:
+    def count_pause(self, reason: str) -> None:
         """Count the start of a cool-down."""
         self._pauses[(reason,)].inc()
 
-    def orphan(self, fate: str) -> None:
+    def count_orphan(self, fate: str) -> None:
         """Count the fate of a call whose answer was lost; one of ORPHANS."""
         self._orphans[(fate,)].inc()
 
-    def hung_up(self, reason: str, *, done: bool) -> None:
+    def count_hang_up(self, reason: str, *, done: bool) -> None:
         """Count an attempt to hang up."""
         self._hang_ups[reason, "stopped" if done else "failed"].inc()
 
-    def used(self, limit: str, share: float) -> None:
+    def set_used(self, limit: str, share: float) -> None:
         """Set the used share of a global limit."""
         self._used[(limit,)].set(share)
 
@@ -200,7 +200,7 @@ class Metrics:
         return encode(registry), media_type
 
 
-def count_together() -> TemporaryDirectory[str]:
+def use_shared_directory() -> TemporaryDirectory[str]:
     """Make the processes that this one starts count together in a new directory, which the caller cleans up.
 
     It is in memory where that is possible, also in a container with a read-only root. Raises OSError.
@@ -212,7 +212,7 @@ def count_together() -> TemporaryDirectory[str]:
     return directory
 
 
-def forget_all_but(pids: Collection[int | None]) -> None:
+def drop_dead_gauges(pids: Collection[int | None]) -> None:
     """Drop the gauges of dead workers, which would stay as they are. Their counts remain."""
     if DIRECTORY in os.environ:
         for pid in _pids() - set(pids):

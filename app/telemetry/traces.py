@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
-LAST_WORDS_SECONDS = 3
+FLUSH_SECONDS = 3
 """How long sending the last spans may take at shutdown."""
 
 log = structlog.get_logger(__name__)
 
 
-def are_wanted() -> bool:
+def traces_enabled() -> bool:
     """Return whether OpenTelemetry's variables ask for traces."""
     return (
         any(os.environ.get(name) for name in ENDPOINTS)
@@ -45,7 +45,7 @@ def are_wanted() -> bool:
 
 def open_traces() -> "Traces | None":
     """Start sending traces. None if none are wanted, or if none can be sent, which is logged."""
-    if not are_wanted():
+    if not traces_enabled():
         return None
     protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), PROTOCOL)
     if protocol != PROTOCOL:
@@ -118,7 +118,7 @@ class Traces:
         span.end()
 
     async def aclose(self) -> None:
-        """Send what is left, for LAST_WORDS_SECONDS at most, so that an unresponsive receiver cannot block the exit."""
+        """Send what is left, for FLUSH_SECONDS at most, so that an unresponsive receiver cannot block the exit."""
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
-        await asyncio.to_thread(last.join, LAST_WORDS_SECONDS)
+        await asyncio.to_thread(last.join, FLUSH_SECONDS)

@@ -506,4 +506,4 @@ async def test_an_observed_end_frees_the_slot_in_every_mode() -> None:
         await replica.cache.get("call_1", known=True)
 
         assert not await replica.live.is_live("call_1")
-        assert await replica.live.handed_out("call_1")
+        assert await replica.live.started_here("call_1")

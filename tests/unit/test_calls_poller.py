@@ -161,7 +161,7 @@ async def test_a_client_that_has_seen_the_end_gets_no_stream() -> None:
         reader = follow(replica, last_event_id=other)
         await finish([reader])
         assert (reader.statuses, reader.ended) == (["completed"], True), other
-    assert not replica.poller.is_watched("call_1")
+    assert not replica.poller.is_followed("call_1")
 
 
 @in_simulated_time
@@ -204,7 +204,7 @@ async def test_a_stream_ends_with_its_login() -> None:
         assert reader.statuses == ["in_progress"]
         assert abs(now() - began - max(left, 0)) < 0.1
     await asyncio.sleep(0)
-    assert not replica.poller.is_watched("call_1")
+    assert not replica.poller.is_followed("call_1")
 
 
 @in_simulated_time
@@ -278,7 +278,7 @@ async def test_clients_that_come_and_go_leave_nothing_behind() -> None:
 
     await asyncio.sleep(1)
     assert len(asyncio.all_tasks()) == tasks
-    assert not replica.poller.is_watched("call_1")
+    assert not replica.poller.is_followed("call_1")
     places = [follow(replica) for _ in range(3)]
     await asyncio.sleep(0.5)
     assert all(reader.statuses for reader in places)

@@ -20,7 +20,7 @@ from app.oneinbox.circuit_breaker import (
     LONGEST_PAUSE,
     WHILE_PROBING,
     CircuitBreaker,
-    pause_asked_for,
+    parse_retry_after,
 )
 from app.oneinbox.errors import Busy, CircuitOpen, Failed, OneInboxError, TimedOut, Unreachable
 from tests.conftest import Logs
@@ -312,16 +312,16 @@ def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("far_east")
 @pytest.mark.parametrize(("value", "seconds"), PAUSES.values(), ids=PAUSES.keys())
 def test_a_retry_after(value: str | None, seconds: int) -> None:
-    assert pause_asked_for(value, NOW.timestamp()) == seconds
+    assert parse_retry_after(value, NOW.timestamp()) == seconds
 
 
 def test_a_retry_after_within_a_second() -> None:
-    assert pause_asked_for(format_datetime(NOW, usegmt=True), NOW.timestamp() - 6.5) == 7
+    assert parse_retry_after(format_datetime(NOW, usegmt=True), NOW.timestamp() - 6.5) == 7
 
 
 @given(st.text(max_size=60) | st.text("SunMar 0123456789:,+-GMT", max_size=40))
 def test_any_retry_after_is_bounded(value: str) -> None:
-    assert 1 <= pause_asked_for(value, NOW.timestamp()) <= LONGEST_PAUSE
+    assert 1 <= parse_retry_after(value, NOW.timestamp()) <= LONGEST_PAUSE
 
 
 ERRORS = {"500": 500, "503": 503, "404": 404, "401": 401, "302": 302, "no-session": 200}

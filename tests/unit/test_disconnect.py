@@ -49,8 +49,8 @@ async def turn() -> None:
 async def test_a_connected_client_is_not_gone() -> None:
     caller = ClientConnection(Server().receive)
 
-    assert not caller.has_gone()
-    assert not await caller.has_left()
+    assert not caller.is_closed()
+    assert not await caller.poll_is_closed()
 
 
 async def test_a_disconnect_is_known_at_once_and_not_a_turn_later() -> None:
@@ -60,25 +60,25 @@ async def test_a_disconnect_is_known_at_once_and_not_a_turn_later() -> None:
 
     server.hang_up()
 
-    assert caller.has_gone(), "no task has had a turn since"
+    assert caller.is_closed(), "no task has had a turn since"
 
 
 async def test_a_disconnect_that_the_loop_has_yet_to_read_is_known_before_a_response() -> None:
     server = Server()
     asyncio.get_running_loop().call_soon(server.hang_up)
 
-    assert await ClientConnection(server.receive).has_left()
+    assert await ClientConnection(server.receive).poll_is_closed()
 
 
 async def test_a_client_that_is_gone_stays_gone() -> None:
     server = Server()
     caller = ClientConnection(server.receive)
     server.hang_up()
-    assert caller.has_gone()
+    assert caller.is_closed()
 
     server.gone = False
 
-    assert caller.has_gone()
+    assert caller.is_closed()
 
 
 async def test_the_rest_of_a_body_is_no_disconnect() -> None:
@@ -87,13 +87,13 @@ async def test_the_rest_of_a_body_is_no_disconnect() -> None:
     server.say(MORE)
     server.say(MORE)
 
-    assert not caller.has_gone()
+    assert not caller.is_closed()
     assert server.messages == []
 
     server.say(MORE)
     server.hang_up()
 
-    assert caller.has_gone()
+    assert caller.is_closed()
 
 
 async def test_checking_often_leaves_nothing_waiting() -> None:
@@ -101,7 +101,7 @@ async def test_checking_often_leaves_nothing_waiting() -> None:
     caller = ClientConnection(server.receive)
 
     for _ in range(100):
-        assert not caller.has_gone()
+        assert not caller.is_closed()
 
     assert server.waiting == 0
 
@@ -109,7 +109,7 @@ async def test_checking_often_leaves_nothing_waiting() -> None:
 async def test_no_warning_is_left_behind() -> None:
     """No coroutine that was never awaited: warnings are errors."""
     caller = ClientConnection(Server().receive)
-    caller.has_gone()
+    caller.is_closed()
     await turn()
     del caller
     gc.collect()

@@ -68,10 +68,10 @@ class RequestLog:
         metrics: Metrics | None = state.get("metrics")
         if metrics is None:
             return  # no lifespan is running
-        metrics.answered(scope["method"], route, status, seconds)
+        metrics.count_request(scope["method"], route, status, seconds)
         # By path: a request refused before routing counts as a session request, too.
         if scope["method"] == "POST" and route_path(scope) == "/session":
-            metrics.session(state.get("problem") or state.get("outcome", "hung-up"))
+            metrics.count_session(state.get("problem") or state.get("outcome", "hung-up"))
 
 
 def _request_id(scope: Scope) -> str:
