@@ -52,7 +52,7 @@ def errors_table() -> str:
 
 
 def metrics_table() -> str:
-    """Every metric of the broker's own; not those of the Python process."""
+    """The broker's own metrics, without those of the Python process."""
     families = text_string_to_metric_families(Metrics().text("")[0].decode())
     ours = [family for family in families if family.name.startswith(("broker_", "http_"))]
     names = [family.name + ("_total" if family.type == "counter" else "") for family in ours]
@@ -67,7 +67,7 @@ GROUPS = {
     "BROKER_SESSION_LIMITS": "Limits",
     "BROKER_STORE_URL": "The store",
     "BROKER_EXPOSE": "What a page may set and see",
-    "BROKER_SECRET": "Secrets",
+    "BROKER_SECRET": "Secrets and privacy",
     "BROKER_DRAIN_SECONDS": "Running it",
 }
 """The chapters of deploy/settings.md, each by the setting that begins it."""
@@ -145,7 +145,7 @@ def takes(field: FieldInfo) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """A default as it is written in the environment; empty when there is none."""
+    """A default as written in the environment; empty if there is none."""
     value: Any = None if field.is_required() else field.get_default()
     if value is None:
         return ""
@@ -182,7 +182,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def shell_lines(text: str) -> list[str]:
-    """The lines that a Markdown document has one type."""
+    """The lines that a Markdown document asks its reader to type."""
     return [line for block in blocks(text, "sh") for line in block.splitlines()]
 
 

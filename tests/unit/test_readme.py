@@ -1,4 +1,4 @@
-"""The documents tell people to type and to follow only what is there."""
+"""The documents print only commands, names and links that exist."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ CURLS = [
     for match in re.findall(r"curl (?:'[^']*'|\"[^\"]*\"|[^|)'\"])+", line)
 ]
 PRINTED = [*SHELL, *(code for text in DOCUMENTS.values() for code in re.findall(r"`([^`\n]+)`", text))]
-"""Commands in shell blocks, and whatever stands in text as code."""
+"""Commands in shell blocks, and all inline code."""
 PROGRAMS = {"bash", "cd", "chmod", "curl", "docker", "install", "kubectl", "npm", "openssl", "printf", "python3", "uv"}
 RECIPES = sorted((ROOT / "app/client/recipes").iterdir())
 
@@ -130,7 +130,7 @@ def test_every_script_printed_exists() -> None:
 
 
 def test_every_program_in_a_shell_block_is_known() -> None:
-    """A venv's programs are installed here too; of the rest each is one that people have."""
+    """A venv's programs are installed here too; the others are common ones."""
     for line in SHELL:
         for command in re.sub(r"^(\w+=[^ $]\S* )+", "", line).split(" && "):
             program = command.split()[0]
