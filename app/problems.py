@@ -94,7 +94,7 @@ KINDS: Mapping[str, Kind] = {
         403,
         "You are blocked",
         "The operator has blocked this user.",
-        "Ask the operator. A block may end by itself; retrying does not help.",
+        "Ask the operator. A block may expire; retrying does not help.",
     ),
     "in-progress": Kind(
         409,
@@ -156,7 +156,7 @@ KINDS: Mapping[str, Kind] = {
     "upstream-misconfigured": Kind(
         502,
         "The service is not set up correctly",
-        "OneInbox refused the broker's key, agent or account. Retrying does not help.",
+        "OneInbox refused the broker's key, agent or account, or a configured value. Retrying does not help.",
         "Ask the operator: the broker's log has the cause under this request id.",
     ),
     "upstream-error": Kind(502, "The voice service failed", "OneInbox answered with an error.", RETRY),

@@ -127,7 +127,7 @@ def answer(
     examples: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A successful response of a route.
+    """Return a successful response of a route.
 
     `headers`: keys of RESPONSE_HEADERS. `examples`: JSON by summary. `texts`: an example of each other media type.
     """

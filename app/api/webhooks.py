@@ -25,7 +25,7 @@ router = APIRouter(tags=["webhooks"], route_class=FastRoute)
     summary="Receive an event from OneInbox",
     status_code=204,
     openapi_extra=reads(None, examples={"A call has ended": {"event": "call.ended", "call_id": "call_abc123"}}),
-    responses={204: answer("Received, whatever it was."), **problems("not-found", "body-too-large")},
+    responses={204: answer("Received."), **problems("not-found", "body-too-large")},
 )
 async def receive_webhook(
     secret: Annotated[str, Path(description="BROKER_WEBHOOK_SECRET.")], request: Request, broker: BrokerDep

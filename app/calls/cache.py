@@ -19,7 +19,7 @@ from app.store.memory import MemoryStore
 
 FRESH_SECONDS = 1.0
 FRESH_ENDED_SECONDS = 2.0
-"""While transcript or recording may still arrive after the end."""
+"""Freshness while a transcript may still arrive."""
 SETTLING_SECONDS = 60.0
 """A call may still change for this long after its end was first seen."""
 FRESH_SETTLED_SECONDS = 3600.0
@@ -42,8 +42,8 @@ CHANNEL = "calls"
 class Cached:
     """The cached state of a call.
 
-    `snapshot` None: it does not exist; `ours`: although this deployment handed it out. `since`: when OneInbox was asked
-    for it; `first_ended`: when it was first seen ended. Times are monotonic.
+    `snapshot` None: no such call. `ours`: this deployment started it. `since`: when OneInbox was asked for it.
+    `first_ended`: when it was first seen ended. Times are monotonic.
     """
 
     snapshot: Snapshot | None
@@ -77,7 +77,7 @@ class CallCache:
         self._budgets = MemoryStore(self.clock)
 
     def remembered(self, call_id: str) -> Snapshot | None:
-        """Return a state of the call from the last minute, which is enough to know its owner."""
+        """Return a recent state of the call, enough to know its owner."""
         cached = self._cache.get(call_id)
         if cached is None or self.clock() - cached.since > max(REMEMBERED_SECONDS, self._freshness(cached)):
             return None
@@ -96,7 +96,7 @@ class CallCache:
     async def get(self, call_id: str, *, known: bool) -> Snapshot | None:
         """Return the call's state, at most as old as allowed; None if there is no such call.
 
-        `known`: this deployment certainly handed the call out. Raises OneInboxError, and `at-capacity` if OneInbox was
+        `known`: this deployment certainly started the call. Raises OneInboxError, and `at-capacity` if OneInbox was
         asked too often and the call is not cached.
         """
         cached = self._fresh(call_id)

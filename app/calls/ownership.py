@@ -15,7 +15,7 @@ RESERVED_IDS = frozenset({"cursor", "web"})
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Makes public ids of calls, and checks who owns one."""
+    """Make public ids of calls, and check who owns one."""
 
     keyring: Keyring
 

@@ -40,7 +40,7 @@ class BasicCall(BaseModel):
 
 
 class ExposedCall(BasicCall):
-    """With the fields that BROKER_EXPOSE may add."""
+    """A call with the fields that BROKER_EXPOSE may add."""
 
     transcript: list[Utterance] | None = Field(default=None, description="Who said what; 2 to 3 seconds after the end.")
     messages: list[Utterance] | None = Field(default=None, description="As `transcript`, from OneInbox's message list.")

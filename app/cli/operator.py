@@ -17,7 +17,7 @@ from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.kill_switch import BLOCKS, IN_FORCE_SECONDS, PAUSE
-from app.limits.live_calls import UNSTOPPED
+from app.limits.live_calls import UNFOUND, UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
@@ -56,7 +56,7 @@ class Operator:
                 *([] if pause else ["not paused"]),
                 f"blocked users: {len(blocks)}",
                 f"calls that could not be stopped: {len(unstopped)}",
-                *(f"  {call}" for call in sorted(unstopped)),
+                *(f"  {call.replace(UNFOUND, 'not found: request ')}" for call in sorted(unstopped)),
             ]
         )
 

@@ -23,7 +23,7 @@ def run_sandbox(host: str, port: int, livekit_url: str | None, key: str | None, 
     livekit: dict[str, Any] = {}
     if livekit_url or key:
         if not (livekit_url and key and secret):
-            refuse("--livekit-url, --livekit-key, --livekit-secret: belong together; takes all three or none")
+            refuse("--livekit-url, --livekit-key, --livekit-secret: set all three or none")
         livekit = {"server_url": livekit_url, "livekit_key": key, "livekit_secret": secret, "in_progress": LIVEKIT_CALL}
     configure_logging("info")
     asyncio.run(_run(host, port, EmulatorOptions(**livekit), livekit_url if livekit else None))

@@ -1,4 +1,4 @@
-"""What `serve` prints when it starts."""
+"""The text that `serve` prints when it starts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Reads settings from the environment and from `.env` in the working directory; the environment wins.
+"""Read settings from the environment and from `.env` in the working directory; the environment wins.
 
 A secret may also be in a file, named by its variable with `_FILE` appended, as container secrets are.
 """

@@ -65,7 +65,7 @@ class Table(BaseModel):
 
 
 def taking(takes: str, default: Any = ..., **rest: Any) -> Any:
-    """A model's field, with what it takes in words, for the error line."""
+    """Return a model's field, with what it takes in words, for the error line."""
     return Field(default, json_schema_extra={"takes": takes}, **rest)
 
 

@@ -1,1 +1,1 @@
-"""`oneinbox-broker doctor`: is this broker set up right, and does a deployed one refuse what it must?"""
+"""`oneinbox-broker doctor`: checks of this broker's set-up, and probes of a deployed one."""

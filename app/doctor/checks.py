@@ -1,6 +1,6 @@
-"""Is this broker set up right? Reads the settings; asks OneInbox, the store and the identity provider.
+"""Checks of this broker's set-up: its settings, OneInbox, the store and the identity provider.
 
-Starts no call, and writes only throw-away names into the store.
+They start no call, and write only throw-away names into the store.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ KEY_REMEDIES = {
     401: "set ONEINBOX_API_KEY to a valid key",
     402: "top up the account",
     403: "allow the key to start calls, or use a secret key with full access",
-    404: "check ONEINBOX_BASE_URL: there is no OneInbox",
+    404: "check ONEINBOX_BASE_URL: no OneInbox API there",
 }
 UNREACHABLE = "check ONEINBOX_BASE_URL, the firewall, and HTTPS_PROXY if it is set"
 CAUSES = {
@@ -98,7 +98,7 @@ def _parts(settings: Settings) -> list[Finding]:
         check(settings.model_copy(update={"agents_file": None, "oneinbox_agent_id": "any"}))
     except SettingsError as error:
         return _settings_errors(error)
-    return [fine("settings", "none is wrong")]
+    return [fine("settings", "all valid")]
 
 
 def _agents_file(settings: Settings) -> tuple[Agents | None, list[Finding]]:
@@ -121,7 +121,7 @@ def _key_shape(settings: Settings) -> Finding:
 
 @dataclass
 class _DatedTransport(httpx.AsyncBaseTransport):
-    """Notes our clock's distance from the answers' Date: `skew`, in seconds; None until there is one."""
+    """Note our clock's distance from the answers' Date: `skew`, in seconds; None until there is one."""
 
     inner: httpx.AsyncBaseTransport
     now: Callable[[], float]
@@ -208,7 +208,7 @@ async def _agents(agents: Agents | None, oneinbox: OneInbox, reached: Finding) -
     known = [agent for agent in calls if calls[agent]]
     unknown = [agent for agent in agents.by_name if not calls.get(agent)]
     parts = [f"{_listed(known)} had calls"] if known else []
-    parts += [f"only a first call shows whether OneInbox knows {_listed(unknown)}"] if unknown else []
+    parts += [f"unverified until a first call: {_listed(unknown)}"] if unknown else []
     return fine(name, "; ".join(parts))
 
 

@@ -35,17 +35,17 @@ class Finding:
 
 
 def fine(name: str, detail: str) -> Finding:
-    """Nothing to do."""
+    """Return a finding that needs no action."""
     return Finding(name, "ok", detail)
 
 
 def warning(name: str, detail: str, remedy: str = "") -> Finding:
-    """Worth a look, or could not be checked."""
+    """Return a finding that is worth a look, or of what could not be checked."""
     return Finding(name, "warning", detail, remedy)
 
 
 def wrong(name: str, detail: str, remedy: str) -> Finding:
-    """Must be fixed."""
+    """Return a finding that must be fixed."""
     return Finding(name, "error", detail, remedy)
 
 

@@ -39,7 +39,7 @@ class Answer:
 
 
 class Client:
-    """Sends requests to one deployment. `base_url`: its public URL, without a trailing slash."""
+    """Send requests to one deployment. `base_url`: its public URL, without a trailing slash."""
 
     def __init__(self, base_url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.base_url = base_url
@@ -64,7 +64,7 @@ class Client:
     ) -> Answer:
         """Send one request, with `path` exactly as given. Never raises.
 
-        `chunked`: send the body without its length. `base_url`: another one of the same host.
+        `chunked`: the body goes without its length. `base_url`: another one of the same host.
         """
         request = self._client.build_request(
             method,

@@ -1,4 +1,4 @@
-"""Does a deployed broker refuse what it must? Asked from outside, without its settings.
+"""Probes of a deployed broker: does it refuse what it must? Asked from outside, without its settings.
 
 No probe can start a call, however the broker and its proxy are set up. Only a server that has shown that it is a broker
 gets more than a GET, and every other request carries a body that all brokers refuse (REFUSED), with two exceptions:
@@ -55,7 +55,8 @@ class Deployment:
     """A broker, and its first answers.
 
     `mode`: how it tells users apart; empty if unclear. `listed`: the answer to GET /calls without an identity.
-    `posted`: the answer to POST /session with REFUSED. `origin_headers`: pass its Origin check; None if unknown.
+    `posted`: the answer to POST /session with REFUSED. `origin_headers`: those that pass its Origin
+    check; None if unknown.
     """
 
     client: Client
@@ -120,10 +121,10 @@ async def _is_broker(client: Client) -> Finding:
     if answer.status != 200 or not isinstance(answer.body, dict) or answer.body.get("slug") != slug:
         return wrong(
             name,
-            f"this is not a broker: it answers GET /problems/{slug} with {answer.status}, and not as a broker does",
+            f"this is not a broker: it answers GET /problems/{slug} with {answer.status}",
             "give the broker's public URL, with its prefix if it has one",
         )
-    return fine(name, "it is one")
+    return fine(name, "found")
 
 
 async def _meet(client: Client) -> Deployment:
@@ -156,7 +157,7 @@ def _refusal(name: str, answers: Sequence[Answer], expected: Collection[int], me
         if answer.status in expected:
             continue
         if answer.slug == "forbidden-origin":
-            return warning(name, "inconclusive: it wants an Origin that the probe does not know")
+            return warning(name, "inconclusive: it needs an Origin the probe cannot guess")
         return _inconclusive(name, answer) or wrong(name, f"{meaning}: {answer}", remedy)
     return fine(name, f"refused: {', '.join(sorted({str(answer) for answer in answers}))}")
 
@@ -278,16 +279,18 @@ def _falls(numbers: Sequence[int | None]) -> bool:
 async def _odd_ids(broker: Deployment, name: str) -> Finding:
     answers = await asyncio.gather(*(broker.get(f"/calls/{each}") for each in ODD_IDS))
     refused = set(range(300, 500)) - INCONCLUSIVE  # a proxy may redirect to the normalized path
-    return _refusal(name, answers, refused, "reached something", "check the broker's log, and the proxy's rewriting")
+    return _refusal(
+        name, answers, refused, "an odd id was accepted", "check the broker's log, and the proxy's rewriting"
+    )
 
 
 async def _large_body(broker: Deployment, name: str) -> Finding:
-    return _refusal(name, [await broker.post(TOO_LARGE)], {413, 401}, "17 KiB are read", CHECK_SIZE)
+    return _refusal(name, [await broker.post(TOO_LARGE)], {413, 401}, "17 KiB is accepted", CHECK_SIZE)
 
 
 async def _large_chunked_body(broker: Deployment, name: str) -> Finding:
     answer = await broker.post(TOO_LARGE, chunked=True)
-    return _refusal(name, [answer], {413, 411, 401}, "17 KiB are read", CHECK_SIZE)
+    return _refusal(name, [answer], {413, 411, 401}, "17 KiB is accepted", CHECK_SIZE)
 
 
 async def _content_type(broker: Deployment, name: str) -> Finding:

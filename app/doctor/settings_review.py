@@ -117,7 +117,9 @@ def _variables(settings: Settings) -> Finding:
 def _limits(settings: Settings) -> Finding:
     if settings.limits_mode == "observe":
         return warning(
-            "limits", "observe: nothing is refused", "set BROKER_LIMITS_MODE=enforce once the log looks right"
+            "limits",
+            "observe: limits on requests, sessions and talk time only log",
+            "set BROKER_LIMITS_MODE=enforce once the log looks right",
         )
     return fine("limits", f"{settings.session_limits} per user, {settings.global_session_limits} for all users")
 

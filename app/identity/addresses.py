@@ -52,14 +52,14 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
 
 @lru_cache(maxsize=CACHED_TEXTS)
 def limit_key(address: str) -> str:
-    """Return what limits count by: an IPv4 address, or an IPv6 /64, all of which one household or machine has."""
+    """Return what limits count by: an IPv4 address, or an IPv6 /64, shared by one household."""
     parsed = parse_address(address)
     return str(IPv6Network((parsed, 64), strict=False)) if isinstance(parsed, IPv6Address) else address
 
 
 @lru_cache(maxsize=CACHED_TEXTS)
 def parse_address(text: str) -> Address | None:
-    """Parse an address, without its zone (`%eth0`) and with `::ffff:1.2.3.4` as IPv4; None if it is none."""
+    """Parse an address, without its zone (`%eth0`) and with `::ffff:1.2.3.4` as IPv4; None if malformed."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

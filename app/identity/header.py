@@ -27,7 +27,7 @@ class HeaderIdentity(Identity):
             raise _unauthenticated("The request did not come through the sign-in proxy.")
         found = [(name, value) for name, value in request.headers.raw if _plain(name) == self._plain]
         if not found:
-            raise _unauthenticated("The sign-in proxy names no user.")
+            raise _unauthenticated("The sign-in proxy sent no user.")
         if len(found) > 1 or found[0][0].lower() != self._header:
             raise _unauthenticated("The user header is repeated, or another header has a similar name.")
         try:

@@ -61,7 +61,7 @@ class KeySet:
     def __post_init__(self) -> None:
         unfit = sorted(set(self.algorithms) - PUBLIC_KEY_ALGORITHMS)
         if unfit:
-            raise ValueError(f"does not go with {', '.join(unfit)}, only with public-key algorithms")
+            raise ValueError(f"does not support {', '.join(unfit)}, only public-key algorithms")
         self.algorithms = self.algorithms or PUBLIC_KEY_ALGORITHMS
         # A redirect would let another server choose the keys.
         self._client = httpx.AsyncClient(transport=self.transport, follow_redirects=False, timeout=FETCH_SECONDS)
@@ -140,7 +140,7 @@ class KeySet:
             if response.status_code != 200:
                 raise KeySetError(f"status {response.status_code}")
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise KeySetError("compressed though asked not to be")
+                raise KeySetError("compressed unasked")
             body = bytearray()
             async for chunk in response.aiter_bytes():
                 body += chunk
@@ -152,7 +152,7 @@ class KeySet:
         document: Any = json.loads(body)
         entries = document.get("keys") if isinstance(document, dict) else None
         if not isinstance(entries, list):
-            raise KeySetError("no key set")
+            raise KeySetError("not a key set")
         keys = []
         for entry in islice(entries, MAX_KEYS):
             with suppress(ValueError):  # RFC 7517, section 5: ignore keys that are not understood

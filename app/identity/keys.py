@@ -69,7 +69,7 @@ class FixedKey:
 
 
 def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:
-    """Return a shared secret for HS256, HS384 and HS512, as far as it is long enough for each.
+    """Return a shared secret for HS256, HS384 and HS512, if long enough for each.
 
     `algorithms`: only these; empty: all that fit. Raises ValueError, which never quotes the secret.
     """
@@ -100,8 +100,8 @@ def public_key(pem: str, algorithms: Collection[str] = ()) -> VerifyingKey:
 def jwk_key(jwk: Any, algorithms: Collection[str] = ()) -> VerifyingKey:
     """Return one key of a key set (RFC 7517, section 4). Raises ValueError if it cannot verify logins.
 
-    `algorithms`: at most these, which may be of several kinds, as keys of a set may be; empty: all that fit. Symmetric
-    keys are refused: a published key is not a secret.
+    `algorithms`: at most these, of any kind; empty: all that fit. Symmetric keys are refused: a published key is not a
+    secret.
     """
     if not isinstance(jwk, Mapping) or not isinstance(jwk.get("kty"), str) or jwk["kty"] not in JWK_PARTS:
         raise ValueError("is of another kind")
@@ -146,5 +146,5 @@ def _all_fitting(wanted: Collection[str], fitting: Sequence[str]) -> Sequence[st
     """Return the wanted algorithms, which must all fit the key, or without any all that fit."""
     unfit = sorted(set(wanted) - set(fitting))
     if unfit:
-        raise ValueError(f"does not go with {', '.join(unfit)}, only with {', '.join(fitting)}")
+        raise ValueError(f"does not support {', '.join(unfit)}, only {', '.join(fitting)}")
     return tuple(wanted) or tuple(fitting)

@@ -64,7 +64,7 @@ class KillSwitch:
             return
         paused, blocked = await self.store.members(PAUSE), await self.store.members(BLOCKS)
         if not self._reachable():
-            return  # lost meanwhile: these came from this process's own memory, which has none
+            return  # the store was lost meanwhile; local memory has none
         now = self.clock()
         self._paused_until = max((now + left for left in paused.values()), default=0.0)
         self._blocked_until = {name: now + left for name, left in blocked.items()}

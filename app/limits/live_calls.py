@@ -1,4 +1,4 @@
-"""Tracks running calls; frees their slots when they end and hangs up unwanted ones."""
+"""Track running calls: free their slots when they end, and hang up unwanted ones."""
 
 import asyncio
 import contextlib
@@ -23,20 +23,22 @@ RECHECK_SECONDS = 10
 """A refused user's calls are rechecked this often at most."""
 UNSTOPPED = "unstopped"
 """The set of calls that could not be hung up, or not be found."""
+UNFOUND = "of the request "
+"""Stored in UNSTOPPED before the request id of a call that was not found."""
 UNSTOPPED_SECONDS = 7 * 86400
 DAY = 86400
 LISTED_CALLS = 50
 AT_ONCE = 8
 """Concurrent look-ups of one sweep."""
 
-# Why a call is hung up: as logs and the store say it, and the label in metrics. The sentences are stored: keep them.
+# Why a call is hung up: in logs, in the store (all but the last two, so keep those), and as a label in metrics.
 HUNG_UP = "its caller hung up"
 NOT_COLLECTED = "its caller hung up and did not come back"
 NOT_KEPT = "its answer could not be kept"
 UNUSABLE = "its answer was not usable"
 LOST = "its answer was lost"
 TOO_LONG = "it ran too long"
-UNJOINED = "nobody joined it"
+UNJOINED = "no one joined it"
 REASONS = {
     HUNG_UP: "caller-gone",
     NOT_COLLECTED: "not-collected",
@@ -75,10 +77,10 @@ class LiveCall:
 
 @dataclass
 class LiveCalls:
-    """Knows which calls run, frees the slots of those that ended, and hangs up those that must end.
+    """Free the slots of calls that ended, and hang up those that must end.
 
     `max_seconds`: longest life of a call; 0: no limit. `join_timeout`: seconds a call may stay unjoined; 0: no limit.
-    `lease`: seconds after which a slot is free in any case. `now`: Unix time. `metrics`: count hang-ups.
+    `lease`: seconds after which a slot is free in any case. `now`: Unix time. `metrics`: counts hang-ups.
     """
 
     store: Store
@@ -291,7 +293,7 @@ class LiveCalls:
 
 def _unfound(attempt: CallAttempt) -> str:
     """Return the name in UNSTOPPED of a call that was not found."""
-    return f"of the request {attempt.request_id}"
+    return UNFOUND + attempt.request_id
 
 
 def _list_of(user: str) -> str:

@@ -1,4 +1,4 @@
-"""Decides whether a user may have a request or a session now, by all limits in one request to the store."""
+"""Check a request or session against all limits, in one store request."""
 
 import hashlib
 import math
@@ -26,7 +26,7 @@ FAILED_LOGINS = 60
 LIVE_RETRY_AFTER = 10
 """Retry-After in seconds for a live call to end: its end is not known."""
 STORE_RETRY_AFTER = 5
-"""Retry-After in seconds while the shared store is gone; it is used again this soon after its return."""
+"""Retry-After in seconds while the shared store is gone; it is reused within this time."""
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
 
@@ -95,7 +95,7 @@ class UserLimits:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """The counts of one session, to be given back. `headers`: what is left, for the browser."""
+    """One session's counts, for undoing them. `headers`: what is left, for the browser."""
 
     request: LimitRequest
     decision: Decision
@@ -104,10 +104,10 @@ class Reservation:
 
 @dataclass
 class Limits:
-    """Declares the limits once, and asks the store about all of them in one request.
+    """Declare the limits once, and ask the store about all of them in one request.
 
     `lease`: seconds after which a live slot is free in any case. `enforce` False: log what would be refused and let it
-    through. `count_locally` False: refuse sessions while the shared store is gone. `metrics`: count refusals.
+    through. `count_locally` False: refuse sessions while the shared store is gone. `metrics`: counts refusals.
     """
 
     store: Store

@@ -1,4 +1,4 @@
-"""Finds calls whose answer was lost, by the metadata that the broker wrote on their record, and hangs them up.
+"""Find calls whose answer was lost, by the metadata that the broker wrote on their record, and hang them up.
 
 A POST to OneInbox that timed out, broke off or failed may still have started a call, which is billed although no one
 will join it. Each is looked for several times within a minute. Calls that a killed process left behind are found by any
@@ -63,7 +63,7 @@ class Loss:
 
 @dataclass(slots=True)
 class ScanResult:
-    """The result of scanning one agent's calls. `complete`: no call that may be a lost one was left out."""
+    """The result of scanning one agent's calls. `complete`: no candidate was skipped."""
 
     found: dict[str, CallRecord] = field(default_factory=dict)
     complete: bool = True
@@ -72,10 +72,10 @@ class ScanResult:
 
 @dataclass
 class Reconciler:
-    """Looks for lost calls, all in one scan.
+    """Look for lost calls, all in one scan.
 
     `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
-    count lost calls and their outcomes.
+    counts lost calls and their outcomes.
     """
 
     oneinbox: OneInbox
@@ -119,7 +119,7 @@ class Reconciler:
                 task.cancel()
 
     async def scan(self) -> None:
-        """Look once for all that are due; settle each that is found, or was looked for the last time."""
+        """Look once for all that are due; settle each that is found, or is out of scans."""
         losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self.now()}
         for agent in {loss.attempt.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
@@ -129,7 +129,7 @@ class Reconciler:
                 await self._settle(loss, result.found.get(request_id), complete=result.complete)
 
     async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], result: ScanResult) -> None:
-        """Look through an agent's running calls, the last time through all: a call's status may be a new one."""
+        """Look through an agent's running calls, in the last scan all: a status may be unknown."""
         agent_id = self.agent_ids.get(agent, "")
         for status in RUNNING:
             try:

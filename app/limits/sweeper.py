@@ -1,4 +1,4 @@
-"""The sweep, by one replica at a time: checks live calls, hangs up those that must end, finds lost ones."""
+"""The sweep, by one replica at a time: check live calls, hang up those that must end, find lost ones."""
 
 import asyncio
 

@@ -24,11 +24,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class TalkTime:
-    """Counts the seconds of finished calls, and adds those of running ones, from their POST on.
+    """Count the seconds of finished calls, and add those of running ones, from their POST on.
 
     Sessions are refused once the minutes are used up. Running calls go on, so the excess is at most the live calls
     times BROKER_MAX_CALL_SECONDS. `minutes`, `minutes_total`: per user and in all; None: no limit. `now`: Unix time.
-    `metrics`: count refusals.
+    `metrics`: counts refusals.
     """
 
     store: Store

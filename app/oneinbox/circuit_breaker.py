@@ -1,4 +1,4 @@
-"""Pauses requests to OneInbox after its 429, and while it cannot be reached."""
+"""Start no calls for a while after OneInbox's 429, and while it does not answer."""
 
 import math
 import re
@@ -27,14 +27,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class CircuitBreaker:
-    """Decides in this process whether a request may be sent; `guard` wraps each one.
+    """Decide in this process whether a call may be started; `guard` wraps each start.
 
     A 429 starts a pause of the length it asks for, FAILURES_IN_A_ROW requests without any answer one of FAILURE_PAUSE.
     After the pause one request is sent as a probe, and the others are refused until it has ended. Any answer to the
     probe closes the circuit (even a 5xx shows that the connection works); a 429 or no answer starts another pause. If
     the probe is cancelled, the next request becomes the probe.
 
-    `clock`: monotonic seconds. `metrics`: count the pauses.
+    `clock`: monotonic seconds. `metrics`: counts the pauses.
     """
 
     clock: Callable[[], float] = time.monotonic

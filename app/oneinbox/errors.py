@@ -25,21 +25,19 @@ class OneInboxError(Exception):
 
 
 class Unreachable(OneInboxError):
-    """No connection could be made; nothing was sent."""
+    """A connection that could not be made; nothing was sent."""
 
     slug = "upstream-unreachable"
 
 
 class TimedOut(OneInboxError):
-    """The answer did not arrive completely in time."""
+    """An answer that did not arrive completely in time."""
 
     slug = "upstream-timeout"
 
 
 class Failed(OneInboxError):
     """A 5xx, a redirect, an unexpected 4xx, or a connection lost after sending."""
-
-    slug = "upstream-error"
 
 
 class Invalid(OneInboxError):
@@ -59,14 +57,14 @@ class Busy(OneInboxError):
 
 
 class CircuitOpen(Busy):
-    """Not sent: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
+    """A call not started: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after, "gets no requests during a pause", status=None)
+        super().__init__(retry_after, "gets no new calls during a pause", status=None)
 
 
 class Misconfigured(OneInboxError):
-    """OneInbox refused the key, the account or the agent: 401, 402, 403, 404."""
+    """A refusal of the key, the account or the agent: 401, 402, 403, 404."""
 
     slug = "upstream-misconfigured"
 

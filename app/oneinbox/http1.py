@@ -24,7 +24,7 @@ Fields = list[tuple[bytes, bytes]]
 
 
 class Connection(asyncio.Protocol):
-    """Carries one exchange at a time: `send`, then `head`, then `read` until it is empty. It has no timeouts.
+    """A connection for one exchange at a time: `send`, then `head`, then `read` until it is empty. It has no timeouts.
 
     Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (not a valid answer).
     """

@@ -53,7 +53,7 @@ def proxy_for(base_url: str) -> httpx.Proxy | None:
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
-    """Keeps connections to one host open between requests, and sends requests to no other.
+    """Keep connections to one host open between requests, and send requests to no other.
 
     `url`: of the host. `pool_size`: most connections; further requests wait. `proxy`: an HTTP proxy to tunnel through
     (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no

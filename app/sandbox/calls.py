@@ -1,4 +1,4 @@
-"""Calls: how they are kept, how their state follows the clock, and their record as OneInbox shows it."""
+"""Storage, state over time, and records of calls."""
 
 import math
 import secrets

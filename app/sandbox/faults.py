@@ -66,7 +66,7 @@ class _Replacement(Fault):
 
 
 class Latency(Fault):
-    """OneInbox handles the request at once and answers `seconds` later."""
+    """An answer `seconds` late; OneInbox handles the request at once."""
 
     kind: Literal["latency"] = "latency"
     seconds: float = Field(ge=0)
@@ -94,7 +94,7 @@ class Status(_Replacement):
 
 
 class Drop(_Replacement):
-    """The connection is cut before any answer."""
+    """A connection cut before any answer."""
 
     kind: Literal["drop"] = "drop"
     needs_socket = True
@@ -104,7 +104,7 @@ class Drop(_Replacement):
 
 
 class Hang(_Replacement):
-    """No answer is ever sent."""
+    """No answer, ever."""
 
     kind: Literal["hang"] = "hang"
 
@@ -125,7 +125,7 @@ class Redirect(_Replacement):
 
 
 class Truncated(Fault):
-    """The connection is cut in the middle of the answer."""
+    """A connection cut in the middle of the answer."""
 
     kind: Literal["truncated"] = "truncated"
     needs_socket = True
@@ -139,7 +139,7 @@ class Truncated(Fault):
 
 
 class BrokenJson(Fault):
-    """The answer's JSON ends early."""
+    """An answer whose JSON ends early."""
 
     kind: Literal["broken_json"] = "broken_json"
 
@@ -148,7 +148,7 @@ class BrokenJson(Fault):
 
 
 class NotUtf8(Fault):
-    """The answer contains a string that is not UTF-8."""
+    """An answer with a string that is not UTF-8."""
 
     kind: Literal["not_utf8"] = "not_utf8"
 
@@ -157,7 +157,7 @@ class NotUtf8(Fault):
 
 
 class Fields(Fault):
-    """Fields of the answer are set (wrong types, extra fields, an invalid `server_url`) or removed."""
+    """An answer with fields set (wrong types, extra fields, an invalid `server_url`) or removed."""
 
     kind: Literal["fields"] = "fields"
     set: dict[str, Any] = Field(default_factory=dict)

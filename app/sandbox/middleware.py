@@ -63,7 +63,7 @@ class RecordedRequest:
 
 @dataclass(frozen=True, slots=True)
 class RecordingMiddleware:
-    """ASGI middleware: records each request, then lets a fault or the API answer it."""
+    """Record each request, then let a fault or the API answer it."""
 
     app: ASGIApp
     faults: Faults

@@ -16,7 +16,7 @@ from app.sandbox.http_exchange import DROP
 
 
 class _CuttingProtocol(HttpToolsProtocol):
-    """Lets the application cut the connection, which ASGI cannot express."""
+    """Let the application cut the connection, which ASGI cannot express."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

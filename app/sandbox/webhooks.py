@@ -57,7 +57,7 @@ class _Delivery:
 
 
 class Webhooks:
-    """Sends calls' events to registered loopback URLs. Other URLs can be registered but are never called."""
+    """Send calls' events to registered loopback URLs. Other URLs can be registered but are never called."""
 
     def __init__(self, options: EmulatorOptions, calls: Calls) -> None:
         self._options = options

@@ -7,7 +7,7 @@ THRESHOLDS = (10_000, 20, 20)
 
 
 def freeze_gc() -> None:
-    """Leave out of later collections what was made at startup: modules, routes, models.
+    """Exclude startup objects from later collections: modules, routes, models.
 
     Each full collection would otherwise block all requests for a tenth of a second or more.
     """

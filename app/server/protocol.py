@@ -39,7 +39,7 @@ _REFUSALS = {
 
 
 class _RefusedError(Exception):
-    """Stops the parser; args: the status."""
+    """A refusal, which stops the parser; args: the status."""
 
 
 class GuardedHttp(HttpToolsProtocol):

@@ -21,7 +21,7 @@ first: otherwise they send a request into a closing connection and answer 502.""
 
 
 class Server(uvicorn.Server):
-    """Exits with status 0 on SIGTERM and Ctrl-C: both are normal ways to stop it."""
+    """A server that exits with status 0 on SIGTERM and Ctrl-C: both are normal ways to stop it."""
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
 
 
 class Supervisor(Multiprocess):
-    """Starts workers, replaces those that die, and drops their gauges."""
+    """Start workers, replace those that die, and drop their gauges."""
 
     def keep_subprocess_alive(self) -> None:
         """Replace dead workers; called twice a second."""

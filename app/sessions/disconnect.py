@@ -10,8 +10,8 @@ from starlette.types import Receive
 class ClientConnection:
     """The client of one request whose body has been read. `receive`: the request's.
 
-    A handler is neither notified of a disconnect nor cancelled. The server knows, so it is asked where it matters: that
-    costs a tenth of a task that waits for the disconnect.
+    A handler is neither notified of a disconnect nor cancelled. So ask the server where it matters: that costs a tenth
+    of a task that waits for the disconnect.
     """
 
     receive: Receive

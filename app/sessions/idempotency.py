@@ -79,7 +79,7 @@ class StartedCall(NamedTuple):
 
 @dataclass(eq=False)
 class NotKept(Exception):
-    """The response of a started call could not be stored, so a repeat would start another call."""
+    """A started call whose response could not be stored, so a repeat would start another call."""
 
     started: StartedCall
 
@@ -159,8 +159,8 @@ class Idempotency:
             uncollected = Uncollected(**json.loads(value)) if value is not None else None
             if uncollected is None or uncollected.due > self.now():
                 continue
-            # Deleting the kept response decides between one replica and a repeat that collects it. The set comes last,
-            # since a store that is lost in between may have deleted it without confirming.
+            # Only one of delete and collect succeeds. The set comes last: if the store is lost in between, it is tried
+            # again.
             if await self._withdraw(name):
                 attempt = CallAttempt.from_key(uncollected.member)
                 await self.live.stop(attempt, uncollected.call_id, NOT_COLLECTED)

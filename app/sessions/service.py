@@ -32,8 +32,8 @@ log = structlog.get_logger(__name__)
 class SessionInput:
     """One POST /session, parsed.
 
-    `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `challenge_token`: of its bot challenge.
-    `answer_headers`: receives headers for the response, whatever its status.
+    `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `challenge_token`: its bot
+    challenge's. `answer_headers`: receives headers for the response, whatever its status.
     """
 
     request: SessionRequest

@@ -8,7 +8,7 @@ from typing import Self
 TICKS = 10
 """Parts of the timeout, counted one by one."""
 LATE_TICKS = 3
-"""After this many late ticks in a row the sockets have been read, as after one tick in time."""
+"""After this many late ticks in a row the sockets have surely been read."""
 LONGEST_FACTOR = 4
 """The deadline expires after this many times the timeout, however busy the process is."""
 
@@ -17,9 +17,9 @@ class Deadline:
     """Like `asyncio.timeout(seconds)`, but while the server answers others, only ticks that came in time count.
 
     A burst of requests can hold the event loop for longer than the timeout, while the answer waits in the socket.
-    Giving up the server then would make every process count alone, just when it matters. A server that has sent nothing
-    to this process for `seconds` (`heard`: when it last did, by the loop's clock) is given up anyway, once the sockets
-    have been read. Raises TimeoutError on leaving.
+    Giving up then would leave every process counting alone under load. A server that has sent nothing to this process
+    for `seconds` (`heard`: when it last did, by the loop's clock) is given up anyway, once the sockets have been read.
+    Raises TimeoutError on leaving.
     """
 
     def __init__(self, seconds: float, heard: Callable[[], float]) -> None:

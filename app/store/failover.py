@@ -1,4 +1,4 @@
-"""The shared store, and this process alone while it is gone.
+"""The shared store, with a local fallback while it is unreachable.
 
 The local store counts everything this replica counts, so that a loss does not start the counters at zero. Every second
 a probe asks the shared store for a decision (a read-only or full server still answers pings). The first operation

@@ -9,7 +9,7 @@ BACKLOG = 64
 
 
 class LocalPubSub:
-    """Delivers messages to the subscribers of a channel in this process."""
+    """Deliver messages to the subscribers of a channel in this process."""
 
     def __init__(self) -> None:
         self._queues: dict[str, set[asyncio.Queue[bytes]]] = {}
@@ -27,7 +27,7 @@ class LocalPubSub:
 
     @asynccontextmanager
     async def subscribe(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
-        """Receive the channel's messages from entering on."""
+        """Receive the channel's messages from now on."""
         queue: asyncio.Queue[bytes] = asyncio.Queue(BACKLOG)
         self._queues.setdefault(channel, set()).add(queue)
         try:

@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 class MemoryStore(Store):
-    """Keeps everything in this process's memory. `clock` counts seconds and never runs backwards."""
+    """Keep everything in this process's memory. `clock`: seconds; it never runs backwards."""
 
     shared = False
 

@@ -1,4 +1,4 @@
-"""One connection to Valkey for all commands: those of one moment are sent together, as a pipeline.
+"""One connection to Valkey for all commands: concurrent ones are sent together, as a pipeline.
 
 With a connection for each command, writing it and reading its reply is most of the cost; here a busy process pays that
 once for many. Valkey answers one command after the other anyway.
@@ -15,7 +15,7 @@ Command = tuple[str | bytes | int, ...]
 
 
 class PipelinedConnection:
-    """Sends commands over one connection, which it opens with the first one. When it breaks, all pending commands fail.
+    """Send commands over one connection, opened with the first one. When it breaks, all pending commands fail.
 
     `heard`: when the server last sent something, by the event loop's clock. Replies are matched to commands by their
     order, also those that no caller waits for.

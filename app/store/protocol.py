@@ -1,6 +1,6 @@
 """The interface of every store. Names are bare here; a shared store prefixes them with `oib:`.
 
-Everything in a store expires: names without an end would fill it up.
+Everything in a store expires, so it cannot fill up.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -11,14 +11,14 @@ from typing import Literal, NamedTuple, Protocol, Self
 
 
 class StoreUnavailable(Exception):
-    """The shared store did not answer in time, or refused (out of memory, read-only, wrong password)."""
+    """No answer of the shared store in time, or a refusal (out of memory, read-only, wrong password)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
     """At most `amount` in any window of `seconds`, counted under `name`.
 
-    Rates of different windows need different names; one request asks a name once.
+    Rates of different windows need different names; one request uses each name once.
     """
 
     name: str
@@ -42,7 +42,7 @@ class RateState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Room for `capacity` members at once under `name`; None: no limit, members are only kept."""
+    """Room for `capacity` members at once under `name`; None: no limit."""
 
     name: str
     capacity: int | None
@@ -51,9 +51,8 @@ class Slot:
 class LimitRequest(NamedTuple):
     """A request for room under several rates and slots at once.
 
-    `member`: enters every slot for `lease` seconds; one that is in already takes no further room. `cost`: counted in
-    each rate; 0 only looks, and a rate or slot that is merely full does not refuse it. `enforce` False: count it
-    whatever the answer.
+    `member`: enters every slot for `lease` seconds; a present member takes no more room. `cost`: counted in each rate;
+    0: only look; a full rate or slot does not refuse. `enforce` False: count it whatever the answer.
     """
 
     rates: Sequence[Rate] = ()
@@ -126,7 +125,7 @@ class Store(Protocol):
     async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """Undo what `decide` counted: each rate only in the entry it was counted in, and the member leaves the slots.
 
-        Call it at most once per decision: an entry does not tell its hits apart.
+        Call it at most once per decision: an entry's hits are indistinguishable.
         """
         ...
 
@@ -151,7 +150,7 @@ class Store(Protocol):
         ...
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        """Put a member into a set for `ttl` seconds; again: moves its end."""
+        """Put a member into a set for `ttl` seconds; resets its end if it is present."""
         ...
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
@@ -159,7 +158,7 @@ class Store(Protocol):
         ...
 
     async def members(self, name: str) -> dict[str, float]:
-        """Return the living members and the seconds each has left."""
+        """Return the unexpired members and the seconds each has left."""
         ...
 
     async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
@@ -178,7 +177,7 @@ class Store(Protocol):
         ...
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Receive the channel's messages from entering on. Never raises; silent while the store is gone.
+        """Receive the channel's messages from now on. Never raises; silent while the store is gone.
 
         A reader that falls more than 64 messages behind loses the oldest.
         """

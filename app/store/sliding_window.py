@@ -1,8 +1,8 @@
 """The sliding window in memory: at most `amount` in any window of `seconds`, wherever it begins.
 
 A window is a flat tuple of numbers, `(seconds, total, time, count, time, count, …)`, oldest entry first, that is
-replaced and never changed. It is not an object, list or array because a million users have a million windows: the
-garbage collector, which would stop the process for a second to walk them, does not track tuples of numbers.
+replaced and never changed. A tuple of numbers, because the garbage collector does not track it; a million lists would
+stop the process for a second.
 
 A hit at time t leaves at t + seconds. Up to an amount of 64 each hit is one entry. Above that, hits in one cell of a
 grid of seconds/64 share an entry that leaves with its newest hit: up to a cell late, never early. That keeps the list

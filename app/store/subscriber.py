@@ -19,7 +19,7 @@ SILENCE_SECONDS = 5
 
 @dataclass
 class Subscriber:
-    """Passes the server's messages on to `pubsub`. One task, from the first `follow` until closed."""
+    """Pass the server's messages on to `pubsub`. One task, from the first `follow` until closed."""
 
     connect: Callable[[], Connection]
     pubsub: LocalPubSub

@@ -3,7 +3,7 @@
 Every operation has 250 ms in all: waiting for its turn, connecting, logging in, sending, receiving. (deadline.py gives
 the server more while this process itself is too busy to read.) One timer covers all of it; redis-py's own timers would
 cost CPU for each part and add up. Every failure is a `StoreUnavailable` that names neither address nor password. A
-server that thaws later may still carry out an operation that was cut short: it counts too much, never too little.
+stalled server may still run a timed-out operation: it counts too much, never too little.
 
 Of redis-py it uses the connection alone (pipeline.py): the client and the pool above it cost several times as much, and
 the pool's waiters can lose their turn when others are cancelled.
@@ -34,7 +34,7 @@ _SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": 
 
 
 class ValkeyStore(Store):
-    """Keeps everything on a Valkey or Redis server: `redis://`, `valkey://`, or with TLS `rediss://`, `valkeys://`.
+    """Keep everything on a Valkey or Redis server: `redis://`, `valkey://`, or with TLS `rediss://`, `valkeys://`.
 
     It has one connection for commands and one for subscriptions, and connects with the first operation. Raises
     ValueError, without the URL in it, when the URL cannot be read.

@@ -103,7 +103,7 @@ class Metrics:
         )
         self._pauses = counter(
             "broker_oneinbox_pauses",
-            "Times the broker stopped calling OneInbox for a while: `asked-for` (its 429) or `no-answers`.",
+            "Times the broker started no calls for a while: `asked-for` (its 429) or `no-answers`.",
             "reason",
         )
         self._orphans = counter(
@@ -119,7 +119,7 @@ class Metrics:
         self.waiting = gauge("broker_waiting_sessions", "Sessions waiting for OneInbox.", "livesum")
         self.streams = gauge("broker_streams", "Open event streams.", "livesum")
         self.followed = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
-        self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until OneInbox is called again.", "livemax")
+        self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until calls are started again.", "livemax")
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
         self.live_calls = gauge("broker_live_calls", "Running calls of all replicas.", "livemostrecent")
         self.unstopped = gauge(
@@ -153,9 +153,9 @@ class Metrics:
     def count_upstream(
         self, method: str, template: str, status: int | None, error: str, *, server: tuple[str, int], seconds: float
     ) -> None:
-        """Count a request to OneInbox. `template`: its path with placeholders. `error`: an exception's class name.
+        """Count a request to OneInbox.
 
-        `server`: OneInbox's host and port.
+        `template`: its path with placeholders. `error`: an exception's class name. `server`: its host and port.
         """
         if status is not None and status not in STATUSES:
             shown: str | int = OTHER

@@ -72,7 +72,7 @@ def open_traces() -> "Traces | None":
 
 
 class Traces:
-    """Makes the spans of one broker. Its provider is private, so that no library adds spans."""
+    """Make the spans of one broker. Its provider is private, so that no library adds spans."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         self._provider = provider

@@ -239,7 +239,7 @@ async def test_store_that_keeps_nothing(environ: dict[str, str]) -> None:
 async def test_agents_that_had_calls(environ: dict[str, str], emulator: RunningEmulator) -> None:
     found = await examine(environ)
     assert found["agents"].level == "ok"
-    assert "only a first call shows" in found["agents"].detail
+    assert "unverified until a first call" in found["agents"].detail
 
 
 @pytest.mark.process

@@ -93,7 +93,7 @@ async def test_settings_come_from_the_environment_and_env_file(
     monkeypatch.setenv("ONEINBOX_API_KEY", API_KEY)
     (tmp_path / ".env").write_text("ONEINBOX_AGENT_ID=agt_test\n")
     found = await diagnose(transport=upstream)
-    assert found[0] == fine("settings", "none is wrong")
+    assert found[0] == fine("settings", "all valid")
 
 
 async def test_agents_file_and_keys_are_checked_both(upstream: Upstream, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_agents_with_and_without_calls(upstream: Upstream, tmp_path: Path)
     upstream.router.routes._routes.sort(key=lambda route: "agent_id" not in str(route.pattern))
     given = {"ONEINBOX_AGENT_ID": "", "BROKER_AGENTS_FILE": str(file)}
     finding = (await examine(upstream, given))["agents"]
-    assert finding == fine("agents", "old had calls; only a first call shows whether OneInbox knows new")
+    assert finding == fine("agents", "old had calls; unverified until a first call: new")
 
 
 @pytest.mark.parametrize(("status", "level"), [(422, "warning"), (404, "warning"), (500, "ok")])

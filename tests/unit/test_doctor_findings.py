@@ -5,7 +5,7 @@ import json
 from app.doctor.findings import Finding, all_ok, as_json, as_lines, as_text, fine, warning, wrong
 
 FINDINGS = [
-    fine("settings", "none is wrong"),
+    fine("settings", "all valid"),
     warning("secret", "derived…", "set BROKER_SECRET"),
     wrong("store", "does not work: é", "start it"),
 ]
@@ -13,7 +13,7 @@ FINDINGS = [
 
 def test_a_line_each_and_one_that_sums_up() -> None:
     assert as_text(FINDINGS, encoding="utf-8", colour=False).splitlines() == [
-        "✓ settings: none is wrong",
+        "✓ settings: all valid",
         "! secret: derived… → set BROKER_SECRET",
         "✗ store: does not work: é → start it",
         "1 thing is wrong; 1 warning.",
@@ -22,7 +22,7 @@ def test_a_line_each_and_one_that_sums_up() -> None:
 
 def test_ascii_where_the_terminal_has_no_check_mark() -> None:
     lines = [
-        "ok settings: none is wrong",
+        "ok settings: all valid",
         "!  secret: derived... -> set BROKER_SECRET",
         "X  store: does not work: ? -> start it",
         "1 thing is wrong; 1 warning.",
@@ -35,7 +35,7 @@ def test_ascii_where_the_terminal_has_no_check_mark() -> None:
 
 def test_colour_is_around_the_mark_alone() -> None:
     lines = as_text(FINDINGS, encoding="utf-8", colour=True).splitlines()
-    assert lines[0] == "\x1b[32m✓\x1b[0m settings: none is wrong"
+    assert lines[0] == "\x1b[32m✓\x1b[0m settings: all valid"
     assert lines[1].startswith("\x1b[33m!\x1b[0m ")
     assert lines[2].startswith("\x1b[31m✗\x1b[0m ")
 
@@ -47,8 +47,7 @@ def test_on_a_terminal_lines_are_broken_between_words() -> None:
         "  forgets what was",
         "  counted",
         "  → set BROKER_STORE_URL",
-        "✓ settings: none is",
-        "  wrong",
+        "✓ settings: all valid",
     ]
     assert as_lines(findings, encoding="ascii", colour=False, width=80)[:2] == [
         "!  store: a restart forgets what was counted",
@@ -77,7 +76,7 @@ def test_json_is_one_object_in_ascii() -> None:
     assert json.loads(text) == {
         "ok": False,
         "checks": [
-            {"name": "settings", "ok": True, "level": "ok", "detail": "none is wrong", "remedy": ""},
+            {"name": "settings", "ok": True, "level": "ok", "detail": "all valid", "remedy": ""},
             {"name": "secret", "ok": True, "level": "warning", "detail": "derived…", "remedy": "set BROKER_SECRET"},
             {"name": "store", "ok": False, "level": "error", "detail": "does not work: é", "remedy": "start it"},
         ],

@@ -445,7 +445,7 @@ async def test_an_origin_that_cannot_be_guessed() -> None:
     assert all(finding.ok for finding in found.values())
     for name in ("large body", "large chunked body", "other content type"):
         assert found[name].level == "warning"
-        assert "wants an Origin" in found[name].detail
+        assert "needs an Origin" in found[name].detail
 
 
 @pytest.mark.parametrize("slug", ["rate-limited", "at-capacity", "blocked"])

@@ -10,9 +10,10 @@ import respx
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from app.cli.operator import Operator
 from app.config.agents import Agent
 from app.identity import User
-from app.limits import CallAttempt, Limits, LiveCalls, TalkTime
+from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls, TalkTime
 from app.limits.live_calls import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
@@ -20,7 +21,7 @@ from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
-from tests.support.harness import AGENT_ID, ONEINBOX, Upstream
+from tests.support.harness import AGENT_ID, ONEINBOX, Upstream, settings
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 AGENT = Agent("main", AGENT_ID, None, frozenset())
@@ -210,7 +211,7 @@ async def test_a_sweep_hangs_up_what_nobody_joined(house: House, status: str) ->
     with capture_logs() as logs:
         await house.live.sweep()
     assert house.asked()["POST c1/stop"] == 1
-    assert [(entry["call"], entry["why"]) for entry in logs] == [("c1", "nobody joined it")]
+    assert [(entry["call"], entry["why"]) for entry in logs] == [("c1", "no one joined it")]
     assert await house.live_calls() == {"start-of-c2"}
 
 
@@ -300,6 +301,15 @@ async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failu
     await house.live.sweep()
     assert await house.unstopped() == set()
     assert await house.has_room()
+
+
+async def test_status_names_a_call_that_was_not_found_by_its_request(house: House) -> None:
+    await house.live.mark_unresolved(house.plan("c1"))
+    operator = Operator(settings(), house.store, KillSwitch(house.store), house.limits)
+    assert (await operator.status()).splitlines()[-2:] == [
+        "calls that could not be stopped: 1",
+        "  not found: request start-of-c1",
+    ]
 
 
 # --- a refused user ---

@@ -25,8 +25,8 @@ class CorsPolicy:
     """Refuse requests from other sites, whatever the method, before anything else handles them.
 
     `allowed`: origins as in the settings (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
-    public origin; None: an Origin equal to a loopback Host is its own. `credentials`: let browsers send cookies.
-    `require`: refuse POST /session without an Origin. `same_site_posts`: refuse a POST with neither an Origin nor
+    public origin; None: an Origin equal to a loopback Host is its own. `credentials`: browsers may send cookies.
+    `require`: POST /session needs an Origin. `same_site_posts`: a POST is refused with neither an Origin nor
     `Sec-Fetch-Site: same-origin`, for logins that browsers send by themselves.
     """
 

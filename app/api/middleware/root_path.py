@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 @dataclass(frozen=True, slots=True)
 class RootPath:
-    """Puts the prefix into every request's scope, where Starlette's routing removes it from the path.
+    """Put the prefix into every request's scope, where Starlette's routing removes it from the path.
 
     `prefix`: without a slash at its end; empty for none.
     """

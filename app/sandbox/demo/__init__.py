@@ -24,7 +24,7 @@ _SERVER = re.compile(r"(wss?)://([A-Za-z0-9.-]+(?::[0-9]{1,5})?)/?", re.ASCII)
 
 
 class DemoPage:
-    """ASGI app: serves `/` and the page's files, and passes all other requests to `app`, the broker.
+    """ASGI app that serves `/` and the page's files, and passes all other requests to `app`, the broker.
 
     `livekit_url`: a LiveKit server that the page offers to join. Raises ValueError if it is not a LiveKit URL.
     """
