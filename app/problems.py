@@ -1,5 +1,6 @@
 """Every error response of the broker: RFC 9457 problem details, one exception class, one table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,10 +127,7 @@ KINDS: Mapping[str, Kind] = {
         "Hang one up, or wait until it ends.",
     ),
     "talk-time-used-up": Kind(
-        429,
-        "Your talk time is used up",
-        "Your calls of the last 24 hours took all the minutes you may have.",
-        WAIT,
+        429, "Your talk time is used up", "Your calls of the last 24 hours took all the minutes you may have.", WAIT
     ),
     "too-many-streams": Kind(
         429,
@@ -228,6 +226,11 @@ class Problem(Exception):
 
     def __str__(self) -> str:
         return f"{self.slug}: {self.detail}"
+
+
+def retry_later(slug: str, seconds: float, detail: str = "", headers: Mapping[str, str] | None = None) -> Problem:
+    """Return a problem with Retry-After: whole seconds, rounded up, at least 1."""
+    return Problem(slug, detail, {**(headers or {}), "Retry-After": str(max(1, math.ceil(seconds)))})
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:

@@ -104,10 +104,7 @@ async def follow_call(
     operation_id="stopCall",
     summary="Hang up",
     response_model=Call,
-    responses={
-        200: answer("The ended call.", "ETag", examples={ENDED: CALLS[ENDED]}),
-        **problems(*PROBLEMS),
-    },
+    responses={200: answer("The ended call.", "ETag", examples={ENDED: CALLS[ENDED]}), **problems(*PROBLEMS)},
 )
 async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Response:
     """End your own call. A call that has already ended gives the same response, so it is safe to repeat."""

@@ -122,10 +122,7 @@ def reads(model: type[BaseModel] | None, *headers: str, examples: Mapping[str, A
 
 
 def answer(
-    description: str,
-    *headers: str,
-    examples: Mapping[str, Any] | None = None,
-    texts: Mapping[str, str] | None = None,
+    description: str, *headers: str, examples: Mapping[str, Any] | None = None, texts: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Return a successful response of a route.
 

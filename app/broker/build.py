@@ -20,19 +20,14 @@ from app.calls.service import Calls
 from app.config.agents import Agents, load_agents
 from app.config.loading import secret_lines
 from app.config.settings import Settings, SettingsError, is_loopback, takes
-from app.identity import (
-    Anonymous,
-    FixedKey,
-    HeaderIdentity,
-    Identity,
-    JwtIdentity,
-    KeySet,
-    public_key,
-    secret_key,
-)
 from app.identity.addresses import ClientAddresses
+from app.identity.anonymous import Anonymous
+from app.identity.base import Identity
+from app.identity.header import HeaderIdentity
+from app.identity.jwks import KeySet
+from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
-from app.identity.keys import Keys, VerifyingKey
+from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.sweeper import sweep_forever
 from app.oneinbox import OneInbox

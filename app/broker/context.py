@@ -9,7 +9,7 @@ from app.calls.ownership import Ownership
 from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.config.settings import Settings
-from app.identity import Identity
+from app.identity.base import Identity
 from app.identity.keyring import Keyring
 from app.limits import KillSwitch, Limits
 from app.sessions.service import Sessions

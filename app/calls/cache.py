@@ -13,7 +13,7 @@ from app.identity.keyring import Keyring
 from app.limits import LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, Rejected
-from app.problems import Problem
+from app.problems import retry_later
 from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.store.memory import MemoryStore
 
@@ -115,7 +115,7 @@ class CallCache:
             if not (await self._budgets.decide(LimitRequest(rates))).allowed:
                 latest = self.latest(call_id)
                 if latest is None:
-                    raise Problem("at-capacity", headers={"Retry-After": "1"})
+                    raise retry_later("at-capacity", 1)
                 return latest
         return await self.fetch(call_id, known=known)
 

@@ -14,7 +14,7 @@ from app.calls.cache import CHANNEL, CallCache
 from app.calls.snapshots import Snapshot
 from app.identity import User
 from app.oneinbox.errors import Busy, OneInboxError
-from app.problems import Problem
+from app.problems import retry_later
 from app.store import Store
 from app.telemetry.metrics import Metrics
 
@@ -99,13 +99,12 @@ class CallPoller:
     @contextmanager
     def subscribe(self, user: User, call_id: str, latest: Snapshot) -> Iterator[Subscription]:
         """Follow a call until the context ends. Raises `too-many-streams` and `at-capacity`."""
-        wait = {"Retry-After": str(RETRY_AFTER)}
         if self._streams[user.store_name] >= self.max_streams:
             self.metrics.count_refusal(["user-streams"])
-            raise Problem("too-many-streams", headers=wait)
+            raise retry_later("too-many-streams", RETRY_AFTER)
         if self._closed or self._streams.total() >= self.max_streams_total:
             self.metrics.count_refusal(["process-streams"])
-            raise Problem("at-capacity", headers=wait)
+            raise retry_later("at-capacity", RETRY_AFTER)
         subscription = self._subscriptions.get(call_id)
         if subscription is None:
             subscription = self._subscriptions[call_id] = Subscription(latest)

@@ -15,7 +15,7 @@ from app.identity import User
 from app.limits import LiveCalls
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
-from app.problems import Problem
+from app.problems import Problem, retry_later
 from app.store import StoreUnavailable
 
 AT_ONCE = 8
@@ -57,7 +57,7 @@ class Calls:
         try:
             started = await self.live.of_user(user)
         except StoreUnavailable:
-            raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
+            raise retry_later("at-capacity", 5) from None
         places = asyncio.Semaphore(AT_ONCE)
 
         async def body(call_id: str) -> bytes | None:

@@ -1,7 +1,7 @@
 """Every setting, once: its variable, type, default and meaning. The documents get their tables from here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,13 +102,6 @@ def _root_path(text: str) -> str:
     return text.rstrip("/")
 
 
-def _store_url(value: SecretStr) -> SecretStr:
-    text = value.get_secret_value()
-    if text != "memory://" and not re.match(r"(redis|rediss|valkey|valkeys)://[^/]", text):
-        raise ValueError("is not the URL of a store")
-    return value
-
-
 def _header_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
         raise ValueError("is not a header name")
@@ -139,48 +132,39 @@ def _network(text: Any) -> Network:
         raise ValueError("is not a network, or has host bits") from None
 
 
-def _secret_key(value: SecretStr) -> SecretStr:
-    if value.get_secret_value().startswith("oi_pk_"):
-        raise ValueError("is a publishable key (oi_pk_…), which is for browsers")
-    return value
+def _secret_rule(fits: Callable[[str], object], wrong: str) -> AfterValidator:
+    """Return a validator of secrets. `wrong`: of a secret that does not fit; it never repeats the secret."""
 
-
-def _token_text(value: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
-        raise ValueError("has spaces, line breaks or other characters not allowed in a header")
-    return value
-
-
-def _at_least(length: int) -> AfterValidator:
     def check(value: SecretStr) -> SecretStr:
-        if len(value.get_secret_value()) < length:
-            raise ValueError(f"is shorter than {length} characters")
+        if not fits(value.get_secret_value()):
+            raise ValueError(wrong)
         return value
 
     return AfterValidator(check)
 
 
-def _url_safe(value: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"[A-Za-z0-9._~-]{22,}", value.get_secret_value()):
-        raise ValueError("is too short or not URL-safe")
-    return value
-
-
-def _secret_lines(value: SecretStr) -> SecretStr:
-    if any(len(line) < 32 for line in value.get_secret_value().splitlines() if line.strip()):
-        raise ValueError("has a line shorter than 32 characters")
-    return value
-
-
-def _present(value: SecretStr) -> SecretStr:
-    if not value.get_secret_value().strip():
-        raise ValueError("is empty")
-    return value
+def _at_least(length: int) -> AfterValidator:
+    return _secret_rule(lambda text: len(text) >= length, f"is shorter than {length} characters")
 
 
 Words = Annotated[list[str], BeforeValidator(words)]
 Limits = Annotated[str, AfterValidator(check_limits)]
-Secret = Annotated[SecretStr, AfterValidator(_present)]
+Secret = Annotated[SecretStr, _secret_rule(str.strip, "is empty")]
+
+_NOT_PUBLISHABLE = _secret_rule(
+    lambda text: not text.startswith("oi_pk_"), "is a publishable key (oi_pk_…), which is for browsers"
+)
+_HEADER_TEXT = _secret_rule(
+    re.compile(r"[\x21-\x7e]+").fullmatch, "has spaces, line breaks or other characters not allowed in a header"
+)
+_URL_SAFE = _secret_rule(re.compile(r"[A-Za-z0-9._~-]{22,}").fullmatch, "is too short or not URL-safe")
+_LONG_LINES = _secret_rule(
+    lambda text: all(len(line) >= 32 for line in text.splitlines() if line.strip()),
+    "has a line shorter than 32 characters",
+)
+_STORE_URL = _secret_rule(
+    re.compile(r"memory://\Z|(redis|rediss|valkey|valkeys)://[^/]").match, "is not the URL of a store"
+)
 
 
 def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
@@ -205,7 +189,7 @@ class Settings(BaseSettings):
         alias_generator=variable, frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True
     )
 
-    oneinbox_api_key: Annotated[Secret, AfterValidator(_secret_key), AfterValidator(_token_text)] = setting(
+    oneinbox_api_key: Annotated[Secret, _NOT_PUBLISHABLE, _HEADER_TEXT] = setting(
         ..., "OneInbox's secret key. It stays on the server", "a secret key, oi_sk_…"
     )
     oneinbox_base_url: Annotated[str, AfterValidator(_base_url), AfterValidator(_protected_url)] = setting(
@@ -247,16 +231,11 @@ class Settings(BaseSettings):
         None, "Audience (`aud`) that tokens must have. Required with BROKER_JWT_JWKS_URL", "an audience's name"
     )
     jwt_algorithms: Words = setting(
-        [],
-        "Accepted signature algorithms. Unset: all that fit the key",
-        "names, comma-separated: ES256,RS256",
+        [], "Accepted signature algorithms. Unset: all that fit the key", "names, comma-separated: ES256,RS256"
     )
     jwt_user_claim: str = setting("sub", "Claim that holds the user's id", "a claim's name")
     jwt_cookie: str | None = setting(
-        None,
-        "Also accept the token from this cookie",
-        "a cookie's name",
-        pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$",
+        None, "Also accept the token from this cookie", "a cookie's name", pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"
     )
     user_header: Annotated[str, AfterValidator(_header_name)] = setting(
         "X-Forwarded-User", "header mode: the header in which the proxy names the user", "a header name"
@@ -277,7 +256,7 @@ class Settings(BaseSettings):
         "an http(s) URL",
     )
     require_origin: bool = setting(False, "Refuse POST /session without an Origin header", "true or false")
-    challenge_secret: Annotated[Secret, AfterValidator(_token_text)] | None = setting(
+    challenge_secret: Annotated[Secret, _HEADER_TEXT] | None = setting(
         None, "Require a bot challenge (Turnstile, hCaptcha) before a session; verified with this secret", "a secret"
     )
     challenge_verify_url: Annotated[str, AfterValidator(_protected_url)] = setting(
@@ -324,7 +303,7 @@ class Settings(BaseSettings):
     )
     max_streams: int = setting(10, "Open event streams per user", "a whole number, at least 1", ge=1)
     max_streams_total: int = setting(5000, "Open event streams per process", "a whole number, at least 1", ge=1)
-    store_url: Annotated[Secret, AfterValidator(_store_url)] = setting(
+    store_url: Annotated[Secret, _STORE_URL] = setting(
         SecretStr("memory://"),
         "Where counters are kept: `memory://`, or a Valkey or Redis shared by all replicas",
         "memory://, or a redis://, rediss://, valkey:// or valkeys:// URL",
@@ -354,7 +333,7 @@ class Settings(BaseSettings):
         "Trusted variables from the verified token's claims; a browser cannot set them",
         "pairs, comma-separated: customer_name=name,plan=https://example.com/plan",
     )
-    secret: Annotated[Secret, AfterValidator(_secret_lines)] | None = setting(
+    secret: Annotated[Secret, _LONG_LINES] | None = setting(
         None,
         "Key for pseudonyms, call keys and stored answers. One per line: the first signs, all verify. "
         "Unset: derived from the API key",
@@ -363,12 +342,10 @@ class Settings(BaseSettings):
     share_user_id: bool = setting(
         False, "Also write the plain user id on OneInbox's call record, as `broker_user_id`", "true or false"
     )
-    metrics_token: Annotated[Secret, _at_least(16), AfterValidator(_token_text)] | None = setting(
-        None,
-        "Bearer token for `/metrics`. Unset: `/metrics` answers 404",
-        "at least 16 characters without spaces",
+    metrics_token: Annotated[Secret, _at_least(16), _HEADER_TEXT] | None = setting(
+        None, "Bearer token for `/metrics`. Unset: `/metrics` answers 404", "at least 16 characters without spaces"
     )
-    webhook_secret: Annotated[Secret, AfterValidator(_url_safe)] | None = setting(
+    webhook_secret: Annotated[Secret, _URL_SAFE] | None = setting(
         None,
         "Last part of the path where OneInbox delivers webhooks. Unset: the path answers 404",
         "at least 22 URL-safe characters",

@@ -27,9 +27,7 @@ def check_variable_value(value: str | float | bool) -> str | float | bool:
     """Return a variable's value if it may enter a prompt; ValueError otherwise."""
     if isinstance(value, str) and UNSAFE_TEXT.search(value):
         raise PydanticCustomError(
-            "unsafe_text",
-            "Text must not hold {open}, {close} or control characters",
-            {"open": "{{", "close": "}}"},
+            "unsafe_text", "Text must not hold {open}, {close} or control characters", {"open": "{{", "close": "}}"}
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise PydanticCustomError("not_a_number", "A number is finite")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -231,20 +230,12 @@ def _clock(skew: float | None) -> Finding:
 # The store
 
 
-class _InformedStore(ValkeyStore):
-    async def about(self) -> Mapping[str, str]:
-        """Return the server's answer to INFO. Raises StoreUnavailable."""
-        answer: Any = await self._ask("INFO")
-        pairs = (line.partition(":") for line in bytes(answer).decode("utf-8", "replace").splitlines())
-        return {name: value for name, separator, value in pairs if separator}
-
-
 async def _store(settings: Settings) -> list[Finding]:
     name, url = "store", settings.store_url.get_secret_value()
     if url == "memory://":
         return [settings_review.memory_store()]
     try:
-        store = _InformedStore(url)
+        store = ValkeyStore(url)
     except ValueError as error:
         return [wrong(name, f"BROKER_STORE_URL: {error}", "correct BROKER_STORE_URL")]
     async with store:
@@ -252,23 +243,19 @@ async def _store(settings: Settings) -> list[Finding]:
             milliseconds = await _exercise(store)
         except StoreUnavailable as error:
             return [wrong(name, f"does not work: {error}", STORE_REMEDIES.get(str(error), STORE_REMEDY))]
-        except _UnexpectedError:
+        if milliseconds is None:
             return [wrong(name, "does not answer as a store does", "check what listens at BROKER_STORE_URL")]
         try:
-            about = await store.about()
+            about = await store.info()
         except StoreUnavailable:
             about = {}
     return [_server(name, about, milliseconds)]
 
 
-class _UnexpectedError(Exception):
-    """An answer that no store gives."""
-
-
-async def _exercise(store: ValkeyStore) -> float:
+async def _exercise(store: ValkeyStore) -> float | None:
     """Write, read, delete, count and give back under throw-away names; return the milliseconds of one answer.
 
-    Raises StoreUnavailable, _UnexpectedError.
+    None: it gives answers that no store gives. Raises StoreUnavailable.
     """
     key = f"doctor-{secrets.token_hex(16)}"
     value = key.encode()
@@ -281,14 +268,12 @@ async def _exercise(store: ValkeyStore) -> float:
     deleted = await store.delete(key, value)
     milliseconds = (time.perf_counter() - asked) * 1000
     if kept != value or not deleted:
-        raise _UnexpectedError
+        return None
     request = LimitRequest([Rate(key, 1, 10)], [Slot(key, 1)], member="first", lease=10)
     first = await store.decide(request)
     second = await store.decide(request._replace(member="second"))
     await store.give_back(request, first)
-    if not first.allowed or second.allowed:
-        raise _UnexpectedError
-    return milliseconds
+    return milliseconds if first.allowed and not second.allowed else None
 
 
 def _server(name: str, about: Mapping[str, str], milliseconds: float) -> Finding:

@@ -18,7 +18,7 @@ import httpx
 import structlog
 
 from app.identity.keys import PUBLIC_KEY_ALGORITHMS, VerifyingKey, jwk_key
-from app.problems import Problem
+from app.problems import retry_later
 
 REFRESH_SECONDS = 300
 RETRY_SECONDS = 30  # after a failed fetch
@@ -85,7 +85,7 @@ class KeySet:
         if self._fetched_at is None:
             await self._wait_for_fetch()
         if self._fetched_at is None or self.clock() - self._fetched_at > MAX_AGE_SECONDS:
-            raise Problem("at-capacity", "Logins cannot be checked right now.", {"Retry-After": "5"})
+            raise retry_later("at-capacity", 5, "Logins cannot be checked right now.")
         if kid is not None and not any(key.kid == kid for key in self._keys):
             if self.clock() - self._unknown_fetch_at >= UNKNOWN_KEY_SECONDS:
                 self._unknown_fetch_at = self.clock()

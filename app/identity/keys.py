@@ -48,7 +48,6 @@ class Keys(Protocol):
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key for a token with this algorithm and key id, if any."""
-        ...
 
 
 @dataclass

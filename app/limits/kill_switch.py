@@ -1,7 +1,6 @@
 """The operator's kill switch: pause all sessions, block one user. In force on every replica within two seconds."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from app.identity import User
-from app.problems import Problem
+from app.problems import Problem, retry_later
 from app.store import Store
 
 PAUSE = "pause"
@@ -38,7 +37,7 @@ class KillSwitch:
         left = self._paused_until - self.clock()
         if left > 0:
             # A pause of hours may be ended early, so clients ask again after a minute at most.
-            raise Problem("at-capacity", headers={"Retry-After": str(min(math.ceil(left), 60))})
+            raise retry_later("at-capacity", min(left, 60))
         if self._blocked_until.get(user.store_name, 0) > self.clock():
             raise Problem("blocked")
 

@@ -1,7 +1,6 @@
 """Check a request or session against all limits, in one store request."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,7 +16,7 @@ from app.identity import User
 from app.identity.addresses import limit_key
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
-from app.problems import Problem
+from app.problems import Problem, retry_later
 from app.store import Decision, LimitRequest, Rate, RateState, Slot, Store
 from app.telemetry.metrics import Metrics
 
@@ -147,20 +146,16 @@ class Limits:
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
-            raise Refused(self._requests[decision.refused[0]], _wait("rate-limited", wait, headers))
+            raise Refused(self._requests[decision.refused[0]], retry_later("rate-limited", wait, headers=headers))
         return headers
 
     async def count_failed_login(self, address: str) -> None:
         """Count a failed login. Raises a 429 problem when the address has failed too often."""
-        await self.count_failure("login", address, FAILED_LOGINS)
-
-    async def count_failure(self, kind: str, address: str, most: int) -> None:
-        """Count a failure of an address. Raises a 429 problem after `most` in a minute."""
         digest = hashlib.sha256(limit_key(address).encode()).hexdigest()[:32]
-        decision = await self.store.decide(LimitRequest([Rate(f"rate:{kind}:{digest}:60", most, 60)]))
+        decision = await self.store.decide(LimitRequest([Rate(f"rate:login:{digest}:60", FAILED_LOGINS, 60)]))
         if decision.refused:
-            self.metrics.count_refusal([f"failed-{kind}"])
-            raise _wait("rate-limited", decision.rates[0].reset, {})
+            self.metrics.count_refusal(["failed-login"])
+            raise retry_later("rate-limited", decision.rates[0].reset)
 
     async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
@@ -173,7 +168,7 @@ class Limits:
         decision = await self.store.decide(request)
         if decision.local and not self.count_locally:
             await self.store.give_back(request, decision)
-            raise _wait("at-capacity", STORE_RETRY_AFTER, {})
+            raise retry_later("at-capacity", STORE_RETRY_AFTER)
         self._warn_when_nearly_used_up(limits, decision)
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
@@ -219,11 +214,11 @@ class Limits:
         own_rates = [index for index in decision.refused if index in limits.own]
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
-            return Refused(limits.limits[own_rates[0]], _wait("rate-limited", wait, headers))
+            return Refused(limits.limits[own_rates[0]], retry_later("rate-limited", wait, headers=headers))
         if any(limits.owners[index] == "user" for index in decision.refused):
-            return _wait("too-many-live-calls", LIVE_RETRY_AFTER, headers)
+            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers)
         waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
-        return _wait("at-capacity", max(waits), headers)
+        return retry_later("at-capacity", max(waits), headers=headers)
 
     def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
         """Count a refusal; return True, and log the limits, if they are not enforced."""
@@ -247,8 +242,3 @@ class Limits:
 def _rate(limit: Limit, key: str) -> Rate:
     seconds = limit.limit.get_expiry()
     return Rate(f"rate:{limit.scope}:{key}:{seconds}", limit.limit.amount, seconds)
-
-
-def _wait(slug: str, seconds: float, headers: Mapping[str, str]) -> Problem:
-    """Return a refusal with Retry-After: whole seconds, rounded up, at least 1."""
-    return Problem(slug, headers={**headers, "Retry-After": str(max(1, math.ceil(seconds)))})

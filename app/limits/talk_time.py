@@ -10,7 +10,7 @@ import structlog
 from app.identity import User
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
 from app.oneinbox import CallRecord
-from app.problems import Problem
+from app.problems import retry_later
 from app.store import LimitRequest, Rate, Store
 from app.telemetry.metrics import Metrics
 
@@ -77,8 +77,7 @@ class TalkTime:
         if not self.enforce:
             log.warning("would_refuse", limits=[rate.name])
             return
-        wait = RETRY_AFTER if state.remaining else max(1, math.ceil(state.reset))
-        raise Problem(slug, headers={"Retry-After": str(wait)})
+        raise retry_later(slug, RETRY_AFTER if state.remaining else state.reset)
 
     async def _running(self, calls: str) -> float:
         """Return the seconds that the running calls of a set have taken so far."""

@@ -97,12 +97,7 @@ class OneInbox:
         self._headers_with_body = httpx.Headers({**headers, "content-type": "application/json"})
 
     async def start_web_call(
-        self,
-        *,
-        agent_id: str,
-        variables: Mapping[str, Any],
-        overrides: Mapping[str, Any],
-        metadata: Mapping[str, Any],
+        self, *, agent_id: str, variables: Mapping[str, Any], overrides: Mapping[str, Any], metadata: Mapping[str, Any]
     ) -> WebCall:
         """Start a billable call. After an error, `may_have_acted` says whether the call may exist anyway."""
         body: dict[str, Any] = {"agent_id": agent_id, "metadata": metadata}

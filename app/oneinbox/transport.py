@@ -5,6 +5,7 @@ import base64
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
@@ -235,21 +236,21 @@ async def read_body(response: httpx.Response, limit: int) -> bytes:
     return bytes(body)
 
 
+@dataclass(eq=False)
 class _Body(httpx.AsyncByteStream):
     """An answer's body as a stream; closing it gives the connection back."""
 
-    def __init__(self, pool: PooledTransport, connection: Connection) -> None:
-        self._pool = pool
-        self._connection: Connection | None = connection
+    pool: PooledTransport
+    connection: Connection | None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        while self._connection is not None and (piece := await self._connection.read()):
+        while self.connection is not None and (piece := await self.connection.read()):
             yield piece
 
     async def aclose(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection is not None:
-            self._pool.take_back(connection)
+            self.pool.take_back(connection)
 
 
 def _head(request: httpx.Request, length: int) -> bytes:

@@ -6,7 +6,6 @@ https://docs.hcaptcha.com/#verify-the-user-response-server-side
 
 import asyncio
 import hashlib
-import math
 import re
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from pydantic_core import from_json
 
 from app.identity.addresses import limit_key, parse_address
 from app.oneinbox.transport import read_body
-from app.problems import Problem
+from app.problems import Problem, retry_later
 from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
@@ -75,8 +74,7 @@ class Challenge:
         (state,) = decision.rates
         if not decision.allowed or (cost == 0 and state.remaining == 0):
             self.metrics.count_refusal(["failed-challenge"])
-            headers = {"Retry-After": str(max(1, math.ceil(state.reset)))}
-            raise Problem("rate-limited", "Too many failed challenges.", headers)
+            raise retry_later("rate-limited", state.reset, "Too many failed challenges.")
 
     async def _failure(self, token: str | None, address: str) -> str | None:
         """Return why the challenge failed, for the browser's developer; None if it was passed."""
@@ -134,4 +132,4 @@ class Challenge:
 
 
 def _unavailable() -> Problem:
-    return Problem("at-capacity", "Challenges cannot be checked right now.", {"Retry-After": "5"})
+    return retry_later("at-capacity", 5, "Challenges cannot be checked right now.")

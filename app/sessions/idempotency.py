@@ -24,7 +24,7 @@ from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls
 from app.limits.live_calls import HUNG_UP, NOT_COLLECTED
 from app.oneinbox import WebCall
-from app.problems import Problem, invalid_request
+from app.problems import Problem, invalid_request, retry_later
 from app.sessions.disconnect import ClientConnection
 from app.store import Store, StoreUnavailable
 
@@ -137,8 +137,7 @@ class Idempotency:
         try:
             mark = await self._wait_or_mark(name, fingerprint, client)
         except StoreUnavailable:
-            detail = "The store is unavailable, so repeats cannot be detected."
-            raise Problem("at-capacity", detail, headers={"Retry-After": "5"}) from None
+            raise retry_later("at-capacity", 5, "The store is unavailable, so repeats cannot be detected.") from None
         if isinstance(mark, WebCall):
             return mark, True
         try:
@@ -208,7 +207,7 @@ class Idempotency:
                         await self.store.delete(name, value)
                     continue
                 if self.now() >= end:
-                    raise Problem("in-progress", headers={"Retry-After": "1"})
+                    raise retry_later("in-progress", 1)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RECHECK_SECONDS):
                         await anext(notifications)

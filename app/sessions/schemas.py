@@ -45,8 +45,7 @@ class SessionRequest(_Strict):
     """All fields are optional: an empty body starts a call with the default agent."""
 
     agent: Name | None = Field(
-        default=None,
-        description="Name of a configured agent; unless the operator named more, only `default`.",
+        default=None, description="Name of a configured agent; unless the operator named more, only `default`."
     )
     agent_id: Name | None = Field(default=None, description="The id of a configured agent, instead of its name.")
     variables: dict[VariableName, VariableValue] | None = Field(
@@ -65,8 +64,7 @@ class SessionRequest(_Strict):
         examples=[{"first_message": "Hi!"}],
     )
     participant_name: str | None = Field(
-        default=None,
-        description="LiveKit: becomes the variable `participant_name` if allowed, else is dropped.",
+        default=None, description="LiveKit: becomes the variable `participant_name` if allowed, else is dropped."
     )
     participant_identity: str | None = Field(
         default=None, description="LiveKit: must be the signed-in user's id; ignored in anonymous mode."

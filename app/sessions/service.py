@@ -17,7 +17,7 @@ from app.limits.live_calls import HUNG_UP, NOT_KEPT, UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
-from app.problems import Problem
+from app.problems import Problem, retry_later
 from app.sessions.challenge import Challenge
 from app.sessions.disconnect import ClientConnection
 from app.sessions.idempotency import Idempotency, NotKept, StartedCall, read_key
@@ -87,14 +87,14 @@ class Sessions:
             return await self.idempotency.once(user, key, session_input.body, session_input.client, start)
         except NotKept as unkept:
             await self.live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
-            raise Problem("at-capacity", headers={"Retry-After": "5"}) from None
+            raise retry_later("at-capacity", 5) from None
 
     async def _start(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         if self.challenge is not None:
             await self.challenge.check(session_input.challenge_token, user.address)
         if self.waiting >= self.max_waiting:
             self.metrics.count_refusal(["waiting"])
-            raise Problem("at-capacity", headers={"Retry-After": "1"})
+            raise retry_later("at-capacity", 1)
         self.waiting += 1
         try:
             attempt = CallAttempt(

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 BACKLOG = 64
 """Messages kept for a slow reader. They are hints, so the oldest are dropped first."""
@@ -39,11 +40,11 @@ class LocalPubSub:
                 del self._queues[channel]
 
 
+@dataclass(frozen=True)
 class _Messages(AsyncIterator[bytes]):
     """A subscriber's messages. Not a generator, which would end when it is cancelled while waiting."""
 
-    def __init__(self, queue: asyncio.Queue[bytes]) -> None:
-        self._queue = queue
+    queue: asyncio.Queue[bytes]
 
     async def __anext__(self) -> bytes:
-        return await self._queue.get()
+        return await self.queue.get()

@@ -120,69 +120,54 @@ class Store(Protocol):
 
         Raises ValueError for slots without a member, unless `cost` is 0.
         """
-        ...
 
     async def give_back(self, request: LimitRequest, decision: Decision) -> None:
         """Undo what `decide` counted: each rate only in the entry it was counted in, and the member leaves the slots.
 
         Call it at most once per decision: an entry's hits are indistinguishable.
         """
-        ...
 
     async def get(self, name: str) -> bytes | None:
         """Return the value, or None when there is none."""
-        ...
 
     async def set(self, name: str, value: bytes, ttl: float) -> None:
         """Set the value for `ttl` seconds."""
-        ...
 
     async def add(self, name: str, value: bytes, ttl: float) -> bool:
         """Set the value if there is none; return whether it was set."""
-        ...
 
     async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
         """Set the value if the current one is `expected`; return whether it was set."""
-        ...
 
     async def delete(self, name: str, expected: bytes | None = None) -> bool:
         """Delete the value (only if it is `expected`, when given); return whether it was there."""
-        ...
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
         """Put a member into a set for `ttl` seconds; resets its end if it is present."""
-        ...
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         """Take a member out of sets; return whether it was in any."""
-        ...
 
     async def members(self, name: str) -> dict[str, float]:
         """Return the unexpired members and the seconds each has left."""
-        ...
 
     async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
         """Put a value in front of a list that keeps the newest `keep`, and expires `ttl` after its last push.
 
         `setting`: values to `set` in the same step.
         """
-        ...
 
     async def items(self, name: str) -> list[bytes]:
         """Return a list's values, newest first."""
-        ...
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Send a message to every subscriber of the channel, on every replica. A hint: it may get lost."""
-        ...
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Receive the channel's messages from now on. Never raises; silent while the store is gone.
 
         A reader that falls more than 64 messages behind loses the oldest.
         """
-        ...
 
     async def aclose(self) -> None:
         """Close connections. The store cannot be used afterwards."""
-        ...

@@ -10,7 +10,7 @@ the pool's waiters can lose their turn when others are cancelled.
 """
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -150,6 +150,12 @@ class ValkeyStore(Store):
                 yield messages
             finally:
                 self._subscriber.unfollow(channel)
+
+    async def info(self) -> Mapping[str, str]:
+        """Return what the server says about itself (INFO). Raises StoreUnavailable."""
+        answer: bytes = await self._ask("INFO")
+        pairs = (line.partition(":") for line in answer.decode("utf-8", "replace").splitlines())
+        return {name: value for name, separator, value in pairs if separator}
 
     async def aclose(self) -> None:
         await self._subscriber.aclose()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from structlog.testing import capture_logs
 
-from app.identity import Anonymous
 from app.identity.addresses import MAX_HOPS, ClientAddresses, client_address, limit_key, parse_address
+from app.identity.anonymous import Anonymous
 
 TRUSTED = tuple(ip_network(text) for text in ("10.0.0.0/8", "fd00::/8", "192.0.2.7/32"))
 PROXY = "10.0.0.1"

@@ -5,8 +5,9 @@ from ipaddress import ip_network
 import pytest
 from starlette.requests import Request
 
-from app.identity import HeaderIdentity, User
+from app.identity import User
 from app.identity.addresses import ClientAddresses
+from app.identity.header import HeaderIdentity
 from app.problems import Problem
 
 BEHIND_PROXY = ClientAddresses([ip_network("10.0.0.0/8")])

@@ -14,9 +14,11 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from starlette.requests import Request
 from structlog.testing import capture_logs
 
-from app.identity import JwtIdentity, KeySet, User
+from app.identity import User
 from app.identity import jwks as module
 from app.identity.addresses import ClientAddresses
+from app.identity.jwks import KeySet
+from app.identity.jwt import JwtIdentity
 from app.problems import Problem
 
 NOW = 1_800_000_000.0

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, r
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from starlette.requests import Request
 
-from app.identity import FixedKey, JwtIdentity, User, public_key, secret_key
+from app.identity import User
 from app.identity.addresses import ClientAddresses
-from app.identity.jwt import MAX_TOKEN_BYTES, NOT_YET_LEEWAY_SECONDS, REMEMBERED_SECONDS, REMEMBERED_TOKENS
-from app.identity.keys import VerifyingKey
+from app.identity.jwt import MAX_TOKEN_BYTES, NOT_YET_LEEWAY_SECONDS, REMEMBERED_SECONDS, REMEMBERED_TOKENS, JwtIdentity
+from app.identity.keys import FixedKey, VerifyingKey, public_key, secret_key
 from app.problems import Problem
 
 NOW = 1_800_000_000.0

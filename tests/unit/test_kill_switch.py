@@ -5,8 +5,9 @@ from starlette.requests import Request
 
 from app.cli.operator import Operator
 from app.config.settings import SettingsError
-from app.identity import Anonymous, User
+from app.identity import User
 from app.identity.addresses import ClientAddresses
+from app.identity.anonymous import Anonymous
 from app.limits import KillSwitch
 from app.problems import Problem
 from app.store.failover import FailoverStore

@@ -17,8 +17,8 @@ from app.broker.build import secret_handlers
 from app.broker.secret_reload import SecretReloader
 from app.config.loading import load_settings, read_secret, with_secret
 from app.config.settings import SECRETS, Settings, SettingsError, field_of
-from app.identity import FixedKey, secret_key
 from app.identity.keyring import Keyring
+from app.identity.keys import FixedKey, secret_key
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, Misconfigured, OneInboxError, TimedOut
 from tests.conftest import Logs

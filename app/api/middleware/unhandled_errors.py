@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import problem_response
-from app.problems import Problem
+from app.problems import Problem, retry_later
 
 log = structlog.get_logger(__name__)
 
@@ -35,12 +35,12 @@ class UnhandledErrors:
         try:
             await self.app(scope, receive, note_start)
         except ClientDisconnect:
-            pass  # the client disconnected
+            pass  # there is no one to answer
         except asyncio.CancelledError:
             if started:
                 raise
             # The server is shutting down and has waited long enough.
-            problem = Problem("at-capacity", "The broker is shutting down.", {"Retry-After": "1"})
+            problem = retry_later("at-capacity", 1, "The broker is shutting down.")
             await problem_response(scope, problem)(scope, receive, send)
         except Exception:
             log.exception("unhandled_error", request_id=scope["state"]["request_id"])
