@@ -18,7 +18,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Broker:
     """Everything a route may need."""
 

@@ -19,7 +19,7 @@ EVERY_SECONDS = 5
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Gauges:
     """Write current values into the metrics. `max_live_calls_total`: the limit on running calls, if any."""
 

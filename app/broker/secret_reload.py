@@ -22,7 +22,7 @@ SecretHandler = Callable[[Settings], None]
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class SecretReloader:
     """Hold the settings in force, and replace them when a secret's file changes.
 

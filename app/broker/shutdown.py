@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Shutdown:
     """The state of the process's shutdown.
 

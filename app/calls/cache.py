@@ -52,7 +52,7 @@ class Cached:
     ours: bool = False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class CallCache:
     """Call states, for reads and for event streams.
 

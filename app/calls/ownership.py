@@ -13,7 +13,7 @@ RESERVED_IDS = frozenset({"cursor", "web"})
 """Words that OneInbox uses for routes in place of a call's id."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Ownership:
     """Make public ids of calls, and check who owns one."""
 

@@ -34,7 +34,7 @@ RETRY_AFTER = 10
 log = structlog.get_logger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Subscription:
     """One call that streams of this process follow.
 
@@ -58,7 +58,7 @@ class Subscription:
             self.changed = asyncio.Event()
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class CallPoller:
     """Poll the calls that streams of this process follow, and limit the streams.
 

@@ -13,7 +13,7 @@ AT_ONCE = 8
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class RefreshQueue:
     """Refresh calls in the background, each once at a time. `refresh`: refreshes one."""
 

@@ -22,7 +22,7 @@ AT_ONCE = 8
 """Calls of one list that are fetched at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Calls:
     """Calls, each visible to its owner only.
 

@@ -25,7 +25,7 @@ from app.store import Store, StoreUnavailable, open_store
 from app.telemetry.logging import configure_logging
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Operator:
     """The parts of a broker that an operator's command needs."""
 

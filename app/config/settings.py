@@ -172,6 +172,14 @@ def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
     return taking(takes, default, description=meaning, **bounds)
 
 
+def _count(default: int | None, meaning: str) -> Any:
+    return setting(default, meaning, "a whole number, at least 1", ge=1)
+
+
+def _seconds(default: int, meaning: str, most: int) -> Any:
+    return setting(default, meaning, f"seconds, 0 to {most}", ge=0, le=most)
+
+
 def variable(field: str) -> str:
     """Return a field's environment variable."""
     return field.upper() if field.startswith("oneinbox_") else f"BROKER_{field.upper()}"
@@ -269,40 +277,22 @@ class Settings(BaseSettings):
     request_limits: Limits = setting(
         "120/minute", "Requests per user, refused and failed ones included", "limits such as 120/minute"
     )
-    max_live_calls: int = setting(2, "Calls a user may have running at once", "a whole number, at least 1", ge=1)
-    max_live_calls_total: int | None = setting(
-        None, "Calls that may run at once, all users together. Unset: no limit", "a whole number, at least 1", ge=1
+    max_live_calls: int = _count(2, "Calls a user may have running at once")
+    max_live_calls_total: int | None = _count(None, "Calls that may run at once, all users together. Unset: no limit")
+    max_call_seconds: int = _seconds(3600, "Seconds after which the broker hangs up a call. 0: never", most=604800)
+    join_timeout: int = _seconds(
+        0, "Seconds a call may stay unjoined before the broker hangs it up. 0: no limit", most=86400
     )
-    max_call_seconds: int = setting(
-        3600, "Seconds after which the broker hangs up a call. 0: never", "seconds, 0 to 604800", ge=0, le=604800
+    talk_minutes: int | None = _count(
+        None, "Call minutes per user in any 24 h; once they are used up, sessions are refused. Unset: no limit"
     )
-    join_timeout: int = setting(
-        0,
-        "Seconds a call may stay unjoined before the broker hangs it up. 0: no limit",
-        "seconds, 0 to 86400",
-        ge=0,
-        le=86400,
-    )
-    talk_minutes: int | None = setting(
-        None,
-        "Call minutes per user in any 24 h; once they are used up, sessions are refused. Unset: no limit",
-        "a whole number, at least 1",
-        ge=1,
-    )
-    global_talk_minutes: int | None = setting(
-        None, "Call minutes in any 24 h, all users together. Unset: no limit", "a whole number, at least 1", ge=1
-    )
+    global_talk_minutes: int | None = _count(None, "Call minutes in any 24 h, all users together. Unset: no limit")
     limits_mode: Literal["enforce", "observe"] = setting(
         "enforce", "`observe`: log what the limits would refuse, but allow it", "enforce or observe"
     )
-    max_waiting: int = setting(
-        1000,
-        "Sessions that may wait for OneInbox at once, per process; more are refused",
-        "a whole number, at least 1",
-        ge=1,
-    )
-    max_streams: int = setting(10, "Open event streams per user", "a whole number, at least 1", ge=1)
-    max_streams_total: int = setting(5000, "Open event streams per process", "a whole number, at least 1", ge=1)
+    max_waiting: int = _count(1000, "Sessions that may wait for OneInbox at once, per process; more are refused")
+    max_streams: int = _count(10, "Open event streams per user")
+    max_streams_total: int = _count(5000, "Open event streams per process")
     store_url: Annotated[Secret, _STORE_URL] = setting(
         SecretStr("memory://"),
         "Where counters are kept: `memory://`, or a Valkey or Redis shared by all replicas",
@@ -350,12 +340,8 @@ class Settings(BaseSettings):
         "Last part of the path where OneInbox delivers webhooks. Unset: the path answers 404",
         "at least 22 URL-safe characters",
     )
-    drain_seconds: int = setting(
-        0,
-        "Seconds to keep accepting requests after SIGTERM while /readyz says draining",
-        "seconds, 0 to 3600",
-        ge=0,
-        le=3600,
+    drain_seconds: int = _seconds(
+        0, "Seconds to keep accepting requests after SIGTERM while /readyz says draining", most=3600
     )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(

@@ -284,13 +284,10 @@ async def _odd_ids(broker: Deployment, name: str) -> Finding:
     )
 
 
-async def _large_body(broker: Deployment, name: str) -> Finding:
-    return _refusal(name, [await broker.post(TOO_LARGE)], {413, 401}, "17 KiB is accepted", CHECK_SIZE)
-
-
-async def _large_chunked_body(broker: Deployment, name: str) -> Finding:
-    answer = await broker.post(TOO_LARGE, chunked=True)
-    return _refusal(name, [answer], {413, 411, 401}, "17 KiB is accepted", CHECK_SIZE)
+async def _large_body(broker: Deployment, name: str, *, chunked: bool = False) -> Finding:
+    answer = await broker.post(TOO_LARGE, chunked=chunked)
+    refused = {413, 411, 401} if chunked else {413, 401}
+    return _refusal(name, [answer], refused, "17 KiB is accepted", CHECK_SIZE)
 
 
 async def _content_type(broker: Deployment, name: str) -> Finding:
@@ -383,7 +380,7 @@ PROBES: dict[str, Callable[[Deployment, str], Awaitable[Finding]]] = {
     "forged address header": _forged_address,
     "odd ids": _odd_ids,
     "large body": _large_body,
-    "large chunked body": _large_chunked_body,
+    "large chunked body": partial(_large_body, chunked=True),
     "other content type": _content_type,
     "other methods": _methods,
     "forged webhook": _webhook,

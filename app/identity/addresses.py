@@ -91,7 +91,7 @@ def _hops_from_right(forwarded: Sequence[str]) -> Iterator[str]:
             return
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class ClientAddresses:
     """Find the client address of requests, given the trusted networks."""
 

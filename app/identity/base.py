@@ -20,7 +20,7 @@ def is_user_id(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNFIT.search(value)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Identity(ABC):
     """A source of users. `addresses`: finds the client address of any request, also of a refused one."""
 

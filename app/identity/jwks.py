@@ -37,7 +37,7 @@ class KeySetError(Exception):
     """A response that is not a usable key set. The message does not quote it."""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class KeySet:
     """The keys behind a JWKS URL. Raises ValueError for algorithms without public keys.
 

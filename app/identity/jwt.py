@@ -44,7 +44,7 @@ class Remembered:
     until: float
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class JwtIdentity(Identity):
     """Identify users by a token from `Authorization: Bearer` or a cookie.
 

@@ -50,7 +50,7 @@ class Keys(Protocol):
         """Return the key for a token with this algorithm and key id, if any."""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class FixedKey:
     """One configured key, whatever key id a token names."""
 

@@ -20,7 +20,7 @@ IN_FORCE_SECONDS = 2
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class KillSwitch:
     """Pauses and blocks, read every second; the last known ones stay in force while the store is gone.
 

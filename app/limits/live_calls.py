@@ -75,7 +75,7 @@ class LiveCall:
         return CallAttempt.from_key(self.member)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class LiveCalls:
     """Free the slots of calls that ended, and hang up those that must end.
 

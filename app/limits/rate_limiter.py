@@ -101,7 +101,7 @@ class Reservation:
     headers: Mapping[str, str]
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Limits:
     """Declare the limits once, and ask the store about all of them in one request.
 

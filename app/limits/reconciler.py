@@ -70,7 +70,7 @@ class ScanResult:
     fetches: int = 0
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Reconciler:
     """Look for lost calls, all in one scan.
 

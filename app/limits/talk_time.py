@@ -22,7 +22,7 @@ GLOBAL_MINUTES = "global-talk-minutes"
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class TalkTime:
     """Count the seconds of finished calls, and add those of running ones, from their POST on.
 

@@ -25,7 +25,7 @@ WHILE_PROBING = 1
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class CircuitBreaker:
     """Decide in this process whether a call may be started; `guard` wraps each start.
 
@@ -46,12 +46,12 @@ class CircuitBreaker:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds left in which no request is sent; 0 if one may be, even if only as a probe."""
+        """Seconds left in which no call is started; 0 if one may be, even if only as a probe."""
         return 0.0 if self._until is None else max(0.0, self._until - self.clock())
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Wrap one request, until its answer. Raises CircuitOpen if it must not be sent."""
+        """Wrap one start, until its answer. Raises CircuitOpen if it must not be sent."""
         probe, pauses = self._admit(), self._pauses
         try:
             yield

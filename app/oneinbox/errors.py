@@ -57,7 +57,7 @@ class Busy(OneInboxError):
 
 
 class CircuitOpen(Busy):
-    """A call not started: the circuit breaker is open. `retry_after`: seconds until a request may pass."""
+    """A call not started: the circuit breaker is open. `retry_after`: seconds until one may be."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after, "gets no new calls during a pause", status=None)

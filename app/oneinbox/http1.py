@@ -104,7 +104,6 @@ class Connection(asyncio.Protocol):
     # --- from the wire
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the open transport."""
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -118,7 +117,6 @@ class Connection(asyncio.Protocol):
             self._fail(httpx.ReadError("connection closed"))
 
     def data_received(self, data: bytes) -> None:
-        """Parse received bytes."""
         if not self._busy or self._complete:
             self._fail(httpx.RemoteProtocolError("an answer without a request"))
             return
@@ -162,7 +160,6 @@ class Connection(asyncio.Protocol):
             raise ValueError("too many interim answers")
 
     def on_body(self, piece: bytes) -> None:
-        """Keep a part of the body."""
         self._pieces.append(piece)
         self._buffered += len(piece)
         self._body += len(piece)

@@ -25,6 +25,9 @@ class WebCall(NamedTuple):
     server_url: str
     participant_token: str
 
+    def __repr__(self) -> str:
+        return f"WebCall(id={self.id!r})"  # without its token: tracebacks are logged
+
 
 def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """Treat a field of an unexpected type as missing: one odd field must not hide the whole call."""

@@ -32,7 +32,7 @@ BROKERS_FAULT = ("missing-input-secret", "invalid-input-secret", "sitekey-secret
 log = structlog.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Challenge:
     """Verify with the challenge service that a browser passed. Fails closed.
 

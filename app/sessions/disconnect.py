@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from starlette.types import Receive
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class ClientConnection:
     """The client of one request whose body has been read. `receive`: the request's.
 

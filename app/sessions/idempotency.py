@@ -77,11 +77,12 @@ class StartedCall(NamedTuple):
     call: WebCall
 
 
-@dataclass(eq=False)
 class NotKept(Exception):
     """A started call whose response could not be stored, so a repeat would start another call."""
 
-    started: StartedCall
+    def __init__(self, started: StartedCall) -> None:
+        super().__init__()  # without the call: its token must not get into a traceback
+        self.started = started
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Uncollected:
     due: float
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Idempotency:
     """Run a request once per key, and give its response to every repeat.
 

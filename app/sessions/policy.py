@@ -30,7 +30,7 @@ class CallSpec:
     metadata: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Policy:
     """The configured agents and what requests may set. `claims`: the token claim of each trusted variable."""
 

@@ -44,7 +44,7 @@ class SessionInput:
     answer_headers: dict[str, str]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Sessions:
     """Start calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 

@@ -17,7 +17,7 @@ SILENCE_SECONDS = 5
 """After this long without a message the server gets a PING; after as long again it counts as lost."""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Subscriber:
     """Pass the server's messages on to `pubsub`. One task, from the first `follow` until closed."""
 

@@ -20,7 +20,7 @@ PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
 VARY = (b"vary", b"Origin")
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class CorsPolicy:
     """Refuse requests from other sites, whatever the method, before anything else handles them.
 

@@ -21,7 +21,7 @@ QUIET_ROUTES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class RequestLog:
     """Give each request an id (the client's, if it is a safe one), return it, and log the request.
 

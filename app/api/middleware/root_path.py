@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class RootPath:
     """Put the prefix into every request's scope, where Starlette's routing removes it from the path.
 

@@ -13,7 +13,7 @@ ALWAYS = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SecurityHeaders:
     """Add the headers of every response, and the strictest content policy if the response has none.
 

@@ -9,7 +9,7 @@ from app.telemetry.metrics import METHODS, OTHER
 from app.telemetry.traces import Traces
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class TraceRequests:
     """Record a span for each request, and log its trace id as `trace`."""
 

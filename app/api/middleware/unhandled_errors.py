@@ -13,7 +13,7 @@ from app.problems import Problem, retry_later
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class UnhandledErrors:
     """Turn unhandled exceptions into `internal-error`, with the headers of every response.
 
