@@ -45,7 +45,7 @@ class KeySet:
     seconds. `sleep`: waits seconds.
     """
 
-    url: str = field(repr=False)
+    url: str
     algorithms: Collection[str] = ()
     _: KW_ONLY
     transport: httpx.AsyncBaseTransport | None = None

@@ -41,7 +41,7 @@ class Challenge:
     response.
     """
 
-    url: httpx.URL = field(repr=False)
+    url: httpx.URL
     secret: SecretStr
     hosts: frozenset[str] | None
     transport: httpx.AsyncBaseTransport

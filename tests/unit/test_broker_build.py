@@ -1,14 +1,17 @@
 """What the parts of a broker are given when it is built."""
 
 import asyncio
+import traceback
 from typing import Any
 
 import pytest
 
 from app.broker.build import open_broker
 from app.identity import User
-from app.limits.call_attempt import ALL_CALLS
+from app.limits.call_attempt import ALL_CALLS, CallAttempt
+from app.oneinbox import WebCall
 from app.sessions.disconnect import ClientConnection
+from app.sessions.idempotency import NotKept, StartedCall
 from app.sessions.schemas import SessionRequest
 from app.sessions.service import SessionInput
 from tests.support.harness import Upstream, settings
@@ -30,3 +33,20 @@ async def test_the_slot_of_an_unobserved_call_is_freed_in_the_end(
         await broker.sessions.start(User(mode="jwt", id="ann"), asked)
         (left,) = (await broker.store.members(ALL_CALLS)).values()
     assert left == pytest.approx(lease, abs=60)
+
+
+async def test_the_parts_say_nothing_of_what_they_hold(upstream: Upstream) -> None:
+    """An event loop logs the repr of an object whose callback failed; these know users, claims and transcripts."""
+    async with open_broker(settings(), upstream) as broker:
+        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {})
+        await broker.sessions.start(User(mode="jwt", id="ann", claims={"email": "ann@example.com"}), asked)
+        parts = [broker, *(getattr(broker, name) for name in type(broker).__slots__)]
+    for part in (part for part in parts if part is not None):
+        assert "object at 0x" in repr(part), type(part)
+
+
+def test_no_traceback_holds_a_participant_token() -> None:
+    call = WebCall("call_1", "wss://voice.example.com", "the-token")
+    error = NotKept(StartedCall(CallAttempt("r", 0, "main", "ann", "owner"), call))
+
+    assert "the-token" not in "".join([repr(call), repr(error), *traceback.format_exception(error)])
