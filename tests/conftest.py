@@ -34,6 +34,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The image and browsers first: they take longest, and pytest-xdist hands out modules in this order."""
+    items.sort(key=lambda item: (not item.get_closest_marker("image"), not item.get_closest_marker("browser")))
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests are not looked through again and again.
 
