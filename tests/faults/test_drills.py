@@ -9,6 +9,11 @@ from tests.faults import drain, faults, schema, soak
 SOAK_SECONDS = 60 if os.environ.get("CI") else 15
 
 
+# First: the others run beside it, where several run at once.
+async def test_soak() -> None:
+    await soak.drill(SOAK_SECONDS, browsers=20, pace=5, seed=1)
+
+
 @pytest.mark.parametrize("kind", drain.RUNS)
 async def test_drain(kind: str) -> None:
     # The full drill checks the reads' latency, on an idle machine.
@@ -30,10 +35,6 @@ async def test_faults() -> None:
         operations=("start", "get"),
         short=True,
     )
-
-
-async def test_soak() -> None:
-    await soak.drill(SOAK_SECONDS, browsers=20, pace=5, seed=1)
 
 
 async def test_schema() -> None:
