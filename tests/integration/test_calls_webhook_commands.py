@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,8 @@ from app.oneinbox.errors import OneInboxError
 from app.sandbox.schemas import RegisterWebhook
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.brokers import LONG_CALLS, environ_of, settings_of
-from tests.support.processes import Finished, run
+from tests.support.commands import invoke
+from tests.support.processes import Finished
 
 SECRET = "webhook-secret-of-the-tests-0123456789"
 SETTINGS = {"BROKER_PUBLIC_URL": "https://broker.example/voice", "BROKER_WEBHOOK_SECRET": SECRET}
@@ -25,10 +25,10 @@ async def oneinbox() -> AsyncIterator[RunningEmulator]:
         yield emulator
 
 
-async def command(url: str, cwd: Path, *arguments: str, **changes: str) -> Finished:
-    """Run `webhook …` in a process of its own; a change to nothing takes a setting away."""
+async def command(url: str, *arguments: str, **changes: str) -> Finished:
+    """Run `webhook …`; a change to nothing takes a setting away."""
     environ = {name: value for name, value in environ_of(url, {**SETTINGS, **changes}).items() if value}
-    done = await asyncio.to_thread(run, "webhook", *arguments, cwd=cwd, environ=environ)
+    done = await asyncio.to_thread(invoke, "webhook", *arguments, environ=environ)
     assert SECRET not in done.out + done.err
     assert LONG_CALLS.api_key not in done.out + done.err
     assert "Traceback" not in done.out + done.err
@@ -36,7 +36,7 @@ async def command(url: str, cwd: Path, *arguments: str, **changes: str) -> Finis
 
 
 async def do(url: str, what: str, *arguments: str, **changes: str) -> str:
-    """The same in this process; what it would print."""
+    """The same without the command; what it would print."""
 
     async def work(operator: WebhookOperator) -> str:
         said: str = await getattr(operator, what)(*arguments)
@@ -47,9 +47,8 @@ async def do(url: str, what: str, *arguments: str, **changes: str) -> str:
     return said
 
 
-@pytest.mark.process
-async def test_register_list_and_remove(oneinbox: RunningEmulator, tmp_path: Path) -> None:
-    registered = await command(oneinbox.url, tmp_path, "register")
+async def test_register_list_and_remove(oneinbox: RunningEmulator) -> None:
+    registered = await command(oneinbox.url, "register")
 
     [kept] = list(oneinbox.emulator.webhooks)
     assert kept.url == ADDRESS + SECRET
@@ -78,9 +77,8 @@ async def test_no_webhook_at_all(oneinbox: RunningEmulator) -> None:
     assert await do(oneinbox.url, "list") == "There are no webhooks."
 
 
-@pytest.mark.process
-async def test_missing_settings_are_lines_and_exit_2(oneinbox: RunningEmulator, tmp_path: Path) -> None:
-    missing = await command(oneinbox.url, tmp_path, "list", BROKER_PUBLIC_URL="", BROKER_WEBHOOK_SECRET="")
+async def test_missing_settings_are_lines_and_exit_2(oneinbox: RunningEmulator) -> None:
+    missing = await command(oneinbox.url, "list", BROKER_PUBLIC_URL="", BROKER_WEBHOOK_SECRET="")
 
     assert (missing.code, missing.out) == (2, "")
     lines = [line.partition(":")[0] for line in missing.err.splitlines()]
@@ -99,9 +97,8 @@ async def test_one_missing_setting_is_named(name: str, oneinbox: RunningEmulator
     assert SECRET not in line
 
 
-@pytest.mark.process
-async def test_oneinbox_may_refuse(oneinbox: RunningEmulator, tmp_path: Path) -> None:
-    refused = await command(oneinbox.url, tmp_path, "register", ONEINBOX_API_KEY="oi_sk_wrong")
+async def test_oneinbox_may_refuse(oneinbox: RunningEmulator) -> None:
+    refused = await command(oneinbox.url, "register", ONEINBOX_API_KEY="oi_sk_wrong")
 
     assert (refused.code, refused.out) == (1, "")
     assert refused.err == "OneInbox answered 401\n"

@@ -16,6 +16,7 @@ from app.doctor.findings import Finding, as_json
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.faults import Drip, Drop, Hang, Status
 from app.sandbox.server import RunningEmulator, running_emulator
+from tests.support.commands import invoke
 from tests.support.processes import PATIENCE, Finished, run
 from tests.support.valkey import Valkey, running_valkey
 
@@ -71,17 +72,16 @@ async def examine(environ: dict[str, str]) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
-async def command(tmp_path: Path, environ: dict[str, str], *arguments: str) -> Finished:
+async def command(environ: dict[str, str], *arguments: str) -> Finished:
     """Run `doctor`, while the emulator goes on answering; no secret in what it prints."""
-    done = await asyncio.to_thread(run, "doctor", *arguments, cwd=tmp_path, environ=environ)
+    done = await asyncio.to_thread(invoke, "doctor", *arguments, environ=environ)
     assert "PLANTED" not in done.out + done.err
     assert "Traceback" not in done.err
     return done
 
 
-@pytest.mark.process
-async def test_all_green(environ: dict[str, str], tmp_path: Path) -> None:
-    done = await command(tmp_path, environ)
+async def test_all_green(environ: dict[str, str]) -> None:
+    done = await command(environ)
     assert (done.code, done.err) == (0, "")
     *lines, last = done.out.splitlines()
     assert all(line.startswith("✓ ") for line in lines)
@@ -89,9 +89,8 @@ async def test_all_green(environ: dict[str, str], tmp_path: Path) -> None:
     assert last == "Nothing is wrong."
 
 
-@pytest.mark.process
-async def test_wrong_key_as_json(environ: dict[str, str], tmp_path: Path) -> None:
-    done = await command(tmp_path, environ | {"ONEINBOX_API_KEY": KEY + "x"}, "--json")
+async def test_wrong_key_as_json(environ: dict[str, str]) -> None:
+    done = await command(environ | {"ONEINBOX_API_KEY": KEY + "x"}, "--json")
     assert (done.code, done.err) == (1, "")
     document = json.loads(done.out)
     assert document["ok"] is False
@@ -101,14 +100,13 @@ async def test_wrong_key_as_json(environ: dict[str, str], tmp_path: Path) -> Non
     assert "ONEINBOX_API_KEY" in wrong["remedy"]
 
 
-@pytest.mark.process
-async def test_wrong_settings_are_findings_and_no_usage_error(tmp_path: Path) -> None:
+async def test_wrong_settings_are_findings_and_no_usage_error() -> None:
     environ = {
         "ONEINBOX_API_KEY": "oi_pk_PLANTED",
         "BROKER_STORE_URL": f"mysql://:{PASSWORD}@h",
         "BROKER_SECRET": "PLANTED",
     }
-    done = await command(tmp_path, environ)
+    done = await command(environ)
     assert (done.code, done.err) == (1, "")
     wrong = [line for line in done.out.splitlines() if line.startswith("✗ settings: ")]
     for name in ("ONEINBOX_API_KEY", "ONEINBOX_AGENT_ID", "BROKER_STORE_URL", "BROKER_SECRET"):
@@ -251,6 +249,6 @@ async def test_it_is_quick_though_nothing_answers(environ: dict[str, str], tmp_p
             "ONEINBOX_TIMEOUT": "0.5",
             "BROKER_STORE_URL": f"redis://{url}",
         }
-        done = await command(tmp_path, environ | changes)
+        done = await asyncio.to_thread(run, "doctor", cwd=tmp_path, environ=environ | changes)
     assert done.code == 1
     assert done.seconds < PATIENCE

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -11,7 +10,7 @@ import pytest_asyncio
 from app.doctor.probe import probe
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.brokers import running_broker_process
-from tests.support.processes import run
+from tests.support.commands import invoke
 
 pytestmark = [pytest.mark.process, pytest.mark.asyncio(loop_scope="module")]
 
@@ -66,13 +65,13 @@ async def test_brokers(emulator: RunningEmulator, changes: dict[str, str], wrong
     assert [request for request in emulator.emulator.requests if request.method != "GET"] == []
 
 
-async def test_the_command(emulator: RunningEmulator, tmp_path: Path) -> None:
+async def test_the_command(emulator: RunningEmulator) -> None:
     async with running_broker_process(emulator.url, BROKER_ALLOWED_ORIGINS="*") as broker:
         url = str(broker.client.base_url)
         # No settings, not even readable ones: they are not needed.
         environ = {"BROKER_NO_SUCH": "1"}
-        text = await asyncio.to_thread(run, "doctor", "--probe", url, cwd=tmp_path, environ=environ)
-        document = await asyncio.to_thread(run, "doctor", "--json", "--probe", url, cwd=tmp_path, environ=environ)
+        text = await asyncio.to_thread(invoke, "doctor", "--probe", url, environ=environ)
+        document = await asyncio.to_thread(invoke, "doctor", "--json", "--probe", url, environ=environ)
     assert (text.code, text.err) == (1, "")
     assert [line.partition(":")[0] for line in text.out.splitlines() if line.startswith("✗")] == ["✗ forged Origin"]
     assert document.code == 1
@@ -80,9 +79,9 @@ async def test_the_command(emulator: RunningEmulator, tmp_path: Path) -> None:
     assert [request for request in emulator.emulator.requests if request.method != "GET"] == []
 
 
-async def test_a_oneinbox_is_no_broker(emulator: RunningEmulator, tmp_path: Path) -> None:
+async def test_a_oneinbox_is_no_broker(emulator: RunningEmulator) -> None:
     before = len(emulator.emulator.requests)
-    done = await asyncio.to_thread(run, "doctor", "--probe", emulator.url, cwd=tmp_path, environ={})
+    done = await asyncio.to_thread(invoke, "doctor", "--probe", emulator.url, environ={})
     assert done.code == 1
     assert done.out.startswith("✗ broker: this is not a broker: ")
     assert len(emulator.emulator.requests) == before + 1
@@ -91,16 +90,16 @@ async def test_a_oneinbox_is_no_broker(emulator: RunningEmulator, tmp_path: Path
 @pytest.mark.parametrize(
     "url", ["voice.example.com", "ftp://a.example", "https://u:hush@a.example", "https://a/?b=hush"]
 )
-async def test_what_is_no_url_of_a_broker(tmp_path: Path, url: str) -> None:
-    done = await asyncio.to_thread(run, "doctor", "--probe", url, cwd=tmp_path, environ={})
+async def test_what_is_no_url_of_a_broker(url: str) -> None:
+    done = await asyncio.to_thread(invoke, "doctor", "--probe", url, environ={})
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("--probe: ")
     assert "takes a broker's public URL" in done.err
     assert "hush" not in done.err
 
 
-async def test_nobody_there(tmp_path: Path) -> None:
-    done = await asyncio.to_thread(run, "doctor", "--probe", "http://127.0.0.1:1", cwd=tmp_path, environ={})
+async def test_nobody_there() -> None:
+    done = await asyncio.to_thread(invoke, "doctor", "--probe", "http://127.0.0.1:1", environ={})
     assert done.code == 1
     assert "cannot be reached" in done.out
     assert done.err == ""

@@ -1,10 +1,8 @@
 """The operator's commands against two running brokers."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jwt
@@ -25,11 +23,10 @@ from tests.support.brokers import (
     post_many,
     running_broker_processes,
 )
+from tests.support.commands import invoke
 from tests.support.harness import settings
-from tests.support.processes import Finished, run
+from tests.support.processes import Finished
 from tests.support.valkey import Valkey, running_valkey
-
-pytestmark = pytest.mark.process
 
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
 NOWHERE = "redis://127.0.0.1:1"
@@ -41,8 +38,7 @@ in_modules_loop = pytest.mark.asyncio(loop_scope="module")
 async def command(*arguments: str, **changes: str) -> Finished:
     """Run a command of the broker, with no OneInbox that could be reached."""
     environ = environ_of("http://127.0.0.1:1", {**SETTINGS, **changes})
-    with tempfile.TemporaryDirectory() as empty:
-        return await asyncio.to_thread(run, *arguments, cwd=Path(empty), environ=environ)
+    return await asyncio.to_thread(invoke, *arguments, environ=environ)
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,7 @@ async def deployment(valkey: Valkey) -> AsyncIterator[Deployment]:
         yield Deployment(brokers, oneinbox, valkey)
 
 
+@pytest.mark.process
 @in_modules_loop
 async def test_pause_and_resume(deployment: Deployment) -> None:
     await deployment.answers("201", "192.0.2.1")
@@ -95,6 +92,7 @@ async def test_pause_and_resume(deployment: Deployment) -> None:
     assert await deployment.command("resume") == "There was no pause.\n"
 
 
+@pytest.mark.process
 @in_modules_loop
 async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
     assert await deployment.command("block", HOUSEHOLD, "--for", "1h") == "Blocked for 1h.\n"

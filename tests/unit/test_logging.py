@@ -11,21 +11,14 @@ import pytest
 import structlog
 
 from app.telemetry.logging import Level, configure_logging
-
-NAMES = ("", "uvicorn", "uvicorn.error", "uvicorn.access")
+from tests.support.commands import logging_restored
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """Restore the configuration afterwards."""
-    was = structlog.get_config()
-    loggers = [logging.getLogger(name) for name in NAMES]
-    states = [(logger.handlers, logger.level, logger.propagate, logger.disabled) for logger in loggers]
-    yield
-    structlog.configure(**was)
-    for logger, (handlers, level, propagate, disabled) in zip(loggers, states, strict=True):
-        logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
-        logger.setLevel(level)
+    with logging_restored():
+        yield
 
 
 @pytest.fixture
