@@ -41,7 +41,7 @@ from tests.support.brokers import (
 from tests.support.harness import TOKEN
 from tests.support.shapes import assert_problem, assert_session, remaining
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 PATIENCE = TIMEOUT + 1
 MEGABYTE = 1024 * 1024
 QUICK = {"ONEINBOX_TIMEOUT": str(TIMEOUT), "ONEINBOX_CONNECT_TIMEOUT": "0.5", "BROKER_MAX_WAITING": "100"}
