@@ -9,10 +9,10 @@ import pytest_asyncio
 
 from app.doctor.probe import probe
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.support.brokers import running_broker_process
+from tests.support.brokers import served, settings_of
 from tests.support.commands import invoke
 
-pytestmark = [pytest.mark.process, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 JWT = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "a secret shared with the issuer, long enough"}
 HEADER = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}
@@ -57,17 +57,15 @@ async def emulator() -> AsyncIterator[RunningEmulator]:
 
 @pytest.mark.parametrize(("changes", "wrong", "warned"), BROKERS.values(), ids=BROKERS.keys())
 async def test_brokers(emulator: RunningEmulator, changes: dict[str, str], wrong: set[str], warned: set[str]) -> None:
-    async with running_broker_process(emulator.url, **changes) as broker:
-        url = str(broker.client.base_url).rstrip("/") + changes.get("BROKER_ROOT_PATH", "")
-        found = await probe(url)
+    async with served(settings_of(emulator.url, changes)) as url:
+        found = await probe(url + changes.get("BROKER_ROOT_PATH", ""))
     assert {finding.name: finding for finding in found if not finding.ok}.keys() == wrong
     assert {finding.name for finding in found if finding.level == "warning"} == warned
     assert [request for request in emulator.emulator.requests if request.method != "GET"] == []
 
 
 async def test_the_command(emulator: RunningEmulator) -> None:
-    async with running_broker_process(emulator.url, BROKER_ALLOWED_ORIGINS="*") as broker:
-        url = str(broker.client.base_url)
+    async with served(settings_of(emulator.url, {"BROKER_ALLOWED_ORIGINS": "*"})) as url:
         # No settings, not even readable ones: they are not needed.
         environ = {"BROKER_NO_SUCH": "1"}
         text = await asyncio.to_thread(invoke, "doctor", "--probe", url, environ=environ)

@@ -19,9 +19,7 @@ import pytest
 from pydantic import SecretStr
 from starlette.requests import ClientDisconnect
 
-from app.api.app import create_app
 from app.cli.operator import operate
-from app.config.settings import Settings
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
@@ -35,7 +33,6 @@ from app.sandbox.emulator import Emulator, create_emulator
 from app.sandbox.faults import Fault, Latency, Status
 from app.sandbox.schemas import StartCall
 from app.sandbox.server import RunningEmulator, running_emulator
-from app.server.server import create_server, listen, url_of
 from app.sessions import idempotency
 from app.sessions.disconnect import ClientConnection
 from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, StartedCall
@@ -48,6 +45,7 @@ from tests.support.brokers import (
     asked,
     eventually,
     running_broker_process,
+    served,
     settings_of,
 )
 from tests.support.harness import ONEINBOX
@@ -67,30 +65,6 @@ SOON = 10.0
 def valkey() -> Iterator[Valkey]:
     with running_valkey() as server:
         yield server
-
-
-@asynccontextmanager
-async def served(settings: Settings) -> AsyncIterator[str]:
-    """A broker in this process, on a real socket; its URL. Leave them in the reverse order: they nest signals."""
-    listener = listen("127.0.0.1", 0)
-    with listener:
-        server = create_server(create_app(settings))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        url = url_of(listener)
-        try:
-            async with httpx.AsyncClient(base_url=url) as client:
-
-                async def is_up() -> bool:
-                    try:
-                        return (await client.get("/readyz")).status_code == 200
-                    except httpx.ConnectError:
-                        return False
-
-                await eventually(is_up, SOON)
-            yield url
-        finally:
-            server.should_exit = True
-            await serving
 
 
 class Browser:

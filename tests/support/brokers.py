@@ -15,11 +15,13 @@ from typing import Any
 
 import httpx
 
+from app.api.app import create_app
 from app.config.loading import load_settings
 from app.config.settings import Settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.middleware import RecordedRequest
+from app.server.server import create_server, listen, url_of
 from tests.support.processes import PATIENCE, Process, running
 
 LONG_CALLS = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
@@ -88,6 +90,22 @@ async def running_broker_process(oneinbox: str, *arguments: str, **changes: str)
                 yield BrokerProcess(client, process)
         finally:
             await process.stop()
+
+
+@asynccontextmanager
+async def served(settings: Settings) -> AsyncIterator[str]:
+    """A broker in this process, on a real socket; its URL. Leave them in the reverse order: they nest signals."""
+    with listen("127.0.0.1", 0) as listener:
+        url = url_of(listener)
+        server = create_server(create_app(settings))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
+                assert (await client.get("/readyz")).status_code == 200
+            yield url
+        finally:
+            server.should_exit = True
+            await serving
 
 
 @asynccontextmanager
