@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Hooks and fixtures of all tests."""
 
 import asyncio
 import os
@@ -74,7 +74,7 @@ def clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 @pytest.fixture(autouse=True)
 def logs() -> Iterator[Logs]:
-    """What the broker logged during the test, instead of printing it."""
+    """The broker's log entries during the test, instead of lines on stderr."""
     with structlog.testing.capture_logs() as entries:
         yield entries
 
@@ -122,7 +122,7 @@ class OpenBroker:
         transport: httpx.AsyncBaseTransport | None = None,
         **environ: str,
     ) -> httpx.AsyncClient:
-        """A client at `peer` of a broker of its own, in front of `upstream`."""
+        """A client at `peer` of a new broker in front of `upstream`."""
         broker = running_broker(
             settings({**(given or {}), **environ}), transport or self._upstream, peer=peer, base_url=base_url
         )

@@ -1,4 +1,4 @@
-"""Brokers as processes of their own in front of an emulator in the test's event loop.
+"""Broker processes in front of an emulator in the test's event loop.
 
 async with running_emulator(LONG_CALLS) as oneinbox, running_broker_processes(2, oneinbox.url) as brokers:
     responses = await post_many(brokers, 200)
@@ -25,7 +25,7 @@ from app.server.server import create_server, listen, url_of
 from tests.support.processes import PATIENCE, Process, running
 
 LONG_CALLS = EmulatorOptions(queued=0, initiated=0, in_progress=3600)
-"""Calls that nobody ends are still running when the test ends."""
+"""Calls run until they are stopped."""
 SECRET = "a secret of the tests, of more than 32 characters"
 # Bounds that a test about something else must not run into.
 ROOMY = {
@@ -62,7 +62,7 @@ class BrokerProcess:
 
     @property
     def logs(self) -> list[dict[str, Any]]:
-        """What it logged so far."""
+        """Its log so far."""
         return self.process.records
 
     async def readiness(self) -> str:

@@ -1,4 +1,4 @@
-"""The broker's commands in this process: quicker than a process of their own, and measured by coverage."""
+"""The broker's commands in this process: quicker than starting one, and measured by coverage."""
 
 import logging
 from collections.abc import Iterator, Mapping

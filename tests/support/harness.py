@@ -79,7 +79,7 @@ class Upstream(httpx.AsyncBaseTransport):
 
     @property
     def requests(self) -> list[httpx.Request]:
-        """All that arrived, in order."""
+        """The requests that arrived, in order."""
         return [call.request for call in self.router.calls]
 
     @property

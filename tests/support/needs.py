@@ -1,4 +1,4 @@
-"""What a test needs beyond Python: where it is missing the test is skipped with a reason, and fails in CI."""
+"""Programs and packages beyond Python: without them a test is skipped with a reason, and fails in CI."""
 
 import os
 import shutil

@@ -50,7 +50,7 @@ STATE = re.compile(r'"([a-z0-9-]+)";r=(\d+);t=(\d+)')
 
 
 def assert_safe_headers(response: httpx.Response) -> None:
-    """What every answer carries."""
+    """Check the headers of every answer."""
     headers = response.headers
     assert REQUEST_ID.fullmatch(headers["x-request-id"])
     assert headers["cache-control"] == "no-store"

@@ -16,7 +16,7 @@ from tests.support.ports import free_port
 
 
 class Valkey:
-    """A server on a port of its own. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
+    """A server on a free port. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
 
     def __init__(self) -> None:
         self._server = ValkeyServer(port=free_port(), save="")
