@@ -40,11 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests are not looked through again and again.
-
-    A whole collection would hold up everything in this process for a third of a second: long enough for a OneInbox
-    emulated in here to be late.
-    """
+    """Exempt the collected tests from garbage collection, whose pauses would make an emulator in here late."""
     freeze_gc()
 
 

@@ -9,7 +9,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,7 @@ from tests.support.brokers import (
 from tests.support.harness import ONEINBOX
 from tests.support.shapes import assert_problem, assert_session
 from tests.support.simulated_time import in_simulated_time
-from tests.support.valkey import Valkey, running_valkey
+from tests.support.valkey import Valkey
 
 KEY = "0123456789abcdef"
 NOTICED_SECONDS = 1.0
@@ -59,12 +59,6 @@ ANSWER_SECONDS = 0.4
 """OneInbox starts a call at once and says so this much later."""
 SOON = 10.0
 """Seconds for what takes a moment, on a busy machine."""
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 class Browser:
