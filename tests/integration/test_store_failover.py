@@ -87,7 +87,7 @@ def callbacks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.process
-@pytest.mark.no_cover  # it measures time: coverage makes its load three times as heavy
+@pytest.mark.alone
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
 async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str, callbacks: list[float]) -> None:
     user = Rate("user", 5, 60)

@@ -82,6 +82,7 @@ async def each_is(brokers: list[BrokerProcess], status: str) -> bool:
 
 
 @pytest.mark.process
+@pytest.mark.alone
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
 async def test_a_lost_store_under_load(valkey: Valkey, accident: str) -> None:
     settings = {**SETTINGS, "BROKER_STORE_URL": valkey.url}
@@ -136,6 +137,7 @@ async def _is_blocked(broker: BrokerProcess) -> bool:
 
 
 @pytest.mark.process
+@pytest.mark.alone
 async def test_a_pause_stays_in_force(valkey: Valkey) -> None:
     settings = {"BROKER_STORE_URL": valkey.url}
     async with (
