@@ -57,23 +57,15 @@ def pytest_asyncio_loop_factories(
 Logs = list[MutableMapping[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working directory of tests that ask for none: thousands of new ones would take seconds."""
-    folder = tmp_path_factory.mktemp("empty")
-    yield folder
-    assert not list(folder.iterdir())
-
-
 @pytest.fixture(autouse=True)
-def clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, empty_folder: Path) -> None:
+def clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep this machine's settings and `.env` from a test; and all programs but Python from one without a marker."""
     if not any(map(request.node.get_closest_marker, ("process", "browser", "image"))):
         monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     for name in list(os.environ):
         if name.upper().startswith(("BROKER_", "ONEINBOX_", "OTEL_")):
             monkeypatch.delenv(name)
-    monkeypatch.chdir(request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else empty_folder)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

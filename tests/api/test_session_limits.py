@@ -141,10 +141,10 @@ SLOWAPI = {
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
 async def test_slowapis_own_switches_are_ignored(
-    where: str, open_broker: OpenBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    where: str, open_broker: OpenBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if where == ".env":
-        (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in SLOWAPI.items()))
+        Path(".env").write_text("".join(f"{name}={value}\n" for name, value in SLOWAPI.items()))
     else:
         for name, value in SLOWAPI.items():
             monkeypatch.setenv(name, value)

@@ -163,7 +163,6 @@ async def test_the_call_of_a_caller_who_hung_up_is_stopped_right_after_oneinboxs
                 await browser.close()
 
 
-@pytest.mark.process
 async def test_a_caller_who_stays_keeps_the_call_and_so_does_one_who_leaves_with_it() -> None:
     async with running_emulator(LONG_CALLS) as oneinbox, served(settings_of(oneinbox.url, {})) as url:
         oneinbox.emulator.faults.add(Latency(operation="start", seconds=ANSWER_SECONDS))

@@ -135,7 +135,6 @@ async def test_what_cannot_be_done_is_said_in_a_line(
 JWT_SECRET = "a secret shared with the issuer, long enough"
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("issuer", [None, "https://login.example"])
 async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | None) -> None:
     modes: dict[str, Any] = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET, "BROKER_SECRET": "s" * 32}

@@ -185,7 +185,6 @@ async def broker_in_process(oneinbox: RunningEmulator, **changes: str) -> AsyncI
         yield client
 
 
-@pytest.mark.process
 async def test_sessions_can_be_refused_while_the_store_is_gone(valkey: Valkey) -> None:
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
@@ -206,7 +205,6 @@ async def test_sessions_can_be_refused_while_the_store_is_gone(valkey: Valkey) -
         await eventually(gives_sessions, within=BACK_SECONDS)
 
 
-@pytest.mark.process
 async def test_a_store_that_was_never_there(valkey: Valkey) -> None:
     valkey.kill()
     async with (

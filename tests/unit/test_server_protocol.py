@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 from app.server.protocol import MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
 from tests.conftest import Logs
 
-ARRIVAL, LINGER, KEEP_ALIVE = 0.1, 0.1, 0.3
+ARRIVAL, LINGER, KEEP_ALIVE = 0.2, 0.2, 0.5
 SLACK = 5.0
 """Seconds that a busy machine may be late."""
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3})")

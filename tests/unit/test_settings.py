@@ -325,8 +325,8 @@ def test_a_typo_in_the_env_file_is_one_too(tmp_path: Path) -> None:
     assert line.startswith("BROKER_SESSION_LIMIT: ")
 
 
-def test_the_env_file_of_the_working_directory_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text(f"ONEINBOX_API_KEY={API_KEY}\n")
+def test_the_env_file_of_the_working_directory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text(f"ONEINBOX_API_KEY={API_KEY}\n")
     monkeypatch.setenv("ONEINBOX_AGENT_ID", AGENT_ID)
 
     assert load_settings().oneinbox_api_key.get_secret_value() == API_KEY
