@@ -1,6 +1,6 @@
 """The FastAPI application: its middleware, in order, and its routers."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypedDict
 from urllib.parse import urlsplit
@@ -20,8 +20,10 @@ from app.api.middleware.tracing import TraceRequests
 from app.api.middleware.unhandled_errors import UnhandledErrors
 from app.broker.build import check, open_broker
 from app.broker.context import Broker
+from app.clock import SYSTEM_CLOCK, Clock
 from app.config.settings import Settings, origin_of
 from app.sessions.schemas import SessionRequest
+from app.store import Store
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, traces_enabled
 
@@ -34,16 +36,23 @@ class State(TypedDict):
     traces: Traces | None
 
 
-def create_app(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport | None = None,
+    *,
+    store_factory: Callable[[], Store] | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> FastAPI:
     """Return the broker as an ASGI application. Raises SettingsError.
 
-    Connections open when the server starts the lifespan. `transport` replaces the connection to OneInbox.
+    Connections open when the server starts the lifespan. `transport` replaces the connection to OneInbox,
+    `store_factory` returns the store to use instead of BROKER_STORE_URL's.
     """
     check(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-        async with open_broker(settings, transport) as broker:
+        async with open_broker(settings, transport, store_factory=store_factory, clock=clock) as broker:
             yield {"broker": broker, "metrics": broker.metrics, "traces": broker.traces}
 
     app = FastAPI(

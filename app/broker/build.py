@@ -17,6 +17,7 @@ from app.calls.ownership import Ownership
 from app.calls.poller import CallPoller
 from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
+from app.clock import SYSTEM_CLOCK, Clock
 from app.config.agents import Agents, load_agents
 from app.config.loading import secret_lines
 from app.config.settings import Settings, SettingsError, is_loopback, takes
@@ -63,34 +64,45 @@ def check(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[Broker]:
+async def open_broker(
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport | None = None,
+    *,
+    store_factory: Callable[[], Store] | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> AsyncIterator[Broker]:
     """Run a broker inside the running event loop.
 
-    `transport` replaces the connections to OneInbox and to the challenge service.
+    `transport` replaces the connections to OneInbox and to the challenge service. `store_factory` returns the
+    store to use instead of BROKER_STORE_URL's.
     """
-    agents, keys = load_agents(settings), _keys(settings)
-    identity = _identity(settings, keys)
+    agents, keys = load_agents(settings), _keys(settings, clock)
+    identity = _identity(settings, keys, clock)
     keyring = Keyring(secret_lines(settings))
     secret_reloader = SecretReloader(settings)
     ownership = Ownership(keyring)
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(settings.store_url.get_secret_value()))
+        opened = store_factory() if store_factory else open_store(settings.store_url.get_secret_value(), clock)
+        store = await stack.enter_async_context(opened)
         traces = open_traces()
         if traces is not None:
             stack.push_async_callback(traces.aclose)
-        oneinbox = open_oneinbox(settings, transport, secret_reloader.reload, metrics, traces)
+        oneinbox = open_oneinbox(
+            settings, transport, reread_key=secret_reloader.reload, metrics=metrics, traces=traces, clock=clock
+        )
         stack.push_async_callback(oneinbox.aclose)
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        limits = open_limits(settings, agents, store, lease, metrics)
+        limits = open_limits(settings, agents, store, lease=lease, metrics=metrics, clock=clock)
         talk = TalkTime(
             store,
             minutes=settings.talk_minutes,
             minutes_total=settings.global_talk_minutes,
             enforce=settings.limits_mode == "enforce",
+            now=clock.now,
             metrics=metrics,
         )
         live = LiveCalls(
@@ -100,6 +112,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
             lease=lease,
+            now=clock.now,
             metrics=metrics,
         )
         reconciler = Reconciler(
@@ -107,10 +120,11 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             live,
             agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
             timeout=settings.oneinbox_timeout,
+            now=clock.now,
             metrics=metrics,
         )
-        idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout)
-        kill_switch = KillSwitch(store)
+        idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout, now=clock.now)
+        kill_switch = KillSwitch(store, clock.monotonic)
         challenge = _challenge(settings, store, transport, stack, metrics)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
@@ -125,6 +139,7 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
             metrics=metrics,
+            now=clock.now,
         )
         cache = CallCache(
             oneinbox=oneinbox,
@@ -133,15 +148,19 @@ async def open_broker(settings: Settings, transport: httpx.AsyncBaseTransport | 
             live=live,
             agent_names={agent.agent_id: agent.name for agent in agents.by_name.values()},
             expose=frozenset(settings.expose),
+            clock=clock.monotonic,
+            now=clock.now,
         )
         poller = CallPoller(
             cache,
             store,
             max_streams=settings.max_streams,
             max_streams_total=settings.max_streams_total,
+            clock=clock.monotonic,
+            now=clock.now,
             metrics=metrics,
         )
-        calls = Calls(oneinbox, ownership, cache, poller, live)
+        calls = Calls(oneinbox, ownership, cache, poller, live, clock.now)
         refresh_queue = RefreshQueue(calls.refresh)
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)
@@ -211,9 +230,11 @@ def secret_handlers(
 def open_oneinbox(
     settings: Settings,
     transport: httpx.AsyncBaseTransport | None = None,
+    *,
     reread_key: Callable[[], Awaitable[None]] | None = None,
     metrics: Metrics | None = None,
     traces: Traces | None = None,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> OneInbox:
     """Return a client of the configured account, inside the event loop. The caller closes it.
 
@@ -229,11 +250,18 @@ def open_oneinbox(
         reread_key=reread_key,
         metrics=metrics,
         traces=traces,
+        clock=clock,
     )
 
 
 def open_limits(
-    settings: Settings, agents: Agents, store: Store, lease: float, metrics: Metrics | None = None
+    settings: Settings,
+    agents: Agents,
+    store: Store,
+    *,
+    lease: float,
+    metrics: Metrics | None = None,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> Limits:
     """Return the configured limits on a store."""
     return Limits(
@@ -247,11 +275,12 @@ def open_limits(
         lease=lease,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",
+        clock=clock.monotonic,
         metrics=metrics or Metrics(),
     )
 
 
-def _identity(settings: Settings, keys: Keys | None) -> Identity:
+def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
     addresses = ClientAddresses(settings.trusted_proxies)
     if settings.auth == "header":
         return HeaderIdentity(addresses, settings.user_header)
@@ -264,10 +293,11 @@ def _identity(settings: Settings, keys: Keys | None) -> Identity:
         audience=settings.jwt_audience or "",
         user_claim=settings.jwt_user_claim,
         cookie=settings.jwt_cookie or "",
+        now=clock.now,
     )
 
 
-def _keys(settings: Settings) -> Keys | None:
+def _keys(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Keys | None:
     """Return the keys that verify logins; None in modes without tokens."""
     if settings.auth != "jwt":
         return None
@@ -275,7 +305,7 @@ def _keys(settings: Settings) -> Keys | None:
     if fixed is not None:
         return FixedKey(fixed)
     try:
-        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms)
+        return KeySet(settings.jwt_jwks_url or "", settings.jwt_algorithms, clock=clock.monotonic)
     except ValueError as error:
         raise SettingsError([f"BROKER_JWT_JWKS_URL: {error}"]) from None
 

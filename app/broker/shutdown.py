@@ -21,6 +21,15 @@ class Shutdown:
     close: Callable[[], None]
     draining: bool = field(default=False, init=False)
 
+    def begin(self, end_server: Callable[[], None], at_once: bool = False) -> None:
+        """Announce the shutdown; after the drain time, or at once, close and call `end_server`. In the event loop."""
+        self.draining = True
+        asyncio.get_running_loop().call_later(0 if at_once else self.drain_seconds, self._finish, end_server)
+
+    def _finish(self, end_server: Callable[[], None]) -> None:
+        self.close()
+        end_server()
+
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Handle SIGTERM and SIGINT before the server's own handlers, until the context ends."""
@@ -30,8 +39,7 @@ class Shutdown:
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-        def finish(number: int, frame: FrameType | None) -> None:
-            self.close()
+        def end_server(number: int, frame: FrameType | None) -> None:
             servers_own = before[signal.Signals(number)]
             if callable(servers_own):
                 servers_own(number, frame)
@@ -39,13 +47,13 @@ class Shutdown:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
 
-        def begin(number: int, frame: FrameType | None) -> None:
-            wait = 0 if self.draining or number != signal.SIGTERM else self.drain_seconds
+        def handle(number: int, frame: FrameType | None) -> None:
+            at_once = self.draining or number != signal.SIGTERM
             self.draining = True
-            loop.call_soon_threadsafe(loop.call_later, wait, finish, number, frame)
+            loop.call_soon_threadsafe(self.begin, lambda: end_server(number, frame), at_once)
 
         for number in before:
-            signal.signal(number, begin)
+            signal.signal(number, handle)
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json, to_json
 
+from app.clock import SYSTEM_CLOCK, Clock
 from app.oneinbox.circuit_breaker import CircuitBreaker, parse_retry_after
 from app.oneinbox.errors import (
     Busy,
@@ -61,6 +62,7 @@ class OneInbox:
         breaker: CircuitBreaker | None = None,
         metrics: Metrics | None = None,
         traces: Traces | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Create a client.
 
@@ -71,7 +73,8 @@ class OneInbox:
         """
         self._metrics = metrics or Metrics()
         self._traces = traces
-        self.breaker = breaker or CircuitBreaker(metrics=self._metrics)
+        self._clock = clock
+        self.breaker = breaker or CircuitBreaker(clock.monotonic, self._metrics)
         self._base_url = base_url
         self._web_calls = url = httpx.URL(f"{base_url}{START}")
         self._server = (url.host, url.port or (443 if url.scheme == "https" else 80))
@@ -197,7 +200,7 @@ class OneInbox:
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
         if response.status_code == 429:
-            raise Busy(parse_retry_after(response.headers.get("retry-after"), time.time()))
+            raise Busy(parse_retry_after(response.headers.get("retry-after"), self._clock.now()))
         try:
             return response.status_code, from_json(raw)
         except ValueError:

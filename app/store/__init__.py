@@ -1,20 +1,21 @@
 """Small, expiring state, shared by all replicas if BROKER_STORE_URL names a server."""
 
+from app.clock import SYSTEM_CLOCK, Clock
 from app.store.memory import MemoryStore
 from app.store.protocol import Decision, LimitRequest, Rate, RateState, Slot, Store, StoreUnavailable, Value
 
 __all__ = ["Decision", "LimitRequest", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "Value", "open_store"]
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> Store:
     """Return the store of a URL: `memory://`, or `redis://`, `rediss://`, `valkey://`, `valkeys://`.
 
     It connects when it is entered (`async with`). Raises ValueError, without the URL in it, for any other URL.
     """
     if url == "memory://":
-        return MemoryStore()
+        return MemoryStore(clock.monotonic)
     # Importing redis-py takes 6 MB and 75 ms; only a shared store needs it.
     from app.store.failover import FailoverStore  # noqa: PLC0415
     from app.store.valkey import ValkeyStore  # noqa: PLC0415
 
-    return FailoverStore(ValkeyStore(url), MemoryStore())
+    return FailoverStore(ValkeyStore(url), MemoryStore(clock.monotonic), clock.monotonic)

@@ -55,9 +55,10 @@ class FailoverStore(Store):
 
     shared = True
 
-    def __init__(self, shared: ValkeyStore, local: MemoryStore) -> None:
+    def __init__(self, shared: ValkeyStore, local: MemoryStore, clock: Callable[[], float] = time.monotonic) -> None:
         self._shared = shared
         self._local = local
+        self._clock = clock
         self._down_since: float | None = None
         self._probe: asyncio.Task[None] | None = None
         self._missed: dict[tuple[str, str], float | None] = {}
@@ -169,7 +170,7 @@ class FailoverStore(Store):
 
     def _lost(self, error: StoreUnavailable) -> None:
         if self._down_since is None:
-            self._down_since = time.monotonic()
+            self._down_since = self._clock()
             log.error("store_lost", reason=str(error))
 
     def _queue_change(self, names: Sequence[str], member: str, ttl: float | None) -> None:
@@ -177,7 +178,7 @@ class FailoverStore(Store):
             self._missed.pop((name, member), None)
             if len(self._missed) >= MISSED:
                 del self._missed[next(iter(self._missed))]
-            self._missed[name, member] = None if ttl is None else time.monotonic() + ttl
+            self._missed[name, member] = None if ttl is None else self._clock() + ttl
 
     def _queue_slots(self, request: LimitRequest, ttl: float | None) -> None:
         self._queue_change([slot.name for slot in request.slots], request.member, ttl)
@@ -192,7 +193,7 @@ class FailoverStore(Store):
                 self._lost(error)
                 continue
             if self._down_since is not None:
-                log.warning("store_recovered", gone_seconds=round(time.monotonic() - self._down_since, 1))
+                log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
                 self._down_since = None
 
     async def _replay_missed(self) -> None:
@@ -202,7 +203,7 @@ class FailoverStore(Store):
             try:
                 if end is None:
                     await self._shared.remove_member([name], member)
-                elif (left := end - time.monotonic()) > 0:
+                elif (left := end - self._clock()) > 0:
                     await self._shared.add_member(name, member, left)
             except StoreUnavailable:
                 self._missed.setdefault((name, member), end)

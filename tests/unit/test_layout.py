@@ -46,6 +46,7 @@ FLOORS = [
     {"limits"},
     {"oneinbox", "identity", "server"},
     {"store", "config", "telemetry", "problems"},
+    {"clock"},
 ]
 """The rooms, from the top floor down. A room imports from lower floors only, never from its own floor or above."""
 
