@@ -106,21 +106,23 @@ class Reconciler:
 
     async def run(self) -> None:
         """Scan whenever a loss is due, until cancelled."""
-        try:
-            while True:
-                await self._until_due()
-                try:
-                    await self.scan()
-                except Exception:
-                    log.exception("reconcile_failed")
-                    await asyncio.sleep(1)
-        finally:
-            for task in self._stops:
-                task.cancel()
+        while True:
+            await self._until_due()
+            try:
+                await self.scan()
+            except Exception:
+                log.exception("reconcile_failed")
+                await asyncio.sleep(1)
 
-    async def scan(self) -> None:
-        """Look once for all that are due; settle each that is found, or is out of scans."""
-        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self.now()}
+    async def finish(self) -> None:
+        """Look once for all, when the process ends."""
+        await self.scan(float("inf"))
+        await asyncio.gather(*self._stops, return_exceptions=True)
+
+    async def scan(self, until: float | None = None) -> None:
+        """Look once for all that are due by `until` (default: now); settle each that is found, or is out of scans."""
+        until = self.now() if until is None else until
+        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= until}
         for agent in {loss.attempt.agent for loss in losses.values()}:
             of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
             result = ScanResult()
@@ -179,12 +181,12 @@ class Reconciler:
             if complete:
                 log.warning("lost_call_not_found", request_id=attempt.request_id)
                 self.metrics.count_orphan("not-found")
-                await self.live.release_slots(attempt)
+                await self.live.release(attempt)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep reports it again.
                 log.error("lost_call_unresolved", request_id=attempt.request_id)
                 self.metrics.count_orphan("given-up")
-                await self.live.mark_unresolved(attempt)
+                await self.live.give_up(attempt)
 
     def _stop(self, attempt: CallAttempt, call_id: str) -> None:
         """Hang up in the background: a slow stop must not delay the scans."""
