@@ -201,6 +201,7 @@ class CallCache:
         `since`: when OneInbox was asked, by `clock`. A record older than the cached one is ignored, and so is any that
         brings an ended call back to life: an end is final.
         """
+        self.live.note_seen(record.id)
         cached = self._cache.get(record.id)
         before = cached.snapshot if cached is not None else None
         if cached is not None and before is not None and (cached.since > since or (before.ended and not record.ended)):
@@ -221,20 +222,18 @@ class CallCache:
         try:
             record = await self.oneinbox.get_call(call_id)
         except nothing:
-            if not known or await self.live.note_missing(call_id):
-                self._keep(call_id, None, since, ours=known)
-                return None
-            return await self._last_known(call_id, since)
+            believed = not known or await self.live.note_missing(call_id)
+            snapshot = None if believed else await self._last_known(call_id, since)
+            self._keep(call_id, snapshot, since, ours=known)
+            return snapshot
         return await self.update(record, since)
 
     async def _last_known(self, call_id: str, since: float) -> Snapshot | None:
         """Return the last known state of a call of which OneInbox said once that it does not know it."""
         await self.read_shared(call_id)
         snapshot = self.latest(call_id)
-        if snapshot is None:
-            started = await self.live.started(call_id)
-            if started is None:
-                return None
+        started = await self.live.started(call_id) if snapshot is None else None
+        if started is not None:
             attempt = started.attempt
             record = CallRecord(
                 id=call_id,
@@ -243,8 +242,7 @@ class CallCache:
                 created_at=datetime.fromtimestamp(attempt.since, UTC),
                 metadata={BROKER_USER: attempt.owner},
             )
-            snapshot = self._snapshot(record, since)
-        self._keep(call_id, snapshot, since)
+            return self._snapshot(record, since)
         return snapshot
 
     def _snapshot(self, record: CallRecord, since: float, before: Snapshot | None = None) -> Snapshot:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -26,6 +27,7 @@ COLLECT_SECONDS = 30
 """How long the call of a client that disconnected waits for the client to return with its key."""
 RUMOUR_SECONDS = 60
 """A 404 is believed when it comes again this much later, so never in a call's first minute."""
+MOST_MISSING = 1000
 AT_ONCE = 8
 """Concurrent look-ups of one sweep, and stops in the background."""
 
@@ -67,6 +69,8 @@ class LiveCalls:
     join_timeout: float
     now: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
+    _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
+    """Unix time of the first 404 of calls without a record, such as those from before a restart on `memory://`."""
     _stop_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
     _stops: set[asyncio.Task[CallRecord | None]] = field(default_factory=set, init=False)
 
@@ -158,13 +162,22 @@ class LiveCalls:
     async def note_missing(self, call_id: str) -> bool:
         """Return whether to believe that OneInbox does not know a call, after a 404. Frees the slots if so.
 
-        A 404 of a call that this deployment started is a rumour until it comes again, RUMOUR_SECONDS later.
+        A 404 is a rumour until it comes again, RUMOUR_SECONDS later, without a sign of life meanwhile.
         """
         try:
             found = await self._find_by_id(call_id)
+            if found is not None:
+                return await self._believe_missing(found)
         except StoreUnavailable:
             return False
-        return found is None or await self._believe_missing(found)
+        since = self._missing.setdefault(call_id, self.now())
+        if len(self._missing) > MOST_MISSING:
+            self._missing.popitem(last=False)
+        return self.now() - since >= RUMOUR_SECONDS
+
+    def note_seen(self, call_id: str) -> None:
+        """Forget a 404 of a call that has no record: OneInbox knows it."""
+        self._missing.pop(call_id, None)
 
     async def started(self, call_id: str) -> StartRecord | None:
         """Return the record of a call that this deployment started, as far as its store remembers: at least a day."""

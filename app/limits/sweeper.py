@@ -9,6 +9,7 @@ from app.limits.reconciler import Reconciler
 from app.store import StoreUnavailable
 
 TICK_SECONDS = 1
+RETRIES = 3
 SETTLE_SECONDS = 10
 """Seconds that a process may take at its end to settle what only it knows."""
 
@@ -48,6 +49,11 @@ async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
     """
     try:
         async with asyncio.timeout(SETTLE_SECONDS):
+            for _ in range(RETRIES):  # a store that is back is noticed within a second
+                await live.flush()
+                if not live.ledger.unconfirmed:
+                    break
+                await asyncio.sleep(TICK_SECONDS)
             await live.flush(last=True)
             await reconciler.finish()
             if not live.store.shared:
