@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 
 import structlog
 
@@ -72,7 +73,7 @@ class LiveCalls:
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
     """Unix time of the first 404 of calls without a record, such as those from before a restart on `memory://`."""
     _stop_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
-    _stops: set[asyncio.Task[CallRecord | None]] = field(default_factory=set, init=False)
+    _stops: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def give(self, attempt: CallAttempt, call_id: str, kept: Kept | None = None) -> bool:
         """Record that the session's client gets the call, right before it does. False: it must not get it.
@@ -138,6 +139,10 @@ class LiveCalls:
             unwanted = step(None)
         if unwanted is not None and unwanted.state == UNWANTED:
             await self._hang_up(unwanted)
+
+    def stop_soon(self, attempt: CallAttempt, call_id: str, why: str) -> None:
+        """Like `stop`, in the background."""
+        self._in_background(partial(self.stop, attempt, call_id, why))
 
     async def release(self, attempt: CallAttempt) -> None:
         """Free the slots of an attempt that started no call."""
@@ -227,10 +232,10 @@ class LiveCalls:
                 if guess is None or guess.state != UNWANTED or not (last or self.now() - held.since >= COLLECT_SECONDS):
                     continue
                 held.since = self.now()
-                self._stop_soon(guess)
+                self._in_background(partial(self._hang_up, guess))
             else:
                 if after is not None and after.state == UNWANTED and (before is None or before.state != UNWANTED):
-                    self._stop_soon(after)
+                    self._in_background(partial(self._hang_up, after))
 
     async def stop_uncollected(self, *, at_once: bool = False) -> None:
         """Stop the calls that no repeat collected in time; `at_once`: all that wait. Raises StoreUnavailable."""
@@ -241,7 +246,7 @@ class LiveCalls:
                 continue
             _, after = await self._move(request_id, expire, found)
             if after is not None:  # this replica moved it, so no other stops it
-                self._stop_soon(after)
+                self._in_background(partial(self._hang_up, after))
 
     async def sweep(self) -> list[CallAttempt]:
         """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
@@ -346,12 +351,12 @@ class LiveCalls:
             await self._end_or_hold(request_id, record)
         return record
 
-    def _stop_soon(self, unwanted: StartRecord) -> None:
-        """Hang up in the background: a slow stop must not delay what else is due."""
+    def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Stop in the background: a slow stop must not delay what else is due."""
 
-        async def stop() -> CallRecord | None:
+        async def stop() -> None:
             async with self._stop_places:
-                return await self._hang_up(unwanted)
+                await work()
 
         task = asyncio.create_task(stop(), name="stop")
         self._stops.add(task)

@@ -55,9 +55,9 @@ async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
                     break
                 await asyncio.sleep(TICK_SECONDS)
             await live.flush(last=True)
-            await reconciler.finish()
             if not live.store.shared:
                 await live.stop_uncollected(at_once=True)
+            await reconciler.finish()
             await live.finish()
     except TimeoutError:
         log.error("calls_unsettled", seconds=SETTLE_SECONDS)
