@@ -112,7 +112,7 @@ class Reconciler:
                 await asyncio.sleep(1)
 
     async def finish(self) -> None:
-        """Look once for all, when the process ends. A call that is not found may come later: others will look for it."""
+        """Look once for all, when the process ends. What is not found may come later, so others will look for it."""
         for loss, record, _ in await self._look_for(list(self._losses.values())):
             if record is not None:
                 await self._settle(loss, record, complete=False)

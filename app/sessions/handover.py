@@ -31,7 +31,7 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
     ClientDisconnect, and `at-capacity` if the response cannot be kept.
     """
     attempt, call_id = started.attempt, started.call.id
-    present = not await client.poll_is_closed()
+    present = not client.is_closed()
     if not present and kept is None:
         await live.stop(attempt, call_id, HUNG_UP)
         raise ClientDisconnect
@@ -49,7 +49,7 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
         # A repeat would start another call. If the store kept the response after all, a repeat may still collect it.
         await live.withdraw(attempt, call_id, NOT_KEPT)
         raise retry_later("at-capacity", 5)
-    if present and not client.is_closed():
+    if present and not await client.poll_is_closed():
         return
     if present:
         await live.withdraw(attempt, call_id, HUNG_UP)
