@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import structlog
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from app.limits.call_attempt import CallAttempt
 
@@ -50,13 +51,17 @@ MOVES = (
     Move(RESERVED, ENDED, "the session, the reconciler", "no call exists", "frees the slots"),
     Move(STARTED, GIVEN, "a repeat", "the client is there", "the client gets the kept 201"),
     Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; the kept 201 is deleted"),
-    Move(STARTED, ENDED, "whoever sees it", "a terminal status, or a 404 that was believed", "frees the slots"),
+    Move(
+        STARTED, ENDED, "any process that sees it", "a terminal status, or a 404 that was believed", "frees the slots"
+    ),
     Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
     Move(GIVEN, UNWANTED, "the request, the sweep", "the client has gone; too long; not joined", "is stopped"),
-    Move(GIVEN, ENDED, "whoever sees it", "a terminal status, or a 404 that was believed", "frees the slots"),
+    Move(GIVEN, ENDED, "any process that sees it", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
     Move(UNRESOLVED, ENDED, "the reconciler", "lists of OneInbox without it", "frees the slots"),
-    Move(UNWANTED, ENDED, "whoever sees it", "a terminal status, or a 404 that was believed", "frees the slots"),
+    Move(
+        UNWANTED, ENDED, "any process that sees it", "a terminal status, or a 404 that was believed", "frees the slots"
+    ),
 )
 """Every move between states; the table in app/README.md is made from it."""
 
@@ -102,17 +107,34 @@ class StartRecord(NamedTuple):
     def from_bytes(cls, value: bytes) -> Self | None:
         """Read a stored value of any version; None, and a log entry, if it cannot be read."""
         try:
-            stored = from_json(value)
-            state: State = stored.get("state") or (UNWANTED if stored.get("unwanted") else GIVEN)  # none in version 1
-            known = {name: stored[name] for name in _OPTIONAL if name in stored}
-            known["given_to"] = tuple(known.get("given_to", ()))
-            return cls(CallAttempt.from_key(stored["member"]), state, **known, raw=value)
-        except (ValueError, TypeError, AttributeError, KeyError):
+            stored = _Stored.model_validate_json(value)
+            attempt = CallAttempt.from_key(stored.member)
+        except ValueError:
             log.error("call_record_unreadable")
             return None
+        state = stored.state or (UNWANTED if stored.unwanted else GIVEN)  # version 1 had none
+        return cls(attempt, state, **{name: getattr(stored, name) for name in _OPTIONAL})._replace(raw=value)
 
 
 _OPTIONAL = StartRecord._fields[2:-1]
+
+
+class _Stored(BaseModel):
+    """A record as stored; fields that another version added are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    member: str
+    state: State | None = None
+    call_id: str = ""
+    given_to: tuple[str, ...] = ()
+    answer: str = ""
+    due: float = 0
+    unwanted: str = ""
+    failed: bool = False
+    missing_since: float = 0
+    seconds: float = 0
+
 
 Step = Callable[[StartRecord | None], StartRecord | None]
 
