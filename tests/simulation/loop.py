@@ -83,6 +83,8 @@ class SimLoop(base_events.BaseEventLoop):
         self._shuffle = shuffle
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._order = itertools.count()
+        self.parked: list[Any] = []
+        """What killed processes would do."""
         self.set_task_factory(lambda loop, coro, **options: SimTask(coro, loop=self, **options))
 
     def time(self) -> float:
@@ -127,7 +129,8 @@ class SimLoop(base_events.BaseEventLoop):
                 continue
             host = handle._context.get(HOST)
             if host is not None and host.dead:
-                continue  # its process was killed: no step, no `finally`
+                self.parked.append(handle)  # its process was killed: no step, no `finally`
+                continue
             if self.steps > MOST_STEPS:
                 raise Stuck(f"more than {MOST_STEPS} steps; the next one is of\n{_stack_of(handle)}")
             handle._run()
@@ -236,24 +239,29 @@ def run(main: Callable[[SimLoop], Coroutine[Any, Any, T]], seed: int, *, log: Lo
     _Current.loop = loop
     with _surroundings(seed, log):
         try:
-            return loop.run_until_complete(main(loop))
+            result = loop.run_until_complete(main(loop))
+            loop.set_exception_handler(lambda *_: None)
+            _unwind(loop)
+            return result
         finally:
             loop.set_exception_handler(lambda *_: None)
-            _close_tasks(loop)
             loop._ready.clear()
             loop._timers.clear()
             _Current.loop = None
             loop.close()
 
 
-def _close_tasks(loop: SimLoop) -> None:
-    """Close what is left, such as the tasks of killed processes: in here, and not when it is collected later."""
-    for task in sorted(asyncio.all_tasks(loop), key=hash):
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
-        coroutine = task.get_coro()
-        with contextlib.suppress(BaseException):  # what its `finally` does is of no interest
-            if coroutine is not None:
-                coroutine.close()
+def _unwind(loop: SimLoop) -> None:
+    """End what is left, also in killed processes, so that no coroutine is collected half-way."""
+    left = sorted(asyncio.all_tasks(loop), key=hash)
+    for task in left:
+        if isinstance(task, SimTask) and task.host is not None:
+            task.host.dead = False
+        task.cancel()
+    loop._ready.extend(loop.parked)
+    with contextlib.suppress(Stuck, TimeoutError):
+        loop.run_until_complete(asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), 300))
+        loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 real_seconds = time.perf_counter

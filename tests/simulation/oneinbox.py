@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -157,6 +158,8 @@ class OneInbox:
     token_lives: list[int | None]
     keys: set[str]
     calls: dict[str, Call] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
+    """How often each request was sent."""
     announce: Callable[[Call], object] = field(default=lambda _: None)
     """Sends the webhook of a call that ended."""
 
@@ -260,6 +263,7 @@ class Transport(httpx.AsyncBaseTransport):
         path, method = request.url.path, request.method
         short = f"{method} {path[3:]}"
         place = world.numbered(f"{connection.name if connection is not None else replica.name}:{short}")
+        self._oneinbox.asked[short] += 1
         if world.fault("oi-connect", place):
             await asyncio.sleep(0.05)
             world.note(replica.name, f"→ OneInbox {short}: cannot connect")

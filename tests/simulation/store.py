@@ -212,10 +212,12 @@ class StoreConnection:
     def __init__(self, world: World, server: Server, replica: "Replica") -> None:
         self.world, self.server, self.replica = world, server, replica
         self.pubsub = LocalPubSub()
+        self.lag = 0.0
+        """Seconds that each way takes more, from this replica."""
         self._last = 0.0
         self._waiting: dict[asyncio.Future[Any], None] = {}
-        self.watch: Callable[[Operation], str | None] = lambda _: None
-        """A story's choice: the fault of an operation, if any."""
+        self.watch: Callable[[Operation], tuple[str, float] | None] = lambda _: None
+        """A story's choice: the fault of an operation, if any, and the seconds that it is late."""
         server.connections.append(self)
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
@@ -275,22 +277,25 @@ class StoreConnection:
         asked = Operation(name, self.replica.name, connection.name if connection else "", world.now, args)
         fault = self.watch(asked) or self._fault(place, own)
         if fault is not None:
-            await self._lose(fault, act, place)
+            await self._lose(*fault, act, place)
         return await self._ask(act, place)
 
-    def _fault(self, place: str, own: bool) -> str | None:
+    def _fault(self, place: str, own: bool) -> tuple[str, float] | None:
         if own and not self.world.rates.get("st-background"):
             return None
-        return next((kind for kind in ("st-lost", "st-lost-after", "st-late") if self.world.fault(kind, place)), None)
+        for kind in ("st-lost", "st-lost-after", "st-late"):
+            if self.world.fault(kind, place):
+                return kind, self.world.length(kind, place, 0.3, 3)
+        return None
 
-    async def _lose(self, fault: str, act: Callable[[], Any], place: str) -> None:
+    async def _lose(self, fault: str, late: float, act: Callable[[], Any], place: str) -> None:
         world = self.world
         done = {"st-lost": "is lost before it did anything", "st-lost-after": "is done, and its answer lost"}
         world.note(self.replica.name, f"store: {place} {done.get(fault, 'is done late')}")
         if fault == "st-lost-after":
             world.later(0.001, act)
         elif fault == "st-late":
-            world.later(world.length(fault, place, 0.3, 3), act)
+            world.later(late, act)
         world.begin_trouble()[1] = world.now + 3
         self._last = 0.0
         await asyncio.sleep(TIMEOUT)
@@ -298,7 +303,7 @@ class StoreConnection:
 
     async def _ask(self, act: Callable[[], Any], place: str) -> Any:
         world = self.world
-        way = world.between(f"st:{place}", 0.0002, 0.004) + self.server.lag
+        way = world.between(f"st:{place}", 0.0002, 0.004) + self.server.lag + self.lag
         if world.fault("st-slow", place):
             way += world.length("st-slow", place, 0.005, 0.1)
         self._last = max(world.now + way, self._last)  # one connection: no operation overtakes another

@@ -139,6 +139,8 @@ class World:
 
     def note(self, who: str, what: str) -> None:
         """Write a line of history."""
+        if self.over:
+            return
         self._digest.update(f"{self.now:.6f} {who} {what}\n".encode())
         if self.keep_history:
             self.history.append((self.now - BEGIN, who, what))
