@@ -259,8 +259,12 @@ def _unwind(loop: SimLoop) -> None:
             task.host.dead = False
         task.cancel()
     loop._ready.extend(loop.parked)
+
+    async def end() -> None:
+        await asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), 300)
+
     with contextlib.suppress(Stuck, TimeoutError):
-        loop.run_until_complete(asyncio.wait_for(asyncio.gather(*left, return_exceptions=True), 300))
+        loop.run_until_complete(end())
         loop.run_until_complete(loop.shutdown_asyncgens())
 
 

@@ -576,7 +576,8 @@ class Browser:
         chance, users = self.world, self.world.pick("users", [1, 1, 2, 4])
         self.user = f"203.0.113.{1 + int(chance.unit(f'{self.name}:user') * users)}"
         keyed = chance.unit(f"{self.name}:keyed") < 0.65
-        self.key = f"the-key-of-browser-{self.name}" if keyed else None
+        whose = "strangers" if chance.unit(f"{self.name}:shared") < 0.15 else self.name
+        self.key = f"the-key-of-browser-{whose}" if keyed else None
 
     async def live(self) -> None:
         """Start calls and talk."""
