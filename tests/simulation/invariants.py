@@ -49,7 +49,8 @@ KINDS = {
     "X-uncaught": "a task failed, and no one saw it",
 }
 ALLOWED = {
-    "-restart": "On memory:// nothing outlives the process: calls that an earlier process started are unknown.",
+    "-restart": "On memory:// nothing outlives the process: a killed one's calls, and those it had given, are unknown.",
+    "-one-look": "On memory:// SIGTERM looks for a lost call once; OneInbox did not list it then, or did not answer.",
     "-two-faults": "The replica was killed while the store was away, so what only it knew is gone.",
     "-emptied": "The operator emptied the store (FLUSHALL), and with it all that was known of the call.",
     "-failed-over": "The store failed over and had not copied the call's last writes, although it had confirmed them.",
@@ -77,6 +78,8 @@ SWEEP_SECONDS = 35.0
 """A call that runs too long is hung up by the next sweep (promise 8)."""
 CLOCK_SECONDS = 2.5
 """Two clocks differ by this much at most, here."""
+LOOK_SECONDS = 2.0
+"""The one look at SIGTERM lies at most this long before the process's end, and what it sees is a little older."""
 KEPT_SECONDS = 600.0
 BEFORE_EXPIRY = 60.0
 
@@ -181,7 +184,8 @@ class Invariants:
             return
         others = self._starting.setdefault(connection.key, [])
         if other := next((each for each in others if not each.replica.dead), None):
-            world.violate("C-two-starts", f"{connection} starts a call while {other} does, with the same key")
+            end = self._excuse_of_counts(other.arrived or 0)
+            world.violate(f"C-two-starts{end}", f"{connection} starts a call while {other} does, with the same key")
         others.append(connection)
 
     def start_over(self, connection: "Connection") -> None:
@@ -256,7 +260,7 @@ class Invariants:
             return
         got = "received" if call.received else "sent"
         what = f"{call.id} was {got} by {call.given[0].connection} and is hung up by {stop.replica}"
-        self.world.violate(f"B-stopped-given{self._excuse(call)}", what)
+        self.world.violate(f"B-stopped-given{self._excuse_of_counts(call.reserved)}", what)
 
     def _is_early(self, call: Call) -> bool:
         limit = self.bounds.call_seconds
@@ -278,7 +282,8 @@ class Invariants:
         stop = next((each for each in call.stops if each.by == "broker"), None)
         if stop is not None and self._is_early(call):
             since = f"{stop.replica} was hanging up since {stop.at - BEGIN:.2f}"
-            world.violate(f"B-given-stopped{self._excuse(call)}", f"{connection} is given {call.id}, which {since}")
+            end = self._excuse_of_counts(call.reserved)
+            world.violate(f"B-given-stopped{end}", f"{connection} is given {call.id}, which {since}")
         call.given.append(Given(world.now, connection))
         if connection.key is not None:
             self._check_key(connection.key, call)
@@ -359,7 +364,7 @@ class Invariants:
     def _excuse(self, call: Call) -> str:
         """Return the exception that a call falls under, if any: the end of a violation's kind, see ALLOWED."""
         if self.bounds.memory:
-            return "-restart" if call.epoch != self.epoch else ""
+            return self._excuse_of_memory(call) if call.epoch != self.epoch else ""
         if any(at >= call.reserved for at in self._emptied):
             return "-emptied"
         if any(until >= call.reserved for _, until in self._forgotten):
@@ -368,6 +373,15 @@ class Invariants:
         if died is not None and any(begun <= died and end >= call.reserved for begun, end in self.world.troubles):
             return "-two-faults"
         return ""
+
+    def _excuse_of_memory(self, call: Call) -> str:
+        """The same for a call of an earlier process. SIGTERM settles what only the process knew (promise 7)."""
+        home = call.home
+        if call.given or home.died is not None or home.told is None:
+            return "-restart"
+        end = self.world.now if home.over is None else home.over
+        unseen = call.listed_from > end - LOOK_SECONDS
+        return "-one-look" if unseen or self.world.failed("oi- list- get- stop-", home.told, end) else ""
 
     def _excuse_of_counts(self, since: float) -> str:
         """The same for what is counted over several calls."""

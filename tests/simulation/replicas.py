@@ -53,6 +53,10 @@ class Replica:
         self.dead = False
         self.died: float | None = None
         """When it was killed."""
+        self.told: float | None = None
+        """When it got SIGTERM."""
+        self.over: float | None = None
+        """When it had ended after that."""
         self.up = False
         self.connections: dict[Connection, None] = {}
         self.state: dict[str, Any] = {}
@@ -115,6 +119,7 @@ class Replica:
         """SIGTERM, as the broker and uvicorn handle it; return when the process has ended."""
         world = self.world
         world.note(self.name, "is told to end (SIGTERM)")
+        self.told = world.now
         told: asyncio.Future[None] = world.loop.create_future()
 
         def end_server() -> None:
@@ -139,4 +144,4 @@ class Replica:
             world.violate("H-stuck", f"{self.name} does not end")
         for connection in list(self.connections):
             connection.break_off("reset")
-        self.dead = True
+        self.dead, self.over = True, world.now

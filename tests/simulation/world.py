@@ -86,6 +86,7 @@ class World:
         self._digest = hashlib.blake2b(digest_size=8)
         self._places: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
+        self._fired_at: list[tuple[str, float]] = []
 
     @property
     def now(self) -> float:
@@ -123,9 +124,15 @@ class World:
         self.fire(name)
         return True
 
+    def failed(self, kinds: str, since: float, until: float) -> bool:
+        """Return whether a fault happened in a time. `kinds`: beginnings of its kind, with spaces between."""
+        begun = tuple(kinds.split())
+        return any(since <= at <= until and name.startswith(begun) for name, at in self._fired_at)
+
     def fire(self, name: str) -> None:
         """Note that a fault or an event happens; `name`: its kind, `@` and its place."""
         self.fired.append(name)
+        self._fired_at.append((name, self.now))
         self.counts["fault " + name.partition("@")[0]] += 1
 
     def length(self, kind: str, place: str, low: float, high: float) -> float:
