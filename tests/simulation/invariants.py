@@ -9,11 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from app.limits.call_attempt import ALL_CALLS
-from app.limits.live_calls import UNSTOPPED
 from tests.simulation.loop import BEGIN, HOST, SimTask
 from tests.simulation.oneinbox import Call, Given
-from tests.simulation.store import Contents, now
+from tests.simulation.store import LEFT, Contents, now
 from tests.simulation.world import World
 
 if TYPE_CHECKING:
@@ -323,7 +321,7 @@ class Invariants:
 
     def check_store(self, contents: Contents) -> None:
         """F (promise 8): once all calls are over, no slot, and nothing that `status` would list, is left."""
-        for name in (ALL_CALLS, UNSTOPPED, "uncollected"):
+        for name in LEFT:
             for member in now(contents.members(name)):
                 call = next((each for each in self.oneinbox.calls.values() if _is_of(member, each)), None)
                 end = self._excuse(call) if call is not None else self._excuse_of_counts(BEGIN)

@@ -30,6 +30,9 @@ OPERATIONS = frozenset(
     if inspect.iscoroutinefunction(each) and not name.startswith("_") and name not in ("publish", "aclose")
 )
 """The operations on what the store holds, of the interface itself: a new one is simulated like the others."""
+LEFT = ("live:all", "unstopped", "uncollected")
+"""Sets that are empty once all calls are settled: slots, what `status` lists, calls that wait for their browsers."""
+UNSTOPPED = LEFT[1]
 READS = frozenset({"get", "members", "items"})
 KEEPS = OPERATIONS - READS - {"add_member", "remove_member"}
 """Those that may change a value."""
@@ -336,6 +339,8 @@ def _subject(args: tuple[Any, ...]) -> str:
     first = args[0] if args else ""
     if rates := getattr(first, "rates", ()):
         return str(rates[0].name.partition(":")[0])
-    if isinstance(first, (list, tuple)) and first and isinstance(first[0], str):
+    if expected := getattr(first, "expected", None):
+        first = next(iter(expected))
+    elif isinstance(first, (list, tuple)) and first and isinstance(first[0], str):
         first = first[0]
     return first.partition(":")[0] if isinstance(first, str) else type(first).__name__

@@ -12,13 +12,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.limits.live_calls import UNSTOPPED
 from tests.simulation.connections import Answer, Connection, Gone
 from tests.simulation.invariants import Bounds
 from tests.simulation.loop import BEGIN
 from tests.simulation.oneinbox import Call, Stop
 from tests.simulation.scenario import BASE, Options, Plan, Scene, in_a_world
-from tests.simulation.store import Operation, StoreConnection, now
+from tests.simulation.store import UNSTOPPED, Operation, StoreConnection, now
 from tests.simulation.world import Planned
 
 KEY = "the-key-of-the-story"

@@ -46,6 +46,7 @@ async def _never_ends(*_: Any) -> None:
 
 @pytest.mark.parametrize("work", [_never_sleeps, _never_ends])
 def test_a_run_that_cannot_end_is_cut(work: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario.run(3)  # makes the app
     monkeypatch.setattr(app.broker.build, "sweep_forever", work)
     monkeypatch.setattr(loop, "MOST_STEPS", 20_000)
     monkeypatch.setattr(loop, "MOST_CPU_SECONDS", 1.0)
