@@ -17,7 +17,7 @@ from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.kill_switch import BLOCKS, IN_FORCE_SECONDS, PAUSE
-from app.limits.live_calls import UNFOUND, UNSTOPPED
+from app.limits.ledger import UNFOUND, UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
@@ -73,7 +73,8 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
         )
     agents = load_agents(settings)
     async with open_store(url) as store:
-        said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
+        limits = open_limits(settings, agents, Ledger(store, lease=0))
+        said = await work(Operator(settings, store, KillSwitch(store), limits))
         if store.state == "down":
             raise StoreUnavailable
         return said

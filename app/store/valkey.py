@@ -23,7 +23,7 @@ from app.store import scripts
 from app.store.deadline import Deadline
 from app.store.local_pubsub import LocalPubSub
 from app.store.pipeline import PipelinedConnection
-from app.store.protocol import Decision, LimitRequest, RateState, Store, StoreUnavailable, Value
+from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, StoreUnavailable
 from app.store.subscriber import Subscriber
 
 PREFIX = "oib:"
@@ -69,13 +69,16 @@ class ValkeyStore(Store):
         self._subscriber = Subscriber(self._new_connection, self.pubsub, PREFIX + "c:")
 
     async def decide(self, request: LimitRequest) -> Decision:
-        rates, slots, member, lease, cost, enforce = request
+        rates, slots, member, lease, cost, enforce, record = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
-        arguments: list[str | int] = [len(rates), cost, int(enforce), member, round(lease * 1e6)]
+        arguments: list[str | bytes | int] = [len(rates), len(rates) + len(slots), cost, int(enforce), member]
+        arguments.append(round(lease * 1e6))
         for rate in rates:
             arguments += (rate.amount, rate.seconds * 1_000_000)
         arguments += [-1 if slot.capacity is None else slot.capacity for slot in slots]
+        if record is not None:
+            arguments += (record.value, _milliseconds(record.ttl))
         answer: bytes = await self._run(scripts.DECIDE, _keys(request), *arguments)
         numbers = list(map(int, answer.split()))
         split = 1 + 4 * len(rates)
@@ -89,13 +92,15 @@ class ValkeyStore(Store):
             counted=numbers[0] == 1,
         )
 
-    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not decision.counted:
-            return
-        arguments: list[str | int] = [len(request.rates), request.cost, request.member]
+            return True
+        rates, slots = len(request.rates), len(request.slots)
+        arguments: list[str | int] = [rates, rates + slots, request.cost, request.member]
         for rate, state in zip(request.rates, decision.rates, strict=True):
             arguments += (rate.amount, rate.seconds * 1_000_000, int(state.mark))
         await self._run(scripts.GIVE_BACK, _keys(request), *arguments)
+        return True
 
     async def get(self, name: str) -> bytes | None:
         value: bytes | None = await self._ask("GET", _value(name))
@@ -128,12 +133,28 @@ class ValkeyStore(Store):
             for member, left in zip(found[::2], found[1::2], strict=True)
         }
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
-        keys = [f"{PREFIX}l:{name}", *(_value(each.name) for each in setting)]
-        arguments: list[str | bytes | int] = [value, keep, _milliseconds(ttl)]
-        for each in setting:
-            arguments += (each.value, _milliseconds(each.ttl))
-        await self._run(scripts.PUSH, keys, *arguments)
+    async def change(self, change: Change) -> bool:
+        keys: list[str] = []
+        arguments: list[str | bytes | int] = []
+
+        def step(key: str, *words: str | bytes | int) -> None:
+            keys.append(key)
+            arguments.extend(words)
+
+        for name, expected in change.expected.items():
+            step(_value(name), *(("none",) if expected is None else ("is", expected)))
+        for name, value, ttl in change.values:
+            step(_value(name), "set", value, _milliseconds(ttl))
+        for name in change.deletes:
+            step(_value(name), "delete")
+        for name, member, ttl in change.joins:
+            step(_slot(name), "join", member, round(ttl * 1e6))
+        for name, member in change.leaves:
+            step(_slot(name), "leave", member)
+        if change.entry is not None:
+            name, value, keep, ttl = change.entry
+            step(f"{PREFIX}l:{name}", "push", value, keep, _milliseconds(ttl))
+        return bool(await self._run(scripts.CHANGE, keys, *arguments))
 
     async def items(self, name: str) -> list[bytes]:
         values: list[bytes] = await self._ask("LRANGE", f"{PREFIX}l:{name}", 0, -1)
@@ -205,7 +226,8 @@ def _slot(name: str) -> str:
 
 
 def _keys(request: LimitRequest) -> list[str]:
-    return [*(f"{PREFIX}r:{rate.name}" for rate in request.rates), *(_slot(slot.name) for slot in request.slots)]
+    keys = [*(f"{PREFIX}r:{rate.name}" for rate in request.rates), *(_slot(slot.name) for slot in request.slots)]
+    return keys if request.record is None else [*keys, _value(request.record.name)]
 
 
 def _milliseconds(ttl: float) -> int:
