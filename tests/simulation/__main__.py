@@ -4,7 +4,7 @@
     python -m tests.simulation replay SEED
     python -m tests.simulation shrink SEED --kind A-orphan
     python -m tests.simulation hunt --kind A-orphan [--from 1] [--seconds 60]
-    python -m tests.simulation plants
+    python -m tests.simulation plants [NAME …]
 
 Common options: --never KIND,… --only KIND,… (faults and events), --memory, --shared, --without NAME;… (from a shrink).
 Exit 1 if a promise was broken that the contract does not allow to break; 2 for wrong arguments.
@@ -112,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
             each.add_argument("--seconds", type=float, help="stop after this long")
         if name == "hunt":
             each.add_argument("--seconds", type=float, default=60.0)
-    commands.add_parser("plants").add_argument("--jobs", type=_count, default=2)
+    each = commands.add_parser("plants")
+    each.add_argument("names", nargs="*", type=_plant, metavar="NAME", help="default: all")
+    each.add_argument("--jobs", type=_count, default=2)
     return top
 
 
@@ -283,7 +285,8 @@ def plant_all(arguments: argparse.Namespace) -> int:
     """Plant each bug, and print how many seeds it takes to find it."""
     missed = 0
     say(f"{'plant':<32} {'invariant':<18} seeds")
-    for name, plant in plants.PLANTS.items():
+    for name in arguments.names or plants.PLANTS:
+        plant = plants.PLANTS[name]
         needed = first_found(name, jobs=arguments.jobs)
         missed += needed is None
         say(f"{name:<32} {plant.kind:<18} {needed if needed is not None else f'not within {MOST_SEEDS}'}")

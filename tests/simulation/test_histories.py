@@ -143,6 +143,17 @@ async def test_sigterm_stops_an_uncollected_call(story: Story) -> None:
     assert story.running() == []
 
 
+@told(memory=True)
+async def test_sigterm_stops_an_unwanted_call_once_more(story: Story) -> None:
+    story.oneinbox("start-5xx-after")
+    story.oneinbox("stop-404")
+    assert await story.post("first").status() == 502
+    await story.wait(5)
+    await _restart(story)
+    await story.wait(60)
+    assert story.running() == []
+
+
 @told(call_seconds=150)
 async def test_sigterm_right_after_an_outage_writes_what_the_store_missed(story: Story) -> None:
     await story.clock(2.5)
