@@ -1,6 +1,6 @@
 """Planted bugs: each breaks one promise, and an invariant must find it. They judge the simulation.
 
-A bug patches a part at its edge, by a name that is likely to stay; `_first` takes the first of several that exists.
+A bug patches a part at its edge, by a name that is likely to stay.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ from typing import Any
 from unittest.mock import patch
 
 import app.broker.build
-import app.limits.sweeper
 from app.calls.cache import CallCache
 from app.calls.poller import Subscription
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import KillSwitch, LiveCalls, Reconciler, TalkTime
+from app.limits.ledger import Ledger
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
 from app.oneinbox.models import CallPage
@@ -56,11 +56,6 @@ def plant(kind: str, options: Options | None = None) -> Callable[[Callable[[], P
         return apply
 
     return register
-
-
-def _first(*places: tuple[Any, str]) -> tuple[Any, str]:
-    """Return the first (owner, name) that exists."""
-    return next((owner, name) for owner, name in places if hasattr(owner, name))
 
 
 async def _nothing(*_: Any, **__: Any) -> None:
@@ -116,15 +111,13 @@ def a_doubtful_start_counts_as_none() -> Patch:
 @plant("A-orphan")
 def uncollected_calls_are_kept() -> Patch:
     """A call whose browser did not come back is not stopped."""
-    owner, name = _first((LiveCalls, "stop_uncollected"), (Idempotency, "stop_uncollected"))
-    return patch.object(owner, name, _nothing)
+    return patch.object(LiveCalls, "stop_uncollected", _nothing)
 
 
-@plant("A-orphan")
+@plant("A-orphan", Options(memory=True, only=frozenset({"sigterm", "start-5xx-after", "start-hang-after"})))
 def sigterm_forgets() -> Patch:
-    """SIGTERM ends the process without settling what only it knows. Today it always does."""
-    owner, name = _first((app.broker.build, "settle"), (app.limits.sweeper, "settle"), (Reconciler, "scan"))
-    return patch.object(owner, name, _nothing) if name == "settle" else contextlib.nullcontext()
+    """SIGTERM ends the process without settling what only it knows."""
+    return patch.object(app.broker.build, "settle", _nothing)
 
 
 @plant("E-live-cap", SHARED)
@@ -166,13 +159,16 @@ def calls_end_too_soon() -> Patch:
 
 @plant("B-given-stopped")
 def a_stopped_call_is_replayed() -> Patch:
-    """A kept answer is given although its call is withdrawn."""
+    """A kept answer is not deleted when its call becomes unwanted, and is given without a look at the record."""
+    change = Ledger._change
 
     async def always(*_: Any, **__: Any) -> bool:
         return True
 
-    owner, name = _first((LiveCalls, "collect"), (Idempotency, "_withdraw"))
-    return patch.object(owner, name, always)
+    bugs = contextlib.ExitStack()
+    bugs.enter_context(patch.object(LiveCalls, "collect", always))
+    bugs.enter_context(patch.object(Ledger, "_change", lambda self, *moved: change(self, *moved)._replace(deletes=())))
+    return bugs
 
 
 @plant("C-two-starts", SHARED)
@@ -203,13 +199,12 @@ def rates_are_counted_per_replica() -> Patch:
 @plant("E-live-cap", SHARED)
 def a_sweep_frees_the_slots_of_running_starts() -> Patch:
     """A sweep believes that what has no call yet has none."""
-    _, name = _first((LiveCalls, "release_slots"), (LiveCalls, "release"))
 
     def report_stale(self: Reconciler, attempts: Any) -> None:
         import asyncio
 
         for attempt in attempts:
-            asyncio.create_task(getattr(self.live, name)(attempt))  # noqa: RUF006 - ends with the run
+            asyncio.create_task(self.live.release(attempt))  # noqa: RUF006 - ends with the run
 
     return patch.object(Reconciler, "report_stale", report_stale)
 
