@@ -51,17 +51,13 @@ MOVES = (
     Move(RESERVED, ENDED, "the session, the reconciler", "no call exists", "frees the slots"),
     Move(STARTED, GIVEN, "a repeat", "the client is there", "the client gets the kept 201"),
     Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; the kept 201 is deleted"),
-    Move(
-        STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"
-    ),
+    Move(STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
     Move(GIVEN, UNWANTED, "the request, the sweep", "the client has gone; too long; not joined", "is stopped"),
     Move(GIVEN, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
     Move(UNRESOLVED, ENDED, "the reconciler", "lists of OneInbox without it", "frees the slots"),
-    Move(
-        UNWANTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"
-    ),
+    Move(UNWANTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
 )
 """Every move between states; the table in app/README.md is made from it."""
 
