@@ -31,7 +31,7 @@ from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.ledger import Ledger
-from app.limits.sweeper import settle, stop_uncollected_forever, sweep_forever
+from app.limits.sweeper import settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
 from app.problems import KINDS
@@ -174,7 +174,7 @@ async def open_broker(
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
-            stop_uncollected_forever(live),
+            settle_forever(live),
             kill_switch.run(),
             poller.run(),
             gauges.run(),

@@ -233,7 +233,7 @@ class CallCache:
         await self.read_shared(call_id)
         snapshot = self.latest(call_id)
         started = await self.live.started(call_id) if snapshot is None else None
-        if started is not None:
+        if started is not None and started.running:
             attempt = started.attempt
             record = CallRecord(
                 id=call_id,
@@ -265,7 +265,7 @@ class CallCache:
             # Another replica may have seen the end meanwhile: it must not be overwritten.
             before = await self.store.get(name)
             self._adopt(call_id, before)
-            if self._cache[call_id].snapshot is snapshot:
+            if self.latest(call_id) is snapshot:
                 if before is None:
                     await self.store.add(name, sealed, SHARED_SECONDS)
                 else:

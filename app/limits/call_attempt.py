@@ -1,9 +1,14 @@
 """A call's entry in the store from before its POST: enough to find the call again if the process dies."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Self
+
+import structlog
 
 ALL_CALLS = "live:all"
 """The set of all live calls."""
+
+log = structlog.get_logger(__name__)
 
 
 class CallAttempt(NamedTuple):
@@ -35,6 +40,17 @@ class CallAttempt(NamedTuple):
     def sets(self) -> list[str]:
         """Names of the sets of live calls that the call is in."""
         return [calls_of_user(self.user), calls_of_agent(self.agent), ALL_CALLS]
+
+
+def attempts_of(members: Iterable[str]) -> list[CallAttempt]:
+    """Return the attempts of a set of live calls; what cannot be read is skipped, with a log entry."""
+    attempts = []
+    for member in members:
+        try:
+            attempts.append(CallAttempt.from_key(member))
+        except ValueError:
+            log.error("call_record_unreadable")
+    return attempts
 
 
 def calls_of_user(user: str) -> str:

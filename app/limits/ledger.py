@@ -1,4 +1,4 @@
-"""The records of all calls, in the store: the only place that writes them.
+"""The records of all calls, in the store. The decision about the limits writes the first state; all moves are here.
 
 Slots, lists and kept answers hang on a record: `_change` derives them from its move, in the same write.
 """
@@ -9,14 +9,18 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
+import structlog
+
 from app.limits.call_attempt import CallAttempt
 from app.limits.record import STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
-from app.store import Change, Entry, Member, Store, StoreUnavailable, Value
+from app.store import Change, ListEntry, Member, Store, StoreUnavailable, Value
 
 DAY = 86400
 LISTED_CALLS = 50
-ENDED_SECONDS = 900
-"""An ended call's record is kept for this long at least: as long as a kept answer may name it."""
+KEEP_SECONDS = 600
+"""A 201 is kept for repeats this long."""
+ENDED_SECONDS = KEEP_SECONDS + 300
+"""An ended call's record is kept for this long at least: longer than a kept 201 that names it."""
 UNSTOPPED = "unstopped"
 """The set of calls that could not be hung up, or not be found."""
 UNSTOPPED_SECONDS = 7 * DAY
@@ -24,10 +28,12 @@ UNFOUND = "of the request "
 """Stored in UNSTOPPED before the request id of a call that was not found."""
 UNCOLLECTED = "uncollected"
 """The set of request ids whose calls wait for a repeat."""
-TRIES = 5
+MOVE_TRIES = 5
 """How often a move is tried, if others move the record meanwhile."""
 MOST_UNCONFIRMED = 10_000
-"""Records with unconfirmed moves; beyond that, the oldest are dropped, and the sweep has to find out."""
+"""Records with unconfirmed moves; beyond that, the oldest are dropped, with a log entry."""
+
+log = structlog.get_logger(__name__)
 
 
 class Kept(NamedTuple):
@@ -48,10 +54,15 @@ class Moved(NamedTuple):
 
 @dataclass(slots=True)
 class Unconfirmed:
-    """Steps that the store has not confirmed: each may have been made, or may be made late. `since`: Unix time."""
+    """Steps that the store has not confirmed: each may have been made, or may be made late.
+
+    `since`: Unix time. `call_id`: if known. `tried`: they have been sent since.
+    """
 
     steps: list[Step]
     since: float
+    call_id: str = ""
+    tried: bool = False
 
     def guess(self) -> StartRecord | None:
         """Return the record as it should be, going by this process alone."""
@@ -71,6 +82,8 @@ class Ledger:
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
     """By request id. They are made as soon as the store answers, before anything is concluded from the record."""
+    _by_call: dict[str, str] = field(default_factory=dict, init=False)
+    """Request ids of unconfirmed calls, by call id."""
 
     def reserved(self, attempt: CallAttempt) -> Value:
         """Return a new record, for the store to write with the decision about the limits."""
@@ -90,10 +103,8 @@ class Ledger:
 
     async def request_id(self, call_id: str) -> str | None:
         """Return the id of the request that started a call; None if the store does not remember one."""
-        for request_id, held in self.unconfirmed.items():
-            guess = held.guess()
-            if guess is not None and guess.call_id == call_id:
-                return request_id
+        if call_id in self._by_call:
+            return self._by_call[call_id]
         value = await self.store.get(f"started:{call_id}")
         return value.decode() if value is not None else None
 
@@ -112,17 +123,21 @@ class Ledger:
         steps = [step]
         held = self.unconfirmed.get(request_id)
         if held is not None:
-            steps, guess = [*held.steps, step], None
+            steps, guess, held.tried = [*held.steps, step], None, True
         before = guess
-        for _ in range(TRIES):
+        for _ in range(MOVE_TRIES):
             if guess is None:
                 value = await self.store.get(_name(request_id))
                 before = StartRecord.from_bytes(value) if value is not None else None
-                if before is None and value is not None:
-                    break  # unreadable
+                if before is None and value is not None:  # unreadable
+                    self._confirm(request_id, steps)
+                    break
             guess = None
-            after = _applied(steps, before)
-            if after is None or await self.store.change(self._change(request_id, before, after, kept)):
+            after = written = _applied(steps, before)
+            if written is None and held is not None and before is not None:
+                # What was not confirmed may still be made: let it find another value than it expects.
+                written = before.moved(turn=before.turn + 1)
+            if written is None or await self.store.change(self._change(request_id, before, written, kept)):
                 self._confirm(request_id, steps)
                 return Moved(before, after)
         return Moved(before, None)
@@ -132,11 +147,24 @@ class Ledger:
         held = self.unconfirmed.setdefault(request_id, Unconfirmed([], self.now()))
         held.steps.append(step)
         guess = held.guess()
+        if guess is not None and guess.call_id and not held.call_id:
+            held.call_id = guess.call_id
+            self._by_call[guess.call_id] = request_id
         if guess is not None and not guess.running:
             with contextlib.suppress(StoreUnavailable):
                 await self.release_slots(guess)
         if len(self.unconfirmed) > MOST_UNCONFIRMED:
-            del self.unconfirmed[next(iter(self.unconfirmed))]
+            dropped = next(iter(self.unconfirmed))
+            log.error("call_record_dropped", request_id=dropped)
+            self._drop(dropped)
+
+    def drop_unsent(self, request_id: str) -> bool:
+        """Forget steps that were never sent; False if they may have been."""
+        held = self.unconfirmed.get(request_id)
+        if held is None or held.tried:
+            return False
+        self._drop(request_id)
+        return True
 
     async def release_slots(self, record: StartRecord) -> None:
         """Free the slots of a call that has ended."""
@@ -147,7 +175,12 @@ class Ledger:
         if held is not None:
             held.steps = [step for step in held.steps if step not in steps]
             if not held.steps:
-                del self.unconfirmed[request_id]
+                self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        call_id = self.unconfirmed.pop(request_id).call_id
+        if call_id:
+            del self._by_call[call_id]
 
     def _change(self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None) -> Change:
         """Return the write of a move, with everything that hangs on the record."""
@@ -162,7 +195,7 @@ class Ledger:
         if after.call_id and (before is None or not before.call_id):
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
             if after.state != UNWANTED:
-                entry = Entry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
+                entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
         if before is None and after.running:
             joins += [Member(each, attempt.key, left) for each in attempt.sets]
         if not after.running:
@@ -182,8 +215,7 @@ class Ledger:
         if kept is not None:
             expected[kept.name] = kept.mark
             values.append(Value(kept.name, kept.value, kept.ttl))
-        deletes = [after.answer] if after.state == UNWANTED and after.answer else ()
-        return Change(expected, values, deletes, joins, leaves, entry)
+        return Change(expected, values, joins=joins, leaves=leaves, entry=entry)
 
 
 def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None:

@@ -12,7 +12,7 @@ import structlog
 
 from app.identity import User
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, UNCOLLECTED, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.limits.talk_time import TalkTime
@@ -71,9 +71,10 @@ class LiveCalls:
     now: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
-    """Unix time of the first 404 of calls without a record, such as those from before a restart on `memory://`."""
+    """Unix time of the first 404 that a read met, by call id."""
     _stop_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
-    _stops: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _stops: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    """Work in the background, by what it is about."""
 
     async def give(self, attempt: CallAttempt, call_id: str, kept: Kept | None = None) -> bool:
         """Record that the session's client gets the call, right before it does. False: it must not get it.
@@ -81,7 +82,7 @@ class LiveCalls:
         `kept`: the answer to keep for repeats. Without one, a store that is gone does not matter; with one it raises
         StoreUnavailable.
         """
-        step = records.give(attempt, call_id, kept.name if kept is not None else "")
+        step = records.give(attempt, call_id, kept=kept is not None)
         try:
             before, after = await self._move(attempt.request_id, step, StartRecord(attempt), kept)
         except StoreUnavailable:
@@ -89,16 +90,17 @@ class LiveCalls:
                 raise
             await self.ledger.hold(attempt.request_id, step)
             return True
-        return after is not None or (before is not None and attempt.request_id in before.given_to)
+        return _is_given(after or before, attempt.request_id)
 
     async def leave(self, attempt: CallAttempt, call_id: str, kept: Kept) -> bool:
         """Record that the session's client has gone, and let the call wait for a repeat. False: it cannot wait.
 
         Raises StoreUnavailable.
         """
-        step = records.leave(attempt, call_id, kept.name, self.now() + COLLECT_SECONDS)
-        moved = await self._move(attempt.request_id, step, StartRecord(attempt), kept)
-        return moved.after is not None
+        step = records.leave(attempt, call_id, self.now() + COLLECT_SECONDS)
+        before, after = await self._move(attempt.request_id, step, StartRecord(attempt), kept)
+        left = after or before
+        return left is not None and left.state == STARTED
 
     async def collect(self, request_id: str, receiver: str) -> bool:
         """Record that a repeat's client gets the call, right before it does. False: it was stopped, or will be.
@@ -110,8 +112,12 @@ class LiveCalls:
         except StoreUnavailable:
             await self.withdraw_repeat(request_id, receiver)
             raise
+        except asyncio.CancelledError:  # the process ends
+            await self.ledger.hold(request_id, self._withdrawal_of_repeat(receiver))
+            raise
+        found = after or before
         # An absent record proves nothing: the kept answer stands for itself.
-        return after is not None or before is None or (before.state in (GIVEN, ENDED) and not before.unwanted)
+        return found is None or (found.state in (GIVEN, ENDED) and not found.unwanted)
 
     async def withdraw(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Record that the session's client did not get the call: it waits for a repeat if its answer is kept.
@@ -126,8 +132,7 @@ class LiveCalls:
 
     async def withdraw_repeat(self, request_id: str, receiver: str) -> None:
         """Record that a repeat's client did not get the call."""
-        due = self.now() + COLLECT_SECONDS
-        await self._move_or_hold(request_id, records.withdraw(receiver, due, HUNG_UP, records.nothing))
+        await self._move_or_hold(request_id, self._withdrawal_of_repeat(receiver))
 
     async def stop(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Hang up a call whose answer no client has or gets. If that fails, each sweep tries again."""
@@ -142,7 +147,7 @@ class LiveCalls:
 
     def stop_soon(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Like `stop`, in the background."""
-        self._in_background(partial(self.stop, attempt, call_id, why))
+        self._in_background(attempt.request_id, partial(self.stop, attempt, call_id, why))
 
     async def release(self, attempt: CallAttempt) -> None:
         """Free the slots of an attempt that started no call."""
@@ -169,20 +174,27 @@ class LiveCalls:
 
         A 404 is a rumour until it comes again, RUMOUR_SECONDS later, without a sign of life meanwhile.
         """
-        try:
-            found = await self._find_by_id(call_id)
-            if found is not None:
-                return await self._believe_missing(found)
-        except StoreUnavailable:
-            return False
         since = self._missing.setdefault(call_id, self.now())
         if len(self._missing) > MOST_MISSING:
             self._missing.popitem(last=False)
+        try:
+            found = await self._find_by_id(call_id)
+            if found is not None and found.running:
+                return await self._believe_missing(found)
+        except StoreUnavailable:
+            return False
         return self.now() - since >= RUMOUR_SECONDS
 
     def note_seen(self, call_id: str) -> None:
-        """Forget a 404 of a call that has no record: OneInbox knows it."""
-        self._missing.pop(call_id, None)
+        """Forget a 404 of a call: OneInbox knows it."""
+
+        async def forget() -> None:
+            with contextlib.suppress(StoreUnavailable):  # the sweep will see it
+                if (request_id := await self.ledger.request_id(call_id)) is not None:
+                    await self._move(request_id, records.miss(0))
+
+        if self._missing.pop(call_id, None) is not None:
+            self._in_background(call_id, forget)
 
     async def started(self, call_id: str) -> StartRecord | None:
         """Return the record of a call that this deployment started, as far as its store remembers: at least a day."""
@@ -212,11 +224,9 @@ class LiveCalls:
         """Check whether a refused user's calls have ended; return whether any slot became free."""
         if not (await self.store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, RECHECK_SECONDS)]))).allowed:
             return False
-        members = await self.store.members(calls_of_user(user.store_name))
-        freed = await asyncio.gather(
-            *(self._check_call(CallAttempt.from_key(member)) for member in list(members)[:AT_ONCE])
-        )
-        return any(freed)
+        attempts = attempts_of(await self.store.members(calls_of_user(user.store_name)))
+        # No stops: the user waits.
+        return any(await asyncio.gather(*(self._check_call(each, stop=False) for each in attempts[:AT_ONCE])))
 
     async def flush(self, *, last: bool = False) -> None:
         """Settle what the store has not confirmed.
@@ -226,16 +236,15 @@ class LiveCalls:
         """
         for request_id, held in list(self.ledger.unconfirmed.items()):
             try:
-                before, after = await self._move(request_id, records.nothing)
+                unwanted = _newly_unwanted(await self._move(request_id, records.nothing))
             except StoreUnavailable:
                 guess = held.guess()
                 if guess is None or guess.state != UNWANTED or not (last or self.now() - held.since >= COLLECT_SECONDS):
                     continue
                 held.since = self.now()
-                self._in_background(partial(self._hang_up, guess))
-            else:
-                if after is not None and after.state == UNWANTED and (before is None or before.state != UNWANTED):
-                    self._in_background(partial(self._hang_up, after))
+                unwanted = guess
+            if unwanted is not None:
+                self._hang_up_soon(unwanted)
 
     async def stop_uncollected(self) -> None:
         """Stop the calls that no repeat collected in time. Raises StoreUnavailable."""
@@ -244,13 +253,12 @@ class LiveCalls:
             found = await self.ledger.find(request_id)
             if expire(found) is None:
                 continue
-            _, after = await self._move(request_id, expire, found)
-            if after is not None:  # this replica moved it, so no other stops it
-                self._in_background(partial(self._hang_up, after))
+            # The replica that moves it stops it.
+            if (unwanted := _newly_unwanted(await self._move(request_id, expire, found))) is not None:
+                self._hang_up_soon(unwanted)
 
     async def sweep(self) -> list[CallAttempt]:
         """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
-        await self.flush()
         if not (await self.store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
             return []
         places = asyncio.Semaphore(AT_ONCE)
@@ -264,25 +272,26 @@ class LiveCalls:
             except Exception:  # one call must not keep the others from being checked
                 log.exception("call_check_failed", request_id=attempt.request_id)
 
-        members = await self.store.members(ALL_CALLS)
-        await asyncio.gather(*(check(CallAttempt.from_key(member)) for member in members))
+        await asyncio.gather(*(check(attempt) for attempt in attempts_of(await self.store.members(ALL_CALLS))))
         return pending
 
     async def finish(self) -> None:
         """Wait for the stops in the background. Without a shared store, also stop what no process would stop later."""
-        await asyncio.gather(*self._stops, return_exceptions=True)
+        await asyncio.gather(*self._stops.values(), return_exceptions=True)
         if self.store.shared:
             return
-        for member in await self.store.members(ALL_CALLS):
-            request_id = CallAttempt.from_key(member).request_id
-            await self._move(request_id, records.expire(float("inf"), NOT_COLLECTED))
-            found = await self.ledger.find(request_id)
+        for attempt in attempts_of(await self.store.members(ALL_CALLS)):
+            await self._move(attempt.request_id, records.expire(float("inf"), NOT_COLLECTED))
+            found = await self.ledger.find(attempt.request_id)
             if found is not None and found.state == UNWANTED:
-                self._in_background(partial(self._hang_up, found))
-        await asyncio.gather(*self._stops, return_exceptions=True)
+                self._hang_up_soon(found)
+        await asyncio.gather(*self._stops.values(), return_exceptions=True)
 
-    async def _check_call(self, attempt: CallAttempt) -> bool | None:
-        """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown."""
+    async def _check_call(self, attempt: CallAttempt, *, stop: bool = True) -> bool | None:
+        """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown.
+
+        `stop`: hang up if it must end.
+        """
         try:
             found = await self.ledger.find(attempt.request_id)
             if found is None:
@@ -294,25 +303,30 @@ class LiveCalls:
                 return True
             if found.state == STARTED:
                 found = (await self._move(attempt.request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
-            return await self._look(found)
+            if not (stop and found.state == UNWANTED):
+                found, ended = await self._look(found)
+                if ended or not (stop and found.state == UNWANTED):
+                    return ended
+            record = await self._hang_up(found)
+            return record is not None and record.ended
         except StoreUnavailable:
             return False  # without the store nothing is known about the call
 
-    async def _look(self, found: StartRecord) -> bool:
-        """Ask OneInbox for a call, and act on the answer; return whether it has ended."""
+    async def _look(self, found: StartRecord) -> tuple[StartRecord, bool]:
+        """Ask OneInbox for a call, and move its record by the answer; return the record, and whether the call ended."""
+        request_id = found.attempt.request_id
         try:
             record = await self.oneinbox.get_call(found.call_id)
         except NoSuchCall:
-            return await self._believe_missing(found)
+            return found, await self._believe_missing(found)
         except OneInboxError as error:
             log.warning("call_lookup_failed", call=found.call_id, reason=error.reason)
-            return False
-        request_id = found.attempt.request_id
+            return found, False
         if record.ended:
             await self._end(request_id, record)
-            return True
+            return found, True
         if found.missing_since:
-            await self._move(request_id, records.miss(0))
+            found = (await self._move(request_id, records.miss(0))).after or found
         if found.state == GIVEN and (why := self._overdue(found, record)):
             step = records.end_given(why)
             try:
@@ -320,14 +334,14 @@ class LiveCalls:
             except StoreUnavailable:  # its time is up, whatever the store says
                 await self.ledger.hold(request_id, step)
                 found = step(found) or found
-        if found.state != UNWANTED:
-            return False
-        stopped = await self._hang_up(found)
-        return stopped is not None and stopped.ended
+        return found, False
 
     def _withdrawal(self, attempt: CallAttempt, call_id: str, why: str) -> Step:
         otherwise = records.reject(attempt, call_id, why)
         return records.withdraw(attempt.request_id, self.now() + COLLECT_SECONDS, why, otherwise)
+
+    def _withdrawal_of_repeat(self, receiver: str) -> Step:
+        return records.withdraw(receiver, self.now() + COLLECT_SECONDS, HUNG_UP, records.nothing)
 
     def _overdue(self, found: StartRecord, record: CallRecord) -> str:
         """Return why a call that was given must end; empty if it need not."""
@@ -344,14 +358,12 @@ class LiveCalls:
         log.warning("call_stop_requested", call=call_id, why=why)
         try:
             record = await self.oneinbox.stop_call(call_id)
-        except NoSuchCall:
-            with contextlib.suppress(StoreUnavailable):
-                await self._believe_missing(unwanted)
-            return None
         except OneInboxError as error:
+            if isinstance(error, NoSuchCall) and not await self._is_running(unwanted):
+                return None
             log.error("call_not_stopped", call=call_id, why=why, reason=error.reason)
             self.metrics.count_hang_up(REASONS.get(why, "other"), done=False)
-            await self._move_or_hold(request_id, records.fail)
+            await self._move_or_hold(request_id, records.fail, stop=False)
             return None
         self.metrics.count_hang_up(REASONS.get(why, "other"), done=True)
         if why == LOST:
@@ -360,16 +372,39 @@ class LiveCalls:
             await self._end_or_hold(request_id, record)
         return record
 
-    def _in_background(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Stop in the background: a slow stop must not delay what else is due."""
+    async def _is_running(self, unwanted: StartRecord) -> bool:
+        """Return whether a call whose stop got a 404 is surely running; take note of its end."""
+        try:
+            record = await self.oneinbox.get_call(unwanted.call_id)
+            if record.ended:
+                await self._end(unwanted.attempt.request_id, record)
+        except NoSuchCall:
+            with contextlib.suppress(StoreUnavailable):
+                await self._believe_missing(unwanted)
+            return False
+        except (OneInboxError, StoreUnavailable):
+            return False
+        return not record.ended
 
-        async def stop() -> None:
-            async with self._stop_places:
-                await work()
+    def _hang_up_soon(self, unwanted: StartRecord) -> None:
+        """Like `_hang_up`, in the background."""
+        self._in_background(unwanted.attempt.request_id, partial(self._hang_up, unwanted))
 
-        task = asyncio.create_task(stop(), name="stop")
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
+    def _in_background(self, about: str, work: Callable[[], Awaitable[object]]) -> None:
+        """Work in the background, once at a time: a slow stop must not delay what else is due."""
+        if about in self._stops:
+            return
+
+        async def run() -> None:
+            try:
+                async with self._stop_places:
+                    await work()
+            except Exception:
+                log.exception("stop_failed", about=about)
+            finally:
+                del self._stops[about]
+
+        self._stops[about] = asyncio.create_task(run(), name="stop")
 
     async def _believe_missing(self, found: StartRecord) -> bool:
         """Take note of a 404; return whether it is the second, RUMOUR_SECONDS after the first."""
@@ -406,20 +441,32 @@ class LiveCalls:
     ) -> Moved:
         """Move a record, and count the minutes of a call that ended, once. Raises StoreUnavailable."""
         moved = await self.ledger.move(request_id, step, guess, kept)
-        if moved.after is not None and not moved.after.running:
+        if moved.after is not None and not moved.after.running and (moved.before is None or moved.before.running):
             await self.talk.count(moved.after.attempt.user, moved.after.seconds)
         return moved
 
-    async def _move_or_hold(self, request_id: str, step: Step) -> None:
-        """Move a record, now or once the store answers; stop a call that is unwanted by then."""
+    async def _move_or_hold(self, request_id: str, step: Step, *, stop: bool = True) -> None:
+        """Move a record, now or once the store answers. `stop`: hang up a call that becomes unwanted."""
         try:
-            before, after = await self._move(request_id, step)
+            unwanted = _newly_unwanted(await self._move(request_id, step))
         except StoreUnavailable:
             await self.ledger.hold(request_id, step)
             return
-        if after is not None and after.state == UNWANTED and (before is None or before.state != UNWANTED):
-            await self._hang_up(after)
+        if stop and unwanted is not None:
+            await self._hang_up(unwanted)
 
     async def _find_by_id(self, call_id: str) -> StartRecord | None:
         request_id = await self.ledger.request_id(call_id)
         return await self.ledger.find(request_id) if request_id is not None else None
+
+
+def _is_given(record: StartRecord | None, receiver: str) -> bool:
+    return record is not None and record.state == GIVEN and receiver in record.given_to
+
+
+def _newly_unwanted(moved: Moved) -> StartRecord | None:
+    """Return the record of a call that a move made unwanted, which the one who moved it stops."""
+    before, after = moved
+    if after is None or after.state != UNWANTED or (before is not None and before.state == UNWANTED):
+        return None
+    return after

@@ -170,11 +170,10 @@ class Limits:
         record = self.ledger.reserved(attempt)
         request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce, record)
         decision = await self.store.decide(request)
-        if decision.local:
-            if decision.counted:
-                await self.ledger.hold(attempt.request_id, reserve(attempt))
-            elif decision.doubtful:
-                await self.ledger.hold(attempt.request_id, no_call(attempt))
+        if decision.local and decision.counted:
+            await self.ledger.hold(attempt.request_id, reserve(attempt))
+        elif decision.doubtful:
+            await self.ledger.hold(attempt.request_id, no_call(attempt))
         if decision.local and not self.count_locally:
             await self._give_back(attempt, request, decision)
             raise retry_later("at-capacity", STORE_RETRY_AFTER)
@@ -198,7 +197,8 @@ class Limits:
         ]
 
     async def _give_back(self, attempt: CallAttempt, request: LimitRequest, decision: Decision) -> None:
-        if not await self.store.give_back(request, decision):
+        confirmed = await self.store.give_back(request, decision)
+        if not confirmed and (decision.doubtful or not self.ledger.drop_unsent(attempt.request_id)):
             await self.ledger.hold(attempt.request_id, no_call(attempt))
 
     def _make_session_limits(self, user: str, agent: str) -> UserLimits:

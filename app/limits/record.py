@@ -44,19 +44,23 @@ class Move(NamedTuple):
 
 MOVES = (
     Move("", RESERVED, "the session, before its POST", "the limits have room", "takes the slots"),
+    *(
+        Move("", state, "the session", "the store has lost the record, and this process knows the start", "as below")
+        for state in (GIVEN, STARTED, UNWANTED, ENDED)
+    ),
     Move(RESERVED, GIVEN, "the session", "OneInbox's 201, and a client that is still there", "the client gets its 201"),
     Move(RESERVED, STARTED, "the session", "OneInbox's 201; the client left its key", "waits for a repeat until `due`"),
     Move(RESERVED, UNWANTED, "the session, the reconciler", "no client is left; the lost call was found", "is stopped"),
     Move(RESERVED, UNRESOLVED, "the reconciler", "lists of OneInbox that could not be read", "an operator is told"),
-    Move(RESERVED, ENDED, "the session, the reconciler", "no call exists", "frees the slots"),
+    Move(RESERVED, ENDED, "any process", "no call exists, or it has ended", "frees the slots"),
     Move(STARTED, GIVEN, "a repeat", "the client is there", "the client gets the kept 201"),
-    Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; the kept 201 is deleted"),
+    Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; its 201 is given to no one"),
     Move(STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
     Move(GIVEN, UNWANTED, "the request, the sweep", "the client has gone; too long; not joined", "is stopped"),
     Move(GIVEN, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
-    Move(UNRESOLVED, ENDED, "the reconciler", "lists of OneInbox without it", "frees the slots"),
+    Move(UNRESOLVED, ENDED, "any process", "no call exists, or it has ended", "frees the slots"),
     Move(UNWANTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
 )
 """Every move between states; the table in app/README.md is made from it."""
@@ -66,21 +70,23 @@ class StartRecord(NamedTuple):
     """The record of one start.
 
     `attempt`: stored as its key, `member`. `call_id`: OneInbox's, once known. `given_to`: requests whose clients got
-    the 201. `answer`: the store's name of the kept 201, if there is one. `due`: Unix time at which a started call is
-    stopped. `unwanted`: why it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of
-    the first 404. `seconds`: how long an ended call lasted. `raw`: as read from the store.
+    the 201. `kept`: the 201 is kept for repeats. `due`: Unix time at which a started call is stopped. `unwanted`: why
+    it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of the first 404. `seconds`:
+    how long an ended call lasted. `turn`: counts what was settled without a move, so that a late write finds another
+    value. `raw`: as read from the store.
     """
 
     attempt: CallAttempt
     state: State = RESERVED
     call_id: str = ""
     given_to: tuple[str, ...] = ()
-    answer: str = ""
+    kept: bool = False
     due: float = 0
     unwanted: str = ""
     failed: bool = False
     missing_since: float = 0
     seconds: float = 0
+    turn: int = 0
     raw: bytes = b""
 
     @property
@@ -95,7 +101,7 @@ class StartRecord(NamedTuple):
     def to_bytes(self) -> bytes:
         """Return the value to store: JSON without what is empty."""
         stored: dict[str, Any] = {"v": VERSION, "member": self.attempt.key, "state": self.state}
-        if self.state != RESERVED:
+        if self[2:-1] != _EMPTY:
             stored |= {name: value for name, value in zip(_OPTIONAL, self[2:], strict=False) if value}
         return to_json(stored)
 
@@ -113,6 +119,7 @@ class StartRecord(NamedTuple):
 
 
 _OPTIONAL = StartRecord._fields[2:-1]
+_EMPTY = tuple(StartRecord._field_defaults[name] for name in _OPTIONAL)
 
 
 class _Stored(BaseModel):
@@ -124,12 +131,13 @@ class _Stored(BaseModel):
     state: State | None = None
     call_id: str = ""
     given_to: tuple[str, ...] = ()
-    answer: str = ""
+    kept: bool = False
     due: float = 0
     unwanted: str = ""
     failed: bool = False
     missing_since: float = 0
     seconds: float = 0
+    turn: int = 0
 
 
 Step = Callable[[StartRecord | None], StartRecord | None]
@@ -140,21 +148,19 @@ def reserve(attempt: CallAttempt) -> Step:
     return lambda found: StartRecord(attempt) if found is None else None
 
 
-def give(attempt: CallAttempt, call_id: str, answer: str = "") -> Step:
-    """The session's client gets the 201. `answer`: the kept 201's name."""
+def give(attempt: CallAttempt, call_id: str, *, kept: bool) -> Step:
+    """The session's client gets the 201. `kept`: repeats may, too."""
     return lambda found: (
-        StartRecord(attempt, GIVEN, call_id, (attempt.request_id,), answer)
+        StartRecord(attempt, GIVEN, call_id, (attempt.request_id,), kept)
         if found is None or found.state == RESERVED
         else None
     )
 
 
-def leave(attempt: CallAttempt, call_id: str, answer: str, due: float) -> Step:
+def leave(attempt: CallAttempt, call_id: str, due: float) -> Step:
     """The session's client has gone, and may come back with its key until `due`."""
     return lambda found: (
-        StartRecord(attempt, STARTED, call_id, answer=answer, due=due)
-        if found is None or found.state == RESERVED
-        else None
+        StartRecord(attempt, STARTED, call_id, kept=True, due=due) if found is None or found.state == RESERVED else None
     )
 
 
@@ -188,7 +194,7 @@ def withdraw(receiver: str, due: float, why: str, otherwise: Step) -> Step:
         others = tuple(each for each in found.given_to if each != receiver)
         if others:
             return found.moved(given_to=others)
-        if found.answer:
+        if found.kept:
             return found.moved(state=STARTED, given_to=(), due=due)
         return found.moved(state=UNWANTED, given_to=(), unwanted=why)
 
@@ -257,7 +263,7 @@ def miss(now: float) -> Step:
     """OneInbox said 404; 0: it knows the call again."""
 
     def step(found: StartRecord | None) -> StartRecord | None:
-        if found is None or bool(found.missing_since) == bool(now):
+        if found is None or not found.running or bool(found.missing_since) == bool(now):
             return None
         return found.moved(missing_since=now)
 

@@ -17,29 +17,26 @@ log = structlog.get_logger(__name__)
 
 
 async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
-    """Check live calls every SWEEP_SECONDS; settle what the store has not confirmed as soon as it answers."""
-    seconds = 0
+    """Check live calls every SWEEP_SECONDS."""
     while True:
-        await asyncio.sleep(1)
-        seconds += 1
+        await asyncio.sleep(SWEEP_SECONDS)
         try:
-            await live.flush()
-            if seconds % SWEEP_SECONDS == 0:
-                reconciler.report_stale(await live.sweep())
+            reconciler.report_stale(await live.sweep())
         except Exception:
             log.exception("sweep_failed")
 
 
-async def stop_uncollected_forever(live: LiveCalls) -> None:
-    """Stop the calls that no client collected in time, every second."""
+async def settle_forever(live: LiveCalls) -> None:
+    """Every second, settle what the store has not confirmed, and stop the calls that no client collected in time."""
     while True:
         await asyncio.sleep(TICK_SECONDS)
         try:
+            await live.flush()
             await live.stop_uncollected()
         except StoreUnavailable:
             continue  # retried once the store is back
         except Exception:
-            log.exception("uncollected_sweep_failed")
+            log.exception("settling_failed")
 
 
 async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
@@ -60,4 +57,4 @@ async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
     except TimeoutError:
         log.error("calls_unsettled", seconds=SETTLE_SECONDS)
     except Exception:
-        log.exception("settling_failed")
+        log.exception("calls_unsettled")

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import structlog
 
 from app.identity import User
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, attempts_of, calls_of_user
 from app.problems import retry_later
 from app.store import LimitRequest, Rate, Store
 from app.telemetry.metrics import Metrics
@@ -75,7 +75,7 @@ class TalkTime:
 
     async def _running(self, calls: str) -> float:
         """Return the seconds that the running calls of a set have taken so far."""
-        attempts = [CallAttempt.from_key(member) for member in await self.store.members(calls)]
+        attempts = attempts_of(await self.store.members(calls))
         return sum(self.now() - attempt.since for attempt in attempts)
 
     def _rate(self, name: str, minutes: int) -> Rate:

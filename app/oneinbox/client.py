@@ -1,7 +1,6 @@
 """Client of OneInbox's API, as far as the broker uses it."""
 
 import asyncio
-import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -138,10 +137,14 @@ class OneInbox:
         except OneInboxError as error:
             if not error.may_have_acted and error.status not in ENDED_ALREADY:
                 raise
-            with contextlib.suppress(OneInboxError):
+            try:
                 record = await self.get_call(call_id)
-                if record.ended:
-                    return record
+            except NoSuchCall:
+                raise
+            except OneInboxError:
+                raise error from None
+            if record.ended:
+                return record
             raise
 
     async def list_calls(

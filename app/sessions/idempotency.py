@@ -21,14 +21,13 @@ from starlette.requests import ClientDisconnect
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import LiveCalls
-from app.limits.ledger import Kept
+from app.limits.ledger import KEEP_SECONDS, Kept
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request, retry_later
 from app.sessions.disconnect import ClientConnection
 from app.sessions.handover import StartedCall, hand_over
 from app.store import Store, StoreUnavailable
 
-KEEP_SECONDS = 600
 BEFORE_EXPIRY = 60
 """A kept response is useless this many seconds before its token expires."""
 MARK_GRACE = 10
@@ -117,6 +116,9 @@ class Idempotency:
             await self._forget(name, mark)
         try:
             await hand_over(self.live, started, client, kept)
+        except Problem:  # it is not kept, so a repeat need not wait
+            await self._forget(name, mark)
+            raise
         finally:
             await self.store.publish(name, b"")
         return started.call, False

@@ -91,40 +91,32 @@ class Sessions:
             raise retry_later("at-capacity", 1)
         self.waiting += 1
         try:
-            attempt = CallAttempt(
-                # Never the client's request id: OneInbox's record is found by it.
-                request_id=secrets.token_hex(16),
-                since=int(self.now()),
-                agent=spec.agent.name,
-                user=user.store_name,
-                owner=self.keyring.pseudonym(user),
-            )
-            return StartedCall(attempt, await self._reserve_and_call(user, session_input, spec, attempt))
+            return await self._reserve_and_call(user, session_input, spec)
         finally:
             self.waiting -= 1
 
-    async def _reserve_and_call(
-        self, user: User, session_input: SessionInput, spec: CallSpec, attempt: CallAttempt
-    ) -> WebCall:
+    async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         await self.talk.check(user)
         try:
-            reservation = await self.limits.reserve(user, spec.agent, attempt)
+            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
         except Problem as problem:
             # A call may have ended unnoticed.
             if problem.slug != "too-many-live-calls" or not await self.live.recheck(user):
                 raise
-            reservation = await self.limits.reserve(user, spec.agent, attempt)
+            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
+        attempt = reservation.attempt
         session_input.answer_headers.update(reservation.headers)
         if session_input.client.is_closed():
             await self.limits.release(reservation)
             raise ClientDisconnect
         try:
-            return await self.oneinbox.start_web_call(
+            call = await self.oneinbox.start_web_call(
                 agent_id=spec.agent.agent_id,
                 variables=spec.variables,
                 overrides=spec.overrides,
                 metadata=self._metadata(user, spec, attempt),
             )
+            return StartedCall(attempt, call)
         except OneInboxError as error:
             if not error.may_have_acted:
                 await self.limits.release(reservation)
@@ -138,6 +130,16 @@ class Sessions:
         except BaseException:  # cancelled by a shutdown, or a bug
             self.reconciler.report_lost(attempt)
             raise
+
+    def _attempt(self, user: User, spec: CallSpec) -> CallAttempt:
+        return CallAttempt(
+            # Never the client's request id: OneInbox's record is found by it.
+            request_id=secrets.token_hex(16),
+            since=int(self.now()),
+            agent=spec.agent.name,
+            user=user.store_name,
+            owner=self.keyring.pseudonym(user),
+        )
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
         own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}

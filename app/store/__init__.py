@@ -5,8 +5,8 @@ from app.store.memory import MemoryStore
 from app.store.protocol import (
     Change,
     Decision,
-    Entry,
     LimitRequest,
+    ListEntry,
     Member,
     Rate,
     RateState,
@@ -19,8 +19,8 @@ from app.store.protocol import (
 __all__ = [
     "Change",
     "Decision",
-    "Entry",
     "LimitRequest",
+    "ListEntry",
     "Member",
     "Rate",
     "RateState",

@@ -105,7 +105,7 @@ class Member(NamedTuple):
     ttl: float
 
 
-class Entry(NamedTuple):
+class ListEntry(NamedTuple):
     """A value in front of a list that keeps the newest `keep`, and expires `ttl` seconds after its last entry."""
 
     name: str
@@ -126,7 +126,7 @@ class Change(NamedTuple):
     deletes: Sequence[str] = ()
     joins: Sequence[Member] = ()
     leaves: Sequence[tuple[str, str]] = ()
-    entry: Entry | None = None
+    entry: ListEntry | None = None
 
 
 class Store(Protocol):

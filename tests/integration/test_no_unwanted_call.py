@@ -24,9 +24,9 @@ from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.ledger import Ledger
+from app.limits.ledger import KEEP_SECONDS, Ledger
 from app.limits.live_calls import COLLECT_SECONDS, SWEEP_SECONDS
-from app.limits.sweeper import TICK_SECONDS, stop_uncollected_forever
+from app.limits.sweeper import TICK_SECONDS, settle_forever
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.transport import open_transport
 from app.sandbox import faults
@@ -37,7 +37,7 @@ from app.sandbox.schemas import StartCall
 from app.sandbox.server import RunningEmulator, running_emulator
 from app.sessions.disconnect import ClientConnection
 from app.sessions.handover import StartedCall
-from app.sessions.idempotency import KEEP_SECONDS, Idempotency
+from app.sessions.idempotency import Idempotency
 from app.store import Change, LimitRequest, Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
@@ -626,7 +626,7 @@ class House:
 
     @asynccontextmanager
     async def at_work(self, *replicas: Replica) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(stop_uncollected_forever(each.live)) for each in replicas]
+        tasks = [asyncio.create_task(settle_forever(each.live)) for each in replicas]
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app.store import Change, Entry, LimitRequest, Member, Rate, Slot, Store, Value, open_store
+from app.store import Change, LimitRequest, ListEntry, Member, Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
 
 
@@ -167,7 +167,7 @@ async def test_values_end(store: Store, name: str) -> None:
 
 async def test_one_name_for_every_kind(store: Store, name: str) -> None:
     await store.set(name, b"a", 60)
-    await store.change(Change({}, entry=Entry(name, b"b", 2, 60)))
+    await store.change(Change({}, entry=ListEntry(name, b"b", 2, 60)))
     await store.add_member(name, "c", 60)
     await store.decide(LimitRequest([Rate(name, 1, 60)]))
     assert await store.get(name) == b"a"
@@ -177,7 +177,7 @@ async def test_one_name_for_every_kind(store: Store, name: str) -> None:
 async def test_lists_keep_the_newest(store: Store, name: str) -> None:
     assert await store.items(name) == []
     for value in (b"1", b"2", b"3", b"4"):
-        await store.change(Change({}, entry=Entry(name, value, 3, 60)))
+        await store.change(Change({}, entry=ListEntry(name, value, 3, 60)))
     assert await store.items(name) == [b"4", b"3", b"2"]
 
 
@@ -189,7 +189,7 @@ def whole_change(name: str, expected: bytes | None) -> Change:
         [f"{name}-old"],
         [Member(name, "joins", 60)],
         [(name, "leaves")],
-        Entry(name, b"entry", 3, 60),
+        ListEntry(name, b"entry", 3, 60),
     )
 
 

@@ -57,7 +57,8 @@ ALLOWED = {
 """Violations that the contract allows: the end of the kind, and why. Each is decided per call, below."""
 SERIOUS = frozenset(
     {
-        "uncollected_sweep_failed",
+        "settling_failed",
+        "stop_failed",
         "sweep_failed",
         "reconcile_failed",
         "call_check_failed",

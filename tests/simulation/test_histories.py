@@ -334,3 +334,95 @@ async def test_a_stale_read_brings_no_call_back_to_life(story: Story, at: str, l
     await story.wait(40)
     after = followed.events[followed.events.index("completed") :]
     assert set(after) <= {"completed", "end"}
+
+
+# Found by attacking the record
+
+
+@told(call_seconds=700)
+async def test_a_key_that_is_used_again_keeps_its_second_answer_when_the_first_call_must_end(story: Story) -> None:
+    first = story.post("first", key=KEY)
+    assert await first.status() == 201
+    await story.clock(660)
+    second = story.post("second", key=KEY)
+    assert await second.status() == 201
+    await story.clock(750)
+    assert story.stops(first.call)
+    third = story.post("third", key=KEY)
+    assert await third.status() == 201
+    assert third.call == second.call
+
+
+@told(call_seconds=700)
+async def test_the_end_of_a_keys_first_call_leaves_the_mark_of_its_second_request(story: Story) -> None:
+    first = story.post("first", key=KEY)
+    assert await first.status() == 201
+    await story.clock(718)
+    story.oneinbox("start-slow-answer", seconds=12, times=2)
+    second = story.post("second", key=KEY)
+    await story.until(lambda: story.stops(first.call))
+    await story.wait(1)
+    twin = story.post("twin", key=KEY, at="r2")
+    assert (await second.status(), await twin.status()) == (201, 201)
+    assert twin.call == second.call
+
+
+@pytest.mark.parametrize("late", [0.3, 1, 2, 2.9])
+@pytest.mark.parametrize("nth", WRITES)
+@told(token_life=3600)
+async def test_a_collection_that_is_made_late_gives_the_call_to_no_one(story: Story, nth: int, late: float) -> None:
+    story.oneinbox("start-slow-answer", seconds=1)
+    first = story.post("first", key=KEY)
+    await story.until(story.running)
+    first.hang_up()
+    await story.wait(4)
+    story.lose_write("st-late", of="repeat", after=lambda: True, nth=nth, seconds=late)
+    repeat = story.post("repeat", key=KEY, at="r2")
+    await repeat.status()
+    await story.wait(200)
+    story.assert_just(first, repeat)
+
+
+@told()
+async def test_a_404_of_before_a_good_look_counts_no_more(story: Story) -> None:
+    story.oneinbox("start-slow-answer", seconds=1)
+    story.oneinbox("stop-404")
+    first = story.post("first")
+    await story.until(story.running)
+    first.hang_up()
+    await story.wait(3)
+    story.oneinbox("get-5xx", times=2)
+    story.oneinbox("stop-404")
+    await story.wait(360)
+    assert story.running() == []
+
+
+@told()
+async def test_a_call_whose_stop_is_404_while_it_runs_could_not_be_stopped(story: Story) -> None:
+    story.oneinbox("start-slow-answer", seconds=1)
+    story.oneinbox("stop-404", times=1000)
+    first = story.post("first")
+    await story.until(story.running)
+    first.hang_up()
+    await story.wait(120)
+    assert story.running() == ["call_1"]
+    assert story.unstopped() == ["call_1"]
+
+
+@pytest.mark.parametrize("moment", range(0, 40, 2))
+@told()
+async def test_a_repeat_that_is_cancelled_while_it_collects_has_not_collected(story: Story, moment: int) -> None:
+    """As uvicorn cancels requests, 20 s after SIGTERM."""
+    story.scene.server.lag = 0.03
+    story.oneinbox("start-slow-answer", seconds=13)
+    first = story.post("first", key=KEY)
+    await story.until(story.running)
+    await story.wait(1)
+    first.hang_up()
+    repeat = story.post("repeat", key=KEY, at="r2")
+    await story.until(lambda: story.calls["call_1"].answered)
+    await story.wait(0.01 * moment)
+    if repeat.connection.task is not None:
+        repeat.connection.task.cancel()
+    await story.wait(300)
+    story.assert_just(first, repeat)

@@ -302,6 +302,7 @@ async def test_a_call_that_was_given_is_not_stopped_for_want_of_an_answer(house:
 async def test_a_stop_that_gets_a_404_is_tried_again_until_that_is_believed(house: House) -> None:
     attempt = await house.lose("c1")
     house.stop().respond(404)
+    house.upstream.router.get("/v1/calls/c1").respond(404)
     await house.live.stop(attempt, "c1", "why")
     assert not await house.has_room(), "it may be running"
     assert await house.unstopped() == set()
@@ -309,6 +310,18 @@ async def test_a_stop_that_gets_a_404_is_tried_again_until_that_is_believed(hous
     await house.live.sweep()
     assert house.asked()["POST c1/stop"] == 2
     assert await house.has_room()
+
+
+async def test_a_stop_that_gets_a_404_of_a_running_call_has_failed(house: House) -> None:
+    attempt = await house.lose("c1")
+    house.stop().respond(404)
+    await house.live.stop(attempt, "c1", "why")
+    assert await house.unstopped() == {"c1"}
+    for _ in range(4):
+        house.clock.now += 31
+        await house.live.sweep()
+    assert house.asked()["POST c1/stop"] == 5
+    assert not await house.has_room()
 
 
 @pytest.mark.parametrize("failure", [500, 409, httpx.ReadError("lost")])

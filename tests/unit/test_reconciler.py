@@ -74,6 +74,7 @@ class Books:
 
     async def sweep(self) -> None:
         """One round of the sweep."""
+        await self.live.flush()
         self.reconciler.report_stale(await self.live.sweep())
 
 
