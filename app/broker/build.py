@@ -53,10 +53,9 @@ def check(settings: Settings) -> None:
     load_agents(settings)
     _keys(settings)
     try:
-        open_store(settings.store_url.get_secret_value())
-    except ValueError:
-        line = f"BROKER_STORE_URL: is not the URL of a store; takes {takes('BROKER_STORE_URL')}"
-        raise SettingsError([line]) from None
+        open_configured_store(settings)
+    except ValueError as error:
+        raise SettingsError([f"BROKER_STORE_URL: {error}; takes {takes('BROKER_STORE_URL')}"]) from None
     try:
         proxy_for(settings.oneinbox_base_url)
     except ValueError:
@@ -84,7 +83,7 @@ async def open_broker(
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
-        opened = store_factory() if store_factory else open_store(settings.store_url.get_secret_value(), clock)
+        opened = store_factory() if store_factory else open_configured_store(settings, clock)
         store = await stack.enter_async_context(opened)
         traces = open_traces()
         if traces is not None:
@@ -166,7 +165,7 @@ async def open_broker(
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
         gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
-        secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge))
+        secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
         for work in (
             sweep_forever(live, reconciler),
@@ -197,7 +196,7 @@ async def open_broker(
 
 
 def secret_handlers(
-    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None
+    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None, store: Store
 ) -> Mapping[str, SecretHandler]:
     """Return a handler for each secret whose file may change at run time. Running requests keep the old secret."""
 
@@ -210,9 +209,11 @@ def secret_handlers(
         if challenge is not None and settings.challenge_secret is not None:
             challenge.secret = settings.challenge_secret
 
-    def require_restart(_: Settings) -> None:
-        # Counters and subscriptions depend on the open connections, which stay logged in.
-        raise SettingsError(["BROKER_STORE_URL: has changed; the store is opened at the start, so restart to use it"])
+    def use_store_url(settings: Settings) -> None:
+        try:
+            store.use(settings.store_url.get_secret_value())
+        except ValueError as error:
+            raise SettingsError([f"BROKER_STORE_URL: {error}"]) from None
 
     return {
         "ONEINBOX_API_KEY": lambda settings: oneinbox.use_key(settings.oneinbox_api_key),
@@ -223,8 +224,14 @@ def secret_handlers(
         # Each request reads these from the settings in force.
         "BROKER_WEBHOOK_SECRET": lambda _: None,
         "BROKER_METRICS_TOKEN": lambda _: None,
-        "BROKER_STORE_URL": require_restart,
+        "BROKER_STORE_URL": use_store_url,
     }
+
+
+def open_configured_store(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Store:
+    """Return the configured store, to be entered. Raises ValueError."""
+    url = settings.store_url.get_secret_value()
+    return open_store(url, clock, timeout=settings.store_timeout, prefix=settings.store_prefix)
 
 
 def open_oneinbox(

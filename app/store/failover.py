@@ -10,17 +10,21 @@ While the store is down:
   limit times the number of replicas.
 - `give_back`, `add_member`, `remove_member`, `members`: answered locally, from what this replica put in. Changes of
   members are replayed when the store is back, so that no call that must be hung up is forgotten, and no slot stays
-  taken until its lease ends. Counts in the shared store stay: too many rather than too few.
+  taken until its lease ends. Counts in the shared store stay: too many rather than too few. Those of the last seconds
+  are also replayed when the store has moved: the new primary may be a replica that lagged behind.
 - `publish`: reaches this process's subscribers only. It is a hint, so never an error.
 - `subscribe`: works, and resumes by itself.
 - `get`, `set`, `add`, `replace`, `delete`, `push`, `items`: StoreUnavailable at once. Replicas must agree on these (who
   answers a repeated key, who polls, what is paused); a local answer would be a guess, so the caller decides.
+
+A right that the store's user lacks is no loss, unless the probe needs it.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -30,10 +34,15 @@ import structlog
 
 from app.store.memory import MemoryStore
 from app.store.protocol import Decision, LimitRequest, Rate, Slot, Store, StoreUnavailable, Value
-from app.store.valkey import ValkeyStore
+from app.store.valkey import Refused, ValkeyStore
 
 PROBE_SECONDS = 1.0
 PROBE_REQUEST = LimitRequest([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
+PLACE_SECONDS = 2.0
+"""Seconds between new connections, which show whether the store's address leads elsewhere by now."""
+LAG_SECONDS = 10.0
+"""Changes of members this recent are replayed after a move."""
+REPLAYED_AT_ONCE = 500
 MISSED = 10_000
 """Changes of members kept for the shared store while it is gone; beyond that, the oldest are dropped."""
 
@@ -62,6 +71,9 @@ class FailoverStore(Store):
         self._down_since: float | None = None
         self._probe: asyncio.Task[None] | None = None
         self._missed: dict[tuple[str, str], float | None] = {}
+        self._recent: deque[tuple[float, Sequence[str], str, float | None]] = deque(maxlen=MISSED)
+        self._moves = 0
+        self._check_place_at = 0.0
 
     @property
     def state(self) -> Literal["ok", "down"]:
@@ -117,6 +129,7 @@ class FailoverStore(Store):
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
         await self._local.add_member(name, member, ttl)
+        self._recent.append((self._clock(), [name], member, ttl))
         try:
             await self._ask(self._shared.add_member, name, member, ttl)
         except StoreUnavailable:
@@ -124,6 +137,7 @@ class FailoverStore(Store):
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         left = await self._local.remove_member(names, member)
+        self._recent.append((self._clock(), names, member, None))
         try:
             return await self._ask(self._shared.remove_member, names, member)
         except StoreUnavailable:
@@ -147,6 +161,9 @@ class FailoverStore(Store):
             await self._ask(self._shared.publish, channel, message)
         except StoreUnavailable:
             self._shared.pubsub.deliver(channel, message)
+        else:
+            if self._shared.channels == "refused":
+                self._shared.pubsub.deliver(channel, message)
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         return self._shared.subscribe(channel)
@@ -164,6 +181,8 @@ class FailoverStore(Store):
             raise StoreUnavailable("the shared store is gone")
         try:
             return await operation(*args, **kwargs)
+        except Refused:
+            raise
         except StoreUnavailable as error:
             self._lost(error)
             raise
@@ -183,11 +202,16 @@ class FailoverStore(Store):
     def _queue_slots(self, request: LimitRequest, ttl: float | None) -> None:
         self._queue_change([slot.name for slot in request.slots], request.member, ttl)
 
+    def use(self, url: str) -> None:
+        """Use another URL of the same kind from now on, such as one with a new password. Raises ValueError."""
+        self._shared.use(url)
+
     async def _probe_forever(self) -> None:
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:
                 await self._shared.decide(PROBE_REQUEST)
+                await self._check_place()
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
@@ -196,15 +220,35 @@ class FailoverStore(Store):
                 log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
                 self._down_since = None
 
+    async def _check_place(self) -> None:
+        if self._clock() >= self._check_place_at:
+            self._check_place_at = self._clock() + PLACE_SECONDS
+            await self._shared.check_place()
+        if self._moves != self._shared.moves:
+            self._moves = self._shared.moves
+            since = self._clock() - LAG_SECONDS
+            for noted, names, member, ttl in self._recent:
+                if noted > since:
+                    for name in names:
+                        self._missed.pop((name, member), None)
+                        self._missed[name, member] = None if ttl is None else noted + ttl
+
     async def _replay_missed(self) -> None:
         """Bring the shared sets up to date; what cannot be written stays for the next time."""
         while self._missed:
-            (name, member), end = self._missed.popitem()
-            try:
-                if end is None:
-                    await self._shared.remove_member([name], member)
-                elif (left := end - self._clock()) > 0:
-                    await self._shared.add_member(name, member, left)
-            except StoreUnavailable:
-                self._missed.setdefault((name, member), end)
-                raise
+            some = list(self._missed.items())[-REPLAYED_AT_ONCE:]
+            for key, _ in some:
+                del self._missed[key]
+            # Together: a store far away takes its time for each.
+            results = await asyncio.gather(*(self._replay(*key, end) for key, end in some), return_exceptions=True)
+            failed = [(key, end, error) for (key, end), error in zip(some, results, strict=True) if error]
+            for key, end, _ in failed:
+                self._missed.setdefault(key, end)
+            if failed:
+                raise failed[0][2]
+
+    async def _replay(self, name: str, member: str, end: float | None) -> None:
+        if end is None:
+            await self._shared.remove_member([name], member)
+        elif (left := end - self._clock()) > 0:
+            await self._shared.add_member(name, member, left)

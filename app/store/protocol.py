@@ -107,6 +107,10 @@ class Store(Protocol):
         """`down`: the shared store is gone, and this process answers alone where it can."""
         return "ok"
 
+    def use(self, url: str) -> None:
+        """Use another URL from now on, such as one with a new password. Raises ValueError."""
+        raise ValueError("is of another kind, which needs a restart")
+
     async def __aenter__(self) -> Self:
         return self
 
