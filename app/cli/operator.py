@@ -21,7 +21,7 @@ from app.limits.live_calls import UNFOUND, UNSTOPPED
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
-from app.store import Store, StoreUnavailable, open_store
+from app.store import Store, StoreUnavailable
 from app.telemetry.logging import configure_logging
 
 
@@ -72,11 +72,11 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
             ["BROKER_STORE_URL: is memory://; a command reaches running brokers only through a shared store"]
         )
     agents = load_agents(settings)
-    async with open_store(url) as store:
-        said = await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
-        if store.state == "down":
-            raise StoreUnavailable
-        return said
+    from app.store.valkey import ValkeyStore
+
+    # Without a local store to fall back on: what was not written must not look as if it were.
+    async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
+        return await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
 
 
 EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")

@@ -167,8 +167,9 @@ def ask_sentinel(
                 if index + 1 == len(logins) or not any(word in str(error) for word in ("NOAUTH", "uthenti", "WRONGPASS")):
                     raise
             finally:
-                with contextlib.suppress(Exception):
-                    await sentinel.aclose()
+                for client in sentinel.sentinels:
+                    with contextlib.suppress(RedisError, OSError):
+                        await client.aclose()
         return []
 
     return ask

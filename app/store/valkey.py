@@ -13,6 +13,7 @@ the pool's waiters can lose their turn when others are cancelled.
 """
 
 import asyncio
+import contextlib
 import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -178,10 +179,28 @@ class ValkeyStore(Store):
                 self._subscriber.unfollow(channel)
 
     async def info(self) -> Mapping[str, str]:
-        """Return what the server says about itself (INFO). Raises StoreUnavailable."""
+        """Return what the server says about itself (INFO), and `save` if CONFIG may be read. Raises StoreUnavailable."""
         answer: bytes = await self._ask("INFO")
         pairs = (line.partition(":") for line in answer.decode("utf-8", "replace").splitlines())
-        return {name: value for name, separator, value in pairs if separator}
+        about = {name: value for name, separator, value in pairs if separator}
+        with contextlib.suppress(StoreUnavailable):  # most managed stores refuse it
+            config: list[bytes] = await self._ask("CONFIG", "GET", "save")
+            about |= {"save": config[1].decode()} if len(config) == 2 else {}
+        return about
+
+    async def may_publish(self) -> bool:
+        """Return whether the user may use the broker's channels. Raises StoreUnavailable."""
+        async with self.subscribe("doctor"):
+            try:
+                await self.publish("doctor", b"")
+            except Refused:
+                return False
+            return self.channels == "ok"
+
+    @property
+    def rights(self) -> str:
+        """The ACL rules that the store's user needs."""
+        return f"~{self._names}* &{self._names}* +@all -@admin -@dangerous +info"
 
     async def check_place(self) -> None:
         """Check that a new connection leads to the server in use; if it does not, go where it leads. Never raises.
