@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 
 import httpx
 
 from app.broker.context import Broker
+from app.broker.deployment import Deployment
 from app.broker.gauges import Gauges
 from app.broker.secret_reload import SecretHandler, SecretReloader
 from app.broker.shutdown import Shutdown
@@ -30,6 +32,7 @@ from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits.restorer import Restorer
 from app.limits.sweeper import sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
@@ -38,7 +41,7 @@ from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
 from app.sessions.service import Sessions
-from app.store import Store, open_store
+from app.store import Store, StoreUnavailable, open_store
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
 
@@ -60,6 +63,23 @@ def check(settings: Settings) -> None:
         proxy_for(settings.oneinbox_base_url)
     except ValueError:
         raise SettingsError(["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]) from None
+
+
+def refuse_foreign_store(settings: Settings) -> None:
+    """Raise SettingsError if the shared store is in use by another deployment; nothing while it does not answer."""
+    url = settings.store_url.get_secret_value()
+    if url == "memory://":
+        return
+    # Importing redis-py takes 6 MB and 75 ms; only a shared store needs it.
+    from app.store.valkey import ValkeyStore  # noqa: PLC0415
+
+    async def claim() -> None:
+        async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
+            with contextlib.suppress(StoreUnavailable):
+                await Deployment(store, load_agents(settings), lambda: settings).claim()
+
+    with ThreadPoolExecutor(1) as pool:  # uvicorn imports the app inside its event loop
+        pool.submit(asyncio.run, claim()).result()
 
 
 @asynccontextmanager
@@ -122,6 +142,17 @@ async def open_broker(
             now=clock.now,
             metrics=metrics,
         )
+        restorer = Restorer(
+            store,
+            oneinbox,
+            live,
+            keyring,
+            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            timeout=settings.oneinbox_timeout,
+            now=clock.now,
+            metrics=metrics,
+        )
+        deployment = Deployment(store, agents, lambda: secret_reloader.settings)
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout, now=clock.now)
         kill_switch = KillSwitch(store, clock.monotonic)
         challenge = _challenge(settings, store, transport, stack, metrics)
@@ -170,6 +201,7 @@ async def open_broker(
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
+            *((restorer.run(), deployment.keep()) if store.shared else ()),
             idempotency.run(),
             kill_switch.run(),
             poller.run(),

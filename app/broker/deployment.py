@@ -1,8 +1,8 @@
 """The deployment that a prefix of the store belongs to: one OneInbox account and one BROKER_SECRET.
 
-Two deployments in one place would free each other's slots: each looks the other's calls up in its own account, and finds
-none. Every replica writes its marks for as long as it runs. Marks are hashes; one in common is enough, so that a secret,
-the API key and the agents may be changed one after the other.
+Two deployments in one place would free each other's slots: each looks the other's calls up in its own account, and
+finds none. Every replica writes its marks for as long as it runs. Marks are hashes; one in common is enough, so that
+a secret, the API key and the agents may be changed one after the other.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ class Deployment:
     async def keep(self) -> None:
         """Keep the marks until cancelled; log an error while they are another deployment's."""
         while True:
-            await asyncio.sleep(EVERY_SECONDS)
             try:
                 await self.claim()
             except SettingsError as error:
                 log.error("store_shared_with_another_deployment", reason="; ".join(error.lines))
             except StoreUnavailable:
-                continue
+                pass
+            await asyncio.sleep(EVERY_SECONDS)
 
     def _marks(self) -> tuple[set[str], set[str]]:
         settings = self.settings()

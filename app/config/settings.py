@@ -297,7 +297,7 @@ class Settings(BaseSettings):
     store_url: Annotated[Secret, _STORE_URL] = setting(
         SecretStr("memory://"),
         "Where counters are kept: `memory://`, or a Valkey or Redis shared by all replicas",
-        "memory://, or a redis://, rediss://, redis+unix://, redis+sentinel:// or redis+cluster:// URL (valkey is the same)",
+        "memory://, or a redis://, rediss://, redis+unix://, redis+sentinel:// or redis+cluster:// URL (also valkey…)",
     )
     store_timeout: float = setting(
         0.25,

@@ -103,6 +103,16 @@ class LiveCalls:
         except StoreUnavailable:
             self._unsaved[attempt.request_id] = call
 
+    async def restore(self, attempt: CallAttempt, call_id: str) -> bool:
+        """Put a running call back into a store that lost it; return whether it was missing. Raises StoreUnavailable."""
+        left = max(self.lease - (self.now() - attempt.since), SWEEP_SECONDS * 2)
+        for name in attempt.sets:
+            await self.store.add_member(name, attempt.key, left)
+        if await self._find(attempt.request_id) is not None:
+            return False
+        await self.begin(attempt, call_id)
+        return True
+
     async def note_end(self, request_id: str, record: CallRecord) -> None:
         """Free the slots of a call if its record has ended."""
         with contextlib.suppress(StoreUnavailable):  # the sweep will see it

@@ -32,8 +32,10 @@ from typing import Literal, ParamSpec, Self, TypeVar
 
 import structlog
 
+from app.store.generation import Generation
 from app.store.memory import MemoryStore
 from app.store.protocol import Decision, LimitRequest, Rate, Slot, Store, StoreUnavailable, Value
+from app.store.review import weaknesses
 from app.store.valkey import Refused, ValkeyStore
 
 PROBE_SECONDS = 1.0
@@ -43,6 +45,7 @@ PLACE_SECONDS = 2.0
 LAG_SECONDS = 10.0
 """Changes of members this recent are replayed after a move."""
 REPLAYED_AT_ONCE = 500
+LOSS_REMEDY = "running calls are read back from OneInbox; used limits, pauses and blocks are forgotten"
 MISSED = 10_000
 """Changes of members kept for the shared store while it is gone; beyond that, the oldest are dropped."""
 
@@ -74,11 +77,21 @@ class FailoverStore(Store):
         self._recent: deque[tuple[float, Sequence[str], str, float | None]] = deque(maxlen=MISSED)
         self._moves = 0
         self._check_place_at = 0.0
+        self._generation = Generation(shared)
+        self._reviewed_moves: int | None = None
+        self.losses = 0
 
     @property
     def state(self) -> Literal["ok", "down"]:
         """`ok` if the shared store answered last."""
         return "ok" if self._down_since is None else "down"
+
+    @property
+    def incomplete(self) -> bool:
+        return self._generation.incomplete and self._down_since is None
+
+    async def complete(self) -> bool:
+        return await self._ask(self._generation.complete)
 
     async def __aenter__(self) -> Self:
         self._probe = asyncio.create_task(self._probe_forever(), name="store-probe")
@@ -212,6 +225,7 @@ class FailoverStore(Store):
             try:
                 await self._shared.decide(PROBE_REQUEST)
                 await self._check_place()
+                await self._check_generation()
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
@@ -219,6 +233,24 @@ class FailoverStore(Store):
             if self._down_since is not None:
                 log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
                 self._down_since = None
+            await self._review()
+
+    async def _check_generation(self) -> None:
+        verdict = await self._generation.check()
+        if verdict in ("emptied", "set-back"):
+            self.losses += 1
+            log.error("store_emptied" if verdict == "emptied" else "store_set_back", remedy=LOSS_REMEDY)
+
+    async def _review(self) -> None:
+        """Log what is weak about the server in use, once for each."""
+        if self._reviewed_moves != self._shared.moves:
+            self._reviewed_moves = self._shared.moves
+            try:
+                about = await self._shared.info()
+            except StoreUnavailable:
+                about = {}
+            for weakness in weaknesses(about):
+                log.warning("store_warning", detail=weakness.detail, remedy=weakness.remedy)
 
     async def _check_place(self) -> None:
         if self._clock() >= self._check_place_at:

@@ -1,4 +1,4 @@
-"""Where the writable server is: the URL's own address, or what Sentinels or a cluster's nodes say and a write proves."""
+"""Where the writable server is: the URL's own address, or what Sentinels or cluster nodes say and a write proves."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from app.store.url import Address
 
 MOST_CANDIDATES = 8
 MOST_NODES = 16
-PLACE_TASK = "store-place"
+_LOGIN_REFUSED = ("NOAUTH", "uthenti", "WRONGPASS")
 
 
 class Nowhere(RedisError):
@@ -79,7 +79,7 @@ class FoundPlace(Place):
     async def connection(self) -> Connection:
         task = self._looking
         if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = self._looking = asyncio.create_task(self._look(), name=PLACE_TASK)
+            task = self._looking = asyncio.create_task(self._look(), name="store-place")
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
         return self.connect(await asyncio.shield(task))
 
@@ -164,7 +164,9 @@ def ask_sentinel(
                 return [await sentinel.discover_master(service)]
             except RedisError as error:
                 # redis-py wraps what the Sentinel refused.
-                if index + 1 == len(logins) or not any(word in str(error) for word in ("NOAUTH", "uthenti", "WRONGPASS")):
+                if index + 1 == len(logins) or not any(
+                    word in str(error) for word in ("NOAUTH", "uthenti", "WRONGPASS")
+                ):
                     raise
             finally:
                 for client in sentinel.sentinels:

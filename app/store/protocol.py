@@ -101,11 +101,22 @@ class Store(Protocol):
 
     shared: bool
     """True when other processes see the same data."""
+    losses: int = 0
+    """The number of times that this process has seen the shared store lose data."""
 
     @property
     def state(self) -> Literal["ok", "down"]:
         """`down`: the shared store is gone, and this process answers alone where it can."""
         return "ok"
+
+    @property
+    def incomplete(self) -> bool:
+        """True when the shared store is new or has lost data, until `complete`: running calls may be missing in it."""
+        return False
+
+    async def complete(self) -> bool:
+        """Note that the running calls are in the store again; False if it has lost data meanwhile."""
+        return True
 
     def use(self, url: str) -> None:
         """Use another URL from now on, such as one with a new password. Raises ValueError."""

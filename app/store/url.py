@@ -100,7 +100,7 @@ def _database(text: str) -> int:
 
 def _certificates(text: str) -> str:
     if text.lower().removeprefix("cert_") != "required":
-        raise ValueError("the URL has ssl_cert_reqs; takes only required, because any server could pose as the store otherwise")
+        raise ValueError("the URL has ssl_cert_reqs other than required, so that any server could pose as the store")
     return "required"
 
 

@@ -178,8 +178,14 @@ class ValkeyStore(Store):
             finally:
                 self._subscriber.unfollow(channel)
 
+    async def mark(self, name: str, beat_name: str, value: str, beat: int, ttl: float) -> tuple[str, bool, int]:
+        """Set `name` if there is none, and the beat; return the value, whether it is new, and the beat before."""
+        keys = [self._values + name, self._values + beat_name]
+        kept, is_new, before = await self._run(scripts.MARK, keys, value, beat, _milliseconds(ttl))
+        return bytes(kept).decode(), bool(is_new), int(before)
+
     async def info(self) -> Mapping[str, str]:
-        """Return what the server says about itself (INFO), and `save` if CONFIG may be read. Raises StoreUnavailable."""
+        """Return what the server says about itself (INFO; `save` if CONFIG may be read). Raises StoreUnavailable."""
         answer: bytes = await self._ask("INFO")
         pairs = (line.partition(":") for line in answer.decode("utf-8", "replace").splitlines())
         about = {name: value for name, separator, value in pairs if separator}
@@ -302,7 +308,7 @@ class ValkeyStore(Store):
 
         proof = ("SET", self._sign, "1", "PX", PROOF_MILLISECONDS)
         if url.kind == "unix":
-            return FixedPlace(lambda: cast(Connection, UnixDomainSocketConnection(**options)))
+            return FixedPlace(lambda: cast("Connection", UnixDomainSocketConnection(**options)))
         if url.kind == "server":
             return FixedPlace(lambda: connect(url.addresses[0]))
         if url.kind == "cluster":

@@ -216,9 +216,7 @@ async def test_sentinels_that_disagree(start_valkey: Stores) -> None:
     dead = start_valkey.server()
     named = [dead.port, replica.port, primary.port]
     dead.kill()
-    disagreeing = [
-        start_valkey.server(sentinel=f"sentinel monitor voice 127.0.0.1 {port} 1\n") for port in named
-    ]
+    disagreeing = [start_valkey.server(sentinel=f"sentinel monitor voice 127.0.0.1 {port} 1\n") for port in named]
     async with loaded(url_of("redis+sentinel", disagreeing, "/voice")) as load:
         await load.is_back(time.monotonic(), within=1)
     with primary.client() as client:
@@ -241,9 +239,7 @@ async def test_sentinel_and_store_with_logins(start_valkey: Stores) -> None:
     primary = start_valkey.server()
     primary.ask(*f"ACL SETUSER broker on >hush {RIGHTS}".split())
     more = "sentinel auth-user voice broker\nsentinel auth-pass voice hush\nrequirepass guard\n"
-    sentinel = start_valkey.server(
-        sentinel=f"sentinel monitor voice 127.0.0.1 {primary.port} 1\n{more}"
-    )
+    sentinel = start_valkey.server(sentinel=f"sentinel monitor voice 127.0.0.1 {primary.port} 1\n{more}")
     good = url_of("redis+sentinel", [sentinel], "/voice?sentinel_password=guard", login="broker:hush@")
     async with ValkeyStore(good) as store:
         await store.set("a", b"1", 60)
