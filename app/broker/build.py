@@ -12,6 +12,7 @@ import httpx
 from app.broker.context import Broker
 from app.broker.deployment import Deployment
 from app.broker.gauges import Gauges
+from app.broker.replicas import Reporter
 from app.broker.secret_reload import SecretHandler, SecretReloader
 from app.broker.shutdown import Shutdown
 from app.calls.cache import CallCache
@@ -198,10 +199,13 @@ async def open_broker(
         gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
+        reporter = Reporter(store, kill_switch, clock.now)
+        if store.shared:
+            stack.push_async_callback(reporter.aclose)
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
-            *((restorer.run(), deployment.keep()) if store.shared else ()),
+            *((restorer.run(), deployment.keep(), reporter.run()) if store.shared else ()),
             idempotency.run(),
             kill_switch.run(),
             poller.run(),

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from app.broker.build import check, open_oneinbox
+from app.broker.replicas import read_reports
 from app.config.agents import Agents, load_agents
 from app.config.loading import load_settings
 from app.config.settings import Settings, SettingsError
@@ -255,10 +256,14 @@ async def _store(settings: Settings) -> list[Finding]:
             about = await store.info()
         except StoreUnavailable:
             about = {}
+        silent = [report for report in await read_reports(store) if report.stale]
     findings = [_server(name, about, milliseconds)]
     if not publishes:
         detail = "its user may not use channels, so that replicas hear of each other's news up to a second late"
         findings.append(warning(name, detail, f"give the user these rights: {store.rights}"))
+    for report in silent:
+        detail = f"replica {report.id} is silent for {report.age:.0f} s: it has died, or does not reach the store"
+        findings.append(warning(name, detail, "look at its /readyz and its log (store_lost)"))
     return [*findings, *(warning(name, *weakness) for weakness in weaknesses(about))]
 
 

@@ -13,6 +13,9 @@ from typing import Literal, NamedTuple, Protocol, Self
 class StoreUnavailable(Exception):
     """No answer of the shared store in time, or a refusal (out of memory, read-only, wrong password)."""
 
+    lacks_right = False
+    """True when only the store's user lacks a right."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:

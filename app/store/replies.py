@@ -8,6 +8,8 @@ _ELSEWHERE = {"READONLY", "MOVED", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "L
 
 # Redis 6 wraps a refusal inside a script: "Error running script (call to f_…): @user_script:5: -READONLY You can't …".
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
+# A script's command that the user may not run, as Redis 7 and Redis 6 say it.
+_REFUSED_IN_SCRIPT = re.compile(r"ACL failure in script|executing the script can't")
 
 
 class Elsewhere(RedisError):
@@ -29,7 +31,8 @@ def elsewhere(error: Exception) -> Elsewhere | None:
 
 def is_refused_right(error: Exception) -> bool:
     """Return whether the user lacks a right for this command; the server itself works."""
-    return isinstance(error, ResponseError) and _code_of(error) == "NOPERM"
+    refused = isinstance(error, ResponseError)
+    return refused and (_code_of(error) == "NOPERM" or _REFUSED_IN_SCRIPT.search(str(error)) is not None)
 
 
 def is_unknown_command(error: ResponseError) -> bool:

@@ -43,6 +43,8 @@ PROOF_MILLISECONDS = 10_000
 class Refused(StoreUnavailable):
     """The store's user lacks a right. The store itself works."""
 
+    lacks_right = True
+
 
 class UnknownCommand(StoreUnavailable):
     """The server is too old for a command."""

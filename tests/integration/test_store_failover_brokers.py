@@ -1,6 +1,7 @@
 """Brokers whose store moves, is emptied, is far away or denies rights: what their users and operators see."""
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -264,3 +265,42 @@ async def test_two_deployments_with_one_prefix(start: Stores, changes: dict[str,
             assert await other.readiness() == "ok"
         async with running_broker_process(oneinbox.url, BROKER_STORE_URL=url) as replica:
             assert await replica.readiness() == "ok"
+
+
+async def test_a_replica_that_does_not_hear_of_a_pause_is_named(start: Stores) -> None:
+    url = f"redis://127.0.0.1:{start.server().port}"
+    async with deployment(2, BROKER_STORE_URL=url) as (_, [first, second]):
+        paused = await command("pause", "--for", "1h", BROKER_STORE_URL=url)
+        assert (paused.code, paused.err) == (0, "")
+        assert "in force on 2 of 2 replicas" in paused.out
+        second.process.send_signal(signal.SIGSTOP)
+        try:
+            resumed = await command("resume", BROKER_STORE_URL=url)
+            assert resumed.code == 1
+            assert "in force on 1 of 2 replicas" in resumed.out
+            (missing,) = [line for line in resumed.out.splitlines() if line.startswith("not in force on ")]
+            status = (await command("status", BROKER_STORE_URL=url)).out
+            assert missing.removeprefix("not in force on ").partition(":")[0] in status
+            await asyncio.sleep(6)
+            assert "silent for " in (await command("status", BROKER_STORE_URL=url)).out
+        finally:
+            second.process.send_signal(signal.SIGCONT)
+        await first.process.stop()
+
+        async def is_gone() -> bool:
+            return "replicas: 1" in (await command("status", BROKER_STORE_URL=url)).out
+
+        await eventually(is_gone, within=5)
+
+
+async def test_a_pause_that_cannot_be_written_says_so(start: Stores) -> None:
+    server = start.server()
+    server.ask(*["ACL", "SETUSER", "broker", "on", ">hush", "~oib:*", "&oib:*", "+@all", "-zadd"])
+    said = await command("pause", BROKER_STORE_URL=f"redis://broker:hush@127.0.0.1:{server.port}")
+    assert (said.code, said.out) == (1, "")
+    assert said.err.splitlines()[-1].startswith("BROKER_STORE_URL: the store denies its user a right")
+    replica = start.server()
+    replica.replicate(server.port)
+    said = await command("pause", BROKER_STORE_URL=f"redis://127.0.0.1:{replica.port}")
+    assert (said.code, said.out) == (1, "")
+    assert "nothing was changed" in said.err
