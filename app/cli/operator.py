@@ -60,10 +60,10 @@ class Operator:
                 *(f"paused for {round(left)} s more" for left in pause.values()),
                 *([] if pause else ["not paused"]),
                 f"blocked users: {len(blocks)}",
-                f"calls that could not be stopped: {len(unstopped)}",
-                *(f"  {call.replace(UNFOUND, 'not found: request ')}" for call in sorted(unstopped)),
                 f"replicas: {len(reports)}",
                 *(f"  {_described(report)}" for report in reports),
+                f"calls that could not be stopped: {len(unstopped)}",
+                *(f"  {call.replace(UNFOUND, 'not found: request ')}" for call in sorted(unstopped)),
             ]
         )
 

@@ -79,6 +79,7 @@ class FailoverStore(Store):
         self._check_place_at = 0.0
         self._generation = Generation(shared)
         self._reviewed_moves: int | None = None
+        self._warned: set[str] = set()
         self.losses = 0
 
     @property
@@ -221,7 +222,6 @@ class FailoverStore(Store):
 
     async def _probe_forever(self) -> None:
         while True:
-            await asyncio.sleep(PROBE_SECONDS)
             try:
                 await self._shared.decide(PROBE_REQUEST)
                 await self._check_place()
@@ -229,11 +229,12 @@ class FailoverStore(Store):
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
-                continue
-            if self._down_since is not None:
-                log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
-                self._down_since = None
-            await self._review()
+            else:
+                if self._down_since is not None:
+                    log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
+                    self._down_since = None
+                await self._review()
+            await asyncio.sleep(PROBE_SECONDS)
 
     async def _check_generation(self) -> None:
         verdict = await self._generation.check()
@@ -242,7 +243,7 @@ class FailoverStore(Store):
             log.error("store_emptied" if verdict == "emptied" else "store_set_back", remedy=LOSS_REMEDY)
 
     async def _review(self) -> None:
-        """Log what is weak about the server in use, once for each."""
+        """Log what is weak about the server in use, each weakness once."""
         if self._reviewed_moves != self._shared.moves:
             self._reviewed_moves = self._shared.moves
             try:
@@ -250,7 +251,9 @@ class FailoverStore(Store):
             except StoreUnavailable:
                 about = {}
             for weakness in weaknesses(about):
-                log.warning("store_warning", detail=weakness.detail, remedy=weakness.remedy)
+                if weakness.remedy not in self._warned:
+                    self._warned.add(weakness.remedy)
+                    log.warning("store_warning", detail=weakness.detail, remedy=weakness.remedy)
 
     async def _check_place(self) -> None:
         if self._clock() >= self._check_place_at:
