@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import redis
@@ -15,6 +16,8 @@ from app.store import LimitRequest, Rate, Slot, StoreUnavailable
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
+from tests.support.certificates import Authority
+from tests.support.ports import free_port
 from tests.support.stores import Engine, Server, Stores, cluster_is_ok, stores, until, url_of
 
 pytestmark = [pytest.mark.process, pytest.mark.alone]
@@ -384,3 +387,61 @@ async def test_a_socket(start_valkey: Stores) -> None:
     async with loaded(f"redis+unix://{folder}/s?db=2") as load:
         await load.is_back(time.monotonic(), within=1)
     assert os.path.exists(folder / "s")
+
+
+TLS = "--tls-replication yes --tls-auth-clients no"
+
+
+@pytest.fixture
+def start_tls() -> Iterator[Stores]:
+    """Redis's server: the wheel's Valkey has no TLS."""
+    with stores("redis") as started:
+        yield started
+
+
+async def works(url: str) -> None:
+    """A value is written and read, and a message arrives."""
+    async with ValkeyStore(url, timeout=1) as store, store.subscribe("news") as messages:
+        await store.set("a", b"1", 60)
+        assert await store.get("a") == b"1"
+        hearing = asyncio.ensure_future(anext(messages))
+        async with asyncio.timeout(BACK_SECONDS):
+            while not hearing.done():
+                await store.publish("news", b"2")
+                await asyncio.sleep(0.1)
+        assert hearing.result() == b"2"
+
+
+async def test_tls_with_a_login(start_tls: Stores, tmp_path: Path) -> None:
+    """One server, a Sentinel and a cluster, each with TLS, a private authority, a user and a password."""
+    authority = Authority(tmp_path)
+    files = f"--tls-cert-file {authority.certificate} --tls-key-file {authority.key}"
+    files += f" --tls-ca-cert-file {authority.certificate}"
+    port = free_port()
+    primary = start_tls.server(*f"{files} {TLS} --tls-port {port}".split())
+    primary.ask(*f"ACL SETUSER broker on >hush {RIGHTS}".split())
+    trust = f"ssl_ca_certs={authority.certificate}"
+    await works(f"rediss://broker:hush@127.0.0.1:{port}/?{trust}")
+    with pytest.raises(StoreUnavailable):
+        await works(f"rediss://broker:hush@127.0.0.1:{port}/")
+    with pytest.raises(StoreUnavailable):
+        await works(f"rediss://broker:wrong@127.0.0.1:{port}/?{trust}")
+
+    options = f"{files} {TLS}".split("--")
+    lines = "".join(f"{option.strip()}\n" for option in options if option)
+    sentinel_port = free_port()
+    start_tls.server(
+        sentinel=f"{lines}tls-port {sentinel_port}\nsentinel monitor voice 127.0.0.1 {port} 1\n"
+        "sentinel auth-user voice default\n"
+    )
+    await works(f"rediss+sentinel://broker:hush@127.0.0.1:{sentinel_port}/voice?{trust}")
+    with pytest.raises(StoreUnavailable):
+        await works(f"rediss+sentinel://broker:hush@127.0.0.1:{sentinel_port}/voice")
+
+    ports = [free_port() for _ in range(3)]
+    nodes = start_tls.cluster(3, *f"{files} {TLS} --tls-port".split(), replicas=False, each=ports)
+    for node in nodes:
+        node.ask(*f"ACL SETUSER broker on >hush {RIGHTS.replace('oib', '{oib}')}".split())
+    await works(f"rediss+cluster://broker:hush@127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}?{trust}")
+    with pytest.raises(StoreUnavailable):
+        await works(f"rediss+cluster://broker:wrong@127.0.0.1:{ports[0]}?{trust}")

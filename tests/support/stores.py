@@ -207,11 +207,14 @@ class Stores:
         until(are_known, 30)
         return sentinels
 
-    def cluster(self, primaries: int = 3, *arguments: str, replicas: bool = True) -> list[Server]:
-        """A cluster: its primaries, then a replica of each."""
+    def cluster(
+        self, primaries: int = 3, *arguments: str, replicas: bool = True, each: Sequence[int] = ()
+    ) -> list[Server]:
+        """A cluster: its primaries, then a replica of each. `each`: the last argument of each node."""
         count = primaries * 2 if replicas else primaries
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT), *arguments)
-        nodes = [self.server(*options) for _ in range(count)]
+        own = [[str(value)] for value in each] or [[] for _ in range(count)]
+        nodes = [self.server(*options, *last) for last in own]
         for node in nodes[1:]:
             node.ask("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
         share = 16384 // primaries
