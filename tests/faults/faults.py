@@ -6,8 +6,8 @@
 Two replicas share one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers.
 Browsers start sessions, half of them with a key, some of those twice at once or again. Some hang up while they wait,
 and some of those come back with their key. A browser without an answer tries again, on any replica. After a quarter and
-after three quarters of the sessions, Valkey is killed and comes back three seconds later (with --moves its replica takes over
-instead, and the address follows three seconds later); half-way, a replica is killed and another one started.
+after three quarters of the sessions, Valkey is killed and comes back three seconds later (with --moves its replica
+takes over, and the address follows three seconds later); half-way, a replica is killed and another one started.
 
 A call counts as given if its answer had reached the browser's machine before it hung up. Calls whose answers died with
 the killed replica look like given ones in the store. The drill counts them separately; there may be no more of them

@@ -5,9 +5,11 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+import redis
 
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.brokers import (
@@ -304,3 +306,38 @@ async def test_a_pause_that_cannot_be_written_says_so(start: Stores) -> None:
     said = await command("pause", BROKER_STORE_URL=f"redis://127.0.0.1:{replica.port}")
     assert (said.code, said.out) == (1, "")
     assert "nothing was changed" in said.err
+
+
+async def test_a_password_that_changes(start: Stores, tmp_path: Path) -> None:
+    """The server takes another password and cuts connections; the URL's file brings it."""
+    server = start.server("--requirepass", "old")
+    file = tmp_path / "store"
+    file.write_text(f"redis://:old@127.0.0.1:{server.port}")
+    keys = Keys()
+    async with deployment(1, BROKER_STORE_URL_FILE=str(file)) as (_, [broker]):
+        assert (await keys.post(broker)).status_code == 201
+        with redis.Redis(port=server.port, password="old") as client:
+            client.config_set("requirepass", "new")
+            client.client_kill_filter(skipme=True)
+
+        async def is_lost() -> bool:
+            return await broker.readiness() == "degraded"
+
+        await eventually(is_lost, within=BACK_SECONDS)
+        file.write_text(f"redis://:new@127.0.0.1:{server.port}")
+
+        async def is_back() -> bool:
+            return await broker.readiness() == "ok" and (await keys.post(broker)).status_code == 201
+
+        await eventually(is_back, within=BACK_SECONDS)
+
+
+async def test_doctor_names_what_is_wrong_with_an_address(start: Stores) -> None:
+    (node,) = start.cluster(1, replicas=False)
+    said = await command("doctor", BROKER_STORE_URL=f"redis://127.0.0.1:{node.port}")
+    assert "redis+cluster://" in said.out
+    said = await command("doctor", BROKER_STORE_URL=f"redis+cluster://127.0.0.1:{node.port}")
+    assert "store: Valkey" in said.out
+    sentinel = start.server(sentinel=f"sentinel monitor voice 127.0.0.1 {node.port} 1\n")
+    said = await command("doctor", BROKER_STORE_URL=f"redis+sentinel://127.0.0.1:{sentinel.port}/another")
+    assert "compare the service" in said.out
