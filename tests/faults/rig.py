@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -199,8 +200,10 @@ class MovingValkey:
 
     def __init__(self, start: Stores) -> None:
         self._primary, self._replica = start.pair()
-        self._relay = start.relay(self._primary.port)
-        self.port = self._relay.port
+        command = [sys.executable, "-m", "tests.faults.relay", str(self._primary.port)]
+        self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._relay.stdout is not None
+        self.port = int(self._relay.stdout.readline())
         self.url = f"redis://127.0.0.1:{self.port}"
 
     async def mishap(self) -> None:
@@ -209,7 +212,14 @@ class MovingValkey:
         await asyncio.to_thread(until, self._primary.is_linked)
         await asyncio.sleep(GONE_SECONDS)
         self._primary, self._replica = self._replica, self._primary
-        self._relay.target = self._primary.port
+        assert self._relay.stdin is not None
+        self._relay.stdin.write(f"{self._primary.port}\n")
+        self._relay.stdin.flush()
+
+    def close(self) -> None:
+        """End the relay."""
+        self._relay.kill()
+        self._relay.communicate()
 
 
 AnyValkey = Valkey | MovingValkey
@@ -219,8 +229,8 @@ AnyValkey = Valkey | MovingValkey
 async def valkey(folder: Path, *, moves: bool = False) -> AsyncIterator[AnyValkey]:
     """Run a server until the block ends; with `moves` one that fails over instead of dying."""
     if moves:
-        with stores() as start:
-            yield MovingValkey(start)
+        with stores() as start, contextlib.closing(MovingValkey(start)) as moving:
+            yield moving
         return
     server = Valkey(folder)
     try:
