@@ -16,6 +16,7 @@ import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from app.clock import SYSTEM_CLOCK, Clock
 from app.server.gc import freeze_gc
 from tests.support.harness import BROKER, CLIENT, Upstream, running_broker, settings
 from tests.support.ports import free_port
@@ -116,11 +117,16 @@ class OpenBroker:
         peer: str = CLIENT,
         base_url: str = BROKER,
         transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock = SYSTEM_CLOCK,
         **environ: str,
     ) -> httpx.AsyncClient:
         """A client at `peer` of a new broker in front of `upstream`."""
         broker = running_broker(
-            settings({**(given or {}), **environ}), transport or self._upstream, peer=peer, base_url=base_url
+            settings({**(given or {}), **environ}),
+            transport or self._upstream,
+            peer=peer,
+            base_url=base_url,
+            clock=clock,
         )
         return await self._stack.enter_async_context(broker)
 

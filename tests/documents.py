@@ -21,6 +21,7 @@ from app.api.app import create_app
 from app.cli.commands import cli
 from app.config.loading import EMPTY_MEANS_NONE, load_settings
 from app.config.settings import FIELDS, SECRETS, SettingsError
+from app.limits.record import MOVES
 from app.problems import KINDS
 from app.telemetry.metrics import Metrics
 
@@ -71,6 +72,12 @@ GROUPS = {
     "BROKER_DRAIN_SECONDS": "Running it",
 }
 """The chapters of deploy/settings.md, each by the setting that begins it."""
+
+
+def moves_table() -> str:
+    """Every move of a call's record between states."""
+    rows = [[f"{move.before or 'none'} → {move.after}", move.who, move.evidence, move.follows] for move in MOVES]
+    return _table(["Move", "By", "On what evidence", "What follows"], rows)
 
 
 def settings_document() -> str:
@@ -165,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routes": routes_table,
     "errors": errors_table,
     "metrics": metrics_table,
+    "moves": moves_table,
 }
 
 

@@ -33,8 +33,9 @@ from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits.ledger import Ledger
 from app.limits.restorer import Restorer
-from app.limits.sweeper import sweep_forever
+from app.limits.sweeper import settle, stop_uncollected_forever, sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
 from app.problems import KINDS
@@ -116,7 +117,8 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        limits = open_limits(settings, agents, store, lease=lease, metrics=metrics, clock=clock)
+        ledger = Ledger(store, lease=lease, now=clock.now)
+        limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
         talk = TalkTime(
             store,
             minutes=settings.talk_minutes,
@@ -129,9 +131,9 @@ async def open_broker(
             store,
             oneinbox,
             talk,
+            ledger,
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
-            lease=lease,
             now=clock.now,
             metrics=metrics,
         )
@@ -202,11 +204,12 @@ async def open_broker(
         reporter = Reporter(store, kill_switch, clock.now)
         if store.shared:
             stack.push_async_callback(reporter.aclose)
+        stack.push_async_callback(settle, live, reconciler)
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
             *((restorer.run(), deployment.keep(), reporter.run()) if store.shared else ()),
-            idempotency.run(),
+            stop_uncollected_forever(live),
             kill_switch.run(),
             poller.run(),
             gauges.run(),
@@ -300,22 +303,20 @@ def open_oneinbox(
 def open_limits(
     settings: Settings,
     agents: Agents,
-    store: Store,
-    *,
-    lease: float,
+    ledger: Ledger,
     metrics: Metrics | None = None,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Limits:
-    """Return the configured limits on a store."""
+    """Return the configured limits on the store of a ledger."""
     return Limits(
-        store,
+        ledger.store,
+        ledger,
         list(agents.by_name.values()),
         session_limits=settings.session_limits,
         global_session_limits=settings.global_session_limits,
         request_limits=settings.request_limits,
         max_live_calls=settings.max_live_calls,
         max_live_calls_total=settings.max_live_calls_total,
-        lease=lease,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",
         clock=clock.monotonic,

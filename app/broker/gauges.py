@@ -8,7 +8,7 @@ import structlog
 from app.calls.poller import CallPoller
 from app.limits import Limits, TalkTime
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.live_calls import UNSTOPPED
+from app.limits.ledger import UNSTOPPED
 from app.oneinbox import OneInbox
 from app.sessions.service import Sessions
 from app.store import LimitRequest, Slot, Store, StoreUnavailable

@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from app.calls.snapshots import Snapshot
 from app.identity.keyring import Keyring
 from app.limits import LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, Rejected
+from app.oneinbox.models import BROKER_USER
 from app.problems import retry_later
 from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.store.memory import MemoryStore
@@ -174,33 +176,37 @@ class CallCache:
         """Copy the latest state that any replica saw into this process's cache, if it is newer."""
         if not self.store.shared:
             return
-        try:
-            value = await self.store.get(f"seen:{call_id}")
-        except StoreUnavailable:
-            return
+        with suppress(StoreUnavailable):
+            self._adopt(call_id, await self.store.get(f"seen:{call_id}"))
+
+    def _adopt(self, call_id: str, value: bytes | None) -> None:
+        """Cache a state that a replica shared, if it is newer."""
         plain = self.keyring.decrypt(value) if value is not None else None
         snapshot = Snapshot.from_bytes(plain) if plain is not None else None
         if snapshot is None:
             return
         cached = self._cache.get(call_id)
-        if cached is not None and cached.snapshot is not None and cached.snapshot.seen == snapshot.seen:
-            return  # the same state
+        known = cached.snapshot if cached is not None else None
+        if known is not None and (known.seen == snapshot.seen or (known.ended and not snapshot.ended)):
+            return  # the same state, or one that a later one has overtaken
         # Replicas' clocks differ: a time in the future may be any age.
         since = self.clock() - abs(self.now() - snapshot.seen)
-        if cached is None or since > cached.since:
+        ends = known is not None and snapshot.ended and not known.ended
+        if cached is None or since > cached.since or ends:
             self._keep(call_id, snapshot, since)
 
     async def update(self, record: CallRecord, since: float) -> Snapshot:
         """Cache and share OneInbox's record, announce a change, and free the slot of an ended call.
 
-        `since`: when OneInbox was asked, by `clock`. A record older than the cached one is ignored.
+        `since`: when OneInbox was asked, by `clock`. A record older than the cached one is ignored, and so is any that
+        brings an ended call back to life: an end is final.
         """
+        self.live.note_seen(record.id)
         cached = self._cache.get(record.id)
         before = cached.snapshot if cached is not None else None
-        if cached is not None and before is not None and cached.since > since:
+        if cached is not None and before is not None and (cached.since > since or (before.ended and not record.ended)):
             return before
-        seen = self.now() - (self.clock() - since)
-        snapshot = Snapshot.of(record, seen=seen, before=before, agent_names=self.agent_names, expose=self.expose)
+        snapshot = self._snapshot(record, since, before)
         self._keep(record.id, snapshot, since)
         if record.request_id:
             await self.live.note_end(record.request_id, record)
@@ -216,21 +222,54 @@ class CallCache:
         try:
             record = await self.oneinbox.get_call(call_id)
         except nothing:
-            self._keep(call_id, None, since, ours=known)
-            if known:
-                await self.live.note_gone(call_id)
-            return None
+            believed = not known or await self.live.note_missing(call_id)
+            snapshot = None if believed else await self._last_known(call_id, since)
+            self._keep(call_id, snapshot, since, ours=known)
+            return snapshot
         return await self.update(record, since)
+
+    async def _last_known(self, call_id: str, since: float) -> Snapshot | None:
+        """Return the last known state of a call of which OneInbox said once that it does not know it."""
+        await self.read_shared(call_id)
+        snapshot = self.latest(call_id)
+        started = await self.live.started(call_id) if snapshot is None else None
+        if started is not None:
+            attempt = started.attempt
+            record = CallRecord(
+                id=call_id,
+                agent_id=next((each for each, name in self.agent_names.items() if name == attempt.agent), None),
+                status="queued",
+                created_at=datetime.fromtimestamp(attempt.since, UTC),
+                metadata={BROKER_USER: attempt.owner},
+            )
+            return self._snapshot(record, since)
+        return snapshot
+
+    def _snapshot(self, record: CallRecord, since: float, before: Snapshot | None = None) -> Snapshot:
+        seen = self.now() - (self.clock() - since)
+        return Snapshot.of(record, seen=seen, before=before, agent_names=self.agent_names, expose=self.expose)
 
     async def _share(self, call_id: str, snapshot: Snapshot) -> None:
         if not self.store.shared:
             return
         value = snapshot.to_bytes()
+        name = f"seen:{call_id}"
         with suppress(StoreUnavailable):
-            if len(value) <= SHARED_BYTES:
-                await self.store.set(f"seen:{call_id}", self.keyring.encrypt(value), SHARED_SECONDS)
-            else:
-                await self.store.delete(f"seen:{call_id}")
+            if len(value) > SHARED_BYTES:
+                await self.store.delete(name)
+                return
+            sealed = self.keyring.encrypt(value)
+            if snapshot.ended:
+                await self.store.set(name, sealed, SHARED_SECONDS)
+                return
+            # Another replica may have seen the end meanwhile: it must not be overwritten.
+            before = await self.store.get(name)
+            self._adopt(call_id, before)
+            if self._cache[call_id].snapshot is snapshot:
+                if before is None:
+                    await self.store.add(name, sealed, SHARED_SECONDS)
+                else:
+                    await self.store.replace(name, before, sealed, SHARED_SECONDS)
 
     def _keep(self, call_id: str, snapshot: Snapshot | None, since: float, *, ours: bool = False) -> None:
         old = self._cache.pop(call_id, None)

@@ -14,7 +14,7 @@ from app.calls.snapshots import Snapshot
 from app.identity import User
 from app.limits import LiveCalls
 from app.oneinbox import OneInbox
-from app.oneinbox.errors import OneInboxError
+from app.oneinbox.errors import Failed, NoSuchCall, OneInboxError
 from app.problems import Problem, retry_later
 from app.store import StoreUnavailable
 
@@ -78,14 +78,10 @@ class Calls:
             return snapshot
         try:
             record = await self.oneinbox.stop_call(call_id)
-        except OneInboxError as error:
-            # OneInbox may refuse to stop a call that has just ended.
-            if error.status not in (400, 409, 422):
+        except NoSuchCall as error:
+            if await self.live.note_missing(call_id):
                 raise
-            ended = await self.cache.fetch(call_id)
-            if ended is None or not ended.ended:
-                raise
-            return ended
+            raise Failed(error.reason, may_have_acted=False) from error  # a rumour: the call may be running
         # Dated now: an end is final, so it must win over a fetch that began during the stop.
         return await self.cache.update(record, self.cache.clock())
 

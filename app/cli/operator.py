@@ -18,7 +18,7 @@ from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.kill_switch import BLOCKS, CONTROLS, PAUSE
-from app.limits.live_calls import UNFOUND, UNSTOPPED
+from app.limits.ledger import UNFOUND, UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
@@ -106,7 +106,8 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
 
     # Without a local store to fall back on: what was not written must not look as if it were.
     async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
-        return await work(Operator(settings, store, KillSwitch(store), open_limits(settings, agents, store, lease=0)))
+        limits = open_limits(settings, agents, Ledger(store, lease=0))
+        return await work(Operator(settings, store, KillSwitch(store), limits))
 
 
 EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")

@@ -1,14 +1,12 @@
 """A call's entry in the store from before its POST: enough to find the call again if the process dies."""
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 ALL_CALLS = "live:all"
 """The set of all live calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallAttempt:
+class CallAttempt(NamedTuple):
     """One POST to OneInbox.
 
     `request_id`: 128 random bits, `broker_request_id` on OneInbox's record. `since`: Unix time of the POST, whole

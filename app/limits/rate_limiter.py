@@ -16,6 +16,8 @@ from app.identity import User
 from app.identity.addresses import limit_key
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
+from app.limits.ledger import Ledger
+from app.limits.record import no_call, reserve
 from app.problems import Problem, retry_later
 from app.store import Decision, LimitRequest, Rate, RateState, Slot, Store
 from app.telemetry.metrics import Metrics
@@ -96,6 +98,7 @@ class UserLimits:
 class Reservation:
     """One session's counts, for undoing them. `headers`: what is left, for the browser."""
 
+    attempt: CallAttempt
     request: LimitRequest
     decision: Decision
     headers: Mapping[str, str]
@@ -105,11 +108,12 @@ class Reservation:
 class Limits:
     """Declare the limits once, and ask the store about all of them in one request.
 
-    `lease`: seconds after which a live slot is free in any case. `enforce` False: log what would be refused and let it
+    `ledger`: holds the records of calls. `enforce` False: log what would be refused and let it
     through. `count_locally` False: refuse sessions while the shared store is gone. `metrics`: counts refusals.
     """
 
     store: Store
+    ledger: Ledger
     agents: Sequence[Agent]
     _: KW_ONLY
     session_limits: str
@@ -117,7 +121,6 @@ class Limits:
     request_limits: str
     max_live_calls: int
     max_live_calls_total: int | None
-    lease: float
     enforce: bool = True
     count_locally: bool = True
     clock: Callable[[], float] = time.monotonic
@@ -163,21 +166,27 @@ class Limits:
         Raises Refused and Problem, the user's own limits first.
         """
         limits = self._limits_of_session(user.store_name, agent.name)
-        rates, slots, _, lease, cost, enforce = limits.request
-        request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce)
+        rates, slots, _, lease, cost, enforce, _ = limits.request
+        record = self.ledger.reserved(attempt)
+        request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce, record)
         decision = await self.store.decide(request)
+        if decision.local:
+            if decision.counted:
+                await self.ledger.hold(attempt.request_id, reserve(attempt))
+            elif decision.doubtful:
+                await self.ledger.hold(attempt.request_id, no_call(attempt))
         if decision.local and not self.count_locally:
-            await self.store.give_back(request, decision)
+            await self._give_back(attempt, request, decision)
             raise retry_later("at-capacity", STORE_RETRY_AFTER)
         self._warn_when_nearly_used_up(limits, decision)
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
             raise self._refusal(limits, decision, headers)
-        return Reservation(request, decision, headers)
+        return Reservation(attempt, request, decision, headers)
 
     async def release(self, reservation: Reservation) -> None:
         """Give a reservation back; only if its call cannot exist."""
-        await self.store.give_back(reservation.request, reservation.decision)
+        await self._give_back(reservation.attempt, reservation.request, reservation.decision)
 
     async def usage(self) -> list[tuple[str, int, int]]:
         """Return the global limits: name, sessions counted, sessions allowed."""
@@ -187,6 +196,10 @@ class Limits:
             (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
             for rate, state in zip(rates, decision.rates, strict=True)
         ]
+
+    async def _give_back(self, attempt: CallAttempt, request: LimitRequest, decision: Decision) -> None:
+        if not await self.store.give_back(request, decision):
+            await self.ledger.hold(attempt.request_id, no_call(attempt))
 
     def _make_session_limits(self, user: str, agent: str) -> UserLimits:
         limits = self._sessions[agent]
@@ -200,7 +213,7 @@ class Limits:
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        request = LimitRequest(rates, slots, lease=self.lease, enforce=self.enforce)
+        request = LimitRequest(rates, slots, lease=self.ledger.lease, enforce=self.enforce)
         return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
 
     def _make_request_limits(self, user: str) -> UserLimits:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
@@ -34,7 +34,6 @@ MOST_FETCHES = 200
 """Most calls that one scan fetches one by one, because a list has no metadata."""
 MOST_CACHED = 10_000
 """Most calls whose metadata is cached, so that the next scan fetches others. It never changes."""
-STOPS_AT_ONCE = 8
 TRIES = 3
 """Times that a page is requested before the scan breaks off."""
 RUNNING = ("queued", "initiated", "in_progress")
@@ -88,8 +87,6 @@ class Reconciler:
     _losses: dict[str, Loss] = field(default_factory=dict, init=False)
     _added: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _cached: OrderedDict[str, CallRecord] = field(default_factory=OrderedDict, init=False)
-    _stop_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STOPS_AT_ONCE), init=False)
-    _stops: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     def report_lost(self, attempt: CallAttempt) -> None:
         """Look for the call of an attempt whose answer this process has lost."""
@@ -106,27 +103,36 @@ class Reconciler:
 
     async def run(self) -> None:
         """Scan whenever a loss is due, until cancelled."""
-        try:
-            while True:
-                await self._until_due()
-                try:
-                    await self.scan()
-                except Exception:
-                    log.exception("reconcile_failed")
-                    await asyncio.sleep(1)
-        finally:
-            for task in self._stops:
-                task.cancel()
+        while True:
+            await self._until_due()
+            try:
+                await self.scan()
+            except Exception:
+                log.exception("reconcile_failed")
+                await asyncio.sleep(1)
+
+    async def finish(self) -> None:
+        """Look once for all, when the process ends. What is not found may come later, so others will look for it."""
+        for loss, record, _ in await self._look_for(list(self._losses.values())):
+            if record is not None:
+                await self._settle(loss, record, complete=False)
 
     async def scan(self) -> None:
         """Look once for all that are due; settle each that is found, or is out of scans."""
-        losses = {loss.attempt.request_id: loss for loss in self._losses.values() if loss.due <= self.now()}
-        for agent in {loss.attempt.agent for loss in losses.values()}:
-            of_agent = {key: loss for key, loss in losses.items() if loss.attempt.agent == agent}
+        for loss, record, complete in await self._look_for(
+            [loss for loss in self._losses.values() if loss.due <= self.now()]
+        ):
+            await self._settle(loss, record, complete=complete)
+
+    async def _look_for(self, losses: Sequence[Loss]) -> list[tuple[Loss, CallRecord | None, bool]]:
+        """Return each loss with its call, if that was found, and whether no candidate was skipped."""
+        looked: list[tuple[Loss, CallRecord | None, bool]] = []
+        for agent in {loss.attempt.agent for loss in losses}:
+            of_agent = {loss.attempt.request_id: loss for loss in losses if loss.attempt.agent == agent}
             result = ScanResult()
             await self._scan_agent(agent, of_agent, result)
-            for request_id, loss in of_agent.items():
-                await self._settle(loss, result.found.get(request_id), complete=result.complete)
+            looked += [(loss, result.found.get(key), result.complete) for key, loss in of_agent.items()]
+        return looked
 
     async def _scan_agent(self, agent: str, losses: Mapping[str, Loss], result: ScanResult) -> None:
         """Look through an agent's running calls, in the last scan all: a status may be unknown."""
@@ -173,29 +179,18 @@ class Reconciler:
             log.warning("lost_call_found", call=record.id, request_id=attempt.request_id, scans=loss.scans)
             self.metrics.count_orphan("found")
             del self._losses[attempt.request_id]
-            self._stop(attempt, record.id)
+            self.live.stop_soon(attempt, record.id, LOST)
         elif loss.scans == len(SCAN_AFTER):
             del self._losses[attempt.request_id]
             if complete:
                 log.warning("lost_call_not_found", request_id=attempt.request_id)
                 self.metrics.count_orphan("not-found")
-                await self.live.release_slots(attempt)
+                await self.live.release(attempt)
             else:
                 # It may run: its slot stays until the lease ends, and the next sweep reports it again.
                 log.error("lost_call_unresolved", request_id=attempt.request_id)
                 self.metrics.count_orphan("given-up")
-                await self.live.mark_unresolved(attempt)
-
-    def _stop(self, attempt: CallAttempt, call_id: str) -> None:
-        """Hang up in the background: a slow stop must not delay the scans."""
-
-        async def stop() -> None:
-            async with self._stop_slots:
-                await self.live.stop(attempt, call_id, LOST)
-
-        task = asyncio.create_task(stop(), name="stop")
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
+                await self.live.give_up(attempt)
 
     async def _find(self, agent_id: str, status: str | None, losses: Mapping[str, Loss], result: ScanResult) -> None:
         """Look through a list of calls, newest first, until all are found or too old. Raises OneInboxError."""

@@ -9,7 +9,6 @@ import structlog
 
 from app.identity import User
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_user
-from app.oneinbox import CallRecord
 from app.problems import retry_later
 from app.store import LimitRequest, Rate, Store
 from app.telemetry.metrics import Metrics
@@ -56,16 +55,11 @@ class TalkTime:
         running = await self._running(ALL_CALLS)
         return [(GLOBAL_MINUTES, rate.amount - state.remaining + math.ceil(running), rate.amount)]
 
-    async def count(self, attempt: CallAttempt, record: CallRecord | None) -> None:
-        """Count an ended call, once. A call without a record or duration counts from its POST until now."""
-        limits = ((attempt.user, self.minutes), ("all", self.minutes_total))
+    async def count(self, user: str, seconds: float) -> None:
+        """Count an ended call of `seconds`, once. `user`: name in the store."""
+        limits = ((user, self.minutes), ("all", self.minutes_total))
         rates = [self._rate(name, minutes) for name, minutes in limits if minutes is not None]
-        if not rates:
-            return
-        seconds = record.duration_seconds if record is not None else None
-        if seconds is None:
-            seconds = self.now() - attempt.since
-        if seconds > 0:
+        if rates and seconds > 0:
             await self.store.decide(LimitRequest(rates, cost=math.ceil(seconds), enforce=False))
 
     async def _check(self, rate: Rate, running: str, slug: str) -> None:

@@ -1,6 +1,7 @@
 """Client of OneInbox's API, as far as the broker uses it."""
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from app.telemetry.traces import Traces
 
 M = TypeVar("M", bound=BaseModel)
 
+ENDED_ALREADY = (400, 409, 422)
+"""How OneInbox may refuse to stop a call that has just ended."""
 MAX_ANSWER = 2 * 1024 * 1024
 """Most bytes of an answer: enough for a long call's record with all its messages."""
 MAX_STARTED = 256 * 1024
@@ -126,8 +129,20 @@ class OneInbox:
         return await self._call("GET", CALL, call_id)
 
     async def stop_call(self, call_id: str) -> CallRecord:
-        """Hang up; return the call. Raises NoSuchCall. `call_id` must match CALL_ID."""
-        return await self._call("POST", STOP, call_id)
+        """Hang up; return the call. Raises NoSuchCall. `call_id` must match CALL_ID.
+
+        After a refusal or a lost answer the call is asked for: it may have ended all the same.
+        """
+        try:
+            return await self._call("POST", STOP, call_id)
+        except OneInboxError as error:
+            if not error.may_have_acted and error.status not in ENDED_ALREADY:
+                raise
+            with contextlib.suppress(OneInboxError):
+                record = await self.get_call(call_id)
+                if record.ended:
+                    return record
+            raise
 
     async def list_calls(
         self, *, agent_id: str | None = None, status: str | None = None, limit: int = 20, offset: int = 0

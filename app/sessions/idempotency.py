@@ -12,20 +12,20 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import KW_ONLY, asdict, dataclass
+from typing import Any
 
-import structlog
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, LiveCalls
-from app.limits.live_calls import HUNG_UP, NOT_COLLECTED
+from app.limits import LiveCalls
+from app.limits.ledger import Kept
 from app.oneinbox import WebCall
 from app.problems import Problem, invalid_request, retry_later
 from app.sessions.disconnect import ClientConnection
+from app.sessions.handover import StartedCall, hand_over
 from app.store import Store, StoreUnavailable
 
 KEEP_SECONDS = 600
@@ -37,19 +37,11 @@ ANONYMOUS_LENGTH = 16
 """Shortest key in anonymous mode, so that users behind one address cannot guess each other's."""
 RECHECK_SECONDS = 0.5
 """A waiting request checks again after this long, even without a notification."""
-COLLECT_SECONDS = 30
-"""How long the call of a client that disconnected waits for the client to return with its key."""
-UNCOLLECTED = "uncollected"
-"""The set of kept responses whose clients disconnected."""
-TICK_SECONDS = 1
-DAY = 86400
 LATEST_TIME = 1e12
 """The year 33658; anything later is not a time."""
 
 PRINTABLE = re.compile(r"[\x20-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
-
-log = structlog.get_logger(__name__)
 
 
 def read_key(values: list[str], user: User) -> str | None:
@@ -70,43 +62,19 @@ def read_key(values: list[str], user: User) -> str | None:
     return key
 
 
-class StartedCall(NamedTuple):
-    """A started call and its attempt."""
-
-    attempt: CallAttempt
-    call: WebCall
-
-
-class NotKept(Exception):
-    """A started call whose response could not be stored, so a repeat would start another call."""
-
-    def __init__(self, started: StartedCall) -> None:
-        super().__init__()  # without the call: its token must not get into a traceback
-        self.started = started
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """The stored value of a key.
 
-    `fingerprint`: of the request's body. `nonce`: distinguishes this state of the entry from others. `call`: the
-    response, once there is one. `until`: Unix time until which it is kept. `replayed`: a repeat has received it.
+    `fingerprint`: of the request's body. `nonce`: makes each mark a different value. `call`: the response, once there
+    is one. `until`: Unix time until which it is kept. `request_id`: of the call's record, which says what it is worth.
     """
 
     fingerprint: str
     nonce: str
     call: WebCall | None = None
     until: float = 0
-    replayed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Uncollected:
-    """A kept response that no client received. `due`: Unix time at which its call is stopped."""
-
-    member: str
-    call_id: str
-    due: float
+    request_id: str = ""
 
 
 @dataclass(repr=False, eq=False)
@@ -122,8 +90,6 @@ class Idempotency:
     _: KW_ONLY
     timeout: float
     now: Callable[[], float] = time.time
-    # Responses that the store may have kept without confirming it, by name: they must not be replayed.
-    _doubtful: dict[str, bytes] = field(default_factory=dict, init=False)
 
     async def once(
         self, user: User, key: str, body: Any, client: ClientConnection, run: Callable[[], Awaitable[StartedCall]]
@@ -131,7 +97,7 @@ class Idempotency:
         """Return the call of the request with this key, and whether it was replayed. `run` starts it, once.
 
         Raises `idempotency-mismatch` for another body, `in-progress` if the first request runs longer than a repeat
-        waits, `at-capacity` while the shared store is gone, NotKept, ClientDisconnect, and the errors of `run`.
+        waits, `at-capacity` while the shared store is gone, ClientDisconnect, and the errors of `run`.
         """
         name = "answer:" + hashlib.sha256(user.canonical + b"\x1f" + key.encode()).hexdigest()
         fingerprint = hashlib.sha256(_canonical(body)).hexdigest()
@@ -146,37 +112,14 @@ class Idempotency:
         except BaseException:
             await self._forget(name, mark)
             raise
-        await self._keep(name, mark, fingerprint, started)
-        if await client.poll_is_closed():
-            await self._leave_for_collection(name, started)
-            raise ClientDisconnect
+        kept = self._answer_to_keep(name, mark, fingerprint, started)
+        if kept is None:
+            await self._forget(name, mark)
+        try:
+            await hand_over(self.live, started, client, kept)
+        finally:
+            await self.store.publish(name, b"")
         return started.call, False
-
-    async def stop_uncollected(self) -> None:
-        """Stop the calls whose clients disconnected and did not return in time. Raises StoreUnavailable."""
-        for name in await self.store.members(UNCOLLECTED):
-            value = await self.store.get(f"uncollected:{name}")
-            uncollected = Uncollected(**json.loads(value)) if value is not None else None
-            if uncollected is None or uncollected.due > self.now():
-                continue
-            # Only one of delete and collect succeeds. The set comes last: if the store is lost in between, it is tried
-            # again.
-            if await self._withdraw(name):
-                attempt = CallAttempt.from_key(uncollected.member)
-                await self.live.stop(attempt, uncollected.call_id, NOT_COLLECTED)
-                await self.store.remove_member([UNCOLLECTED], name)
-
-    async def run(self) -> None:
-        """Stop uncollected calls and delete doubtful responses, until cancelled."""
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            try:
-                await self._delete_doubtful()
-                await self.stop_uncollected()
-            except StoreUnavailable:
-                continue  # retried once the store is back
-            except Exception:
-                log.exception("uncollected_sweep_failed")
 
     async def _wait_or_mark(self, name: str, fingerprint: str, client: ClientConnection) -> WebCall | bytes:
         """Return the kept response, or the mark under which this request runs if there is none."""
@@ -195,17 +138,10 @@ class Idempotency:
                 entry = self._open(value)
                 if entry is not None and entry.fingerprint != fingerprint:
                     raise Problem("idempotency-mismatch")
-                if entry is not None and entry.call is not None and value != self._doubtful.get(name):
-                    if entry.replayed:
+                if entry is not None and entry.call is not None:
+                    if entry.until > self.now() and await self._collect(entry, client):
                         return entry.call
-                    if (collected := await self._collect(name, value, entry)) is not None:
-                        if not client.is_closed():
-                            return entry.call
-                        await self._put_back(name, collected, entry)
-                        break
-                    # It was just withdrawn or collected, or has expired; then it is deleted.
-                    if entry.until <= self.now():
-                        await self.store.delete(name, value)
+                    await self.store.delete(name, value)  # it has expired, or its call was stopped
                     continue
                 if self.now() >= end:
                     raise retry_later("in-progress", 1)
@@ -214,72 +150,29 @@ class Idempotency:
                         await anext(notifications)
         raise ClientDisconnect
 
-    async def _collect(self, name: str, value: bytes, entry: Entry) -> bytes | None:
-        """Record that a repeat receives the response. None: it has expired, or another request was faster."""
-        left = entry.until - self.now()
-        collected = self._seal(replace(entry, replayed=True, nonce=secrets.token_hex(8)))
-        if left <= 0 or not await self.store.replace(name, value, collected, left):
-            return None
-        await self.store.remove_member([UNCOLLECTED], name)
-        return collected
+    async def _collect(self, entry: Entry, client: ClientConnection) -> bool:
+        """Give a kept response to a repeat; return whether its call is worth giving. Raises ClientDisconnect."""
+        receiver = secrets.token_hex(8)
+        if not await self.live.collect(entry.request_id, receiver):
+            return False
+        if client.is_closed():
+            await self.live.withdraw_repeat(entry.request_id, receiver)
+            raise ClientDisconnect
+        return True
 
-    async def _put_back(self, name: str, collected: bytes, entry: Entry) -> None:
-        """Undo `_collect` for a client that disconnected, unless another one has received the response."""
-        value = await self.store.get(f"uncollected:{name}")
-        left = entry.until - self.now()
-        again = self._seal(replace(entry, nonce=secrets.token_hex(8)))
-        if value is None or left <= 0 or not await self.store.replace(name, collected, again, left):
-            return
-        uncollected = replace(Uncollected(**json.loads(value)), due=self.now() + COLLECT_SECONDS)
-        await self._wait_for_collection(name, uncollected)
-
-    async def _withdraw(self, name: str) -> bool:
-        """Delete a kept response unless a repeat received it. Return whether it can no longer be given to anyone."""
-        value = await self.store.get(name)
-        if value is None:
-            return True  # expired; a repeat that received it would have removed it from the set
-        entry = self._open(value)
-        return entry is not None and not entry.replayed and await self.store.delete(name, value)
-
-    async def _leave_for_collection(self, name: str, started: StartedCall) -> None:
-        log.warning("client_disconnected", call=started.call.id, waits=COLLECT_SECONDS)
-        uncollected = Uncollected(started.attempt.key, started.call.id, self.now() + COLLECT_SECONDS)
-        try:
-            await self._wait_for_collection(name, uncollected)
-        except StoreUnavailable:
-            # It could not be stopped in time, and repeats are refused while the store is gone.
-            await self.live.stop(started.attempt, started.call.id, HUNG_UP)
-            await self._forget(name, None)
-
-    async def _wait_for_collection(self, name: str, uncollected: Uncollected) -> None:
-        await self.store.set(f"uncollected:{name}", json.dumps(asdict(uncollected)).encode(), DAY)
-        await self.store.add_member(UNCOLLECTED, name, DAY)
-
-    async def _keep(self, name: str, mark: bytes, fingerprint: str, started: StartedCall) -> None:
+    def _answer_to_keep(self, name: str, mark: bytes, fingerprint: str, started: StartedCall) -> Kept | None:
+        """Return the response to keep; None if its token expires too soon."""
         expires = _expiry(started.call.participant_token)
         now = self.now()
         until = now + KEEP_SECONDS if expires is None else min(now + KEEP_SECONDS, expires - BEFORE_EXPIRY)
         if until <= now:
-            await self._forget(name, mark)
-            return
-        value = self._seal(Entry(fingerprint, secrets.token_hex(8), started.call, until))
-        try:
-            kept = await self.store.replace(name, mark, value, until - now)
-        except StoreUnavailable:
-            self._doubtful[name] = value  # a stalled store may still do it
-            kept = False
-        if not kept:
-            raise NotKept(started)
-        await self.store.publish(name, b"")
+            return None
+        entry = Entry(fingerprint, secrets.token_hex(8), started.call, until, started.attempt.request_id)
+        return Kept(name, mark, self._seal(entry), until - now)
 
-    async def _delete_doubtful(self) -> None:
-        for name, value in list(self._doubtful.items()):
-            await self.store.delete(name, value)
-            self._doubtful.pop(name, None)
-
-    async def _forget(self, name: str, expected: bytes | None) -> None:
+    async def _forget(self, name: str, mark: bytes) -> None:
         try:
-            await self.store.delete(name, expected)
+            await self.store.delete(name, mark)
         except StoreUnavailable:
             return  # it expires
         await self.store.publish(name, b"")
@@ -294,7 +187,9 @@ class Idempotency:
             return None
         fields = json.loads(plain)
         call = fields.pop("call")
-        return Entry(**fields, call=WebCall(*call) if call else None)
+        # Another version may have written fields that this one does not know.
+        known = {name: value for name, value in fields.items() if name in Entry.__slots__}
+        return Entry(**known, call=WebCall(*call) if call else None)
 
 
 def _canonical(value: Any) -> bytes:

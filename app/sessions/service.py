@@ -13,14 +13,15 @@ from starlette.requests import ClientDisconnect
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
-from app.limits.live_calls import HUNG_UP, NOT_KEPT, UNUSABLE
+from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import BROKER_CALL, BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem, retry_later
 from app.sessions.challenge import Challenge
 from app.sessions.disconnect import ClientConnection
-from app.sessions.idempotency import Idempotency, NotKept, StartedCall, read_key
+from app.sessions.handover import StartedCall, hand_over
+from app.sessions.idempotency import Idempotency, read_key
 from app.sessions.policy import CallSpec, Policy
 from app.sessions.schemas import SessionRequest
 from app.telemetry.metrics import Metrics
@@ -77,17 +78,10 @@ class Sessions:
         key = read_key(session_input.keys, user)
         if key is None:
             started = await self._start(user, session_input, spec)
-            if await session_input.client.poll_is_closed():
-                await self.live.stop(started.attempt, started.call.id, HUNG_UP)
-                raise ClientDisconnect
+            await hand_over(self.live, started, session_input.client)
             return started.call, False
-
         start = partial(self._start, user, session_input, spec)
-        try:
-            return await self.idempotency.once(user, key, session_input.body, session_input.client, start)
-        except NotKept as unkept:
-            await self.live.stop(unkept.started.attempt, unkept.started.call.id, NOT_KEPT)
-            raise retry_later("at-capacity", 5) from None
+        return await self.idempotency.once(user, key, session_input.body, session_input.client, start)
 
     async def _start(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         if self.challenge is not None:
@@ -125,7 +119,7 @@ class Sessions:
             await self.limits.release(reservation)
             raise ClientDisconnect
         try:
-            call = await self.oneinbox.start_web_call(
+            return await self.oneinbox.start_web_call(
                 agent_id=spec.agent.agent_id,
                 variables=spec.variables,
                 overrides=spec.overrides,
@@ -144,8 +138,6 @@ class Sessions:
         except BaseException:  # cancelled by a shutdown, or a bug
             self.reconciler.report_lost(attempt)
             raise
-        await self.live.begin(attempt, call.id)
-        return call
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
         own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}

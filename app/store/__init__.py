@@ -2,9 +2,34 @@
 
 from app.clock import SYSTEM_CLOCK, Clock
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, LimitRequest, Rate, RateState, Slot, Store, StoreUnavailable, Value
+from app.store.protocol import (
+    Change,
+    Decision,
+    Entry,
+    LimitRequest,
+    Member,
+    Rate,
+    RateState,
+    Slot,
+    Store,
+    StoreUnavailable,
+    Value,
+)
 
-__all__ = ["Decision", "LimitRequest", "Rate", "RateState", "Slot", "Store", "StoreUnavailable", "Value", "open_store"]
+__all__ = [
+    "Change",
+    "Decision",
+    "Entry",
+    "LimitRequest",
+    "Member",
+    "Rate",
+    "RateState",
+    "Slot",
+    "Store",
+    "StoreUnavailable",
+    "Value",
+    "open_store",
+]
 
 
 def open_store(url: str, clock: Clock = SYSTEM_CLOCK, *, timeout: float = 0.25, prefix: str = "oib") -> Store:

@@ -8,14 +8,14 @@ While the store is down:
 
 - `decide`: answered locally, marked `local`. A replica's own count is better than none; the overshoot is at most the
   limit times the number of replicas.
-- `give_back`, `add_member`, `remove_member`, `members`: answered locally, from what this replica put in. Changes of
-  members are replayed when the store is back, so that no call that must be hung up is forgotten, and no slot stays
-  taken until its lease ends. Counts in the shared store stay: too many rather than too few. Those of the last seconds
-  are also replayed when the store has moved: the new primary may be a replica that lagged behind.
+- `give_back`, `add_member`, `remove_member`, `members`: answered locally, from what this replica put in. Members that
+  were added or removed are replayed when the store is back. Counts in the shared store stay: too many rather than too
+  few. Members of the last seconds are also replayed when the store has moved: the new primary may have lagged behind.
 - `publish`: reaches this process's subscribers only. It is a hint, so never an error.
 - `subscribe`: works, and resumes by itself.
-- `get`, `set`, `add`, `replace`, `delete`, `push`, `items`: StoreUnavailable at once. Replicas must agree on these (who
-  answers a repeated key, who polls, what is paused); a local answer would be a guess, so the caller decides.
+- `get`, `set`, `add`, `replace`, `delete`, `change`, `items`: StoreUnavailable at once. Replicas must agree on these
+  (who answers a repeated key, who polls, what state a call is in); a local answer would be a guess, so the caller
+  decides. Only the members of a `change` join and leave the local sets all the same: they are this replica's own calls.
 
 A right that the store's user lacks is no loss, unless the probe needs it.
 """
@@ -34,7 +34,7 @@ import structlog
 
 from app.store.generation import Generation
 from app.store.memory import MemoryStore
-from app.store.protocol import Decision, LimitRequest, Rate, Slot, Store, StoreUnavailable, Value
+from app.store.protocol import Change, Decision, LimitRequest, Rate, Slot, Store, StoreUnavailable
 from app.store.review import weaknesses
 from app.store.valkey import Refused, ValkeyStore
 
@@ -103,28 +103,22 @@ class FailoverStore(Store):
         try:
             decision = await self._ask(self._shared.decide, request)
         except StoreUnavailable:
-            if sent:  # a frozen server may still let the member in
-                self._queue_slots(request, None)
-            alone = await self._local.decide(request)
-            if alone.counted:
-                self._queue_slots(request, request.lease)
-            return dataclasses.replace(alone, local=True)
+            alone = await self._local.decide(request._replace(record=None))
+            return dataclasses.replace(alone, local=True, doubtful=sent)
         if not decision.counted:
             return decision
-        mirrored = await self._local.decide(request._replace(enforce=False))
+        mirrored = await self._local.decide(request._replace(enforce=False, record=None))
         return _SharedDecision(decision.refused, decision.rates, decision.used, True, mirrored=mirrored)
 
-    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not isinstance(decision, _SharedDecision):
             await self._local.give_back(request, decision)
-            if decision.counted:
-                self._queue_slots(request, None)
-            return
+            return not decision.counted
         await self._local.give_back(request, decision.mirrored)
         try:
-            await self._ask(self._shared.give_back, request, decision)
+            return await self._ask(self._shared.give_back, request, decision)
         except StoreUnavailable:
-            self._queue_slots(request, None)
+            return False
 
     async def get(self, name: str) -> bytes | None:
         return await self._ask(self._shared.get, name)
@@ -164,8 +158,15 @@ class FailoverStore(Store):
         except StoreUnavailable:
             return await self._local.members(name)
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
-        await self._ask(self._shared.push, name, value, keep=keep, ttl=ttl, setting=setting)
+    async def change(self, change: Change) -> bool:
+        try:
+            made = await self._ask(self._shared.change, change)
+        except StoreUnavailable:
+            await self._local.change(Change({}, joins=change.joins, leaves=change.leaves))
+            raise
+        if made:
+            await self._local.change(Change({}, joins=change.joins, leaves=change.leaves))
+        return made
 
     async def items(self, name: str) -> list[bytes]:
         return await self._ask(self._shared.items, name)
@@ -212,9 +213,6 @@ class FailoverStore(Store):
             if len(self._missed) >= MISSED:
                 del self._missed[next(iter(self._missed))]
             self._missed[name, member] = None if ttl is None else self._clock() + ttl
-
-    def _queue_slots(self, request: LimitRequest, ttl: float | None) -> None:
-        self._queue_change([slot.name for slot in request.slots], request.member, ttl)
 
     def use(self, url: str) -> None:
         """Use another URL of the same kind from now on, such as one with a new password. Raises ValueError."""

@@ -13,7 +13,7 @@ class LocalPubSub:
     """Deliver messages to the subscribers of a channel in this process."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, set[asyncio.Queue[bytes]]] = {}
+        self._queues: dict[str, dict[asyncio.Queue[bytes], None]] = {}  # ordered, unlike a set
 
     def subscribers(self, channel: str) -> int:
         """Return the number of subscribers of the channel."""
@@ -30,12 +30,12 @@ class LocalPubSub:
     async def subscribe(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
         """Receive the channel's messages from now on."""
         queue: asyncio.Queue[bytes] = asyncio.Queue(BACKLOG)
-        self._queues.setdefault(channel, set()).add(queue)
+        self._queues.setdefault(channel, {})[queue] = None
         try:
             yield _Messages(queue)
         finally:
             queues = self._queues[channel]
-            queues.discard(queue)
+            queues.pop(queue, None)
             if not queues:
                 del self._queues[channel]
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from app.store import sliding_window as windows
 from app.store.local_pubsub import LocalPubSub
-from app.store.protocol import Decision, LimitRequest, RateState, Store, Value
+from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, Value
 from app.store.sliding_window import Window
 
 SHARDS = 256
@@ -43,7 +43,7 @@ class MemoryStore(Store):
         return sum(len(each) for each in self._dicts)
 
     async def decide(self, request: LimitRequest) -> Decision:
-        rates, slots, member, lease, cost, enforce = request
+        rates, slots, member, lease, cost, enforce, record = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
         now = self._now()
@@ -74,22 +74,28 @@ class MemoryStore(Store):
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
+            if record is not None and self._value(record.name, now) is None:
+                self._set(record, now)
         return Decision(tuple(refused), tuple(states), tuple(used), counted)
 
-    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not decision.counted:
-            return
+            return True
         for rate, state in zip(request.rates, decision.rates, strict=True):
             shard = self._windows.of(rate.name)
             if rate.name in shard:
                 shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, request.cost)
-        await self.remove_member([slot.name for slot in request.slots], request.member)
+        for slot in request.slots:
+            self._remove_member(slot.name, request.member, self._now())
+        if request.record is not None:
+            self._values.of(request.record.name).pop(request.record.name, None)
+        return True
 
     async def get(self, name: str) -> bytes | None:
         return self._value(name, self._now())
 
     async def set(self, name: str, value: bytes, ttl: float) -> None:
-        self._values.of(name)[name] = (self._now() + ttl, value)
+        self._set(Value(name, value, ttl), self._now())
 
     async def add(self, name: str, value: bytes, ttl: float) -> bool:
         now = self._now()
@@ -117,27 +123,29 @@ class MemoryStore(Store):
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         now = self._now()
-        left = False
-        for name in names:
-            shard = self._sets.of(name)
-            members = shard.get(name)
-            if members is None:
-                continue
-            left = members.living(now).pop(member, None) is not None or left
-            if not members.living(now):
-                del shard[name]
-        return left
+        return sum(self._remove_member(name, member, now) for name in names) > 0
 
     async def members(self, name: str) -> dict[str, float]:
         now = self._now()
         members = self._sets.of(name).get(name)
         return {member: end - now for member, end in members.living(now).items()} if members else {}
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
+    async def change(self, change: Change) -> bool:
         now = self._now()
-        for each in setting:
-            self._values.of(each.name)[each.name] = (now + each.ttl, each.value)
-        self._lists.of(name)[name] = (now + ttl, (value, *self._items(name, now))[:keep])
+        if any(self._value(name, now) != value for name, value in change.expected.items()):
+            return False
+        for value in change.values:
+            self._set(value, now)
+        for name in change.deletes:
+            self._values.of(name).pop(name, None)
+        for name, member, ttl in change.joins:
+            self._add_member(name, member, now, ttl)
+        for name, member in change.leaves:
+            self._remove_member(name, member, now)
+        if change.entry is not None:
+            name, entry, keep, ttl = change.entry
+            self._lists.of(name)[name] = (now + ttl, (entry, *self._items(name, now))[:keep])
+        return True
 
     async def items(self, name: str) -> list[bytes]:
         return list(self._items(name, self._now()))
@@ -164,6 +172,9 @@ class MemoryStore(Store):
         kept = self._values.of(name).get(name)
         return kept[1] if kept is not None and kept[0] > now else None
 
+    def _set(self, value: Value, now: float) -> None:
+        self._values.of(value.name)[value.name] = (now + value.ttl, value.value)
+
     def _items(self, name: str, now: float) -> tuple[bytes, ...]:
         kept = self._lists.of(name).get(name)
         return kept[1] if kept is not None and kept[0] > now else ()
@@ -174,6 +185,16 @@ class MemoryStore(Store):
         if members is None:
             members = shard[name] = _ExpiringSet()
         return members.add(member, now, ttl)
+
+    def _remove_member(self, name: str, member: str, now: float) -> bool:
+        shard = self._sets.of(name)
+        members = shard.get(name)
+        if members is None:
+            return False
+        left = members.living(now).pop(member, None) is not None
+        if not members.living(now):
+            del shard[name]
+        return left
 
 
 def _past(kept: tuple[float, object], now: float) -> bool:

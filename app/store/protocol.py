@@ -3,7 +3,7 @@
 Everything in a store expires, so it cannot fill up.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -51,11 +51,20 @@ class Slot:
     capacity: int | None
 
 
+class Value(NamedTuple):
+    """A value under a name, for `ttl` seconds."""
+
+    name: str
+    value: bytes
+    ttl: float
+
+
 class LimitRequest(NamedTuple):
     """A request for room under several rates and slots at once.
 
     `member`: enters every slot for `lease` seconds; a present member takes no more room. `cost`: counted in each rate;
-    0: only look; a full rate or slot does not refuse. `enforce` False: count it whatever the answer.
+    0: only look; a full rate or slot does not refuse. `enforce` False: count it whatever the answer. `record`: a value
+    that is set in the same step, if the request is counted and there is none.
     """
 
     rates: Sequence[Rate] = ()
@@ -64,6 +73,7 @@ class LimitRequest(NamedTuple):
     lease: float = 0
     cost: int = 1
     enforce: bool = True
+    record: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,8 @@ class Decision:
     `refused`: indices into rates then slots (a slot's index is len(rates) + its own) that had no room; empty means yes.
     `rates`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
     `counted`: the request was counted (allowed, or not enforced; never when it only looked). `local`: answered by this
-    process alone, because the shared store is gone.
+    process alone, because the shared store is gone; it has no `record`. `doubtful`: the shared store may have counted
+    it, too.
     """
 
     refused: tuple[int, ...]
@@ -81,6 +92,7 @@ class Decision:
     used: tuple[int, ...]
     counted: bool
     local: bool = False
+    doubtful: bool = False
 
     @property
     def allowed(self) -> bool:
@@ -88,12 +100,36 @@ class Decision:
         return not self.refused
 
 
-class Value(NamedTuple):
-    """The arguments of `Store.set`."""
+class Member(NamedTuple):
+    """A member of a set, for `ttl` seconds."""
+
+    name: str
+    member: str
+    ttl: float
+
+
+class Entry(NamedTuple):
+    """A value in front of a list that keeps the newest `keep`, and expires `ttl` seconds after its last entry."""
 
     name: str
     value: bytes
+    keep: int
     ttl: float
+
+
+class Change(NamedTuple):
+    """Several writes that are made together, if the values are as expected; otherwise none is.
+
+    `expected`: values by name; None: there is none. `values`: to set. `deletes`: names of values to delete. `joins`:
+    members to put into sets. `leaves`: sets and members to take out. `entry`: goes into a list.
+    """
+
+    expected: Mapping[str, bytes | None]
+    values: Sequence[Value] = ()
+    deletes: Sequence[str] = ()
+    joins: Sequence[Member] = ()
+    leaves: Sequence[tuple[str, str]] = ()
+    entry: Entry | None = None
 
 
 class Store(Protocol):
@@ -139,8 +175,9 @@ class Store(Protocol):
         Raises ValueError for slots without a member, unless `cost` is 0.
         """
 
-    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
-        """Undo what `decide` counted: each rate only in the entry it was counted in, and the member leaves the slots.
+    async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
+        """Undo what `decide` counted: each rate only in the entry it was counted in; the member leaves the slots, and
+        the record is deleted. Return False if the shared store has not confirmed it.
 
         Call it at most once per decision: an entry's hits are indistinguishable.
         """
@@ -169,11 +206,8 @@ class Store(Protocol):
     async def members(self, name: str) -> dict[str, float]:
         """Return the unexpired members and the seconds each has left."""
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
-        """Put a value in front of a list that keeps the newest `keep`, and expires `ttl` after its last push.
-
-        `setting`: values to `set` in the same step.
-        """
+    async def change(self, change: Change) -> bool:
+        """Make all writes of a change; return False, and make none, if a value is not as expected."""
 
     async def items(self, name: str) -> list[bytes]:
         """Return a list's values, newest first."""

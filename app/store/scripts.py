@@ -49,11 +49,12 @@ DECIDE = Script(
     + _ADD
     + _CELL
     + f"""
--- KEYS: rates, then slots. ARGV: number of rates, cost, enforce (1 or 0), member, lease, then amount and span for each
--- rate and capacity (-1: none) for each slot. Returns, joined by blanks: counted, then refused, remaining, reset, mark
--- for each rate, then refused, used for each slot.
-local rates, cost, enforce = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
-local member, lease = ARGV[4], tonumber(ARGV[5])
+-- KEYS: rates, then slots, then perhaps a record. ARGV: number of rates, of rates and slots, cost, enforce (1 or 0),
+-- member, lease, then amount and span for each rate, capacity (-1: none) for each slot, value and ttl of the record.
+-- Returns, joined by blanks: counted, then refused, remaining, reset, mark for each rate, then refused, used for each
+-- slot.
+local rates, last, cost, enforce = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
+local member, lease = ARGV[5], tonumber(ARGV[6])
 
 local function load(key, span)
   local packed = redis.call('GET', key)
@@ -98,12 +99,12 @@ end
 
 local windows, totals, used, refused, free = {{}}, {{}}, {{}}, {{}}, true
 for i = 1, rates do
-  windows[i], totals[i] = load(KEYS[i], tonumber(ARGV[4 + 2 * i + 1]))
-  refused[i] = totals[i] + cost > tonumber(ARGV[4 + 2 * i])
+  windows[i], totals[i] = load(KEYS[i], tonumber(ARGV[6 + 2 * i]))
+  refused[i] = totals[i] + cost > tonumber(ARGV[5 + 2 * i])
   free = free and not refused[i]
 end
-for i = rates + 1, #KEYS do
-  local capacity = tonumber(ARGV[5 + rates + i])
+for i = rates + 1, last do
+  local capacity = tonumber(ARGV[6 + rates + i])
   used[i] = redis.call('ZCOUNT', KEYS[i], string.format('(%.0f', now), '+inf')
   local ends = cost > 0 and redis.call('ZSCORE', KEYS[i], member)
   local needed = used[i]
@@ -116,7 +117,7 @@ end
 local counted = cost > 0 and (free or not enforce)
 local answer = {{counted and '1' or '0'}}
 for i = 1, rates do
-  local amount, span = tonumber(ARGV[4 + 2 * i]), tonumber(ARGV[4 + 2 * i + 1])
+  local amount, span = tonumber(ARGV[5 + 2 * i]), tonumber(ARGV[6 + 2 * i])
   local window, total, mark = windows[i], totals[i], 0
   if counted then
     mark = count(window, amount, span)
@@ -127,10 +128,11 @@ for i = 1, rates do
   answer[#answer + 1] = string.format('%d %d %.0f %.0f', refused[i] and 1 or 0, math.max(amount - total, 0),
     wait(window, total, target, span), mark)
 end
-for i = rates + 1, #KEYS do
+for i = rates + 1, last do
   if counted then add(KEYS[i], member, lease) end
   answer[#answer + 1] = string.format('%d %d', refused[i] and 1 or 0, used[i][counted and 2 or 1])
 end
+if counted and #KEYS > last then redis.call('SET', KEYS[#KEYS], ARGV[#ARGV - 1], 'NX', 'PX', ARGV[#ARGV]) end
 return table.concat(answer, ' ')
 """
 )
@@ -138,10 +140,11 @@ return table.concat(answer, ' ')
 GIVE_BACK = Script(
     _CELL
     + """
--- KEYS: rates, then slots. ARGV: number of rates, cost, member, then amount, span, mark for each rate.
-local rates, cost = tonumber(ARGV[1]), tonumber(ARGV[2])
+-- KEYS: rates, then slots, then perhaps a record. ARGV: number of rates, of rates and slots, cost, member, then amount,
+-- span, mark for each rate.
+local rates, last, cost = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 for i = 1, rates do
-  local amount, span, mark = tonumber(ARGV[1 + 3 * i]), tonumber(ARGV[2 + 3 * i]), tonumber(ARGV[3 + 3 * i])
+  local amount, span, mark = tonumber(ARGV[2 + 3 * i]), tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i])
   local packed = redis.call('GET', KEYS[i])
   local window = packed and cmsgpack.unpack(packed) or {}
   for at = #window - 1, 1, -2 do
@@ -160,7 +163,8 @@ for i = 1, rates do
     end
   end
 end
-for i = rates + 1, #KEYS do redis.call('ZREM', KEYS[i], ARGV[3]) end
+for i = rates + 1, last do redis.call('ZREM', KEYS[i], ARGV[4]) end
+if #KEYS > last then redis.call('DEL', KEYS[#KEYS]) end
 """
 )
 
@@ -198,13 +202,40 @@ return 1
 
 DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nreturn redis.call('DEL', KEYS[1])\n")
 
-PUSH = Script(
-    """
--- KEYS: the list, then values. ARGV: the pushed value, how many to keep, ttl, then value and ttl for each.
-redis.call('LPUSH', KEYS[1], ARGV[1])
-redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[2 * i], 'PX', ARGV[2 * i + 1]) end
+CHANGE = Script(
+    _NOW
+    + _ADD
+    + """
+-- KEYS: one for each step. ARGV: of each step its word and arguments; expectations come first.
+-- is VALUE, none | set VALUE TTL, delete | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
+local at = 0
+local function take()
+  at = at + 1
+  return ARGV[at]
+end
+for _, key in ipairs(KEYS) do
+  local step = take()
+  if step == 'is' then
+    if redis.call('GET', key) ~= take() then return 0 end
+  elseif step == 'none' then
+    if redis.call('EXISTS', key) == 1 then return 0 end
+  elseif step == 'set' then
+    local value = take()
+    redis.call('SET', key, value, 'PX', take())
+  elseif step == 'delete' then
+    redis.call('DEL', key)
+  elseif step == 'join' then
+    local member = take()
+    add(key, member, tonumber(take()))
+  elseif step == 'leave' then
+    redis.call('ZREM', key, take())
+  else
+    redis.call('LPUSH', key, take())
+    redis.call('LTRIM', key, 0, take() - 1)
+    redis.call('PEXPIRE', key, take())
+  end
+end
+return 1
 """
 )
 

@@ -30,7 +30,7 @@ from app.store.deadline import Deadline
 from app.store.local_pubsub import LocalPubSub
 from app.store.pipeline import PipelinedConnection
 from app.store.place import FixedPlace, FoundPlace, Nowhere, Place, ask_node, ask_sentinel
-from app.store.protocol import Decision, LimitRequest, RateState, Store, StoreUnavailable, Value
+from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, StoreUnavailable
 from app.store.replies import Elsewhere, is_refused_right, is_unknown_command, reason_of
 from app.store.subscriber import Subscriber
 from app.store.url import Address, parse_store_url
@@ -90,13 +90,16 @@ class ValkeyStore(Store):
         self._leave(self._pipelined)
 
     async def decide(self, request: LimitRequest) -> Decision:
-        rates, slots, member, lease, cost, enforce = request
+        rates, slots, member, lease, cost, enforce, record = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
-        arguments: list[str | int] = [len(rates), cost, int(enforce), member, round(lease * 1e6)]
+        arguments: list[str | bytes | int] = [len(rates), len(rates) + len(slots), cost, int(enforce), member]
+        arguments.append(round(lease * 1e6))
         for rate in rates:
             arguments += (rate.amount, rate.seconds * 1_000_000)
         arguments += [-1 if slot.capacity is None else slot.capacity for slot in slots]
+        if record is not None:
+            arguments += (record.value, _milliseconds(record.ttl))
         answer: bytes = await self._run(scripts.DECIDE, self._keys(request), *arguments)
         numbers = list(map(int, answer.split()))
         split = 1 + 4 * len(rates)
@@ -110,13 +113,15 @@ class ValkeyStore(Store):
             counted=numbers[0] == 1,
         )
 
-    async def give_back(self, request: LimitRequest, decision: Decision) -> None:
+    async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not decision.counted:
-            return
-        arguments: list[str | int] = [len(request.rates), request.cost, request.member]
+            return True
+        rates, slots = len(request.rates), len(request.slots)
+        arguments: list[str | int] = [rates, rates + slots, request.cost, request.member]
         for rate, state in zip(request.rates, decision.rates, strict=True):
             arguments += (rate.amount, rate.seconds * 1_000_000, int(state.mark))
         await self._run(scripts.GIVE_BACK, self._keys(request), *arguments)
+        return True
 
     async def get(self, name: str) -> bytes | None:
         value: bytes | None = await self._ask("GET", self._values + name)
@@ -149,12 +154,28 @@ class ValkeyStore(Store):
             for member, left in zip(found[::2], found[1::2], strict=True)
         }
 
-    async def push(self, name: str, value: bytes, *, keep: int, ttl: float, setting: Sequence[Value] = ()) -> None:
-        keys = [self._lists + name, *(self._values + each.name for each in setting)]
-        arguments: list[str | bytes | int] = [value, keep, _milliseconds(ttl)]
-        for each in setting:
-            arguments += (each.value, _milliseconds(each.ttl))
-        await self._run(scripts.PUSH, keys, *arguments)
+    async def change(self, change: Change) -> bool:
+        keys: list[str] = []
+        arguments: list[str | bytes | int] = []
+
+        def step(key: str, *words: str | bytes | int) -> None:
+            keys.append(key)
+            arguments.extend(words)
+
+        for name, expected in change.expected.items():
+            step(self._values + name, *(("none",) if expected is None else ("is", expected)))
+        for name, value, ttl in change.values:
+            step(self._values + name, "set", value, _milliseconds(ttl))
+        for name in change.deletes:
+            step(self._values + name, "delete")
+        for name, member, ttl in change.joins:
+            step(self._slots + name, "join", member, round(ttl * 1e6))
+        for name, member in change.leaves:
+            step(self._slots + name, "leave", member)
+        if change.entry is not None:
+            name, value, keep, ttl = change.entry
+            step(self._lists + name, "push", value, keep, _milliseconds(ttl))
+        return bool(await self._run(scripts.CHANGE, keys, *arguments))
 
     async def items(self, name: str) -> list[bytes]:
         values: list[bytes] = await self._ask("LRANGE", self._lists + name, 0, -1)
@@ -331,7 +352,8 @@ class ValkeyStore(Store):
 
     def _keys(self, request: LimitRequest) -> list[str]:
         rates, slots = self._rates, self._slots
-        return [*[rates + rate.name for rate in request.rates], *[slots + slot.name for slot in request.slots]]
+        keys = [*[rates + rate.name for rate in request.rates], *[slots + slot.name for slot in request.slots]]
+        return keys if request.record is None else [*keys, self._values + request.record.name]
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:

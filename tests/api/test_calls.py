@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import httpx
 import pytest
 
+from app.clock import Clock
 from tests.conftest import OpenBroker
 from tests.support.harness import AGENT_ID, API_KEY, Upstream, start_call
 from tests.support.shapes import assert_problem, assert_safe_headers
@@ -370,9 +372,24 @@ async def test_anything_that_is_not_the_users_is_the_same_404(broker: httpx.Asyn
     assert len(upstream.requests) == asked, "OneInbox was not asked"
 
 
-async def test_a_call_that_is_gone_is_the_same_404(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+async def test_a_404_of_oneinbox_is_believed_when_it_comes_again_a_minute_later(
+    open_broker: OpenBroker, upstream: Upstream
+) -> None:
+    passed = 0.0
+    clock = Clock(lambda: time.time() + passed, lambda: time.monotonic() + passed)
+    broker = await open_broker(clock=clock)
     path = await start_call(broker)
-    upstream.router.get("/v1/calls/call_1").respond(404, json={"detail": "Call not found"})
+    missing = upstream.router.get("/v1/calls/call_1").respond(404, json={"detail": "Call not found"})
+
+    never_seen = await broker.get(path)
+    assert (never_seen.status_code, never_seen.json()["status"]) == (200, "queued"), "as it was started"
+    passed += 10
+    missing.respond(json={"id": "call_1", "status": "in_progress"})
+    assert (await broker.get(path)).json()["status"] == "in_progress"
+    passed += 10
+    missing.respond(404, json={"detail": "Call not found"})
+    assert (await broker.get(path)).json()["status"] == "in_progress", "the last known state"
+    passed += 61
 
     gone = assert_problem(await broker.get(path), "not-found")
     wrong = assert_problem(await broker.get("/calls/call_1"), "not-found")

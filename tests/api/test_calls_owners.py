@@ -186,7 +186,7 @@ async def test_a_call_of_anothers_key_is_not_stopped(open_broker: OpenBroker, up
 
 
 STOPS: dict[str, tuple[dict[str, Any], str]] = {
-    "gone": ({"status_code": 404}, "not-found"),
+    "gone": ({"status_code": 404}, "upstream-error"),  # a rumour
     "busy": ({"status_code": 429, "headers": {"Retry-After": "7"}}, "upstream-busy"),
     "key": ({"status_code": 401}, "upstream-misconfigured"),
     "broken": ({"status_code": 500}, "upstream-error"),

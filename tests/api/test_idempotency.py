@@ -14,11 +14,13 @@ from starlette.types import Message
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits.ledger import Ledger
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
 from app.sessions import idempotency
 from app.sessions.disconnect import ClientConnection
-from app.sessions.idempotency import Idempotency, StartedCall
+from app.sessions.handover import StartedCall
+from app.sessions.idempotency import Idempotency
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import ONEINBOX, Upstream, post_session, started
@@ -383,7 +385,7 @@ class Desk:
         self.store = store or MemoryStore(self.clock)
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), Upstream(), timeout=5, connect_timeout=1)
         talk = TalkTime(self.store, minutes=None, minutes_total=None)
-        live = LiveCalls(self.store, oneinbox, talk, max_seconds=0, join_timeout=0, lease=3600)
+        live = LiveCalls(self.store, oneinbox, talk, Ledger(self.store, lease=3600), max_seconds=0, join_timeout=0)
         keyring = Keyring(secrets or ["s" * 32])
         self._idempotency = Idempotency(self.store, keyring, live, timeout=timeout, now=self.clock)
         self.attempts = 0

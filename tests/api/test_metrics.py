@@ -247,6 +247,7 @@ async def test_hang_ups_say_why(open_broker: OpenBroker, upstream: Upstream) -> 
     upstream.start.respond(201, json=started(server_url="http://nowhere.example"))
     await post_session(broker)
     upstream.stop.respond(500)
+    upstream.has_call("call_1")
     await post_session(broker)
 
     found = await samples(broker)

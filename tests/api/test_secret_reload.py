@@ -70,7 +70,8 @@ async def open_with_key_file(
 ) -> httpx.AsyncClient:
     file.write_text(API_KEY)
     return await open_broker(
-        transport=transport, ONEINBOX_API_KEY="", ONEINBOX_API_KEY_FILE=str(file), BROKER_SECRET=OLD, **environ
+        {"ONEINBOX_API_KEY": "", "ONEINBOX_API_KEY_FILE": str(file), "BROKER_SECRET": OLD, **environ},
+        transport=transport,
     )
 
 

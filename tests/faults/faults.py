@@ -27,7 +27,7 @@ from typing import Any
 
 import redis
 
-from app.limits.live_calls import LiveCall
+from app.limits.record import GIVEN, StartRecord
 from tests.faults import rig
 from tests.faults.rig import Browser, Lost, call_id, call_key, check
 from tests.support.processes import Process
@@ -280,10 +280,11 @@ def without_browser(
     running = [call for call in calls if call["running"] and call["id"] not in book.given]
     with redis.Redis(port=valkey.port) as client:
         kept = [client.get(f"oib:v:call:{call['metadata']['broker_request_id']}") for call in running]
+    records = [StartRecord.from_bytes(value) if value is not None else None for value in kept]
     as_given = {
         call["id"]
-        for call, value in zip(running, kept, strict=True)
-        if value is not None and not LiveCall.from_bytes(value).unwanted
+        for call, record in zip(running, records, strict=True)
+        if record is not None and record.state == GIVEN
     }
     return sorted(as_given), [call["id"] for call in running if call["id"] not in as_given]
 

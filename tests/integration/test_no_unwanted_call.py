@@ -9,7 +9,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,9 @@ from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.live_calls import SWEEP_SECONDS
+from app.limits.ledger import Ledger
+from app.limits.live_calls import COLLECT_SECONDS, SWEEP_SECONDS
+from app.limits.sweeper import TICK_SECONDS, stop_uncollected_forever
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.transport import open_transport
 from app.sandbox import faults
@@ -33,10 +35,10 @@ from app.sandbox.emulator import Emulator, create_emulator
 from app.sandbox.faults import Fault, Latency, Status
 from app.sandbox.schemas import StartCall
 from app.sandbox.server import RunningEmulator, running_emulator
-from app.sessions import idempotency
 from app.sessions.disconnect import ClientConnection
-from app.sessions.idempotency import COLLECT_SECONDS, KEEP_SECONDS, TICK_SECONDS, Idempotency, StartedCall
-from app.store import LimitRequest, Slot, StoreUnavailable, open_store
+from app.sessions.handover import StartedCall
+from app.sessions.idempotency import KEEP_SECONDS, Idempotency
+from app.store import Change, LimitRequest, Slot, StoreUnavailable, open_store
 from app.store.memory import MemoryStore
 from tests.conftest import Logs
 from tests.support.brokers import (
@@ -420,7 +422,8 @@ async def test_a_process_that_is_killed_leaves_a_call_that_another_replica_finds
         upstream = OneInbox(oneinbox.url, SecretStr(LONG_CALLS.api_key), transport, timeout=15, connect_timeout=3)
         stack.push_async_callback(upstream.aclose)
         talk = TalkTime(store, minutes=None, minutes_total=None, now=now)
-        live = LiveCalls(store, upstream, talk, max_seconds=3600, join_timeout=0, lease=3900, now=now)
+        ledger = Ledger(store, lease=3900, now=now)
+        live = LiveCalls(store, upstream, talk, ledger, max_seconds=3600, join_timeout=0, now=now)
         reconciler = Reconciler(upstream, live, agent_ids={"default": LONG_CALLS.agents[0]}, timeout=15, now=now)
         for age in (0.0, 70.0, 80.0):
             ahead = age
@@ -451,8 +454,8 @@ COLLECT = 1.5
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty seconds are one and a half."""
-    monkeypatch.setattr(idempotency, "COLLECT_SECONDS", COLLECT)
-    monkeypatch.setattr(idempotency, "TICK_SECONDS", 0.1)
+    monkeypatch.setattr("app.limits.live_calls.COLLECT_SECONDS", COLLECT)
+    monkeypatch.setattr("app.limits.sweeper.TICK_SECONDS", 0.1)
 
 
 @asynccontextmanager
@@ -543,28 +546,30 @@ def token(**claims: Any) -> str:
 
 
 class Losable(MemoryStore):
-    """A shared store whose values can be away; `before` runs before each change of a value."""
+    """A shared store whose values can be away; `deaf`: it makes changes, and their answers are lost.
+
+    `before` runs before each change.
+    """
 
     shared = True
     gone = False
     deaf = False
     before: Any = None
 
-    async def remove_member(self, names: Sequence[str], member: str) -> bool:
-        left = await super().remove_member(names, member)
-        return left and not self.deaf  # carried out, and the answer was lost
-
     async def get(self, name: str) -> bytes | None:
         if self.gone:
             raise StoreUnavailable
         return await super().get(name)
 
-    async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
+    async def change(self, change: Change) -> bool:
         if self.before is not None:
             self.before()
         if self.gone:
             raise StoreUnavailable
-        return await super().replace(name, expected, value, ttl)
+        made = await super().change(change)
+        if self.deaf:
+            raise StoreUnavailable
+        return made
 
 
 @dataclass
@@ -578,7 +583,8 @@ class Replica:
     def __post_init__(self) -> None:
         store, now = self.house.store, self.house.now
         talk = TalkTime(store, minutes=None, minutes_total=None, now=now)
-        self.live = LiveCalls(store, self.house.oneinbox, talk, max_seconds=3600, join_timeout=0, lease=3900, now=now)
+        ledger = Ledger(store, lease=3900, now=now)
+        self.live = LiveCalls(store, self.house.oneinbox, talk, ledger, max_seconds=3600, join_timeout=0, now=now)
         self.idempotency = Idempotency(store, Keyring(["s" * 32]), self.live, timeout=15, now=now)
 
     async def post(
@@ -591,11 +597,11 @@ class Replica:
 
         async def run() -> StartedCall:
             slots = [Slot(name, None) for name in attempt.sets]
-            await house.store.decide(LimitRequest([], slots, member=attempt.key, lease=3900))
+            record = self.live.ledger.reserved(attempt)
+            await house.store.decide(LimitRequest([], slots, member=attempt.key, lease=3900, record=record))
             await asyncio.sleep(takes)
             metadata = {"broker_user": attempt.owner, "broker_request_id": attempt.request_id}
             call = house.account.calls.start(StartCall(agent_id="agt_sandbox", metadata=metadata))
-            await self.live.begin(attempt, call.id)
             return StartedCall(attempt, WebCall(call.id, "wss://voice.example", token(exp=house.now() + life)))
 
         caller = (line or CallerConnection()).client
@@ -620,7 +626,7 @@ class House:
 
     @asynccontextmanager
     async def at_work(self, *replicas: Replica) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(each.idempotency.run()) for each in replicas]
+        tasks = [asyncio.create_task(stop_uncollected_forever(each.live)) for each in replicas]
         try:
             yield
         finally:
@@ -709,6 +715,8 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
         await house.post_and_hang_up(first)
         house.store.deaf = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
+        house.store.deaf = False
+        await first.live.sweep()
         assert house.running == []
 
 
@@ -736,10 +744,12 @@ async def test_a_replica_that_dies_while_it_stops_leaves_it_to_another() -> None
         await asyncio.Event().wait()
 
     house.oneinbox.stop_call = die  # type: ignore[assignment, method-assign]
-    dying = asyncio.create_task(first.idempotency.stop_uncollected())
+    await first.live.stop_uncollected()
     await asyncio.sleep(1)
-    dying.cancel()
-    await asyncio.gather(dying, return_exceptions=True)
+    dying = [task for task in asyncio.all_tasks() if task.get_name() == "stop"]
+    assert len(dying) == 1
+    dying[0].cancel()
+    await asyncio.gather(*dying, return_exceptions=True)
     house.oneinbox.stop_call = honest  # type: ignore[method-assign]
     async with house.at_work(second):
         for _ in range(4):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app.store import LimitRequest, Rate, Slot, Store, Value, open_store
+from app.store import Change, Entry, LimitRequest, Member, Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
 
 
@@ -167,7 +167,7 @@ async def test_values_end(store: Store, name: str) -> None:
 
 async def test_one_name_for_every_kind(store: Store, name: str) -> None:
     await store.set(name, b"a", 60)
-    await store.push(name, b"b", keep=2, ttl=60)
+    await store.change(Change({}, entry=Entry(name, b"b", 2, 60)))
     await store.add_member(name, "c", 60)
     await store.decide(LimitRequest([Rate(name, 1, 60)]))
     assert await store.get(name) == b"a"
@@ -177,18 +177,80 @@ async def test_one_name_for_every_kind(store: Store, name: str) -> None:
 async def test_lists_keep_the_newest(store: Store, name: str) -> None:
     assert await store.items(name) == []
     for value in (b"1", b"2", b"3", b"4"):
-        await store.push(name, value, keep=3, ttl=60)
+        await store.change(Change({}, entry=Entry(name, value, 3, 60)))
     assert await store.items(name) == [b"4", b"3", b"2"]
 
 
-async def test_values_are_set_with_what_is_pushed(store: Store, name: str) -> None:
-    setting = [Value(f"{name}1", b"one", 60), Value(f"{name}2", b"two", 0.02)]
+def whole_change(name: str, expected: bytes | None) -> Change:
+    """A change with one write of each kind."""
+    return Change(
+        {name: expected, f"{name}-none": None},
+        [Value(name, b"new", 60), Value(f"{name}-short", b"short", 0.02)],
+        [f"{name}-old"],
+        [Member(name, "joins", 60)],
+        [(name, "leaves")],
+        Entry(name, b"entry", 3, 60),
+    )
 
-    await store.push(name, b"pushed", keep=3, ttl=60, setting=setting)
 
-    assert await store.items(name) == [b"pushed"]
-    assert await store.get(f"{name}1") == b"one"
-    await gone(store, f"{name}2")
+async def test_a_change_makes_all_its_writes(store: Store, name: str) -> None:
+    await store.set(name, b"is", 60)
+    await store.set(f"{name}-old", b"", 60)
+    await store.add_member(name, "leaves", 60)
+
+    assert await store.change(whole_change(name, b"is"))
+
+    assert await store.get(name) == b"new"
+    assert await store.get(f"{name}-old") is None
+    assert set(await store.members(name)) == {"joins"}
+    assert await store.items(name) == [b"entry"]
+    await gone(store, f"{name}-short")
+
+
+@pytest.mark.parametrize("differs", ["value", "absent", "present"])
+async def test_a_change_makes_no_write_if_a_value_is_not_as_expected(store: Store, name: str, differs: str) -> None:
+    if differs != "absent":
+        await store.set(name, b"is" if differs == "present" else b"other", 60)
+    if differs == "present":
+        await store.set(f"{name}-none", b"", 60)
+    await store.set(f"{name}-old", b"old", 60)
+    await store.add_member(name, "leaves", 60)
+    before = await store.get(name)
+
+    assert not await store.change(whole_change(name, b"is"))
+
+    assert await store.get(name) == before
+    assert await store.get(f"{name}-old") == b"old"
+    assert set(await store.members(name)) == {"leaves"}
+    assert await store.items(name) == []
+    assert await store.get(f"{name}-short") is None
+
+
+async def test_of_two_changes_of_one_value_one_is_made(store: Store, name: str) -> None:
+    await store.set(name, b"0", 60)
+    changes = [Change({name: b"0"}, [Value(name, f"{number}".encode(), 60)]) for number in range(1, 20)]
+    assert sum(await asyncio.gather(*map(store.change, changes))) == 1
+
+
+async def test_a_counted_request_sets_its_record_and_gives_it_back(store: Store, name: str) -> None:
+    request = LimitRequest([Rate(name, 1, 60)], [Slot(name, None)], "m", 60, record=Value(name, b"record", 60))
+    first = await store.decide(request)
+    assert await store.get(name) == b"record"
+
+    assert await store.give_back(request, first)
+
+    assert await store.get(name) is None
+    assert await store.members(name) == {}
+
+
+async def test_a_refused_request_sets_no_record_and_a_late_one_overwrites_none(store: Store, name: str) -> None:
+    request = LimitRequest([Rate(name, 1, 60)], [Slot(name, None)], "m", 60, record=Value(name, b"record", 60))
+    await store.set(name, b"moved on", 60)
+    assert (await store.decide(request)).counted
+    assert await store.get(name) == b"moved on"
+    await store.delete(name)
+    assert (await store.decide(request)).refused
+    assert await store.get(name) is None
 
 
 async def test_names_are_any_text(store: Store, name: str) -> None:

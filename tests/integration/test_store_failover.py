@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from app.store import LimitRequest, Rate, Slot, StoreUnavailable
+from app.config.agents import Agent
+from app.identity import User
+from app.limits import CallAttempt, Limits, Reservation
+from app.limits.ledger import Ledger
+from app.limits.record import nothing
+from app.problems import Problem
+from app.store import Change, LimitRequest, Member, Rate, Slot, StoreUnavailable, Value
 from app.store.failover import MISSED, FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
@@ -131,30 +137,19 @@ async def test_a_lost_store(store: FailoverStore, valkey: Valkey, accident: str,
 
 @pytest.mark.usefixtures("quick_probe")
 async def test_what_entered_and_left_meanwhile_is_told(store: FailoverStore, valkey: Valkey) -> None:
-    rate, slot = Rate("r", 5, 60), Slot("calls", 2)
-
-    def request(member: str) -> LimitRequest:
-        return LimitRequest([rate], [slot], member=member, lease=60)
-
-    await store.decide(request("before"))
-    undone = await store.decide(request("undone"))
+    await store.add_member("calls", "before", 60)
     valkey.freeze()
     try:
         assert await store.remove_member(["calls"], "before")
-        assert (await store.decide(request("during"))).used == (2,)
-        assert (await store.decide(request("refused"))).refused == (1,)
-        await store.give_back(request("undone"), undone)
-        brief = await store.decide(request("brief"))
-        await store.give_back(request("brief"), brief)
         await store.add_member("calls", "entered", 60)
         await store.add_member("calls", "over", 0.01)
-        assert (await store.members("calls")).keys() >= {"during", "entered"}
+        assert (await store.members("calls")).keys() >= {"entered"}
         await asyncio.sleep(0.02)
     finally:
         valkey.thaw()
     await until(store, "ok")
     members = await store.members("calls")
-    assert members.keys() == {"during", "entered"}
+    assert members.keys() == {"entered"}
     assert all(50 < left <= 60 for left in members.values())
 
 
@@ -170,19 +165,44 @@ async def test_a_give_back_reaches_both(store: FailoverStore, valkey: Valkey) ->
 
 
 @pytest.mark.usefixtures("quick_probe")
-async def test_the_loss_itself_leaves_no_slot_behind(store: FailoverStore, valkey: Valkey) -> None:
-    """A frozen server carries out what it was sent: a member that was then refused locally must not stay."""
-    full = Slot("full", 1)
-    # Connected, and the script is known.
-    await store.decide(LimitRequest([], [Slot("other", 1)], member="warm", lease=60))
-    await store._local.add_member("full", "mine", 60)
+async def test_slots_and_records_are_settled_together_after_a_loss(store: FailoverStore, valkey: Valkey) -> None:
+    """A frozen server carries out what it was sent: a session that was then refused locally must not keep its slot."""
+    ledger = Ledger(store, lease=60)
+    limits = Limits(
+        store,
+        ledger,
+        [Agent("main", "agt_1", None, frozenset())],
+        session_limits="100/minute",
+        global_session_limits="100/minute",
+        request_limits="100/minute",
+        max_live_calls=2,
+        max_live_calls_total=None,
+    )
+    ann = User(mode="jwt", id="ann")
+
+    async def reserve(name: str) -> Reservation:
+        attempt = CallAttempt(name, int(time.time()), "main", ann.store_name, "owner")
+        return await limits.reserve(ann, limits.agents[0], attempt)
+
+    undone = await reserve("undone")
     valkey.freeze()
     try:
-        assert not (await store.decide(LimitRequest([], [full], member="late", lease=60))).allowed
+        await reserve("during")
+        with pytest.raises(Problem, match="too-many-live-calls"):
+            await reserve("refused")
+        await limits.release(undone)
+        await limits.release(await reserve("brief"))
     finally:
         valkey.thaw()
     await until(store, "ok")
-    assert await store.members("full") == {}
+    for request_id in list(ledger.unconfirmed):
+        await ledger.move(request_id, nothing)
+
+    assert [member.split()[0] for member in await store.members("live:all")] == ["during"]
+    states = {name: await ledger.find(name) for name in ("during", "refused", "undone", "brief")}
+    assert {name: record.state for name, record in states.items() if record is not None and record.running} == {
+        "during": "reserved"
+    }
 
 
 @pytest.mark.usefixtures("quick_probe")
@@ -225,7 +245,8 @@ async def test_what_replicas_agree_on_is_not_guessed(
         with pytest.raises(StoreUnavailable):
             await getattr(store, operation)(*arguments)
         with pytest.raises(StoreUnavailable):
-            await store.push("a", b"", keep=1, ttl=1)
+            await store.change(Change({}, [Value("a", b"", 1)], joins=[Member("s", "m", 60)]))
+        assert set(await store.members("s")) == {"m"}, "this replica's own calls still take their places"
 
 
 @pytest.mark.usefixtures("quick_probe")

@@ -16,6 +16,7 @@ from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, KillSwitch, LiveCalls, TalkTime
 from app.limits.call_attempt import ALL_CALLS
+from app.limits.ledger import Ledger
 from app.limits.restorer import Restorer
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
@@ -128,7 +129,8 @@ class Account:
 def restorer_of(store: FailoverStore, account: Account) -> Restorer:
     oneinbox = cast("OneInbox", account)
     talk = TalkTime(store, minutes=None, minutes_total=None, enforce=True, now=lambda: NOW)
-    live = LiveCalls(store, oneinbox, talk, max_seconds=600, join_timeout=0, lease=900, now=lambda: NOW)
+    ledger = Ledger(store, lease=900, now=lambda: NOW)
+    live = LiveCalls(store, oneinbox, talk, ledger, max_seconds=600, join_timeout=0, now=lambda: NOW)
     return Restorer(store, oneinbox, live, KEYRING, agent_ids={"default": "agt_1"}, timeout=0, now=lambda: NOW)
 
 

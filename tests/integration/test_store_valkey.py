@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app.store import Decision, LimitRequest, Rate, Slot, StoreUnavailable, scripts
+from app.store import Change, Decision, Entry, LimitRequest, Rate, Slot, StoreUnavailable, Value, scripts
 from app.store.memory import MemoryStore
 from app.store.scripts import Script
 from app.store.valkey import ValkeyStore
@@ -131,10 +131,21 @@ async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: V
     await store.set("v", b"", 60)
     await store.add("w", b"", 60)
     await store.replace("w", b"", b"x", 50)
-    await store.push("l", b"", keep=1, ttl=40)
+    await store.change(Change({}, [Value("x", b"", 30)], entry=Entry("l", b"", 1, 40)))
+    await store.decide(LimitRequest(record=Value("y", b"", 20)))
     with valkey.client() as client:
         ends = {key.decode(): client.pttl(key) / 1000 for key in client.keys("*")}
-    expected = {"r:a": 60, "r:b": 86400, "s:s": 3600, "s:t": 3600, "v:v": 60, "v:w": 50, "l:l": 40}
+    expected = {
+        "r:a": 60,
+        "r:b": 86400,
+        "s:s": 3600,
+        "s:t": 3600,
+        "v:v": 60,
+        "v:w": 50,
+        "l:l": 40,
+        "v:x": 30,
+        "v:y": 20,
+    }
     assert ends == pytest.approx({f"oib:{name}": end for name, end in expected.items()}, abs=2)
 
 

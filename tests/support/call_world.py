@@ -26,6 +26,7 @@ from app.calls.service import Calls
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits.ledger import Ledger
 from app.oneinbox import OneInbox
 from app.store.memory import MemoryStore
 from tests.support.harness import AGENT_ID, ONEINBOX
@@ -121,7 +122,8 @@ class Replica:
         clock, store = asyncio.get_running_loop().time, self.world.store
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.world.oneinbox, timeout=15, connect_timeout=3)
         talk = TalkTime(store, minutes=None, minutes_total=None, now=self.now)
-        self.live = LiveCalls(store, oneinbox, talk, max_seconds=3600, join_timeout=0, lease=3900, now=self.now)
+        ledger = Ledger(store, lease=3900, now=self.now)
+        self.live = LiveCalls(store, oneinbox, talk, ledger, max_seconds=3600, join_timeout=0, now=self.now)
         self.ownership = Ownership(KEYRING)
         self.cache = CallCache(
             oneinbox=oneinbox,
@@ -152,9 +154,7 @@ class Replica:
         """Record a call as started for a user, in its live slots; return its public id."""
         owner = KEYRING.pseudonym(user)
         attempt = CallAttempt(f"request-{call_id}", int(self.now()), "default", user.store_name, owner)
-        for name in attempt.sets:
-            await self.world.store.add_member(name, attempt.key, 3900)
-        await self.live.begin(attempt, call_id)
+        await self.live.give(attempt, call_id)
         return self.ownership.public_id(call_id, user)
 
     @asynccontextmanager

@@ -11,6 +11,7 @@ import respx
 from starlette.types import Receive, Scope, Send
 
 from app.api.app import create_app
+from app.clock import SYSTEM_CLOCK, Clock
 from app.config.loading import load_settings
 from app.config.settings import Settings
 from tests.support.shapes import assert_documented
@@ -96,10 +97,15 @@ class Upstream(httpx.AsyncBaseTransport):
 
 @asynccontextmanager
 async def running_broker(
-    settings: Settings, transport: httpx.AsyncBaseTransport, *, peer: str = CLIENT, base_url: str = BROKER
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport,
+    *,
+    peer: str = CLIENT,
+    base_url: str = BROKER,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a broker whose lifespan runs. `peer`: address that the client seems to connect from."""
-    app = create_app(settings, transport)
+    app = create_app(settings, transport, clock=clock)
     up: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
     over = asyncio.Event()
 

@@ -14,6 +14,7 @@ from app.identity import User
 from app.limits import Limits, Refused, Reservation
 from app.limits.call_attempt import CallAttempt
 from app.limits.headers import policy_name, rate_limit_headers
+from app.limits.ledger import Ledger
 from app.problems import Problem
 from app.store import Rate, RateState
 from app.store.failover import FailoverStore
@@ -52,13 +53,13 @@ class Desk:
         self.store = MemoryStore(self.clock)
         self.limits = Limits(
             self.store,
+            Ledger(self.store, lease=LEASE),
             [MAIN, SMALL],
             session_limits=sessions,
             global_session_limits=everybody,
             request_limits=requests,
             max_live_calls=live,
             max_live_calls_total=live_total,
-            lease=LEASE,
             enforce=enforce,
             clock=self.clock,
         )
@@ -402,13 +403,13 @@ async def test_without_its_store_sessions_may_be_refused() -> None:
     async with FailoverStore(ValkeyStore(NOWHERE), MemoryStore()) as store:
         limits = Limits(
             store,
+            Ledger(store, lease=LEASE),
             [MAIN],
             session_limits="5/minute",
             global_session_limits="5/minute",
             request_limits="5/minute",
             max_live_calls=1,
             max_live_calls_total=None,
-            lease=LEASE,
             count_locally=False,
         )
         for number in range(3):

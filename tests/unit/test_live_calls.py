@@ -14,7 +14,7 @@ from app.cli.operator import Operator
 from app.config.agents import Agent
 from app.identity import User
 from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls, TalkTime
-from app.limits.live_calls import UNSTOPPED
+from app.limits.ledger import UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
 from app.problems import Problem
@@ -48,16 +48,17 @@ class House:
         self.upstream = Upstream()
         self.oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.upstream, timeout=5, connect_timeout=1)
         self.join_timeout, self.max_seconds = join_timeout, max_seconds
+        self.ledger = Ledger(self.store, lease=LEASE, now=self.clock)
         self.live = self.replica()
         self.limits = Limits(
             self.store,
+            self.ledger,
             [AGENT],
             session_limits="1000/minute",
             global_session_limits="1000/minute",
             request_limits="1000/minute",
             max_live_calls=max_live_calls,
             max_live_calls_total=None,
-            lease=LEASE,
             clock=self.clock,
         )
 
@@ -66,9 +67,9 @@ class House:
             self.store,
             self.oneinbox,
             TalkTime(self.store, minutes=None, minutes_total=None, now=self.clock),
+            Ledger(self.store, lease=LEASE, now=self.clock),
             max_seconds=self.max_seconds,
             join_timeout=self.join_timeout,
-            lease=LEASE,
             now=self.clock,
         )
 
@@ -80,8 +81,15 @@ class House:
         """Reserve and begin a call."""
         attempt = self.plan(call_id, user)
         await self.limits.reserve(user, AGENT, attempt)
-        await self.live.begin(attempt, call_id)
+        await self.live.give(attempt, call_id)
         self.upstream.has_call(call_id, status=status)
+        return attempt
+
+    async def lose(self, call_id: str) -> CallAttempt:
+        """Reserve, and start a call that no client gets."""
+        attempt = self.plan(call_id)
+        await self.limits.reserve(ANN, AGENT, attempt)
+        self.upstream.has_call(call_id, status="in_progress")
         return attempt
 
     async def has_room(self, user: User = ANN) -> bool:
@@ -163,7 +171,7 @@ async def test_a_late_word_of_an_old_call_leaves_the_new_one_alone(house: House)
     house.clock.now += LEASE + 1
     await house.start("c2")
     await house.live.note_end(old.request_id, record("c1", "completed"))
-    await house.live.release_slots(old)
+    await house.live.release(old)
     assert await house.live_calls() == {"start-of-c2"}
     assert not await house.has_room()
 
@@ -237,8 +245,21 @@ async def test_a_sweep_looks_at_each_call_once_and_frees_what_ended() -> None:
 async def test_a_call_that_is_gone_is_over(house: House) -> None:
     await house.start("c1")
     house.upstream.router.get("/v1/calls/c1").respond(404, json={"detail": "Call not found"})
+    for _ in range(2):
+        await house.live.sweep()
+        assert not await house.has_room(), "one 404 is a rumour, and so is another within a minute"
+        house.clock.now += 30
     await house.live.sweep()
     assert await house.has_room()
+
+
+async def test_a_404_between_two_good_answers_is_forgotten(house: House) -> None:
+    await house.start("c1")
+    for status in (404, 200, 404):
+        house.upstream.router.get("/v1/calls/c1").respond(status, json={"id": "c1", "status": "in_progress"})
+        await house.live.sweep()
+        house.clock.now += 61
+    assert not await house.has_room()
 
 
 async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
@@ -265,24 +286,46 @@ async def test_a_call_that_is_still_being_started_is_left_alone(house: House) ->
 
 
 async def test_a_call_nobody_is_given_is_stopped_and_costs_no_slot(house: House) -> None:
-    attempt = await house.start("c1")
+    attempt = await house.lose("c1")
     await house.live.stop(attempt, "c1", "its answer could not be kept")
     assert house.asked() == {"POST c1/stop": 1}
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
-async def test_stopping_what_is_gone_is_no_failure(house: House) -> None:
+async def test_a_call_that_was_given_is_not_stopped_for_want_of_an_answer(house: House) -> None:
     attempt = await house.start("c1")
+    await house.live.stop(attempt, "c1", "its answer was lost")
+    assert house.asked() == {}
+
+
+async def test_a_stop_that_gets_a_404_is_tried_again_until_that_is_believed(house: House) -> None:
+    attempt = await house.lose("c1")
     house.stop().respond(404)
     await house.live.stop(attempt, "c1", "why")
+    assert not await house.has_room(), "it may be running"
+    assert await house.unstopped() == set()
+    house.clock.now += 61
+    await house.live.sweep()
+    assert house.asked()["POST c1/stop"] == 2
+    assert await house.has_room()
+
+
+@pytest.mark.parametrize("failure", [500, 409, httpx.ReadError("lost")])
+async def test_a_stop_whose_answer_was_lost_is_asked_about(house: House, failure: int | Exception) -> None:
+    attempt = await house.lose("c1")
+    stop = house.stop()
+    stop.mock(side_effect=failure) if isinstance(failure, Exception) else stop.respond(failure)
+    house.upstream.has_call("c1", status="completed")
+    await house.live.stop(attempt, "c1", "why")
+    assert house.asked() == {"POST c1/stop": 1, "GET c1": 1}
     assert await house.has_room()
     assert await house.unstopped() == set()
 
 
 @pytest.mark.parametrize("failure", [500, 401, 429, httpx.ConnectError("down"), httpx.ReadError("lost")])
 async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failure: int | Exception) -> None:
-    attempt = await house.start("c1")
+    attempt = await house.lose("c1")
     stop = house.stop()
     stop.mock(side_effect=failure) if isinstance(failure, Exception) else stop.respond(failure)
     with capture_logs() as logs:
@@ -304,7 +347,7 @@ async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failu
 
 
 async def test_status_names_a_call_that_was_not_found_by_its_request(house: House) -> None:
-    await house.live.mark_unresolved(house.plan("c1"))
+    await house.live.give_up(await house.lose("c1"))
     operator = Operator(settings(), house.store, KillSwitch(house.store), house.limits)
     assert (await operator.status()).splitlines()[-2:] == [
         "calls that could not be stopped: 1",
@@ -346,11 +389,13 @@ async def test_a_call_begun_while_the_store_is_gone_is_not_forgotten() -> None:
     oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
     async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
         talk = TalkTime(store, minutes=None, minutes_total=None, now=clock)
-        live = LiveCalls(store, oneinbox, talk, max_seconds=60, join_timeout=0, lease=3600, now=clock)
+        live = LiveCalls(
+            store, oneinbox, talk, Ledger(store, lease=3600, now=clock), max_seconds=60, join_timeout=0, now=clock
+        )
         attempt = CallAttempt("start-of-c1", int(clock.now), "main", ANN.store_name, "pseudonym")
         for name in attempt.sets:
             await store.add_member(name, attempt.key, 3600)
-        await live.begin(attempt, "c1")
+        await live.give(attempt, "c1")
         upstream.has_call("c1")
         clock.now += 62
         await live.sweep()

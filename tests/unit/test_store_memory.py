@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from app.store import LimitRequest, Rate, Slot, open_store
+from app.store import Change, Entry, LimitRequest, Rate, Slot, open_store
 from app.store.memory import SHARDS, SWEEP_SECONDS, MemoryStore
 
 
@@ -42,14 +42,14 @@ async def test_values_end(store: MemoryStore, clock: Clock) -> None:
 
 
 async def test_a_list_ends_after_its_last_push(store: MemoryStore, clock: Clock) -> None:
-    await store.push("l", b"1", keep=3, ttl=10)
+    await store.change(Change({}, entry=Entry("l", b"1", 3, 10)))
     clock.now += 9
-    await store.push("l", b"2", keep=3, ttl=10)
+    await store.change(Change({}, entry=Entry("l", b"2", 3, 10)))
     clock.now += 9
     assert await store.items("l") == [b"2", b"1"]
     clock.now += 1
     assert await store.items("l") == []
-    await store.push("l", b"3", keep=3, ttl=10)
+    await store.change(Change({}, entry=Entry("l", b"3", 3, 10)))
     assert await store.items("l") == [b"3"]
 
 
@@ -105,7 +105,7 @@ async def test_no_step_looks_at_everything(store: MemoryStore, clock: Clock) -> 
 async def test_every_kind_is_swept(store: MemoryStore, clock: Clock) -> None:
     for number in range(100):
         await store.set(f"v{number}", b"", 5)
-        await store.push(f"l{number}", b"", keep=1, ttl=5)
+        await store.change(Change({}, entry=Entry(f"l{number}", b"", 1, 5)))
         await store.add_member(f"s{number}", "m", 5)
         await store.decide(LimitRequest([Rate(f"r{number}", 1, 5)]))
     assert len(store) == 400

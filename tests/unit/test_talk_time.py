@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from app.identity import User
 from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits.ledger import Ledger
 from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
@@ -43,6 +44,12 @@ class House:
     def replica(self) -> TalkTime:
         return TalkTime(self.store, now=self.clock, **self.options)
 
+    def live(self, upstream: Upstream) -> LiveCalls:
+        """A replica that follows calls."""
+        oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
+        ledger = Ledger(self.store, lease=DAY, now=self.clock)
+        return LiveCalls(self.store, oneinbox, self.replica(), ledger, max_seconds=0, join_timeout=0, now=self.clock)
+
     async def start(self, user: User = ANN) -> CallAttempt:
         """A call begins."""
         self._started += 1
@@ -54,7 +61,8 @@ class House:
     async def end(self, attempt: CallAttempt, seconds: float | None) -> None:
         """A call is seen ended, as LiveCalls does it."""
         if await self.store.remove_member(attempt.sets, attempt.key):
-            await self.talk.count(attempt, ended(seconds))
+            said = ended(seconds).duration_seconds
+            await self.talk.count(attempt.user, self.clock() - attempt.since if said is None else said)
 
     async def refusal(self, user: User = ANN) -> Problem | None:
         """What a user who asks now is told; None: nothing."""
@@ -120,13 +128,14 @@ async def test_the_end_of_a_call_counts_its_talk_and_not_its_life() -> None:
     assert not await house.is_refused()
 
 
-@pytest.mark.parametrize("record", [None, CallRecord(id="c", status="completed")], ids=["gone", "no-duration"])
-async def test_a_call_that_says_no_duration_counts_from_its_post(record: CallRecord | None) -> None:
+async def test_a_call_that_says_no_duration_counts_from_its_post() -> None:
+    record = CallRecord(id="c", status="completed")
     house = House(minutes=10)
     attempt = await house.start()
     house.clock.now += 600
-    await house.store.remove_member(attempt.sets, attempt.key)
-    await house.talk.count(attempt, record)
+    live = house.live(Upstream())
+    await live.give(attempt, "c")
+    await live.note_end(attempt.request_id, record)
     assert await house.is_refused()
 
 
@@ -240,16 +249,9 @@ async def test_observing_lets_it_through_and_says_so(logs: Logs) -> None:
 async def test_an_end_that_many_see_counts_once_over_replicas() -> None:
     house = House(minutes=10)
     upstream = Upstream()
-    oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
-
-    def replica() -> LiveCalls:
-        return LiveCalls(
-            house.store, oneinbox, house.replica(), max_seconds=0, join_timeout=0, lease=DAY, now=house.clock
-        )
-
-    replicas = [replica() for _ in range(5)]
+    replicas = [house.live(upstream) for _ in range(5)]
     attempt = await house.start()
-    await replicas[0].begin(attempt, "c")
+    await replicas[0].give(attempt, "c")
     house.clock.now += SWEEP_SECONDS
     upstream.has_call("c", status="completed", duration_seconds=300)
     sweeps = [each.sweep() for each in replicas]

@@ -1,0 +1,203 @@
+"""The records of all calls, in the store: the only place that writes them.
+
+Slots, lists and kept answers hang on a record: `_change` derives them from its move, in the same write.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import NamedTuple
+
+from app.limits.call_attempt import CallAttempt
+from app.limits.record import STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
+from app.store import Change, Entry, Member, Store, StoreUnavailable, Value
+
+DAY = 86400
+LISTED_CALLS = 50
+ENDED_SECONDS = 900
+"""An ended call's record is kept for this long at least: as long as a kept answer may name it."""
+UNSTOPPED = "unstopped"
+"""The set of calls that could not be hung up, or not be found."""
+UNSTOPPED_SECONDS = 7 * DAY
+UNFOUND = "of the request "
+"""Stored in UNSTOPPED before the request id of a call that was not found."""
+UNCOLLECTED = "uncollected"
+"""The set of request ids whose calls wait for a repeat."""
+TRIES = 5
+"""How often a move is tried, if others move the record meanwhile."""
+MOST_UNCONFIRMED = 10_000
+"""Records with unconfirmed moves; beyond that, the oldest are dropped, and the sweep has to find out."""
+
+
+class Kept(NamedTuple):
+    """A 201 to keep for repeats, in the same write: its name, the mark that it replaces, and how long."""
+
+    name: str
+    mark: bytes
+    value: bytes
+    ttl: float
+
+
+class Moved(NamedTuple):
+    """What became of a step: the record as found, and as moved; `after` is None if nothing was moved."""
+
+    before: StartRecord | None
+    after: StartRecord | None
+
+
+@dataclass(slots=True)
+class Unconfirmed:
+    """Steps that the store has not confirmed: each may have been made, or may be made late. `since`: Unix time."""
+
+    steps: list[Step]
+    since: float
+
+    def guess(self) -> StartRecord | None:
+        """Return the record as it should be, going by this process alone."""
+        return _applied(self.steps, None)
+
+
+@dataclass(repr=False, eq=False)
+class Ledger:
+    """Find records, and move them. Every method that needs the store raises StoreUnavailable.
+
+    `lease`: seconds from the POST after which a slot is free in any case. `now`: Unix time.
+    """
+
+    store: Store
+    _: KW_ONLY
+    lease: float
+    now: Callable[[], float] = time.time
+    unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
+    """By request id. They are made as soon as the store answers, before anything is concluded from the record."""
+
+    def reserved(self, attempt: CallAttempt) -> Value:
+        """Return a new record, for the store to write with the decision about the limits."""
+        return Value(_name(attempt.request_id), StartRecord(attempt).to_bytes(), self.lease)
+
+    async def find(self, request_id: str) -> StartRecord | None:
+        """Return a record, or None."""
+        held = self.unconfirmed.get(request_id)
+        try:
+            value = await self.store.get(_name(request_id))
+        except StoreUnavailable:
+            if held is None:
+                raise
+            return held.guess()
+        found = StartRecord.from_bytes(value) if value is not None else None
+        return found if held is None else _applied(held.steps, found) or found
+
+    async def request_id(self, call_id: str) -> str | None:
+        """Return the id of the request that started a call; None if the store does not remember one."""
+        for request_id, held in self.unconfirmed.items():
+            guess = held.guess()
+            if guess is not None and guess.call_id == call_id:
+                return request_id
+        value = await self.store.get(f"started:{call_id}")
+        return value.decode() if value is not None else None
+
+    async def of_user(self, user: str) -> list[StartRecord]:
+        """Return a user's calls as they started, newest first. `user`: name in the store."""
+        records = [StartRecord.from_bytes(value) for value in await self.store.items(f"calls:{user}")]
+        return [record for record in records if record is not None]
+
+    async def move(
+        self, request_id: str, step: Step, guess: StartRecord | None = None, kept: Kept | None = None
+    ) -> Moved:
+        """Apply a step to a record. `guess`: the record, if it is most likely known; `kept`: an answer to keep with it.
+
+        A kept answer whose mark is gone is not kept, and nothing is moved.
+        """
+        steps = [step]
+        held = self.unconfirmed.get(request_id)
+        if held is not None:
+            steps, guess = [*held.steps, step], None
+        before = guess
+        for _ in range(TRIES):
+            if guess is None:
+                value = await self.store.get(_name(request_id))
+                before = StartRecord.from_bytes(value) if value is not None else None
+                if before is None and value is not None:
+                    break  # unreadable
+            guess = None
+            after = _applied(steps, before)
+            if after is None or await self.store.change(self._change(request_id, before, after, kept)):
+                self._confirm(request_id, steps)
+                return Moved(before, after)
+        return Moved(before, None)
+
+    async def hold(self, request_id: str, step: Step) -> None:
+        """Make a step once the store answers. The slots of a call that ended are free at once, as counted locally."""
+        held = self.unconfirmed.setdefault(request_id, Unconfirmed([], self.now()))
+        held.steps.append(step)
+        guess = held.guess()
+        if guess is not None and not guess.running:
+            with contextlib.suppress(StoreUnavailable):
+                await self.release_slots(guess)
+        if len(self.unconfirmed) > MOST_UNCONFIRMED:
+            del self.unconfirmed[next(iter(self.unconfirmed))]
+
+    async def release_slots(self, record: StartRecord) -> None:
+        """Free the slots of a call that has ended."""
+        await self.store.change(Change({}, leaves=_slots(record)))
+
+    def _confirm(self, request_id: str, steps: list[Step]) -> None:
+        held = self.unconfirmed.get(request_id)
+        if held is not None:
+            held.steps = [step for step in held.steps if step not in steps]
+            if not held.steps:
+                del self.unconfirmed[request_id]
+
+    def _change(self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None) -> Change:
+        """Return the write of a move, with everything that hangs on the record."""
+        attempt = after.attempt
+        left = max(1.0, self.lease - (self.now() - attempt.since))
+        ttl = max(left, ENDED_SECONDS)
+        name, value = _name(request_id), after.to_bytes()
+        expected: dict[str, bytes | None] = {name: None if before is None else before.raw or before.to_bytes()}
+        values, entry = [Value(name, value, ttl)], None
+        joins: list[Member] = []
+        leaves: list[tuple[str, str]] = []
+        if after.call_id and (before is None or not before.call_id):
+            values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
+            if after.state != UNWANTED:
+                entry = Entry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
+        if before is None and after.running:
+            joins += [Member(each, attempt.key, left) for each in attempt.sets]
+        if not after.running:
+            leaves += _slots(after)
+        if after.state == STARTED:
+            joins.append(Member(UNCOLLECTED, request_id, DAY))
+        elif before is not None and before.state == STARTED:
+            leaves.append((UNCOLLECTED, request_id))
+        if after.failed and after.running:
+            joins.append(Member(UNSTOPPED, after.call_id, UNSTOPPED_SECONDS))
+        elif after.failed:
+            leaves.append((UNSTOPPED, after.call_id))
+        if after.state == UNRESOLVED:
+            joins.append(Member(UNSTOPPED, UNFOUND + request_id, UNSTOPPED_SECONDS))
+        elif before is not None and before.state == UNRESOLVED:
+            leaves.append((UNSTOPPED, UNFOUND + request_id))
+        if kept is not None:
+            expected[kept.name] = kept.mark
+            values.append(Value(kept.name, kept.value, kept.ttl))
+        deletes = [after.answer] if after.state == UNWANTED and after.answer else ()
+        return Change(expected, values, deletes, joins, leaves, entry)
+
+
+def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None:
+    """Return the record after all steps; None if none of them moves it."""
+    moved = None
+    for step in steps:
+        moved = step(moved or found) or moved
+    return moved
+
+
+def _slots(record: StartRecord) -> list[tuple[str, str]]:
+    member = record.attempt.key
+    return [(name, member) for name in record.attempt.sets]
+
+
+def _name(request_id: str) -> str:
+    return f"call:{request_id}"

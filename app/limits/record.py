@@ -1,0 +1,270 @@
+"""A call's record: everything known about one start, from before its POST until it is settled.
+
+One value in the store with one state, moved by compare-and-set only (ledger.py). A step is a move as a function: it
+gets the record as the store has it, and returns the new one, or None if there is nothing to move. Steps may be applied
+again, so a write that was not confirmed is settled by applying its step to what is found.
+
+An absent record proves nothing: it may have expired, or the store may have lost it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple, Self
+
+import structlog
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
+
+from app.limits.call_attempt import CallAttempt
+
+State = Literal["reserved", "started", "given", "unwanted", "ended", "unresolved"]
+RESERVED: Final = "reserved"
+STARTED: Final = "started"
+GIVEN: Final = "given"
+UNWANTED: Final = "unwanted"
+ENDED: Final = "ended"
+UNRESOLVED: Final = "unresolved"
+
+VERSION = 2
+"""Version 1 had no state, and was written after the POST."""
+MOST_RECEIVERS = 8
+"""Receivers that a record names; with more, the call stays given."""
+
+log = structlog.get_logger(__name__)
+
+
+class Move(NamedTuple):
+    """One kind of move: from a state (empty: no record) to a state, who makes it, on what evidence, what follows."""
+
+    before: State | Literal[""]
+    after: State
+    who: str
+    evidence: str
+    follows: str
+
+
+MOVES = (
+    Move("", RESERVED, "the session, before its POST", "the limits have room", "takes the slots"),
+    Move("", GIVEN, "one replica, after the store lost its data", "OneInbox lists the call", "takes the slots"),
+    Move(RESERVED, GIVEN, "the session", "OneInbox's 201, and a client that is still there", "the client gets its 201"),
+    Move(RESERVED, STARTED, "the session", "OneInbox's 201; the client left its key", "waits for a repeat until `due`"),
+    Move(RESERVED, UNWANTED, "the session, the reconciler", "no client is left; the lost call was found", "is stopped"),
+    Move(RESERVED, UNRESOLVED, "the reconciler", "lists of OneInbox that could not be read", "an operator is told"),
+    Move(RESERVED, ENDED, "the session, the reconciler", "no call exists", "frees the slots"),
+    Move(STARTED, GIVEN, "a repeat", "the client is there", "the client gets the kept 201"),
+    Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; the kept 201 is deleted"),
+    Move(STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
+    Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
+    Move(GIVEN, UNWANTED, "the request, the sweep", "the client has gone; too long; not joined", "is stopped"),
+    Move(GIVEN, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
+    Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
+    Move(UNRESOLVED, ENDED, "the reconciler", "lists of OneInbox without it", "frees the slots"),
+    Move(UNWANTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
+)
+"""Every move between states; the table in app/README.md is made from it."""
+
+
+class StartRecord(NamedTuple):
+    """The record of one start.
+
+    `attempt`: stored as its key, `member`. `call_id`: OneInbox's, once known. `given_to`: requests whose clients got
+    the 201. `answer`: the store's name of the kept 201, if there is one. `due`: Unix time at which a started call is
+    stopped. `unwanted`: why it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of
+    the first 404. `seconds`: how long an ended call lasted. `raw`: as read from the store.
+    """
+
+    attempt: CallAttempt
+    state: State = RESERVED
+    call_id: str = ""
+    given_to: tuple[str, ...] = ()
+    answer: str = ""
+    due: float = 0
+    unwanted: str = ""
+    failed: bool = False
+    missing_since: float = 0
+    seconds: float = 0
+    raw: bytes = b""
+
+    @property
+    def running(self) -> bool:
+        """True from the POST until an end was seen."""
+        return self.state != ENDED
+
+    def moved(self, **changes: Any) -> Self:
+        """Return a copy with these changes."""
+        return self._replace(raw=b"", **changes)
+
+    def to_bytes(self) -> bytes:
+        """Return the value to store: JSON without what is empty."""
+        stored: dict[str, Any] = {"v": VERSION, "member": self.attempt.key, "state": self.state}
+        if self.state != RESERVED:
+            stored |= {name: value for name, value in zip(_OPTIONAL, self[2:], strict=False) if value}
+        return to_json(stored)
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> Self | None:
+        """Read a stored value of any version; None, and a log entry, if it cannot be read."""
+        try:
+            stored = _Stored.model_validate_json(value)
+            attempt = CallAttempt.from_key(stored.member)
+        except ValueError:
+            log.error("call_record_unreadable")
+            return None
+        state = stored.state or (UNWANTED if stored.unwanted else GIVEN)  # version 1 had none
+        return cls(attempt, state, **{name: getattr(stored, name) for name in _OPTIONAL})._replace(raw=value)
+
+
+_OPTIONAL = StartRecord._fields[2:-1]
+
+
+class _Stored(BaseModel):
+    """A record as stored; fields that another version added are ignored."""
+
+    model_config = ConfigDict(strict=True)
+
+    member: str
+    state: State | None = None
+    call_id: str = ""
+    given_to: tuple[str, ...] = ()
+    answer: str = ""
+    due: float = 0
+    unwanted: str = ""
+    failed: bool = False
+    missing_since: float = 0
+    seconds: float = 0
+
+
+Step = Callable[[StartRecord | None], StartRecord | None]
+
+
+def reserve(attempt: CallAttempt) -> Step:
+    """Before the POST."""
+    return lambda found: StartRecord(attempt) if found is None else None
+
+
+def give(attempt: CallAttempt, call_id: str, answer: str = "") -> Step:
+    """The session's client gets the 201. `answer`: the kept 201's name."""
+    return lambda found: (
+        StartRecord(attempt, GIVEN, call_id, (attempt.request_id,), answer)
+        if found is None or found.state == RESERVED
+        else None
+    )
+
+
+def restore(attempt: CallAttempt, call_id: str) -> Step:
+    """The store has lost the record of a running call; its client has the 201, as far as anything tells."""
+    return lambda found: StartRecord(attempt, GIVEN, call_id, (attempt.request_id,)) if found is None else None
+
+
+def leave(attempt: CallAttempt, call_id: str, answer: str, due: float) -> Step:
+    """The session's client has gone, and may come back with its key until `due`."""
+    return lambda found: (
+        StartRecord(attempt, STARTED, call_id, answer=answer, due=due)
+        if found is None or found.state == RESERVED
+        else None
+    )
+
+
+def collect(receiver: str) -> Step:
+    """A repeat's client gets the kept 201. `receiver`: names the request."""
+
+    def step(found: StartRecord | None) -> StartRecord | None:
+        if found is None or found.state not in (STARTED, GIVEN):
+            return None
+        if receiver in found.given_to or len(found.given_to) == MOST_RECEIVERS:
+            return None
+        # The last place is never given back, for those who are not named.
+        name = receiver if len(found.given_to) < MOST_RECEIVERS - 1 else ""
+        return found.moved(state=GIVEN, given_to=(*found.given_to, name), due=0)
+
+    return step
+
+
+def withdraw(receiver: str, due: float, why: str, otherwise: Step) -> Step:
+    """A receiver did not get its 201 after all.
+
+    If it was the only one, a repeat may collect a kept 201 until `due`; one that is not kept is unwanted. `otherwise`:
+    for a record that was not yet given.
+    """
+
+    def step(found: StartRecord | None) -> StartRecord | None:
+        if found is None or found.state != GIVEN:
+            return otherwise(found)
+        if receiver not in found.given_to:
+            return None
+        others = tuple(each for each in found.given_to if each != receiver)
+        if others:
+            return found.moved(given_to=others)
+        if found.answer:
+            return found.moved(state=STARTED, given_to=(), due=due)
+        return found.moved(state=UNWANTED, given_to=(), unwanted=why)
+
+    return step
+
+
+def nothing(_: StartRecord | None) -> StartRecord | None:
+    """Move nothing."""
+    return None
+
+
+def reject(attempt: CallAttempt, call_id: str, why: str) -> Step:
+    """No client gets the call: it must end. Moves only what was given to no one."""
+
+    def step(found: StartRecord | None) -> StartRecord | None:
+        if found is None:
+            return StartRecord(attempt, UNWANTED, call_id, unwanted=why)
+        if found.state in (RESERVED, UNRESOLVED):
+            return found.moved(state=UNWANTED, call_id=call_id, unwanted=why)
+        return None
+
+    return step
+
+
+def expire(now: float, why: str) -> Step:
+    """No repeat collected the call in time."""
+    return lambda found: (
+        found.moved(state=UNWANTED, unwanted=why)
+        if found is not None and found.state == STARTED and found.due <= now
+        else None
+    )
+
+
+def end_given(why: str) -> Step:
+    """A call that was given must end."""
+    return lambda found: (
+        found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state == GIVEN else None
+    )
+
+
+def end(seconds: float) -> Step:
+    """The call has ended, after `seconds`."""
+    return lambda found: found.moved(state=ENDED, seconds=seconds) if found is not None and found.running else None
+
+
+def no_call(attempt: CallAttempt) -> Step:
+    """The attempt started no call."""
+    return lambda found: (
+        (found or StartRecord(attempt)).moved(state=ENDED)
+        if found is None or found.state in (RESERVED, UNRESOLVED)
+        else None
+    )
+
+
+def give_up(found: StartRecord | None) -> StartRecord | None:
+    """The call may be running, and was not found."""
+    return found.moved(state=UNRESOLVED) if found is not None and found.state == RESERVED else None
+
+
+def fail(found: StartRecord | None) -> StartRecord | None:
+    """An unwanted call could not be stopped."""
+    return found.moved(failed=True) if found is not None and found.state == UNWANTED and not found.failed else None
+
+
+def miss(now: float) -> Step:
+    """OneInbox said 404; 0: it knows the call again."""
+
+    def step(found: StartRecord | None) -> StartRecord | None:
+        if found is None or bool(found.missing_since) == bool(now):
+            return None
+        return found.moved(missing_since=now)
+
+    return step
