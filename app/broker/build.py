@@ -201,7 +201,7 @@ async def open_broker(
         gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
-        reporter = Reporter(store, kill_switch, clock.now)
+        reporter = Reporter(store, kill_switch, clock)
         if store.shared:
             stack.push_async_callback(reporter.aclose)
         stack.push_async_callback(settle, live, reconciler)

@@ -1,17 +1,15 @@
 """Replicas report to the store: their version, what they see of it, which of the operator's controls they obey."""
 
 import asyncio
-import os
 import secrets
 import socket
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 from pydantic_core import from_json, to_json
 
 from app import __version__
+from app.clock import SYSTEM_CLOCK, Clock
 from app.limits import KillSwitch
 from app.store import Store, StoreUnavailable
 
@@ -57,18 +55,18 @@ class Reporter:
 
     store: Store
     kill_switch: KillSwitch
-    now: Callable[[], float] = time.time
-    id: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}", init=False)
+    clock: Clock = SYSTEM_CLOCK
+    id: str = field(default_factory=lambda: f"{socket.gethostname()}-{secrets.token_hex(3)}", init=False)
 
     async def run(self) -> None:
         """Report until cancelled."""
         reported_at, reported = float("-inf"), ""
         while True:
-            if time.monotonic() - reported_at >= EVERY_SECONDS or reported != self.kill_switch.controls:
+            if self.clock.monotonic() - reported_at >= EVERY_SECONDS or reported != self.kill_switch.controls:
                 reported = self.kill_switch.controls
                 try:
                     await self.report()
-                    reported_at = time.monotonic()
+                    reported_at = self.clock.monotonic()
                 except StoreUnavailable:
                     reported = ""
             await asyncio.sleep(LOOK_SECONDS)
@@ -79,7 +77,7 @@ class Reporter:
         value = {
             "v": 1,
             "version": __version__,
-            "at": self.now(),
+            "at": self.clock.now(),
             "controls": switch.controls,
             "paused": switch.paused,
             "blocked": switch.blocked,

@@ -79,6 +79,7 @@ def test_every_move_of_the_table_can_happen() -> None:
         ["reserve", "no call"],
         ["reserve", "give up", "reject"],
         ["reserve", "give up", "no call"],
+        ["restore", "end"],
     ):
         record: StartRecord | None = None
         for name in path:
