@@ -248,9 +248,9 @@ class LiveCalls:
                 if after is not None and after.state == UNWANTED and (before is None or before.state != UNWANTED):
                     self._in_background(partial(self._hang_up, after))
 
-    async def stop_uncollected(self, *, at_once: bool = False) -> None:
-        """Stop the calls that no repeat collected in time; `at_once`: all that wait. Raises StoreUnavailable."""
-        expire = records.expire(float("inf") if at_once else self.now(), NOT_COLLECTED)
+    async def stop_uncollected(self) -> None:
+        """Stop the calls that no repeat collected in time. Raises StoreUnavailable."""
+        expire = records.expire(self.now(), NOT_COLLECTED)
         for request_id in await self.store.members(UNCOLLECTED):
             found = await self.ledger.find(request_id)
             if expire(found) is None:
@@ -280,7 +280,16 @@ class LiveCalls:
         return pending
 
     async def finish(self) -> None:
-        """Wait for the stops in the background."""
+        """Wait for the stops in the background. Without a shared store, also stop what no process would stop later."""
+        await asyncio.gather(*self._stops, return_exceptions=True)
+        if self.store.shared:
+            return
+        for member in await self.store.members(ALL_CALLS):
+            request_id = CallAttempt.from_key(member).request_id
+            await self._move(request_id, records.expire(float("inf"), NOT_COLLECTED))
+            found = await self.ledger.find(request_id)
+            if found is not None and found.state == UNWANTED:
+                self._in_background(partial(self._hang_up, found))
         await asyncio.gather(*self._stops, return_exceptions=True)
 
     async def _check_call(self, attempt: CallAttempt) -> bool | None:

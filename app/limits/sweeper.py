@@ -45,7 +45,7 @@ async def stop_uncollected_forever(live: LiveCalls) -> None:
 async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
     """Settle what only this process knows, when it ends, within SETTLE_SECONDS.
 
-    Lost calls are looked for once. On `memory://` no one else can stop a call that waits for a repeat.
+    Lost calls are looked for once.
     """
     try:
         async with asyncio.timeout(SETTLE_SECONDS):
@@ -55,8 +55,6 @@ async def settle(live: LiveCalls, reconciler: Reconciler) -> None:
                     break
                 await asyncio.sleep(TICK_SECONDS)
             await live.flush(last=True)
-            if not live.store.shared:
-                await live.stop_uncollected(at_once=True)
             await reconciler.finish()
             await live.finish()
     except TimeoutError:

@@ -38,6 +38,7 @@ FAULTS = {
     "start-invalid": 0.06,
     "start-no-id": 0.06,
     "start-slow-answer": 0.25,
+    "fails": 0.15,  # the call ends by itself within seconds
     "list-5xx": 0.15,
     "list-hang": 0.05,
     "list-lag": 0.3,  # a new call is not listed at first
@@ -162,6 +163,8 @@ class OneInbox:
     """How often each request was sent."""
     announce: Callable[[Call], object] = field(default=lambda _: None)
     """Sends the webhook of a call that ended."""
+    lists_down_until: float = 0.0
+    """Until then every list is refused."""
 
     def running(self) -> list[Call]:
         """Return the running calls."""
@@ -197,6 +200,8 @@ class OneInbox:
         self.calls[call.id] = call
         world.note("oneinbox", f"{call.id} exists (for {connection}{f', token {life} s' if life else ''})")
         self.invariants.call_created(call)
+        if world.fault("fails", place):
+            world.later(world.length("fails", place, 0.1, 40), self.end, call, "agent_failed")
         return call
 
 
@@ -364,7 +369,7 @@ class Transport(httpx.AsyncBaseTransport):
 
     def _list(self, exchange: _Exchange) -> None:
         world, place = self._world, exchange.place
-        if world.fault("list-5xx", place):
+        if world.now < self._oneinbox.lists_down_until or world.fault("list-5xx", place):
             return exchange.say(502, b"oops")
         if world.fault("list-hang", place):
             return None

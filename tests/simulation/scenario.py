@@ -59,8 +59,9 @@ EVENTS = (
     "block",
     "rotation",
     "skew",
+    "lists-down",
 )
-OF_MEMORY = frozenset({"sigterm", "crash", "rotation", "skew"})
+OF_MEMORY = frozenset({"sigterm", "crash", "rotation", "skew", "lists-down"})
 """Events that a broker on memory:// can meet."""
 OUTAGES: Mapping[str, store.Outage] = {
     "refused": "refused",
@@ -352,6 +353,7 @@ class Scene:
         That is 30 s to collect, 60 s of scans and 30 s of sweeps. After a crash a lost start is old after the timeout
         and 60 s, and its scans begin 30 s after the sweep that saw it.
         """
+        await asyncio.sleep(max(0.0, self.oneinbox.lists_down_until - self.world.now))
         simple = not (self.restarted or self.world.troubles or "lost_call_unresolved" in self.invariants.logged)
         await asyncio.sleep(140 if simple else 290)
 
@@ -511,6 +513,9 @@ class Scenario:
                 await self._refuse(kind, place)
             elif kind == "rotation":
                 await self._rotate(place)
+            elif kind == "lists-down":
+                self.scene.oneinbox.lists_down_until = world.now + world.between(f"lists:{place}", 20, 200)
+                world.note("oneinbox", "refuses all lists for a while")
             else:
                 for replica in self.scene.running.values():
                     replica.skew += world.between(f"step:{replica.name}:{place}", -0.5, 0.5)
