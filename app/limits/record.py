@@ -44,7 +44,6 @@ class Move(NamedTuple):
 
 MOVES = (
     Move("", RESERVED, "the session, before its POST", "the limits have room", "takes the slots"),
-    Move("", GIVEN, "one replica, after the store lost its data", "OneInbox lists the call", "takes the slots"),
     Move(RESERVED, GIVEN, "the session", "OneInbox's 201, and a client that is still there", "the client gets its 201"),
     Move(RESERVED, STARTED, "the session", "OneInbox's 201; the client left its key", "waits for a repeat until `due`"),
     Move(RESERVED, UNWANTED, "the session, the reconciler", "no client is left; the lost call was found", "is stopped"),

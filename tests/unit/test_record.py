@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "reserve": lambda: records.reserve(ATTEMPT),
     "give": lambda: records.give(ATTEMPT, "call_1"),
     "give and keep": lambda: records.give(ATTEMPT, "call_1", "answer:1"),
+    "restore": lambda: records.restore(ATTEMPT, "call_1"),
     "leave": lambda: records.leave(ATTEMPT, "call_1", "answer:1", DUE),
     "collect": lambda: records.collect("repeat-1"),
     "collect, another": lambda: records.collect("repeat-2"),
@@ -79,7 +80,6 @@ def test_every_move_of_the_table_can_happen() -> None:
         ["reserve", "no call"],
         ["reserve", "give up", "reject"],
         ["reserve", "give up", "no call"],
-        ["restore", "end"],
     ):
         record: StartRecord | None = None
         for name in path:
