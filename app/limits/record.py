@@ -262,7 +262,7 @@ def miss(now: float) -> Step:
     """OneInbox said 404; 0: it knows the call again."""
 
     def step(found: StartRecord | None) -> StartRecord | None:
-        if found is None or bool(found.missing_since) == bool(now):
+        if found is None or found.state == RESERVED or bool(found.missing_since) == bool(now):
             return None
         return found.moved(missing_since=now)
 
