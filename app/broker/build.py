@@ -44,6 +44,7 @@ from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
 from app.sessions.service import Sessions
 from app.store import Store, StoreUnavailable, open_store
+from app.store.url import parse_store_url
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
 
@@ -58,7 +59,8 @@ def check(settings: Settings) -> None:
     load_agents(settings)
     _keys(settings)
     try:
-        open_configured_store(settings)
+        if (url := settings.store_url.get_secret_value()) != "memory://":
+            parse_store_url(url)
     except ValueError as error:
         raise SettingsError([f"BROKER_STORE_URL: {error}; takes {takes('BROKER_STORE_URL')}"]) from None
     try:
