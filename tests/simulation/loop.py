@@ -8,8 +8,8 @@ import itertools
 import os
 import random
 import secrets
-import socket
 import signal
+import socket
 import threading
 import time
 import traceback
