@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from app.api.app import create_app
+from app.broker.build import refuse_foreign_store
 from app.config.loading import load_settings
 from app.config.settings import SettingsError
 from app.server.gc import freeze_gc
@@ -17,6 +18,7 @@ def __getattr__(name: str) -> Any:
     try:
         settings = load_settings()
         made = create_app(settings)
+        refuse_foreign_store(settings)
     except SettingsError as error:
         sys.stderr.write("".join(f"{line}\n" for line in error.lines))
         raise SystemExit(2) from None

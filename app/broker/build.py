@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 
 import httpx
 
 from app.broker.context import Broker
+from app.broker.deployment import Deployment
 from app.broker.gauges import Gauges
+from app.broker.replicas import Reporter
 from app.broker.secret_reload import SecretHandler, SecretReloader
 from app.broker.shutdown import Shutdown
 from app.calls.cache import CallCache
@@ -31,6 +34,7 @@ from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.ledger import Ledger
+from app.limits.restorer import Restorer
 from app.limits.sweeper import settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
@@ -39,7 +43,8 @@ from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
 from app.sessions.service import Sessions
-from app.store import Store, open_store
+from app.store import Store, StoreUnavailable, open_store
+from app.store.url import parse_store_url
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
 
@@ -54,14 +59,31 @@ def check(settings: Settings) -> None:
     load_agents(settings)
     _keys(settings)
     try:
-        open_store(settings.store_url.get_secret_value())
-    except ValueError:
-        line = f"BROKER_STORE_URL: is not the URL of a store; takes {takes('BROKER_STORE_URL')}"
-        raise SettingsError([line]) from None
+        if (url := settings.store_url.get_secret_value()) != "memory://":
+            parse_store_url(url)
+    except ValueError as error:
+        raise SettingsError([f"BROKER_STORE_URL: {error}; takes {takes('BROKER_STORE_URL')}"]) from None
     try:
         proxy_for(settings.oneinbox_base_url)
     except ValueError:
         raise SettingsError(["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]) from None
+
+
+def refuse_foreign_store(settings: Settings) -> None:
+    """Raise SettingsError if the shared store is in use by another deployment; nothing while it does not answer."""
+    url = settings.store_url.get_secret_value()
+    if url == "memory://":
+        return
+    # Importing redis-py takes 6 MB and 75 ms; only a shared store needs it.
+    from app.store.valkey import ValkeyStore  # noqa: PLC0415
+
+    async def claim() -> None:
+        async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
+            with contextlib.suppress(StoreUnavailable):
+                await Deployment(store, load_agents(settings), lambda: settings).claim()
+
+    with ThreadPoolExecutor(1) as pool:  # uvicorn imports the app inside its event loop
+        pool.submit(asyncio.run, claim()).result()
 
 
 @asynccontextmanager
@@ -85,7 +107,7 @@ async def open_broker(
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
-        opened = store_factory() if store_factory else open_store(settings.store_url.get_secret_value(), clock)
+        opened = store_factory() if store_factory else open_configured_store(settings, clock)
         store = await stack.enter_async_context(opened)
         traces = open_traces()
         if traces is not None:
@@ -125,6 +147,17 @@ async def open_broker(
             now=clock.now,
             metrics=metrics,
         )
+        restorer = Restorer(
+            store,
+            oneinbox,
+            live,
+            keyring,
+            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            timeout=settings.oneinbox_timeout,
+            now=clock.now,
+            metrics=metrics,
+        )
+        deployment = Deployment(store, agents, lambda: secret_reloader.settings)
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout, now=clock.now)
         kill_switch = KillSwitch(store, clock.monotonic)
         challenge = _challenge(settings, store, transport, stack, metrics)
@@ -168,12 +201,16 @@ async def open_broker(
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
         gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
-        secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge))
+        secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
+        reporter = Reporter(store, kill_switch, clock)
+        if store.shared:
+            stack.push_async_callback(reporter.aclose)
         stack.push_async_callback(settle, live, reconciler)
         for work in (
             sweep_forever(live, reconciler),
             reconciler.run(),
+            *((restorer.run(), deployment.keep(), reporter.run()) if store.shared else ()),
             settle_forever(live),
             kill_switch.run(),
             poller.run(),
@@ -200,7 +237,7 @@ async def open_broker(
 
 
 def secret_handlers(
-    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None
+    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None, store: Store
 ) -> Mapping[str, SecretHandler]:
     """Return a handler for each secret whose file may change at run time. Running requests keep the old secret."""
 
@@ -213,9 +250,11 @@ def secret_handlers(
         if challenge is not None and settings.challenge_secret is not None:
             challenge.secret = settings.challenge_secret
 
-    def require_restart(_: Settings) -> None:
-        # Counters and subscriptions depend on the open connections, which stay logged in.
-        raise SettingsError(["BROKER_STORE_URL: has changed; the store is opened at the start, so restart to use it"])
+    def use_store_url(settings: Settings) -> None:
+        try:
+            store.use(settings.store_url.get_secret_value())
+        except ValueError as error:
+            raise SettingsError([f"BROKER_STORE_URL: {error}"]) from None
 
     return {
         "ONEINBOX_API_KEY": lambda settings: oneinbox.use_key(settings.oneinbox_api_key),
@@ -226,8 +265,14 @@ def secret_handlers(
         # Each request reads these from the settings in force.
         "BROKER_WEBHOOK_SECRET": lambda _: None,
         "BROKER_METRICS_TOKEN": lambda _: None,
-        "BROKER_STORE_URL": require_restart,
+        "BROKER_STORE_URL": use_store_url,
     }
+
+
+def open_configured_store(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Store:
+    """Return the configured store, to be entered. Raises ValueError."""
+    url = settings.store_url.get_secret_value()
+    return open_store(url, clock, timeout=settings.store_timeout, prefix=settings.store_prefix)
 
 
 def open_oneinbox(

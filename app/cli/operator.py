@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from app.broker.build import open_limits, open_oneinbox
+from app.broker.replicas import Report, read_reports
 from app.cli.process import checked, refuse, say
 from app.config.agents import load_agents
 from app.config.loading import load_settings
@@ -16,13 +17,16 @@ from app.identity import User
 from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.kill_switch import BLOCKS, IN_FORCE_SECONDS, PAUSE
+from app.limits.kill_switch import BLOCKS, CONTROLS, PAUSE
 from app.limits.ledger import UNFOUND, UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
-from app.store import Store, StoreUnavailable, open_store
+from app.store import Store, StoreUnavailable
 from app.telemetry.logging import configure_logging
+
+CONFIRM_SECONDS = 5
+"""Seconds that replicas have to confirm a control."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -45,6 +49,7 @@ class Operator:
 
     async def status(self) -> str:
         """Return the counters, pauses, blocks and unstopped calls, one per line."""
+        reports = await read_reports(self.store)
         pause = await self.store.members(PAUSE)
         blocks = await self.store.members(BLOCKS)
         unstopped = await self.store.members(UNSTOPPED)
@@ -55,10 +60,35 @@ class Operator:
                 *(f"paused for {round(left)} s more" for left in pause.values()),
                 *([] if pause else ["not paused"]),
                 f"blocked users: {len(blocks)}",
+                f"replicas: {len(reports)}",
+                *(f"  {_described(report)}" for report in reports),
                 f"calls that could not be stopped: {len(unstopped)}",
                 *(f"  {call.replace(UNFOUND, 'not found: request ')}" for call in sorted(unstopped)),
             ]
         )
+
+    async def confirm(self) -> tuple[str, bool]:
+        """Wait until every replica obeys what was written; return where it is in force, and whether that is all."""
+        controls = await self.kill_switch.announce()
+        end = time.monotonic() + CONFIRM_SECONDS
+        while True:
+            reports = await read_reports(self.store)
+            # Another command may have been announced since; who has read that has read this one, too.
+            latest = ((await self.store.get(CONTROLS)) or b"").decode()
+            missing = [report for report in reports if report.controls not in (controls, latest)]
+            if (reports and not missing) or time.monotonic() > end:
+                break
+            await asyncio.sleep(0.1)
+        lines = [f"in force on {len(reports) - len(missing)} of {len(reports)} replicas"]
+        lines += [f"not in force on {_described(report)}" for report in missing]
+        return "\n".join(lines), not missing
+
+
+def _described(report: Report) -> str:
+    state = f"silent for {report.age:.0f} s" if report.stale else "reaches the store"
+    paused = ", paused" if report.paused else ""
+    blocked = f", {report.blocked} blocked" if report.blocked else ""
+    return f"{report.id}: version {report.version or 'unknown'}, {state}{paused}{blocked}"
 
 
 async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]) -> str:
@@ -72,12 +102,12 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
             ["BROKER_STORE_URL: is memory://; a command reaches running brokers only through a shared store"]
         )
     agents = load_agents(settings)
-    async with open_store(url) as store:
+    from app.store.valkey import ValkeyStore
+
+    # Without a local store to fall back on: what was not written must not look as if it were.
+    async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
         limits = open_limits(settings, agents, Ledger(store, lease=0))
-        said = await work(Operator(settings, store, KillSwitch(store), limits))
-        if store.state == "down":
-            raise StoreUnavailable
-        return said
+        return await work(Operator(settings, store, KillSwitch(store), limits))
 
 
 EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")
@@ -139,14 +169,25 @@ def run_operator(work: Callable[[Operator], Awaitable[str]]) -> None:
 
 
 def run_control(work: Callable[[Operator], Awaitable[bool | None]], done: str, otherwise: str = "") -> None:
-    """Do work that stops or allows sessions, and print `done` once all replicas obey; `otherwise` if it was False."""
+    """Do work that stops or allows sessions, and print `done` and on which replicas; `otherwise` if it was False.
+
+    Exits with status 1 when a replica has not confirmed it.
+    """
+    confirmed = True
 
     async def run(operator: Operator) -> str:
-        return otherwise if await work(operator) is False else done
+        nonlocal confirmed
+        if await work(operator) is False:
+            return otherwise
+        try:
+            lines, confirmed = await operator.confirm()
+        except StoreUnavailable:
+            lines, confirmed = "not confirmed: the store does not answer", False
+        return f"{done}\n{lines}"
 
-    said = _run(partial(operate, work=run))
-    time.sleep(IN_FORCE_SECONDS)
-    say(said)
+    say(_run(partial(operate, work=run)))
+    if not confirmed:
+        raise SystemExit(1)
 
 
 def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
@@ -159,7 +200,8 @@ def _run(operation: Callable[[Settings], Coroutine[Any, Any, str]]) -> str:
     configure_logging("error", settings.log_format)
     try:
         return checked(lambda: asyncio.run(operation(settings)))
-    except StoreUnavailable:
-        refuse("BROKER_STORE_URL: the store does not answer; nothing was changed", status=1)
+    except StoreUnavailable as error:
+        why = "does not answer" if not error.lacks_right else "denies its user a right that `doctor` names"
+        refuse(f"BROKER_STORE_URL: the store {why}; nothing was changed", status=1)
     except OneInboxError as error:
         refuse(f"OneInbox {error.reason}", status=1)

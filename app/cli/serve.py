@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 from app.api.app import create_app
+from app.broker.build import refuse_foreign_store
 from app.cli.process import checked, listen, refuse
 from app.cli.startup_banner import announce
 from app.config.loading import load_settings
@@ -23,6 +24,7 @@ def run_broker(host: str, port: int, workers: int) -> None:
             f"takes {takes('BROKER_STORE_URL')}"
         )
     configure_logging(settings.log_level, settings.log_format)
+    checked(lambda: refuse_foreign_store(settings))
     listener = listen(host, port)
     announce(settings, host, url=url_of(listener), workers=workers)
     freeze_gc()

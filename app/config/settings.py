@@ -163,7 +163,8 @@ _LONG_LINES = _secret_rule(
     "has a line shorter than 32 characters",
 )
 _STORE_URL = _secret_rule(
-    re.compile(r"memory://\Z|(redis|rediss|valkey|valkeys)://[^/]").match, "is not the URL of a store"
+    re.compile(r"memory://\Z|(redis|valkey)(s?(\+sentinel|\+cluster)?://[^/]|\+unix://.)", re.IGNORECASE).match,
+    "is not the URL of a store",
 )
 
 
@@ -296,7 +297,20 @@ class Settings(BaseSettings):
     store_url: Annotated[Secret, _STORE_URL] = setting(
         SecretStr("memory://"),
         "Where counters are kept: `memory://`, or a Valkey or Redis shared by all replicas",
-        "memory://, or a redis://, rediss://, valkey:// or valkeys:// URL",
+        "memory://, or a redis://, rediss://, redis+unix://, redis+sentinel:// or redis+cluster:// URL (also valkey…)",
+    )
+    store_timeout: float = setting(
+        0.25,
+        "Seconds the shared store may take for one operation, connecting included. More for a store in another region",
+        "seconds, 0.05 to 5",
+        ge=0.05,
+        le=5,
+    )
+    store_prefix: str = setting(
+        "oib",
+        "First part of all names in the shared store. Deployments with different prefixes share nothing in it",
+        "1 to 64 letters, digits, `.`, `_` or `-`",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     on_store_loss: Literal["local", "refuse"] = setting(
         "local",

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from app.broker.build import check, open_oneinbox
+from app.broker.replicas import read_reports
 from app.config.agents import Agents, load_agents
 from app.config.loading import load_settings
 from app.config.settings import Settings, SettingsError
@@ -24,7 +25,8 @@ from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, OneInboxError
 from app.oneinbox.transport import open_transport
 from app.store import LimitRequest, Rate, Slot, StoreUnavailable
-from app.store.valkey import ValkeyStore
+from app.store.review import weaknesses
+from app.store.valkey import Refused, ValkeyStore
 
 LONGEST_ANSWER = 8.0
 """Seconds for one answer of OneInbox, even if ONEINBOX_TIMEOUT allows more: there are two in a row."""
@@ -51,11 +53,13 @@ CAUSES = {
 
 STORE_REMEDIES = {
     "AuthenticationError": "correct the user and password in BROKER_STORE_URL",
-    "NoPermissionError": "allow its user to read, write and run scripts on keys oib:*",
     "ReadOnlyError": "point BROKER_STORE_URL at the primary, not at a replica",
     "OutOfMemoryError": "give it more memory",
-    "MovedError": "use one primary: a cluster does not work",
-    "ClusterCrossSlotError": "use one primary: a cluster does not work",
+    "MovedError": "it is a cluster: write BROKER_STORE_URL as redis+cluster://host:port",
+    "ClusterCrossSlotError": "it is a cluster: write BROKER_STORE_URL as redis+cluster://host:port",
+    "ClusterDownError": "start the cluster's missing nodes",
+    "BusyLoadingError": "wait until it has loaded its data",
+    "MasterNotFoundError": "compare the service in BROKER_STORE_URL with the Sentinels' `sentinel monitor`",
 }
 STORE_REMEDY = "start it, or correct BROKER_STORE_URL"
 
@@ -235,12 +239,15 @@ async def _store(settings: Settings) -> list[Finding]:
     if url == "memory://":
         return [settings_review.memory_store()]
     try:
-        store = ValkeyStore(url)
+        store = ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix)
     except ValueError as error:
         return [wrong(name, f"BROKER_STORE_URL: {error}", "correct BROKER_STORE_URL")]
     async with store:
         try:
             milliseconds = await _exercise(store)
+            publishes = await store.may_publish()
+        except Refused:
+            return [wrong(name, "its user lacks rights", f"give the user these: {store.rights}")]
         except StoreUnavailable as error:
             return [wrong(name, f"does not work: {error}", STORE_REMEDIES.get(str(error), STORE_REMEDY))]
         if milliseconds is None:
@@ -249,7 +256,15 @@ async def _store(settings: Settings) -> list[Finding]:
             about = await store.info()
         except StoreUnavailable:
             about = {}
-    return [_server(name, about, milliseconds)]
+        silent = [report for report in await read_reports(store) if report.stale]
+    findings = [_server(name, about, milliseconds)]
+    if not publishes:
+        detail = "its user may not use channels, so that replicas hear of each other's news up to a second late"
+        findings.append(warning(name, detail, f"give the user these rights: {store.rights}"))
+    for report in silent:
+        detail = f"replica {report.id} is silent for {report.age:.0f} s: it has died, or does not reach the store"
+        findings.append(warning(name, detail, "look at its /readyz and its log (store_lost)"))
+    return [*findings, *(warning(name, *weakness) for weakness in weaknesses(about))]
 
 
 async def _exercise(store: ValkeyStore) -> float | None:
@@ -261,6 +276,8 @@ async def _exercise(store: ValkeyStore) -> float | None:
     value = key.encode()
     try:
         await store.set(key, value, ttl=10)
+    except Refused:
+        raise
     except StoreUnavailable:
         await store.set(key, value, ttl=10)  # a first connection may take longer: name, TLS, login
     kept = await store.get(key)
@@ -279,15 +296,9 @@ async def _exercise(store: ValkeyStore) -> float | None:
 def _server(name: str, about: Mapping[str, str], milliseconds: float) -> Finding:
     version = about.get("valkey_version", about.get("redis_version", ""))
     server = f"{'Valkey' if 'valkey_version' in about else 'Redis'} {version}"
-    if about.get("redis_mode") == "cluster":
-        return wrong(name, f"{server} is a cluster, where scripts over several keys fail", "use one primary")
     major = version.partition(".")[0]
     if major.isdecimal() and int(major) < OLDEST_STORE:
         return wrong(name, f"{server} is too old", f"use Valkey, or Redis {OLDEST_STORE} or newer")
-    policy = about.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        detail = f"{server} drops keys when its memory is full ({policy}), and limits are forgotten"
-        return warning(name, detail, "set its maxmemory-policy to noeviction")
     shown = server if version else "version unknown"
     return fine(name, f"{shown}, reads, writes and runs scripts; {milliseconds:.0f} ms per answer")
 

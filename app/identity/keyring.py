@@ -3,18 +3,22 @@
 import base64
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Literal
 
+from cryptography.exceptions import InvalidTag
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from app.identity.user import User
 
 PSEUDONYMS = 4096
 """Users whose pseudonyms are cached."""
 
-Purpose = Literal["call-key", "pseudonym", "stored-answer"]
+Purpose = Literal["call-key", "pseudonym", "stored-answer", "call-record"]
+NONCE = 12
 
 
 class Keyring:
@@ -34,6 +38,7 @@ class Keyring:
         # Each request needs its user's pseudonym.
         self._pseudonym = lru_cache(PSEUDONYMS)(partial(_mac, self._keys["pseudonym"][0]))
         stored = _derive(secrets, "stored-answer")
+        self._sealers = [AESGCM(key) for key in _derive(secrets, "call-record")]
         self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
 
     def sign(self, purpose: Purpose, message: bytes) -> str:
@@ -48,6 +53,26 @@ class Keyring:
     def pseudonym(self, user: User) -> str:
         """Return a user's pseudonym, for OneInbox's record and for logs."""
         return self.sign("pseudonym", user.canonical)
+
+    def seal(self, text: str, context: str) -> str:
+        """Encrypt a short text for OneInbox's record (AES-256-GCM, a tenth of Fernet's cost). `context`: to open it."""
+        nonce = os.urandom(NONCE)
+        return base64.urlsafe_b64encode(
+            nonce + self._sealers[0].encrypt(nonce, text.encode(), context.encode())
+        ).decode()
+
+    def unseal(self, sealed: str, context: str) -> str | None:
+        """Decrypt a text of `seal`; None if no secret fits, or the context differs."""
+        try:
+            value = base64.urlsafe_b64decode(sealed)
+        except ValueError:
+            return None
+        for sealer in self._sealers if len(value) > NONCE else ():
+            try:
+                return sealer.decrypt(value[:NONCE], value[NONCE:], context.encode()).decode()
+            except InvalidTag:
+                continue
+        return None
 
     def encrypt(self, value: bytes) -> bytes:
         """Encrypt a value (Fernet: AES-128-CBC with HMAC-SHA256)."""

@@ -37,6 +37,17 @@ class CallAttempt(NamedTuple):
         return cls(request_id, int(since), agent, user, owner)
 
     @property
+    def unwritten(self) -> str:
+        """The fields that OneInbox's record does not hold otherwise, for `restored`."""
+        return f"{self.since} {self.agent} {self.user}"
+
+    @classmethod
+    def restored(cls, unwritten: str, request_id: str, owner: str) -> Self:
+        """Return the attempt of OneInbox's record. Raises ValueError."""
+        since, agent, user = unwritten.split(" ")
+        return cls(request_id, int(since), agent, user, owner)
+
+    @property
     def sets(self) -> list[str]:
         """Names of the sets of live calls that the call is in."""
         return [calls_of_user(self.user), calls_of_agent(self.agent), ALL_CALLS]

@@ -1,6 +1,7 @@
 """The operator's kill switch: pause all sessions, block one user. In force on every replica within two seconds."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ import structlog
 
 from app.identity import User
 from app.problems import Problem, retry_later
-from app.store import Store
+from app.store import Store, StoreUnavailable
 
 PAUSE = "pause"
 BLOCKS = "blocks"
+CONTROLS = "controls"
+"""Changes with each command, so that a replica can say which one it has read."""
+CONTROLS_SECONDS = 86400
 READ_SECONDS = 1
-IN_FORCE_SECONDS = 2
-"""Seconds within which every replica that reaches the store has read it."""
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +31,8 @@ class KillSwitch:
 
     store: Store
     clock: Callable[[], float] = time.monotonic
+    controls: str = field(default="", init=False)
+    """The last command that is in force here."""
     _paused_until: float = field(default=0.0, init=False)
     _blocked_until: dict[str, float] = field(default_factory=dict, init=False)
 
@@ -40,6 +44,23 @@ class KillSwitch:
             raise retry_later("at-capacity", min(left, 60))
         if self._blocked_until.get(user.store_name, 0) > self.clock():
             raise Problem("blocked")
+
+    @property
+    def paused(self) -> bool:
+        """True while sessions are paused."""
+        return self._paused_until > self.clock()
+
+    @property
+    def blocked(self) -> int:
+        """The number of blocked users."""
+        now = self.clock()
+        return sum(until > now for until in self._blocked_until.values())
+
+    async def announce(self) -> str:
+        """Note a change that was written; return what `controls` becomes on each replica that has read it."""
+        controls = secrets.token_hex(8)
+        await self.store.set(CONTROLS, controls.encode(), CONTROLS_SECONDS)
+        return controls
 
     async def pause(self, seconds: float) -> None:
         """Refuse all sessions for `seconds`."""
@@ -61,12 +82,18 @@ class KillSwitch:
         """Read pauses and blocks. Nothing changes while the shared store is gone."""
         if not self._reachable():
             return
+        try:
+            # Read first: what is read after it includes what the command wrote before.
+            controls = await self.store.get(CONTROLS)
+        except StoreUnavailable:
+            return
         paused, blocked = await self.store.members(PAUSE), await self.store.members(BLOCKS)
         if not self._reachable():
             return  # the store was lost meanwhile; local memory has none
         now = self.clock()
         self._paused_until = max((now + left for left in paused.values()), default=0.0)
         self._blocked_until = {name: now + left for name, left in blocked.items()}
+        self.controls = controls.decode() if controls else ""
 
     def _reachable(self) -> bool:
         return self.store.state == "ok"

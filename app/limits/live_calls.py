@@ -92,6 +92,17 @@ class LiveCalls:
             return True
         return _is_given(after or before, attempt.request_id)
 
+    async def restore(self, attempt: CallAttempt, call_id: str) -> bool:
+        """Put a running call back into a store that lost it; return whether it was missing. Raises StoreUnavailable."""
+        found = await self.ledger.find(attempt.request_id)
+        if found is None:
+            return (await self._move(attempt.request_id, records.restore(attempt, call_id))).after is not None
+        if found.running:  # its slots may be lost all the same
+            left = max(1.0, self.ledger.lease - (self.now() - attempt.since))
+            for name in attempt.sets:
+                await self.store.add_member(name, attempt.key, left)
+        return False
+
     async def leave(self, attempt: CallAttempt, call_id: str, kept: Kept) -> bool:
         """Record that the session's client has gone, and let the call wait for a repeat. False: it cannot wait.
 

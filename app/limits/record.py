@@ -150,18 +150,20 @@ def reserve(attempt: CallAttempt) -> Step:
 
 def give(attempt: CallAttempt, call_id: str, *, kept: bool) -> Step:
     """The session's client gets the 201. `kept`: repeats may, too."""
-    return lambda found: (
-        StartRecord(attempt, GIVEN, call_id, (attempt.request_id,), kept)
-        if found is None or found.state == RESERVED
-        else None
-    )
+    return lambda found: StartRecord(attempt, GIVEN, call_id, (attempt.request_id,), kept) if _is_open(found) else None
+
+
+def restore(attempt: CallAttempt, call_id: str) -> Step:
+    """The store has lost the record of a running call: it was given, as far as anything tells.
+
+    No receiver is named, so a session that is still under way knows better.
+    """
+    return lambda found: StartRecord(attempt, GIVEN, call_id) if found is None else None
 
 
 def leave(attempt: CallAttempt, call_id: str, due: float) -> Step:
     """The session's client has gone, and may come back with its key until `due`."""
-    return lambda found: (
-        StartRecord(attempt, STARTED, call_id, kept=True, due=due) if found is None or found.state == RESERVED else None
-    )
+    return lambda found: StartRecord(attempt, STARTED, call_id, kept=True, due=due) if _is_open(found) else None
 
 
 def collect(receiver: str) -> Step:
@@ -187,7 +189,7 @@ def withdraw(receiver: str, due: float, why: str, otherwise: Step) -> Step:
     """
 
     def step(found: StartRecord | None) -> StartRecord | None:
-        if found is None or found.state != GIVEN:
+        if _is_open(found) or found is None or found.state != GIVEN:
             return otherwise(found)
         if receiver not in found.given_to:
             return None
@@ -212,7 +214,7 @@ def reject(attempt: CallAttempt, call_id: str, why: str) -> Step:
     def step(found: StartRecord | None) -> StartRecord | None:
         if found is None:
             return StartRecord(attempt, UNWANTED, call_id, unwanted=why)
-        if found.state in (RESERVED, UNRESOLVED):
+        if _is_open(found) or found.state == UNRESOLVED:
             return found.moved(state=UNWANTED, call_id=call_id, unwanted=why)
         return None
 
@@ -263,8 +265,13 @@ def miss(now: float) -> Step:
     """OneInbox said 404; 0: it knows the call again."""
 
     def step(found: StartRecord | None) -> StartRecord | None:
-        if found is None or not found.running or bool(found.missing_since) == bool(now):
+        if found is None or not found.running or found.state == RESERVED or bool(found.missing_since) == bool(now):
             return None
         return found.moved(missing_since=now)
 
     return step
+
+
+def _is_open(found: StartRecord | None) -> bool:
+    """Return whether it is still for the session to say who gets the call."""
+    return found is None or found.state == RESERVED or (found.state == GIVEN and not found.given_to)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler,
 BROKER_USER = "broker_user"
 BROKER_REQUEST_ID = "broker_request_id"
 BROKER_USER_ID = "broker_user_id"
+BROKER_CALL = "broker_call"
 """Metadata keys that the broker writes on a call."""
 
 CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -81,6 +82,11 @@ class CallRecord(BaseModel):
     def owner(self) -> str:
         """The pseudonym of the user who started the call; empty if the broker did not start it."""
         return self._text(BROKER_USER)
+
+    @property
+    def sealed_attempt(self) -> str:
+        """The rest of the broker's record of the call, encrypted; empty if there is none."""
+        return self._text(BROKER_CALL)
 
     def _text(self, name: str) -> str:
         value = (self.metadata or {}).get(name)

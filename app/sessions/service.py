@@ -16,7 +16,7 @@ from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
-from app.oneinbox.models import BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
+from app.oneinbox.models import BROKER_CALL, BROKER_REQUEST_ID, BROKER_USER, BROKER_USER_ID
 from app.problems import Problem, retry_later
 from app.sessions.challenge import Challenge
 from app.sessions.disconnect import ClientConnection
@@ -143,6 +143,8 @@ class Sessions:
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
         own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}
+        if self.live.store.shared:  # to read the call back if the store loses it
+            own[BROKER_CALL] = self.keyring.seal(attempt.unwritten, attempt.request_id)
         if self.share_user_id:
             own[BROKER_USER_ID] = user.id
         return {**spec.metadata, **own}

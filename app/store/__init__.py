@@ -32,10 +32,11 @@ __all__ = [
 ]
 
 
-def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> Store:
-    """Return the store of a URL: `memory://`, or `redis://`, `rediss://`, `valkey://`, `valkeys://`.
+def open_store(url: str, clock: Clock = SYSTEM_CLOCK, *, timeout: float = 0.25, prefix: str = "oib") -> Store:
+    """Return the store of a URL: `memory://`, or one of url.py's.
 
-    It connects when it is entered (`async with`). Raises ValueError, without the URL in it, for any other URL.
+    It connects when it is entered (`async with`). `timeout`: seconds for one operation; `prefix`: of all names, in a
+    shared store. Raises ValueError, without the URL in it, for any other URL.
     """
     if url == "memory://":
         return MemoryStore(clock.monotonic)
@@ -43,4 +44,5 @@ def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> Store:
     from app.store.failover import FailoverStore  # noqa: PLC0415
     from app.store.valkey import ValkeyStore  # noqa: PLC0415
 
-    return FailoverStore(ValkeyStore(url), MemoryStore(clock.monotonic), clock.monotonic)
+    shared = ValkeyStore(url, timeout=timeout, prefix=prefix)
+    return FailoverStore(shared, MemoryStore(clock.monotonic), clock.monotonic)

@@ -10,18 +10,21 @@ While the store is down:
   limit times the number of replicas.
 - `give_back`, `add_member`, `remove_member`, `members`: answered locally, from what this replica put in. Members that
   were added or removed are replayed when the store is back. Counts in the shared store stay: too many rather than too
-  few.
+  few. Members of the last seconds are also replayed when the store has moved: the new primary may have lagged behind.
 - `publish`: reaches this process's subscribers only. It is a hint, so never an error.
 - `subscribe`: works, and resumes by itself.
 - `get`, `set`, `add`, `replace`, `delete`, `change`, `items`: StoreUnavailable at once. Replicas must agree on these
   (who answers a repeated key, who polls, what state a call is in); a local answer would be a guess, so the caller
   decides. Only the members of a `change` join and leave the local sets all the same: they are this replica's own calls.
+
+A right that the store's user lacks is no loss, unless the probe needs it.
 """
 
 import asyncio
 import contextlib
 import dataclasses
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -29,12 +32,20 @@ from typing import Literal, ParamSpec, Self, TypeVar
 
 import structlog
 
+from app.store.generation import Generation
 from app.store.memory import MemoryStore
 from app.store.protocol import Change, Decision, LimitRequest, Rate, Slot, Store, StoreUnavailable
-from app.store.valkey import ValkeyStore
+from app.store.review import weaknesses
+from app.store.valkey import Refused, ValkeyStore
 
 PROBE_SECONDS = 1.0
 PROBE_REQUEST = LimitRequest([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
+PLACE_SECONDS = 2.0
+"""Seconds between new connections, which show whether the store's address leads elsewhere by now."""
+LAG_SECONDS = 10.0
+"""Changes of members this recent are replayed after a move."""
+REPLAYED_AT_ONCE = 500
+LOSS_REMEDY = "running calls are read back from OneInbox; used limits, pauses and blocks are forgotten"
 MISSED = 10_000
 """Changes of members kept for the shared store while it is gone; beyond that, the oldest are dropped."""
 
@@ -63,11 +74,25 @@ class FailoverStore(Store):
         self._down_since: float | None = None
         self._probe: asyncio.Task[None] | None = None
         self._missed: dict[tuple[str, str], float | None] = {}
+        self._recent: deque[tuple[float, Sequence[str], str, float | None]] = deque(maxlen=MISSED)
+        self._moves = 0
+        self._check_place_at = 0.0
+        self._generation = Generation(shared)
+        self._reviewed_moves: int | None = None
+        self._warned: set[str] = set()
+        self.losses = 0
 
     @property
     def state(self) -> Literal["ok", "down"]:
         """`ok` if the shared store answered last."""
         return "ok" if self._down_since is None else "down"
+
+    @property
+    def incomplete(self) -> bool:
+        return self._generation.incomplete and self._down_since is None
+
+    async def complete(self) -> bool:
+        return await self._ask(self._generation.complete)
 
     async def __aenter__(self) -> Self:
         self._probe = asyncio.create_task(self._probe_forever(), name="store-probe")
@@ -112,6 +137,7 @@ class FailoverStore(Store):
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
         await self._local.add_member(name, member, ttl)
+        self._recent.append((self._clock(), [name], member, ttl))
         try:
             await self._ask(self._shared.add_member, name, member, ttl)
         except StoreUnavailable:
@@ -119,6 +145,7 @@ class FailoverStore(Store):
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         left = await self._local.remove_member(names, member)
+        self._recent.append((self._clock(), names, member, None))
         try:
             return await self._ask(self._shared.remove_member, names, member)
         except StoreUnavailable:
@@ -149,6 +176,9 @@ class FailoverStore(Store):
             await self._ask(self._shared.publish, channel, message)
         except StoreUnavailable:
             self._shared.pubsub.deliver(channel, message)
+        else:
+            if self._shared.channels == "refused":
+                self._shared.pubsub.deliver(channel, message)
 
     def subscribe(self, channel: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         return self._shared.subscribe(channel)
@@ -166,6 +196,8 @@ class FailoverStore(Store):
             raise StoreUnavailable("the shared store is gone")
         try:
             return await operation(*args, **kwargs)
+        except Refused:
+            raise
         except StoreUnavailable as error:
             self._lost(error)
             raise
@@ -182,28 +214,74 @@ class FailoverStore(Store):
                 del self._missed[next(iter(self._missed))]
             self._missed[name, member] = None if ttl is None else self._clock() + ttl
 
+    def use(self, url: str) -> None:
+        """Use another URL of the same kind from now on, such as one with a new password. Raises ValueError."""
+        self._shared.use(url)
+
     async def _probe_forever(self) -> None:
         while True:
-            await asyncio.sleep(PROBE_SECONDS)
             try:
                 await self._shared.decide(PROBE_REQUEST)
+                await self._check_place()
+                await self._check_generation()
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
-                continue
-            if self._down_since is not None:
-                log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
-                self._down_since = None
+            else:
+                if self._down_since is not None:
+                    log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
+                    self._down_since = None
+                await self._review()
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def _check_generation(self) -> None:
+        verdict = await self._generation.check()
+        if verdict in ("emptied", "set-back"):
+            self.losses += 1
+            log.error("store_emptied" if verdict == "emptied" else "store_set_back", remedy=LOSS_REMEDY)
+
+    async def _review(self) -> None:
+        """Log what is weak about the server in use, each weakness once."""
+        if self._reviewed_moves != self._shared.moves:
+            self._reviewed_moves = self._shared.moves
+            try:
+                about = await self._shared.info()
+            except StoreUnavailable:
+                about = {}
+            for weakness in weaknesses(about):
+                if weakness.remedy not in self._warned:
+                    self._warned.add(weakness.remedy)
+                    log.warning("store_warning", detail=weakness.detail, remedy=weakness.remedy)
+
+    async def _check_place(self) -> None:
+        if self._clock() >= self._check_place_at:
+            self._check_place_at = self._clock() + PLACE_SECONDS
+            await self._shared.check_place()
+        if self._moves != self._shared.moves:
+            self._moves = self._shared.moves
+            since = self._clock() - LAG_SECONDS
+            for noted, names, member, ttl in self._recent:
+                if noted > since:
+                    for name in names:
+                        self._missed.pop((name, member), None)
+                        self._missed[name, member] = None if ttl is None else noted + ttl
 
     async def _replay_missed(self) -> None:
         """Bring the shared sets up to date; what cannot be written stays for the next time."""
         while self._missed:
-            (name, member), end = self._missed.popitem()
-            try:
-                if end is None:
-                    await self._shared.remove_member([name], member)
-                elif (left := end - self._clock()) > 0:
-                    await self._shared.add_member(name, member, left)
-            except StoreUnavailable:
-                self._missed.setdefault((name, member), end)
-                raise
+            some = list(self._missed.items())[-REPLAYED_AT_ONCE:]
+            for key, _ in some:
+                del self._missed[key]
+            # Together: a store far away takes its time for each.
+            results = await asyncio.gather(*(self._replay(*key, end) for key, end in some), return_exceptions=True)
+            failed = [(key, end, error) for (key, end), error in zip(some, results, strict=True) if error]
+            for key, end, _ in failed:
+                self._missed.setdefault(key, end)
+            if failed:
+                raise failed[0][2]
+
+    async def _replay(self, name: str, member: str, end: float | None) -> None:
+        if end is None:
+            await self._shared.remove_member([name], member)
+        elif (left := end - self._clock()) > 0:
+            await self._shared.add_member(name, member, left)

@@ -5,24 +5,32 @@ once for many. Valkey answers one command after the other anyway.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from hiredis import pack_command
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
+from app.store.replies import Elsewhere, elsewhere
+
 Command = tuple[str | bytes | int, ...]
+RETIRED_SECONDS = 5
+"""A retired connection closes after this long at the latest."""
 
 
 class PipelinedConnection:
     """Send commands over one connection, opened with the first one. When it breaks, all pending commands fail.
 
     `heard`: when the server last sent something, by the event loop's clock. Replies are matched to commands by their
-    order, also those that no caller waits for.
+    order, also those that no caller waits for. A refusal that means "the wrong server" raises `Elsewhere`, and ends the
+    connection; what was not sent yet raises it too.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._retired = False
         self._loop = asyncio.get_running_loop()
         self._pending: list[tuple[Command, asyncio.Future[Any]]] = []
         self._added = asyncio.Event()
@@ -50,33 +58,47 @@ class PipelinedConnection:
         """Start `aclose` without waiting for it."""
         self._task.cancel()
 
+    def retire(self) -> None:
+        """Close it once all pending commands have their replies. Send no more."""
+        self._retired = True
+        self._added.set()
+        self._loop.call_later(RETIRED_SECONDS, self.abort)
+
     async def _run(self) -> None:
         sent: list[tuple[Command, asyncio.Future[Any]]] = []
-        failure: type[Exception] = ConnectionError
+        failure: Exception = ConnectionError()
         try:
-            while True:
+            while not self._retired or self._pending:
                 await self._added.wait()
                 self._added.clear()
+                if not self._pending:
+                    continue
+                if self._connection is None:
+                    self._connection = await self._connect()
                 sent, self._pending = self._pending, []
-                await self._exchange(sent)
+                await self._exchange(self._connection, sent)
         except (RedisError, OSError) as error:
-            failure = type(error)
+            failure = elsewhere(error) or error
         finally:
             for _, reply in (*sent, *self._pending):
                 if not reply.done():
-                    reply.set_exception(failure())
-            await self._connection.disconnect(nowait=True)
+                    reply.set_exception(failure)
+            if self._connection is not None:
+                await self._connection.disconnect(nowait=True)
 
-    async def _exchange(self, commands: list[tuple[Command, asyncio.Future[Any]]]) -> None:
-        connection = self._connection
+    async def _exchange(self, connection: Connection, commands: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+        wrong_server: Elsewhere | None = None
         if connection.is_connected and await connection.can_read():
             await connection.disconnect(nowait=True)  # the server closed it while it was idle
         await connection.send_packed_command([_pack(command) for command, _ in commands])
         for _, reply in commands:
+            error: RedisError | None
             try:
                 value, error = await connection.read_response(), None
             except ResponseError as refusal:
                 value, error = None, refusal
+                if moved := elsewhere(refusal):
+                    error = wrong_server = moved
             self.heard = self._loop.time()
             if reply.done():  # cancelled
                 continue
@@ -84,6 +106,8 @@ class PipelinedConnection:
                 reply.set_result(value)
             else:
                 reply.set_exception(error)
+        if wrong_server is not None:
+            raise wrong_server
 
 
 def _pack(command: Command) -> bytes:

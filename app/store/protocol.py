@@ -13,6 +13,9 @@ from typing import Literal, NamedTuple, Protocol, Self
 class StoreUnavailable(Exception):
     """No answer of the shared store in time, or a refusal (out of memory, read-only, wrong password)."""
 
+    lacks_right = False
+    """True when only the store's user lacks a right."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -137,11 +140,26 @@ class Store(Protocol):
 
     shared: bool
     """True when other processes see the same data."""
+    losses: int = 0
+    """The number of times that this process has seen the shared store lose data."""
 
     @property
     def state(self) -> Literal["ok", "down"]:
         """`down`: the shared store is gone, and this process answers alone where it can."""
         return "ok"
+
+    @property
+    def incomplete(self) -> bool:
+        """True when the shared store is new or has lost data, until `complete`: running calls may be missing in it."""
+        return False
+
+    async def complete(self) -> bool:
+        """Note that the running calls are in the store again; False if it has lost data meanwhile."""
+        return True
+
+    def use(self, url: str) -> None:
+        """Use another URL from now on, such as one with a new password. Raises ValueError."""
+        raise ValueError("is of another kind, which needs a restart")
 
     async def __aenter__(self) -> Self:
         return self

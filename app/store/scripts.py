@@ -238,3 +238,16 @@ end
 return 1
 """
 )
+
+MARK = Script(
+    """
+-- KEYS: generation, a replica's beat. ARGV: generation to write if there is none, beat, ttl. Returns the generation,
+-- whether it is new, and the beat before.
+local generation, before = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
+local new = not generation
+if new then generation = ARGV[1] end
+redis.call('SET', KEYS[1], generation, 'PX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+return {generation, new and 1 or 0, before or '0'}
+"""
+)

@@ -1,72 +1,93 @@
-"""The store of several replicas: Valkey or Redis (6 or newer, one primary; no cluster), over redis-py's connections.
+"""The store of several replicas: Valkey or Redis (6 or newer), over redis-py's connections.
 
-Every operation has 250 ms in all: waiting for its turn, connecting, logging in, sending, receiving. (deadline.py gives
-the server more while this process itself is too busy to read.) One timer covers all of it; redis-py's own timers would
-cost CPU for each part and add up. Every failure is a `StoreUnavailable` that names neither address nor password. A
-stalled server may still run a timed-out operation: it counts too much, never too little.
+Every operation has BROKER_STORE_TIMEOUT in all: waiting for its turn, connecting, logging in, sending, receiving.
+(deadline.py gives the server more while this process itself is too busy to read.) One timer covers all of it;
+redis-py's own timers would cost CPU for each part and add up. Every failure is a `StoreUnavailable` that names neither
+address nor password. A stalled server may still run a timed-out operation: it counts too much, never too little.
+
+A server that says it is the wrong one (READONLY, MOVED, LOADING, …) is left: place.py finds the right one, which is
+asked within the same timeout.
 
 Of redis-py it uses the connection alone (pipeline.py): the client and the pool above it cost several times as much, and
 the pool's waiters can lose their turn when others are cancelled.
 """
 
+import asyncio
+import contextlib
 import math
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
-from redis.asyncio.connection import Connection, parse_url
+from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app.store import scripts
 from app.store.deadline import Deadline
 from app.store.local_pubsub import LocalPubSub
 from app.store.pipeline import PipelinedConnection
+from app.store.place import FixedPlace, FoundPlace, Nowhere, Place, ask_node, ask_sentinel
 from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, StoreUnavailable
+from app.store.replies import Elsewhere, is_refused_right, is_unknown_command, reason_of
 from app.store.subscriber import Subscriber
+from app.store.url import Address, parse_store_url
 
-PREFIX = "oib:"
+PREFIX = "oib"
 TIMEOUT = 0.25
-"""Seconds an operation may take in all."""
+PROOF_MILLISECONDS = 10_000
 
-_SCHEMES = {"redis": "redis", "rediss": "rediss", "valkey": "redis", "valkeys": "rediss"}
+
+class Refused(StoreUnavailable):
+    """The store's user lacks a right. The store itself works."""
+
+    lacks_right = True
+
+
+class UnknownCommand(StoreUnavailable):
+    """The server is too old for a command."""
 
 
 class ValkeyStore(Store):
-    """Keep everything on a Valkey or Redis server: `redis://`, `valkey://`, or with TLS `rediss://`, `valkeys://`.
+    """Keep everything on Valkey or Redis: one server, the primary that Sentinels name, or one shard of a cluster.
 
-    It has one connection for commands and one for subscriptions, and connects with the first operation. Raises
-    ValueError, without the URL in it, when the URL cannot be read.
+    It has one connection for commands and one for subscriptions, and connects with the first operation. `timeout`:
+    seconds an operation may take in all. `prefix`: of all names in the store. Raises ValueError, without the URL in
+    it, when the URL cannot be used.
     """
 
     shared = True
 
-    def __init__(self, url: str) -> None:
-        scheme, _, rest = url.partition("://")
-        try:
-            options: dict[str, Any] = {**parse_url(f"{_SCHEMES[scheme.lower()]}://{rest}")}
-        except (KeyError, ValueError):
-            raise ValueError("not a URL of the form redis://, rediss://, valkey:// or valkeys://") from None
-        self._kind: type[Connection] = options.pop("connection_class", Connection)
-        self._options = options | {
-            "retry": Retry(NoBackoff(), 0),
-            "socket_timeout": None,
-            "socket_connect_timeout": None,  # one timer for the whole operation, below
-            "health_check_interval": 0,
-            "decode_responses": False,
-            "encoding": "utf-8",
-            "encoding_errors": "surrogatepass",  # a name may be any str
-            "protocol": 2,
-            "driver_info": None,
-        }
-        try:
-            self._new_connection()
-        except TypeError:
-            raise ValueError("the URL has an unknown parameter") from None
+    def __init__(self, url: str, *, timeout: float = TIMEOUT, prefix: str = PREFIX) -> None:
+        self.timeout = timeout
+        self._prefix = prefix
+        self._url = parse_store_url(url)
+        # One hash tag: a decision is one script, so all its keys must be in one shard.
+        self._names = f"{{{prefix}}}:" if self._url.kind == "cluster" else f"{prefix}:"
+        self._rates, self._slots, self._values, self._lists = (f"{self._names}{kind}:" for kind in "rsvl")
+        self._sign = f"{self._values}place:{secrets.token_hex(8)}"
         self._pipelined: PipelinedConnection | None = None
+        self._place = self._find_place()
+        self.moves = 0
         self.pubsub = LocalPubSub()
-        self._subscriber = Subscriber(self._new_connection, self.pubsub, PREFIX + "c:")
+        sharded = self._url.kind == "cluster"
+        self._subscriber = Subscriber(self._place, self.pubsub, f"{self._names}c:", timeout, sharded)
+
+    @property
+    def channels(self) -> Literal["ok", "refused"]:
+        """`refused`: the user may not subscribe, so this process hears only what it publishes itself."""
+        return "refused" if self._subscriber.refused else "ok"
+
+    def use(self, url: str) -> None:
+        """Use another URL of the same kind from now on, such as one with a new password. Raises ValueError."""
+        parsed = parse_store_url(url)
+        if parsed.kind != self._url.kind:
+            raise ValueError("is of another kind, which needs a restart")
+        self._url = parsed
+        self._place = self._subscriber.place = self._find_place()
+        self._leave(self._pipelined)
 
     async def decide(self, request: LimitRequest) -> Decision:
         rates, slots, member, lease, cost, enforce, record = request
@@ -79,7 +100,7 @@ class ValkeyStore(Store):
         arguments += [-1 if slot.capacity is None else slot.capacity for slot in slots]
         if record is not None:
             arguments += (record.value, _milliseconds(record.ttl))
-        answer: bytes = await self._run(scripts.DECIDE, _keys(request), *arguments)
+        answer: bytes = await self._run(scripts.DECIDE, self._keys(request), *arguments)
         numbers = list(map(int, answer.split()))
         split = 1 + 4 * len(rates)
         refusals = [*numbers[1:split:4], *numbers[split::2]]
@@ -99,35 +120,35 @@ class ValkeyStore(Store):
         arguments: list[str | int] = [rates, rates + slots, request.cost, request.member]
         for rate, state in zip(request.rates, decision.rates, strict=True):
             arguments += (rate.amount, rate.seconds * 1_000_000, int(state.mark))
-        await self._run(scripts.GIVE_BACK, _keys(request), *arguments)
+        await self._run(scripts.GIVE_BACK, self._keys(request), *arguments)
         return True
 
     async def get(self, name: str) -> bytes | None:
-        value: bytes | None = await self._ask("GET", _value(name))
+        value: bytes | None = await self._ask("GET", self._values + name)
         return value
 
     async def set(self, name: str, value: bytes, ttl: float) -> None:
-        await self._ask("SET", _value(name), value, "PX", _milliseconds(ttl))
+        await self._ask("SET", self._values + name, value, "PX", _milliseconds(ttl))
 
     async def add(self, name: str, value: bytes, ttl: float) -> bool:
-        return await self._ask("SET", _value(name), value, "NX", "PX", _milliseconds(ttl)) is not None
+        return await self._ask("SET", self._values + name, value, "NX", "PX", _milliseconds(ttl)) is not None
 
     async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
-        return bool(await self._run(scripts.REPLACE, [_value(name)], expected, value, _milliseconds(ttl)))
+        return bool(await self._run(scripts.REPLACE, [self._values + name], expected, value, _milliseconds(ttl)))
 
     async def delete(self, name: str, expected: bytes | None = None) -> bool:
         if expected is None:
-            return bool(await self._ask("DEL", _value(name)))
-        return bool(await self._run(scripts.DELETE, [_value(name)], expected))
+            return bool(await self._ask("DEL", self._values + name))
+        return bool(await self._run(scripts.DELETE, [self._values + name], expected))
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        await self._run(scripts.ADD_MEMBER, [_slot(name)], member, round(ttl * 1e6))
+        await self._run(scripts.ADD_MEMBER, [self._slots + name], member, round(ttl * 1e6))
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
-        return bool(await self._run(scripts.REMOVE_MEMBER, [_slot(name) for name in names], member))
+        return bool(await self._run(scripts.REMOVE_MEMBER, [self._slots + name for name in names], member))
 
     async def members(self, name: str) -> dict[str, float]:
-        found: list[bytes] = await self._run(scripts.MEMBERS, [_slot(name)])
+        found: list[bytes] = await self._run(scripts.MEMBERS, [self._slots + name])
         return {
             member.decode(errors="surrogatepass"): int(left) / 1e6
             for member, left in zip(found[::2], found[1::2], strict=True)
@@ -142,26 +163,34 @@ class ValkeyStore(Store):
             arguments.extend(words)
 
         for name, expected in change.expected.items():
-            step(_value(name), *(("none",) if expected is None else ("is", expected)))
+            step(self._values + name, *(("none",) if expected is None else ("is", expected)))
         for name, value, ttl in change.values:
-            step(_value(name), "set", value, _milliseconds(ttl))
+            step(self._values + name, "set", value, _milliseconds(ttl))
         for name in change.deletes:
-            step(_value(name), "delete")
+            step(self._values + name, "delete")
         for name, member, ttl in change.joins:
-            step(_slot(name), "join", member, round(ttl * 1e6))
+            step(self._slots + name, "join", member, round(ttl * 1e6))
         for name, member in change.leaves:
-            step(_slot(name), "leave", member)
+            step(self._slots + name, "leave", member)
         if change.entry is not None:
             name, value, keep, ttl = change.entry
-            step(f"{PREFIX}l:{name}", "push", value, keep, _milliseconds(ttl))
+            step(self._lists + name, "push", value, keep, _milliseconds(ttl))
         return bool(await self._run(scripts.CHANGE, keys, *arguments))
 
     async def items(self, name: str) -> list[bytes]:
-        values: list[bytes] = await self._ask("LRANGE", f"{PREFIX}l:{name}", 0, -1)
+        values: list[bytes] = await self._ask("LRANGE", self._lists + name, 0, -1)
         return values
 
     async def publish(self, channel: str, message: bytes) -> None:
-        await self._ask("PUBLISH", f"{PREFIX}c:{channel}", message)
+        name = f"{self._names}c:{channel}"
+        if self._subscriber.sharded:
+            try:
+                await self._bounded(lambda connection: connection.send("SPUBLISH", name, message))
+            except UnknownCommand:
+                self._subscriber.sharded = False
+            else:
+                return
+        await self._ask("PUBLISH", name, message)
 
     @asynccontextmanager
     async def subscribe(self, channel: str) -> AsyncGenerator[AsyncIterator[bytes]]:
@@ -172,16 +201,62 @@ class ValkeyStore(Store):
             finally:
                 self._subscriber.unfollow(channel)
 
+    async def mark(self, name: str, beat_name: str, value: str, beat: int, ttl: float) -> tuple[str, bool, int]:
+        """Set `name` if there is none, and the beat; return the value, whether it is new, and the beat before."""
+        keys = [self._values + name, self._values + beat_name]
+        kept, is_new, before = await self._run(scripts.MARK, keys, value, beat, _milliseconds(ttl))
+        return bytes(kept).decode(), bool(is_new), int(before)
+
     async def info(self) -> Mapping[str, str]:
-        """Return what the server says about itself (INFO). Raises StoreUnavailable."""
+        """Return what the server says about itself (INFO; `save` if CONFIG may be read). Raises StoreUnavailable."""
         answer: bytes = await self._ask("INFO")
         pairs = (line.partition(":") for line in answer.decode("utf-8", "replace").splitlines())
-        return {name: value for name, separator, value in pairs if separator}
+        about = {name: value for name, separator, value in pairs if separator}
+        with contextlib.suppress(StoreUnavailable):  # most managed stores refuse it
+            config: list[bytes] = await self._ask("CONFIG", "GET", "save")
+            about |= {"save": config[1].decode()} if len(config) == 2 else {}
+        return about
+
+    async def may_publish(self) -> bool:
+        """Return whether the user may use the broker's channels. Raises StoreUnavailable."""
+        async with self.subscribe("doctor"):
+            try:
+                await self.publish("doctor", b"")
+            except Refused:
+                return False
+            return self.channels == "ok"
+
+    @property
+    def rights(self) -> str:
+        """The ACL rules that the store's user needs."""
+        return f"~{self._names}* &{self._names}* +@all -@admin -@dangerous +info"
+
+    async def check_place(self) -> None:
+        """Check that a new connection leads to the server in use; if it does not, go where it leads. Never raises.
+
+        A name may point elsewhere by now, or Sentinels name another server, while the old one still takes writes.
+        """
+        connection, nonce = self._pipelined, secrets.token_hex(8)
+        if connection is None or connection.is_broken:
+            return
+        try:
+            async with asyncio.timeout(self.timeout * 2):
+                fresh = await self._place.fresh()
+                try:
+                    await fresh.send_command("SET", self._sign, nonce, "PX", PROOF_MILLISECONDS)
+                    await fresh.read_response()
+                finally:
+                    await fresh.disconnect(nowait=True)
+                if await connection.send("GET", self._sign) != nonce.encode():
+                    self._leave(connection)
+        except (RedisError, OSError, TimeoutError):
+            return  # the connection in use may work all the same; operations will tell
 
     async def aclose(self) -> None:
         await self._subscriber.aclose()
         if self._pipelined is not None:
             await self._pipelined.aclose()
+        await self._place.aclose()
 
     async def _ask(self, *command: str | bytes | int) -> Any:
         return await self._bounded(lambda connection: connection.send(*command))
@@ -200,34 +275,93 @@ class ValkeyStore(Store):
     async def _bounded(self, operation: Callable[[PipelinedConnection], Awaitable[Any]]) -> Any:
         connection = self._open_connection()
         try:
-            with Deadline(TIMEOUT, lambda: connection.heard):
-                return await operation(connection)
+            with Deadline(self.timeout, lambda: connection.heard):
+                try:
+                    return await operation(connection)
+                except Elsewhere:
+                    self._leave(connection)
+                    connection = self._open_connection()
+                    return await operation(connection)
         except TimeoutError:
             connection.abort()  # a late answer must not reach a later command
-            raise StoreUnavailable(f"no answer within {TIMEOUT * 1000:.0f} ms") from None
+            raise StoreUnavailable(f"no answer within {self.timeout * 1000:.0f} ms") from None
         except (RedisError, OSError) as error:
-            raise StoreUnavailable(type(error).__name__) from None
+            if isinstance(error, Elsewhere):
+                self._leave(connection)
+            raise _unavailable(error) from None
+
+    def _leave(self, connection: PipelinedConnection | None) -> None:
+        """Leave the connection to the wrong server; only the first of its users does anything."""
+        if connection is self._pipelined:
+            if connection is not None:
+                connection.retire()
+            self._pipelined = None
+            self._move()
+
+    def _move(self) -> None:
+        self.moves += 1
+        self._place.leave()
+        self._subscriber.move()
 
     def _open_connection(self) -> PipelinedConnection:
         if self._pipelined is None or self._pipelined.is_broken:
-            self._pipelined = PipelinedConnection(self._new_connection())
+            if self._pipelined is not None:
+                self._move()
+            self._pipelined = PipelinedConnection(self._place.connection)
         return self._pipelined
 
-    def _new_connection(self) -> Connection:
-        return self._kind(**self._options)
+    def _find_place(self) -> Place:
+        """Return the place that the URL describes."""
+        url = self._url
+        options = {
+            **url.options,
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": None,
+            "socket_connect_timeout": None,  # one timer for the whole operation
+            "health_check_interval": 0,
+            "encoding_errors": "surrogatepass",  # a name may be any str
+            "protocol": 2,
+            "driver_info": None,
+        }
+        kind: type[Any] = SSLConnection if url.tls else Connection
+
+        def connect(address: Address) -> Connection:
+            connection: Connection = kind(host=address[0], port=address[1], **options)
+            return connection
+
+        proof = ("SET", self._sign, "1", "PX", PROOF_MILLISECONDS)
+        if url.kind == "unix":
+            return FixedPlace(lambda: cast("Connection", UnixDomainSocketConnection(**options)))
+        if url.kind == "server":
+            return FixedPlace(lambda: connect(url.addresses[0]))
+        if url.kind == "cluster":
+            nodes = list(url.addresses)
+            return FoundPlace(nodes, ask_node(f"{{{self._prefix}}}", connect, nodes), connect, proof, self.timeout)
+        common = {name: value for name, value in options.items() if name.startswith("ssl_")} | {
+            "ssl": url.tls,
+            "protocol": 2,
+            # redis-py tries for 4 s otherwise.
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": self.timeout,
+            "socket_connect_timeout": self.timeout,
+        }
+        own = {name: url.options[name] for name in ("username", "password") if name in url.options}
+        logins: list[Mapping[str, Any]] = [url.sentinel_login] if url.sentinel_login else [{}, own] if own else [{}]
+        ask = ask_sentinel(url.service, [common | dict(login) for login in logins])
+        return FoundPlace(url.addresses, ask, connect, proof, self.timeout)
+
+    def _keys(self, request: LimitRequest) -> list[str]:
+        rates, slots = self._rates, self._slots
+        keys = [*[rates + rate.name for rate in request.rates], *[slots + slot.name for slot in request.slots]]
+        return keys if request.record is None else [*keys, self._values + request.record.name]
 
 
-def _value(name: str) -> str:
-    return f"{PREFIX}v:{name}"
-
-
-def _slot(name: str) -> str:
-    return f"{PREFIX}s:{name}"
-
-
-def _keys(request: LimitRequest) -> list[str]:
-    keys = [*(f"{PREFIX}r:{rate.name}" for rate in request.rates), *(_slot(slot.name) for slot in request.slots)]
-    return keys if request.record is None else [*keys, _value(request.record.name)]
+def _unavailable(error: Exception) -> StoreUnavailable:
+    if is_refused_right(error):
+        return Refused(reason_of(error))
+    if isinstance(error, ResponseError) and is_unknown_command(error):
+        return UnknownCommand(reason_of(error))
+    return StoreUnavailable(str(error) if isinstance(error, Elsewhere | Nowhere) else reason_of(error))
 
 
 def _milliseconds(ttl: float) -> int:

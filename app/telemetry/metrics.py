@@ -121,6 +121,11 @@ class Metrics:
         self.followed = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
         self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until calls are started again.", "livemax")
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
+        self._store_losses = Counter(
+            "broker_store_losses",
+            "Times the shared store was found emptied or set back.",
+            registry=registry,
+        )
         self.live_calls = gauge("broker_live_calls", "Running calls of all replicas.", "livemostrecent")
         self.unstopped = gauge(
             "broker_unstopped_calls", "Calls that could not be stopped, as `status` lists them.", "livemostrecent"
@@ -181,6 +186,10 @@ class Metrics:
     def count_hang_up(self, reason: str, *, done: bool) -> None:
         """Count an attempt to hang up."""
         self._hang_ups[reason, "stopped" if done else "failed"].inc()
+
+    def count_store_loss(self) -> None:
+        """Count that the shared store has lost data."""
+        self._store_losses.inc()
 
     def set_used(self, limit: str, share: float) -> None:
         """Set the used share of a global limit."""

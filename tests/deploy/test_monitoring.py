@@ -110,6 +110,8 @@ async def test_prometheus_likes_our_names_and_help_texts(said: Said) -> None:
 @pytest.mark.asyncio(loop_scope="module")
 async def test_alerts_and_panels_ask_for_what_there_is(said: Said) -> None:
     for about, expression in expressions():
+        if about.startswith("Valkey"):
+            continue  # redis_exporter's metrics, not ours
         metrics = METRIC.findall(expression)
         assert len(metrics) == len(NAME.findall(expression)), f"{about}: a metric without its job"
         assert metrics or "up{" in expression, f"{about} asks for no metric"

@@ -1,12 +1,13 @@
 """The fault drill: whatever fails, no call runs without a browser that was given it, and no key gives two calls.
 
     python -m tests.faults.faults [--sessions 10000] [--browsers 100] [--faulty 0.33] [--patience 240] [--seed 1]
+                                  [--moves]
 
 Two replicas share one Valkey (with its data on disk), in front of a OneInbox that spoils a third of all answers.
 Browsers start sessions, half of them with a key, some of those twice at once or again. Some hang up while they wait,
 and some of those come back with their key. A browser without an answer tries again, on any replica. After a quarter and
-after three quarters of the sessions, Valkey is killed and comes back three seconds later; half-way, a replica is killed
-and another one started.
+after three quarters of the sessions, Valkey is killed and comes back three seconds later (with --moves its replica
+takes over, and the address follows three seconds later); half-way, a replica is killed and another one started.
 
 A call counts as given if its answer had reached the browser's machine before it hung up. Calls whose answers died with
 the killed replica look like given ones in the store. The drill counts them separately; there may be no more of them
@@ -38,8 +39,6 @@ TRIES = 4
 TOO_LATE = 0.01
 """Share of hang-ups that may cross with the answer."""
 OPERATIONS = ("start", "get", "stop", "list")
-GONE_SECONDS = 3.0
-"""Seconds that Valkey is down."""
 
 
 def spoiled(share: float, seed: int, operations: Sequence[str]) -> list[dict[str, Any]]:
@@ -177,10 +176,10 @@ class Drill:
             await asyncio.sleep(0.05)
 
 
-async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Callable[[], Awaitable[Process]] | None) -> int:
-    """Kill Valkey and a replica; return how many requests were in progress on that replica."""
+async def accidents(drill: Drill, valkey: rig.AnyValkey, start_another: Callable[[], Awaitable[Process]] | None) -> int:
+    """Kill or move Valkey, and kill a replica; return how many requests were in progress on that replica."""
     await drill.progress(0.25)
-    await lose(valkey)
+    await valkey.mishap()
     if start_another is None:
         return 0
     await drill.progress(0.5)
@@ -190,15 +189,8 @@ async def accidents(drill: Drill, valkey: rig.Valkey, start_another: Callable[[]
     await victim.ended()
     drill.replicas.append(await start_another())
     await drill.progress(0.75)
-    await lose(valkey)
+    await valkey.mishap()
     return under_way
-
-
-async def lose(valkey: rig.Valkey) -> None:
-    """Kill Valkey, then restart it with its data."""
-    await asyncio.to_thread(valkey.kill)
-    await asyncio.sleep(GONE_SECONDS)
-    await asyncio.to_thread(valkey.restart)
 
 
 @dataclass
@@ -218,14 +210,15 @@ async def drill(
     seed: int,
     operations: Sequence[str] = OPERATIONS,
     short: bool = False,
+    moves: bool = False,
 ) -> None:
-    """Run the drill. `operations`: those whose answers are spoiled. Raises Failure.
+    """Run the drill. `operations`: those whose answers are spoiled. `moves`: Valkey fails over. Raises Failure.
 
     `short`: leave out what takes half a minute or more to recover: no replica is killed, and no browser with a key
     hangs up.
     """
     began = time.monotonic()
-    async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder) as valkey:
+    async with rig.workshop() as folder, rig.oneinbox(folder) as oneinbox, rig.valkey(folder, moves=moves) as valkey:
         environ = rig.broker_environ(
             oneinbox.url,
             {**rig.ROOMY, "BROKER_STORE_URL": valkey.url, "ONEINBOX_TIMEOUT": str(TIMEOUT)},
@@ -280,7 +273,9 @@ async def drill(
         check(not tracebacks, "there is a traceback in a log")
 
 
-def without_browser(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.Valkey) -> tuple[list[str], list[str]]:
+def without_browser(
+    calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.AnyValkey
+) -> tuple[list[str], list[str]]:
     """Return the running calls without a browser: those that the store counts as given, and the others."""
     running = [call for call in calls if call["running"] and call["id"] not in book.given]
     with redis.Redis(port=valkey.port) as client:
@@ -294,7 +289,7 @@ def without_browser(calls: Sequence[Mapping[str, Any]], book: Book, valkey: rig.
     return sorted(as_given), [call["id"] for call in running if call["id"] not in as_given]
 
 
-async def settle(oneinbox: rig.OneInbox, book: Book, valkey: rig.Valkey, patience: float) -> Settled:
+async def settle(oneinbox: rig.OneInbox, book: Book, valkey: rig.AnyValkey, patience: float) -> Settled:
     """Wait until no unwanted call runs, except those of a dead replica."""
     began = time.monotonic()
     settled = Settled()
@@ -346,6 +341,7 @@ def main() -> None:
     parser.add_argument("--faulty", type=float, default=0.33)
     parser.add_argument("--patience", type=float, default=240)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--moves", action="store_true")
     given = parser.parse_args()
     rig.run(drill(**vars(given)))
 

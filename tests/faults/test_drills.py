@@ -24,7 +24,8 @@ async def test_drain_of_two_replicas() -> None:
     await drain.drill("rotation", seconds=6, attackers=40, count=10_000, replicas=2, p99=10)
 
 
-async def test_faults() -> None:
+@pytest.mark.parametrize("moves", [False, True], ids=["killed", "moved"])
+async def test_faults(*, moves: bool) -> None:
     # Without failing stops, which only the next sweep repairs.
     await faults.drill(
         sessions=200,
@@ -34,6 +35,7 @@ async def test_faults() -> None:
         seed=1,
         operations=("start", "get"),
         short=True,
+        moves=moves,
     )
 
 

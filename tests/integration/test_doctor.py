@@ -45,7 +45,7 @@ def no_call(emulator: RunningEmulator) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
+    with running_valkey(durable=True) as server:
         yield server
 
 
@@ -180,7 +180,7 @@ async def test_store_leaves_nothing_behind(environ: dict[str, str], valkey: Valk
 
 
 async def test_store_with_password(environ: dict[str, str]) -> None:
-    with running_valkey() as valkey, valkey.client() as client:
+    with running_valkey(durable=True) as valkey, valkey.client() as client:
         client.config_set("requirepass", PASSWORD)
         address = f"127.0.0.1:{valkey.port}"
         for password in ("", f":{PASSWORD}wrong@"):
@@ -193,7 +193,7 @@ async def test_store_with_password(environ: dict[str, str]) -> None:
 
 
 async def test_store_for_readers_only(environ: dict[str, str]) -> None:
-    with running_valkey() as valkey, valkey.client() as client:
+    with running_valkey(durable=True) as valkey, valkey.client() as client:
         client.replicaof("127.0.0.1", "1")
         found = await examine(environ | {"BROKER_STORE_URL": valkey.url})
         assert not found["store"].ok
@@ -201,14 +201,56 @@ async def test_store_for_readers_only(environ: dict[str, str]) -> None:
 
 
 async def test_store_whose_user_may_not_ask_for_its_version(environ: dict[str, str]) -> None:
-    with running_valkey() as valkey, valkey.client() as client:
+    with running_valkey(durable=True) as valkey, valkey.client() as client:
         client.execute_command("ACL SETUSER broker on >hush ~oib:* +@all -info")
-        found = await examine(environ | {"BROKER_STORE_URL": f"redis://broker:hush@127.0.0.1:{valkey.port}"})
-        assert found["store"].level == "ok"
-        assert "version unknown" in found["store"].detail
+        url = f"redis://broker:hush@127.0.0.1:{valkey.port}"
+        first, *others = await store_findings(environ, url)
+        assert first.level == "ok"
+        assert "version unknown" in first.detail
+        assert [finding.level for finding in others] == ["warning", "warning"]
+        assert "channels" in others[0].detail
+        assert "INFO" in others[1].detail
         client.execute_command("ACL SETUSER broker -set")
-        found = await examine(environ | {"BROKER_STORE_URL": f"redis://broker:hush@127.0.0.1:{valkey.port}"})
-        assert "oib:*" in found["store"].remedy
+        (lacking,) = await store_findings(environ, url)
+        assert not lacking.ok
+        assert "~oib:*" in lacking.remedy
+
+
+async def store_findings(environ: dict[str, str], url: str) -> list[Finding]:
+    """What is found about a store."""
+    return [each for each in await diagnose(environ | {"BROKER_STORE_URL": url}, None) if each.name == "store"]
+
+
+async def test_store_whose_user_may_not_use_channels(environ: dict[str, str]) -> None:
+    """The default of Redis 7 and Valkey; the line that doctor and the documents give is enough."""
+    with running_valkey(durable=True) as valkey, valkey.client() as client:
+        client.execute_command("ACL SETUSER broker on >hush ~oib:* +@all -@admin -@dangerous +info")
+        url = f"redis://broker:hush@127.0.0.1:{valkey.port}"
+        fine, lacking = await store_findings(environ, url)
+        assert (fine.level, lacking.level) == ("ok", "warning")
+        rights = lacking.remedy.partition(": ")[2]
+        assert "&oib:*" in rights
+        assert rights in (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+        client.execute_command(f"ACL SETUSER broker reset on >hush {rights}")
+        (fine,) = await store_findings(environ, url)
+        assert fine.level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("appendonly", "no", "keeps nothing on disk"),
+        ("maxmemory-policy", "allkeys-lru", "drops keys"),
+        ("maxmemory", "1500kb", "% of its maxmemory"),
+    ],
+)
+async def test_store_with_a_weakness(environ: dict[str, str], setting: str, value: str, words: str) -> None:
+    with running_valkey(durable=True) as valkey, valkey.client() as client:
+        client.config_set(setting, value)
+        _, weak = await store_findings(environ, valkey.url)
+    assert weak.level == "warning"
+    assert words in weak.detail
+    assert weak.remedy
 
 
 async def test_store_that_forgets_under_pressure(environ: dict[str, str], valkey: Valkey) -> None:

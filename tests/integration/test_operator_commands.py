@@ -9,8 +9,8 @@ import jwt
 import pytest
 import pytest_asyncio
 
+from app import __version__
 from app.cli.operator import Operator, operate
-from app.limits.kill_switch import IN_FORCE_SECONDS
 from app.sandbox.server import RunningEmulator, running_emulator
 from tests.conftest import OpenBroker
 from tests.support.brokers import (
@@ -87,7 +87,7 @@ async def test_pause_and_resume(deployment: Deployment) -> None:
     status = (await deployment.command("status")).splitlines()
     assert any(line.startswith("paused for ") and int(line.split()[2]) <= 90 for line in status)
 
-    assert await deployment.command("resume") == "Sessions can start again.\n"
+    assert await deployment.command("resume") == "Sessions can start again.\nin force on 2 of 2 replicas\n"
     await deployment.answers("201", "192.0.2.1")
     assert await deployment.command("resume") == "There was no pause.\n"
 
@@ -95,21 +95,27 @@ async def test_pause_and_resume(deployment: Deployment) -> None:
 @pytest.mark.process
 @in_modules_loop
 async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
-    assert await deployment.command("block", HOUSEHOLD, "--for", "1h") == "Blocked for 1h.\n"
+    blocked = await deployment.command("block", HOUSEHOLD, "--for", "1h")
+    assert blocked == "Blocked for 1h.\nin force on 2 of 2 replicas\n"
     await deployment.answers("blocked", HOUSEHOLD)
     assert outcomes(await post_many(deployment.brokers, 2, from_address("2001:db8:1:2:ffff::9"))) == {"blocked": 2}
     assert outcomes(await post_many(deployment.brokers, 2, from_address("2001:db8:1:3::1"))) == {"201": 2}
 
     live = len(deployment.oneinbox.emulator.calls)
-    assert (await deployment.command("status")).splitlines() == [
+    *lines, first, second, unstopped = (await deployment.command("status")).splitlines()
+    assert lines == [
         f"global-minute: {live} of 100000 sessions",
         f"live calls: {live}",
         "not paused",
         "blocked users: 1",
-        "calls that could not be stopped: 0",
+        "replicas: 2",
     ]
+    assert unstopped == "calls that could not be stopped: 0"
+    for line in (first, second):
+        assert line.endswith(f": version {__version__}, reaches the store, 1 blocked")
 
-    assert await deployment.command("unblock", "2001:db8:1:2::abcd") == "Unblocked.\n"
+    unblocked = await deployment.command("unblock", "2001:db8:1:2::abcd")
+    assert unblocked == "Unblocked.\nin force on 2 of 2 replicas\n"
     await deployment.answers("201", HOUSEHOLD)
 
 
@@ -156,5 +162,5 @@ async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | 
 
         assert await post("ann") == 201
         assert await operate(settings(modes), block) == "done"
-        await eventually(is_blocked, IN_FORCE_SECONDS)
+        await eventually(is_blocked, 2)
         assert await post("ben") == 201

@@ -2,25 +2,20 @@
 
 import asyncio
 import contextlib
-import datetime
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from app.api.app import create_app
 from app.config.settings import SettingsError
 from app.oneinbox import transport as module
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
+from tests.support.certificates import Authority
 from tests.support.harness import settings
 
 pytestmark = pytest.mark.every_loop
@@ -365,37 +360,6 @@ async def test_a_line_break_makes_no_header_of_its_own() -> None:
 
 
 # --- TLS and proxies
-
-
-class Authority:
-    """A certificate for 127.0.0.1, and who trusts it."""
-
-    def __init__(self, folder: Path, name: str = "127.0.0.1") -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "upstream of the tests")])
-        now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(name))]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        self.certificate = folder / "certificate.pem"
-        self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        private = folder / "key.pem"
-        private.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.server.load_cert_chain(self.certificate, private)
 
 
 @pytest.fixture

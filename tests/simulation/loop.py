@@ -9,6 +9,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -236,6 +237,7 @@ def _surroundings(seed: int, log: Log) -> Iterator[None]:
         patch.object(secrets, "token_bytes", token_bytes),
         patch.object(secrets, "token_hex", lambda size=None: token_bytes(size).hex()),
         patch.object(os, "urandom", token_bytes),
+        patch.object(socket, "gethostname", lambda: "replica"),  # the same on every machine
         patch.object(Shutdown, "on_signals", lambda _: contextlib.nullcontext()),  # a signal is for one process
         _cpu_limit(),
     ):

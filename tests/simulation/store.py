@@ -27,7 +27,7 @@ TIMEOUT = 0.25
 OPERATIONS = frozenset(
     name
     for name, each in vars(Store).items()
-    if inspect.iscoroutinefunction(each) and not name.startswith("_") and name not in ("publish", "aclose")
+    if inspect.iscoroutinefunction(each) and not name.startswith("_") and name not in ("publish", "aclose", "complete")
 )
 """The operations on what the store holds, of the interface itself: a new one is simulated like the others."""
 LEFT = ("live:all", "unstopped", "uncollected")
@@ -211,6 +211,7 @@ class StoreConnection:
 
     shared = True
     state = "ok"
+    channels = "ok"
 
     def __init__(self, world: World, server: Server, replica: "Replica") -> None:
         self.world, self.server, self.replica = world, server, replica
@@ -227,6 +228,27 @@ class StoreConnection:
         if name not in OPERATIONS:
             raise AttributeError(name)
         return partial(self._do, name)
+
+    @property
+    def moves(self) -> int:
+        """How often the server was another one."""
+        return self.server.generation
+
+    async def check_place(self) -> None:
+        """There is one address."""
+
+    async def info(self) -> dict[str, str]:
+        """Nothing to warn about."""
+        return {"aof_enabled": "1"}
+
+    async def mark(self, name: str, beat_name: str, value: str, beat: int, ttl: float) -> tuple[str, bool, int]:
+        """As ValkeyStore's: part of the probe, so it costs no steps."""
+        if self.server.outage is not None or self.world.over:
+            raise StoreUnavailable("ConnectionError")
+        kept, before = (now(self.server.contents.get(each)) for each in (name, beat_name))
+        self.server.do("set", (name, kept or value.encode(), ttl), {})
+        self.server.do("set", (beat_name, str(beat).encode(), ttl), {})
+        return (kept or value.encode()).decode(), kept is None, int(before or 0)
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Send a message to every replica."""

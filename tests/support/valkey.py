@@ -18,12 +18,15 @@ from tests.support.ports import free_port
 class Valkey:
     """A server on a free port. `kill` and `restart`, or `freeze` and `thaw`, are its accidents."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         self._server = ValkeyServer(port=free_port(), save="")
         self._server.start()
         self.port: int = self._server.port
         self.url = f"redis://127.0.0.1:{self.port}"
         self.pid = self._pid()
+        if durable:
+            with self.client() as client:
+                client.config_set("appendonly", "yes")
 
     def client(self) -> redis.Redis:
         """A plain blocking client, to look behind the store's back."""
@@ -61,9 +64,9 @@ class Valkey:
 
 
 @contextmanager
-def running_valkey() -> Iterator[Valkey]:
-    """A server until the block ends."""
-    valkey = Valkey()
+def running_valkey(*, durable: bool = False) -> Iterator[Valkey]:
+    """A server until the block ends. `durable`: with nothing to warn about."""
+    valkey = Valkey(durable=durable)
     try:
         yield valkey
     finally:

@@ -18,6 +18,7 @@ from jwt.algorithms import ECAlgorithm
 from app.doctor import checks as module
 from app.doctor.checks import diagnose
 from app.doctor.findings import DEADLINE, Finding, as_json, fine, within
+from app.store.review import weaknesses
 from tests.support.harness import API_KEY, ENVIRON, Upstream
 
 NOW = 1_800_000_000.0
@@ -371,8 +372,6 @@ async def test_logins_without_an_issuer(upstream: Upstream, changes: dict[str, s
         ({"redis_version": "6.2.0", "redis_mode": "standalone"}, "ok", "Redis 6.2.0, reads"),
         ({"redis_version": "5.0.14"}, "error", "too old"),
         ({"redis_version": "unstable"}, "ok", "Redis unstable"),
-        ({"redis_version": "7.2.4", "redis_mode": "cluster"}, "error", "cluster"),
-        ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "warning", "allkeys-lru"),
         ({}, "ok", "version unknown"),
     ],
 )
@@ -380,6 +379,25 @@ def test_what_the_store_says_of_itself(about: dict[str, str], level: str, words:
     finding = module._server("store", about, 0.4)
     assert finding.level == level
     assert words in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"aof_enabled": "0", "save": "3600 1"}, []),
+        ({"aof_enabled": "1", "save": "", "maxmemory": "0", "used_memory": "9"}, []),
+        ({"aof_enabled": "0"}, []),  # its save points are unknown
+        ({"aof_enabled": "0", "save": ""}, ["keeps nothing on disk"]),
+        ({"maxmemory_policy": "allkeys-lru"}, ["allkeys-lru"]),
+        ({"maxmemory": "100", "used_memory": "80"}, ["80% of its maxmemory"]),
+        ({"maxmemory": "100", "used_memory": "79"}, []),
+        ({}, ["INFO"]),
+    ],
+)
+def test_weaknesses_of_a_store(about: dict[str, str], words: list[str]) -> None:
+    found = weaknesses(about)
+    assert len(found) == len(words)
+    assert all(word in weakness.detail for word, weakness in zip(words, found, strict=True))
 
 
 async def test_a_store_address_that_is_none(upstream: Upstream) -> None:

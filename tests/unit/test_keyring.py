@@ -79,3 +79,20 @@ def test_a_keyring_does_not_show_its_secrets() -> None:
 
     assert NEW not in repr(keyring)
     assert NEW not in repr(vars(keyring))
+
+
+@given(SECRETS, st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
+def test_a_sealed_text_opens_in_its_context_only(secret: str, text: str, context: str) -> None:
+    keyring = Keyring([secret])
+
+    sealed = keyring.seal(text, context)
+
+    assert keyring.unseal(sealed, context) == text
+    assert keyring.unseal(sealed, context + "x") is None
+    assert Keyring([OTHER + secret]).unseal(sealed, context) is None
+    assert Keyring([OTHER, secret]).unseal(sealed, context) == text
+
+
+@given(st.text())
+def test_anything_that_is_not_sealed_opens_nothing(sealed: str) -> None:
+    assert Keyring([NEW]).unseal(sealed, "") is None

@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "reserve": lambda: records.reserve(ATTEMPT),
     "give": lambda: records.give(ATTEMPT, "call_1", kept=False),
     "give and keep": lambda: records.give(ATTEMPT, "call_1", kept=True),
+    "restore": lambda: records.restore(ATTEMPT, "call_1"),
     "leave": lambda: records.leave(ATTEMPT, "call_1", DUE),
     "collect": lambda: records.collect("repeat-1"),
     "collect, another": lambda: records.collect("repeat-2"),

@@ -21,6 +21,7 @@ from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, secret_key
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, Misconfigured, OneInboxError, TimedOut
+from app.store.memory import MemoryStore
 from tests.conftest import Logs
 from tests.support.harness import AGENT_ID, ONEINBOX, settings, started
 
@@ -384,7 +385,7 @@ async def test_a_reload_on_demand_does_not_use_a_read_that_had_begun(plain: Sett
 def test_every_secret_has_a_handler() -> None:
     oneinbox = OneInbox(ONEINBOX, SecretStr(OLD_KEY), Telling(), timeout=1, connect_timeout=1)
 
-    assert secret_handlers(oneinbox, Keyring(["s" * 32]), None, None).keys() == SECRETS
+    assert secret_handlers(oneinbox, Keyring(["s" * 32]), None, None, MemoryStore()).keys() == SECRETS
 
 
 def test_a_secret_alone_is_checked_and_replaced() -> None:
@@ -443,7 +444,7 @@ async def test_a_login_key_that_does_not_go_with_the_algorithms_is_refused(files
     keys = FixedKey(secret_key("o" * 32))
     oneinbox = OneInbox(ONEINBOX, SecretStr(OLD_KEY), Telling(), timeout=1, connect_timeout=1)
     secret_reloader = SecretReloader(before)
-    secret_reloader.register(secret_handlers(oneinbox, Keyring(["s" * 32]), keys, None))
+    secret_reloader.register(secret_handlers(oneinbox, Keyring(["s" * 32]), keys, None, MemoryStore()))
 
     for wrong in (unfit, private, "no key at all"):
         files.hold(BROKER_JWT_PUBLIC_KEY=wrong)

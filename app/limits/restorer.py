@@ -1,0 +1,131 @@
+"""Read the running calls back from OneInbox into a store that has lost them, so that slots and deadlines hold again."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+
+import structlog
+
+from app.identity.keyring import Keyring
+from app.limits.call_attempt import CallAttempt
+from app.limits.live_calls import LiveCalls
+from app.limits.reconciler import OVERLAP, PAGE, RUNNING
+from app.oneinbox import CallRecord, OneInbox
+from app.oneinbox.errors import OneInboxError
+from app.store import Store, StoreUnavailable
+from app.telemetry.metrics import Metrics
+
+LOCK = "restoring"
+LOCK_SECONDS = 60
+RETRY_SECONDS = 5
+AT_ONCE = 8
+MOST_PAGES = 1000
+LONGEST_WAIT = 20.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(repr=False, eq=False)
+class Restorer:
+    """Restore the calls, one replica at a time.
+
+    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
+    counts the store's losses.
+    """
+
+    store: Store
+    oneinbox: OneInbox
+    live: LiveCalls
+    keyring: Keyring
+    _: KW_ONLY
+    agent_ids: Mapping[str, str]
+    timeout: float
+    now: Callable[[], float] = time.time
+    metrics: Metrics = field(default_factory=Metrics)
+    _counted: int = field(default=0, init=False)
+
+    async def run(self) -> None:
+        """Restore whenever the store is incomplete, until cancelled."""
+        while True:
+            await asyncio.sleep(1)
+            while self._counted < self.store.losses:
+                self._counted += 1
+                self.metrics.count_store_loss()
+            if self.store.incomplete:
+                try:
+                    await self.restore()
+                except OneInboxError as error:
+                    log.warning("calls_not_restored", reason=error.reason, retry_seconds=RETRY_SECONDS)
+                    await asyncio.sleep(RETRY_SECONDS)
+                except StoreUnavailable:
+                    continue
+                except Exception:
+                    log.exception("restore_failed")
+                    await asyncio.sleep(RETRY_SECONDS)
+
+    async def restore(self) -> None:
+        """Restore once, unless another replica does. Raises OneInboxError, StoreUnavailable."""
+        lock = secrets.token_bytes(8)
+        if not await self.store.add(LOCK, lock, LOCK_SECONDS):
+            return
+        try:
+            began = self.now()
+            restored = await self._restore_all()
+            if self.store.losses:
+                # A POST that was under way when the store lost its data may have started a call since.
+                await asyncio.sleep(max(0.0, began + min(self.timeout, LONGEST_WAIT) - self.now()))
+                restored += await self._restore_all()
+            if await self.store.complete():
+                log.warning("calls_restored", calls=restored)
+        finally:
+            await self.store.delete(LOCK, lock)
+
+    async def _restore_all(self) -> int:
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def restore(agent: str, listed: CallRecord) -> bool:
+            async with places:
+                record = listed
+                if record.metadata is None:
+                    try:
+                        record = await self.oneinbox.get_call(listed.id)
+                    except OneInboxError as error:
+                        if error.status == 404:
+                            return False
+                        raise
+                attempt = self._attempt(agent, record)
+                return attempt is not None and not record.ended and await self.live.restore(attempt, record.id)
+
+        restored = 0
+        for agent, agent_id in self.agent_ids.items():
+            for status in RUNNING:
+                async for page in self._pages(agent_id, status):
+                    restored += sum(await asyncio.gather(*(restore(agent, record) for record in page)))
+        return restored
+
+    async def _pages(self, agent_id: str, status: str) -> AsyncIterator[list[CallRecord]]:
+        seen: set[str] = set()
+        offset = 0
+        for _ in range(MOST_PAGES):
+            page = await self.oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
+            yield [record for record in page.items if record.id not in seen]
+            seen.update(record.id for record in page.items)
+            if page.listed < PAGE:
+                return
+            offset += PAGE - OVERLAP
+
+    def _attempt(self, agent: str, record: CallRecord) -> CallAttempt | None:
+        """Return the attempt that started a call; None if the broker did not start it."""
+        if not record.request_id or not record.owner:
+            return None
+        unwritten = self.keyring.unseal(record.sealed_attempt, record.request_id)
+        if unwritten is not None:
+            try:
+                return CallAttempt.restored(unwritten, record.request_id, record.owner)
+            except ValueError:
+                log.warning("call_record_skipped", call=record.id)
+        # Written by an older broker, or with a secret that is gone: its deadline holds, its user's slot does not.
+        began = record.created_at.timestamp() if record.created_at else self.now()
+        return CallAttempt(record.request_id, int(began), agent, f"unknown:{record.owner}", record.owner)
