@@ -28,6 +28,9 @@ COLLECT_SECONDS = 30
 """How long the call of a client that disconnected waits for the client to return with its key."""
 RUMOUR_SECONDS = 60
 """A 404 is believed when it comes again this much later, so never in a call's first minute."""
+PATIENCE_SECONDS = 2
+"""How long a call that its client did not get waits for the store, which may have kept its answer for a repeat."""
+RETRY_SECONDS = 0.1
 MOST_MISSING = 1000
 AT_ONCE = 8
 """Concurrent look-ups of one sweep, and stops in the background."""
@@ -133,9 +136,19 @@ class LiveCalls:
     async def withdraw(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Record that the session's client did not get the call: it waits for a repeat if its answer is kept.
 
-        Otherwise it is stopped.
+        Otherwise it is stopped; also if the store does not answer within PATIENCE_SECONDS, since no repeat gets an
+        answer without it.
         """
-        await self._move_or_hold(attempt.request_id, self._withdrawal(attempt, call_id, why))
+        request_id, step = attempt.request_id, self._withdrawal(attempt, call_id, why)
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                unwanted = _newly_unwanted(await self._move_patiently(request_id, step))
+        except TimeoutError:
+            await self.ledger.hold(request_id, step)
+            await self.ledger.hold(request_id, records.condemn(why))
+            unwanted = StartRecord(attempt, UNWANTED, call_id, unwanted=why)
+        if unwanted is not None:
+            await self._hang_up(unwanted)
 
     async def abandon(self, attempt: CallAttempt, call_id: str) -> None:
         """Like `withdraw`, without a wait: for a session that is cancelled because the process ends."""
@@ -455,6 +468,14 @@ class LiveCalls:
         if moved.after is not None and not moved.after.running and (moved.before is None or moved.before.running):
             await self.talk.count(moved.after.attempt.user, moved.after.seconds)
         return moved
+
+    async def _move_patiently(self, request_id: str, step: Step) -> Moved:
+        """Move a record as soon as the store answers."""
+        while True:
+            try:
+                return await self._move(request_id, step)
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _move_or_hold(self, request_id: str, step: Step, *, stop: bool = True) -> None:
         """Move a record, now or once the store answers. `stop`: hang up a call that becomes unwanted."""

@@ -31,6 +31,16 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
     ClientDisconnect, and `at-capacity` if the response cannot be kept.
     """
     attempt, call_id = started.attempt, started.call.id
+    try:
+        await _hand_over(live, attempt, call_id, client, kept)
+    except asyncio.CancelledError:  # the process ends
+        await live.abandon(attempt, call_id)
+        raise
+
+
+async def _hand_over(
+    live: LiveCalls, attempt: CallAttempt, call_id: str, client: ClientConnection, kept: Kept | None
+) -> None:
     present = not client.is_closed()
     if not present and kept is None:
         await live.stop(attempt, call_id, HUNG_UP)
@@ -42,9 +52,6 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
             given = await live.leave(attempt, call_id, kept)
     except StoreUnavailable:
         given = False
-    except asyncio.CancelledError:
-        await live.abandon(attempt, call_id)
-        raise
     if not given:
         # A repeat would start another call. If the store kept the response after all, a repeat may still collect it.
         await live.withdraw(attempt, call_id, NOT_KEPT)

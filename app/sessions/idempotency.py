@@ -140,7 +140,7 @@ class Idempotency:
                 entry = self._open(value)
                 if entry is not None and entry.fingerprint != fingerprint:
                     raise Problem("idempotency-mismatch")
-                if entry is not None and entry.call is not None:
+                if entry is not None and entry.call is not None and not self.store.settling:
                     if entry.until > self.now() and await self._collect(entry, client):
                         return entry.call
                     await self.store.delete(name, value)  # it has expired, or its call was stopped

@@ -39,6 +39,8 @@ from app.store.review import weaknesses
 from app.store.valkey import Refused, ValkeyStore
 
 PROBE_SECONDS = 1.0
+SETTLE_SECONDS = 2.5
+"""Seconds after its return within which every replica has noticed it, and has written what it missed."""
 PROBE_REQUEST = LimitRequest([Rate("probe", 1, 1)], [Slot("probe", None)], member="probe", lease=1)
 PLACE_SECONDS = 2.0
 """Seconds between new connections, which show whether the store's address leads elsewhere by now."""
@@ -72,6 +74,7 @@ class FailoverStore(Store):
         self._local = local
         self._clock = clock
         self._down_since: float | None = None
+        self._settled_at = float("-inf")
         self._probe: asyncio.Task[None] | None = None
         self._missed: dict[tuple[str, str], float | None] = {}
         self._recent: deque[tuple[float, Sequence[str], str, float | None]] = deque(maxlen=MISSED)
@@ -86,6 +89,10 @@ class FailoverStore(Store):
     def state(self) -> Literal["ok", "down"]:
         """`ok` if the shared store answered last."""
         return "ok" if self._down_since is None else "down"
+
+    @property
+    def settling(self) -> bool:
+        return self._clock() < self._settled_at
 
     @property
     def incomplete(self) -> bool:
@@ -231,6 +238,7 @@ class FailoverStore(Store):
                 if self._down_since is not None:
                     log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))
                     self._down_since = None
+                    self._settled_at = self._clock() + SETTLE_SECONDS
                 await self._review()
             await asyncio.sleep(PROBE_SECONDS)
 

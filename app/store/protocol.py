@@ -149,6 +149,11 @@ class Store(Protocol):
         return "ok"
 
     @property
+    def settling(self) -> bool:
+        """True when the shared store has just come back: other processes may still be writing what it missed."""
+        return False
+
+    @property
     def incomplete(self) -> bool:
         """True when the shared store is new or has lost data, until `complete`: running calls may be missing in it."""
         return False

@@ -4,6 +4,7 @@ The letters are those of the findings. Where a fault hits a write of the store, 
 """
 
 import asyncio
+from typing import Literal
 
 import pytest
 
@@ -426,3 +427,25 @@ async def test_a_repeat_that_is_cancelled_while_it_collects_has_not_collected(st
         repeat.connection.task.cancel()
     await story.wait(300)
     story.assert_just(first, repeat)
+
+
+@pytest.mark.parametrize("outage", ["refused", "frozen"])
+@told(token_life=3600)
+async def test_a_call_whose_answer_a_lost_store_may_have_kept_is_stopped_and_never_replayed(
+    story: Story, outage: Literal["refused", "frozen"]
+) -> None:
+    story.oneinbox("start-slow-answer", seconds=1)
+    first = story.post("first", key=KEY)
+    await story.until(story.running)
+    story.scene.server.begin(outage)
+    assert await first.status() == 503
+    assert story.running() == []
+    await story.wait(4)
+    story.scene.server.recover()
+    for number in range(8):  # whenever it asks again
+        again = story.post(f"again{number}", key=KEY, at="r2")
+        if await again.status() == 201:
+            break
+        await story.wait(0.4)
+    await story.wait(60)
+    story.assert_just(again)

@@ -27,6 +27,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "withdraw": lambda: records.withdraw("request-1", DUE, "why", records.reject(ATTEMPT, "call_1", "why")),
     "withdraw a repeat": lambda: records.withdraw("repeat-1", DUE, "why", records.nothing),
     "reject": lambda: records.reject(ATTEMPT, "call_1", "why"),
+    "condemn": lambda: records.condemn("why"),
     "expire": lambda: records.expire(NOW, "why"),
     "expire, later": lambda: records.expire(DUE, "why"),
     "end what was given": lambda: records.end_given("why"),
