@@ -180,8 +180,8 @@ def test_commands_name_what_there_is() -> None:
     assert named == {profile for service in services.values() for profile in service["profiles"]}
     assert {match for line in lines for match in re.findall(r"(?:exec|restart|cp) (\w+)", line)} <= services.keys()
     places = (DEPLOY / "compose.yaml").read_text().count("10.83.17.")
-    assert "in three places" in README
-    assert places == 3
+    assert "in four places" in README
+    assert places == 4
 
 
 def test_every_file_named_is_there() -> None:
