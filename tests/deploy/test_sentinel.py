@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from app.config.loading import load_settings
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
 from tests.deploy.settings import DEPLOY, KUBERNETES, PASSWORD, objects, of_kind, write_secrets
+from tests.deploy.settings import compose as base
 from tests.deploy.test_files import SCRIPTS, check
 from tests.deploy.test_operator import prepare
 from tests.support.needs import program
@@ -91,6 +94,8 @@ def test_brokers_ask_the_sentinels_that_there_are(cluster: list[dict[str, Any]],
     guards = [f"{name}:26379" for name in services if name.startswith("sentinel-")]
     url = url_of("Docker Compose", tmp_path / "c", files["store_url"]["file"])
     assert url == f"valkey+sentinel://{','.join(guards)}/voice"
+    assert services["valkey"].keys() == {"entrypoint", "command", "environment", "volumes"}
+    services["valkey"] = base()["services"]["valkey"] | services["valkey"]
     for name, service in services.items():
         if name != "broker":
             assert service["environment"]["SELF"] == name
@@ -174,15 +179,15 @@ class Topology:
         self.password = secrets.token_hex(32)
         (self._folder / PASSWORD).write_text(f"{self.password}\n")
 
-    def client(self, name: str) -> redis.Redis:
-        """A client that knows the password."""
+    def client(self, name: str, password: str | None = "") -> redis.Redis:
+        """A client that does not retry, with the password, unless it is given another or none."""
         port = self.guard_port if name in GUARDS else self.port
-        return redis.Redis(HOSTS[name], port, password=self.password)
+        own = self.password if password == "" else password
+        return redis.Redis(HOSTS[name], port, password=own, retry=Retry(NoBackoff(), 0))
 
     def refuses(self, name: str, password: str | None) -> bool:
-        """Neither answers nor tells anything with this password, or with none."""
-        port = self.guard_port if name in GUARDS else self.port
-        with redis.Redis(HOSTS[name], port, password=password) as client:
+        """True when a server answers nothing to a client with this password, or with none."""
+        with self.client(name, password=password) as client:
             try:
                 client.ping()
             except redis.AuthenticationError:
@@ -262,7 +267,7 @@ def shown_by(process: subprocess.Popen[bytes]) -> str:
     return "".join(Path(f"/proc/{process.pid}/{name}").read_text() for name in ("cmdline", "environ"))
 
 
-async def test_no_one_without_the_password_gets_an_answer_and_it_can_be_changed(topology: Topology) -> None:
+async def test_servers_refuse_clients_without_the_password_and_take_a_new_one(topology: Topology) -> None:
     processes = {"first": topology.start("first")}
     until(lambda: topology.role("first") == "master")
     processes |= {name: topology.start(name) for name in ("second", *GUARDS)}
