@@ -54,9 +54,10 @@ def write_secrets(folder: Path) -> None:
     (folder / PASSWORD).write_text("a-password")
 
 
-def shell_of_compose(service: str) -> list[str]:
-    """The command of a service of compose.yaml, as Compose hands it to the container."""
-    return [word.replace("$$", "$") for word in compose()["services"][service]["command"]]
+def shell_of_compose(service: str, what: str = "command") -> list[str]:
+    """The command of a service of compose.yaml or its `healthcheck`, as Compose hands it to the container."""
+    given = compose()["services"][service][what]
+    return [word.replace("$$", "$") for word in (given["test"] if what == "healthcheck" else given)]
 
 
 def objects(text: str) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ from tests.support.brokers import (
     running_broker_process,
     running_broker_processes,
 )
+from tests.support.needs import program
 from tests.support.ports import free_port
 from tests.support.processes import Finished, run
 
@@ -112,16 +113,23 @@ async def running_store(where: str, folder: Path) -> AsyncIterator[None]:
     assert text == f"valkey://:{(secrets / PASSWORD).read_text().strip()}@valkey:6379\n"
     url.chmod(0o644)
     url.write_text(text.replace("@valkey:6379", f"@127.0.0.1:{port}"))
-    server = folder / "bin/valkey-server"
-    server.parent.mkdir()
-    server.write_text(f'#!/bin/sh\nexec {get_binary_path()} "$@" --port {port} --bind 127.0.0.1 --dir {folder}\n')
-    server.chmod(0o755)
-    environ = {"PATH": f"{server.parent}:{os.environ['PATH']}", "PASSWORD_FILE": str(secrets / PASSWORD)}
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, command in {
+        "valkey-server": f'{get_binary_path()} "$@" --port {port} --bind 127.0.0.1 --dir {folder}',
+        "valkey-cli": f'{program("redis-cli", "redis-tools")} -p {port} "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "PASSWORD_FILE": str(secrets / PASSWORD)}
     process = subprocess.Popen(shell_of_compose("valkey"), env=environ, stdout=subprocess.DEVNULL)
     try:
         async with asyncio.timeout(30), redis.asyncio.Redis(port=port) as client:
             while not await is_up(client):
                 await asyncio.sleep(0.05)
+        _, *probe = shell_of_compose("valkey", "healthcheck")
+        subprocess.run(probe, env=environ, check=True, timeout=30)
+        assert subprocess.run(probe, env={**environ, "PASSWORD_FILE": os.devnull}, check=False, timeout=30).returncode
         yield
     finally:
         process.terminate()

@@ -283,7 +283,8 @@ async def test_servers_refuse_clients_without_the_password_and_take_a_new_one(to
         with topology.client("first") as client:
             await asyncio.to_thread(client.execute_command, "WAIT", 1, 5000)
         with topology.client("one") as client:
-            await asyncio.to_thread(client.execute_command, "SENTINEL", "FAILOVER", "voice")
+            # It says no until it has seen the replica linked.
+            await asyncio.to_thread(until, lambda: client.execute_command("SENTINEL", "FAILOVER", "voice"), 30)
         await asyncio.to_thread(until, lambda: topology.role("second") == "master", 30)
         await asyncio.to_thread(until, topology.all_follow_second, 30)
 
