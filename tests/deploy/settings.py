@@ -1,5 +1,6 @@
 """What deploy/ gives the broker and its store, read out of the files that operators use."""
 
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,16 @@ SECRETS = {
     "ONEINBOX_API_KEY_FILE": "oi_sk_of_the_test",
     "BROKER_SECRET_FILE": "a secret of more than 32 characters",
     "BROKER_METRICS_TOKEN_FILE": "a-token-of-the-operators",
+    "BROKER_STORE_URL_FILE": "valkey://:a-password@valkey:6379",
 }
 """Settings whose files the operator writes, and what stands in them here."""
+PASSWORD = "store_password"
+"""The file with the store's password."""
 
 
 def file_of(variable: str) -> str:
-    """What such a file is called: `broker_secret`, but `metrics_token`."""
-    return variable.removesuffix("_FILE").lower().replace("broker_metrics", "metrics")
+    """What such a file is called: `broker_secret`, but `metrics_token` and `store_url`."""
+    return re.sub("broker_(metrics|store)", r"\1", variable.removesuffix("_FILE").lower())
 
 
 def compose() -> dict[str, Any]:
@@ -38,10 +42,22 @@ def kustomized(folder: Path) -> str:
     (copy / "secrets").mkdir(parents=True)
     for file in KUBERNETES.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    for variable, secret in SECRETS.items():
-        (copy / "secrets" / file_of(variable)).write_text(secret)
+    write_secrets(copy / "secrets")
     kubectl = program("kubectl", "kubernetes-client")
     return subprocess.run([kubectl, "kustomize", copy], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def write_secrets(folder: Path) -> None:
+    """Write what the operator writes into deploy/kubernetes/secrets."""
+    for variable, secret in SECRETS.items():
+        (folder / file_of(variable)).write_text(secret)
+    (folder / PASSWORD).write_text("a-password")
+
+
+def shell_of_compose(service: str, what: str = "command") -> list[str]:
+    """The command of a service of compose.yaml or its `healthcheck`, as Compose hands it to the container."""
+    given = compose()["services"][service][what]
+    return [word.replace("$$", "$") for word in (given["test"] if what == "healthcheck" else given)]
 
 
 def objects(text: str) -> list[dict[str, Any]]:

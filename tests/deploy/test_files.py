@@ -16,6 +16,7 @@ from app.server.server import GRACE
 from tests.deploy.settings import (
     DEPLOY,
     KUBERNETES,
+    PASSWORD,
     SECRETS,
     compose,
     environ_of_compose,
@@ -24,6 +25,7 @@ from tests.deploy.settings import (
     kustomized,
     objects,
     of_kind,
+    shell_of_compose,
 )
 from tests.documents import ROOT
 from tests.support.needs import program
@@ -127,7 +129,8 @@ def test_compose_holds_no_secret_and_hands_them_out_as_files(tmp_path: Path) -> 
     environ = environ_of_compose()
     given = [variable for variable in SECRETS if variable in environ]
     assert [environ[variable] for variable in given] == [f"/run/secrets/{file_of(variable)}" for variable in given]
-    assert [file_of(variable) for variable in given] == compose()["services"]["broker"]["secrets"] == list(secrets)
+    assert {file_of(variable) for variable in given} == set(compose()["services"]["broker"]["secrets"])
+    assert {*compose()["services"]["broker"]["secrets"], PASSWORD} == secrets.keys()
     load_settings({**in_files(environ, tmp_path), "ONEINBOX_AGENT_ID": "agt_1"}, env_file=None)
 
 
@@ -234,10 +237,30 @@ def test_all_selectors_mean_the_same_pods(cluster: list[dict[str, Any]]) -> None
 def test_store_is_where_the_settings_look_for_it(cluster: list[dict[str, Any]]) -> None:
     service = of_kind(cluster, "Service", "valkey")
     address = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
-    assert environ_of_kubernetes(cluster)["BROKER_STORE_URL"] == f"valkey://{address}"
-    assert environ_of_compose()["BROKER_STORE_URL"] == "valkey://valkey:6379"
-    command = of_kind(cluster, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert command == compose()["services"]["valkey"]["command"]
+    assert address == "valkey:6379", "README.md writes it into store_url"
+    (container,) = of_kind(cluster, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == shell_of_compose("valkey")
+
+
+def test_the_store_has_a_password_that_brokers_get_in_their_url_and_no_settings_show(
+    cluster: list[dict[str, Any]],
+) -> None:
+    for environ in (environ_of_compose(), environ_of_kubernetes(cluster)):
+        assert "BROKER_STORE_URL" not in environ
+        assert Path(environ["BROKER_STORE_URL_FILE"]).name == "store_url"
+    valkey = compose()["services"]["valkey"]
+    assert (valkey["secrets"], valkey["environment"]) == ([PASSWORD], {"PASSWORD_FILE": f"/run/secrets/{PASSWORD}"})
+    pod = of_kind(cluster, "StatefulSet", "valkey")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (path,) = [Path(each["value"]) for each in container["env"] if each["name"] == "PASSWORD_FILE"]
+    (volume,) = [each["name"] for each in container["volumeMounts"] if each["mountPath"] == str(path.parent)]
+    (secret,) = [each["secret"] for each in pod["volumes"] if each["name"] == volume]
+    store, broker = of_kind(cluster, "Secret", "store"), of_kind(cluster, "Secret")
+    assert secret["secretName"] == store["metadata"]["name"]
+    assert store["data"].keys() == {path.name} == {PASSWORD}, "Valkey gets no key of OneInbox"
+    assert PASSWORD not in broker["data"]
+    probe = container["readinessProbe"]["exec"]["command"]
+    assert ["CMD", *probe] == shell_of_compose("valkey", "healthcheck")
 
 
 def test_the_store_listens_to_brokers_only(cluster: list[dict[str, Any]]) -> None:

