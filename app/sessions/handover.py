@@ -31,35 +31,29 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
     ClientDisconnect, and `at-capacity` if the response cannot be kept.
     """
     attempt, call_id = started.attempt, started.call.id
+    present = not client.is_closed()
     try:
-        await _hand_over(live, attempt, call_id, client, kept)
+        if not present and kept is None:
+            await live.stop(attempt, call_id, HUNG_UP)
+            raise ClientDisconnect
+        try:
+            if present or kept is None:
+                given = await live.give(attempt, call_id, kept)
+            else:
+                given = await live.leave(attempt, call_id, kept)
+        except StoreUnavailable:
+            given = False
+        if not given:
+            # A repeat would start another call. If the store kept the response after all, a repeat may collect it.
+            await live.withdraw(attempt, call_id, NOT_KEPT)
+            raise retry_later("at-capacity", 5)
+        if present and not await client.poll_is_closed():
+            return
+        if present:
+            await live.withdraw(attempt, call_id, HUNG_UP)
     except asyncio.CancelledError:  # the process ends
         await live.abandon(attempt, call_id)
         raise
-
-
-async def _hand_over(
-    live: LiveCalls, attempt: CallAttempt, call_id: str, client: ClientConnection, kept: Kept | None
-) -> None:
-    present = not client.is_closed()
-    if not present and kept is None:
-        await live.stop(attempt, call_id, HUNG_UP)
-        raise ClientDisconnect
-    try:
-        if present or kept is None:
-            given = await live.give(attempt, call_id, kept)
-        else:
-            given = await live.leave(attempt, call_id, kept)
-    except StoreUnavailable:
-        given = False
-    if not given:
-        # A repeat would start another call. If the store kept the response after all, a repeat may still collect it.
-        await live.withdraw(attempt, call_id, NOT_KEPT)
-        raise retry_later("at-capacity", 5)
-    if present and not await client.poll_is_closed():
-        return
-    if present:
-        await live.withdraw(attempt, call_id, HUNG_UP)
     if kept is not None:
         log.warning("client_disconnected", call=call_id, waits=COLLECT_SECONDS)
     raise ClientDisconnect

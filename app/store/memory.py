@@ -136,8 +136,6 @@ class MemoryStore(Store):
             return False
         for value in change.values:
             self._set(value, now)
-        for name in change.deletes:
-            self._values.of(name).pop(name, None)
         for name, member, ttl in change.joins:
             self._add_member(name, member, now, ttl)
         for name, member in change.leaves:

@@ -207,7 +207,7 @@ CHANGE = Script(
     + _ADD
     + """
 -- KEYS: one for each step. ARGV: of each step its word and arguments; expectations come first.
--- is VALUE, none | set VALUE TTL, delete | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
+-- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
 local at = 0
 local function take()
   at = at + 1
@@ -222,8 +222,6 @@ for _, key in ipairs(KEYS) do
   elseif step == 'set' then
     local value = take()
     redis.call('SET', key, value, 'PX', take())
-  elseif step == 'delete' then
-    redis.call('DEL', key)
   elseif step == 'join' then
     local member = take()
     add(key, member, tonumber(take()))

@@ -157,24 +157,22 @@ class ValkeyStore(Store):
     async def change(self, change: Change) -> bool:
         keys: list[str] = []
         arguments: list[str | bytes | int] = []
-
-        def step(key: str, *words: str | bytes | int) -> None:
-            keys.append(key)
-            arguments.extend(words)
-
         for name, expected in change.expected.items():
-            step(self._values + name, *(("none",) if expected is None else ("is", expected)))
+            keys.append(self._values + name)
+            arguments += ("none",) if expected is None else ("is", expected)
         for name, value, ttl in change.values:
-            step(self._values + name, "set", value, _milliseconds(ttl))
-        for name in change.deletes:
-            step(self._values + name, "delete")
+            keys.append(self._values + name)
+            arguments += ("set", value, _milliseconds(ttl))
         for name, member, ttl in change.joins:
-            step(self._slots + name, "join", member, round(ttl * 1e6))
+            keys.append(self._slots + name)
+            arguments += ("join", member, round(ttl * 1e6))
         for name, member in change.leaves:
-            step(self._slots + name, "leave", member)
+            keys.append(self._slots + name)
+            arguments += ("leave", member)
         if change.entry is not None:
             name, value, keep, ttl = change.entry
-            step(self._lists + name, "push", value, keep, _milliseconds(ttl))
+            keys.append(self._lists + name)
+            arguments += ("push", value, keep, _milliseconds(ttl))
         return bool(await self._run(scripts.CHANGE, keys, *arguments))
 
     async def items(self, name: str) -> list[bytes]:

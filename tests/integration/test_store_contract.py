@@ -186,7 +186,6 @@ def whole_change(name: str, expected: bytes | None) -> Change:
     return Change(
         {name: expected, f"{name}-none": None},
         [Value(name, b"new", 60), Value(f"{name}-short", b"short", 0.02)],
-        [f"{name}-old"],
         [Member(name, "joins", 60)],
         [(name, "leaves")],
         ListEntry(name, b"entry", 3, 60),
@@ -195,13 +194,11 @@ def whole_change(name: str, expected: bytes | None) -> Change:
 
 async def test_a_change_makes_all_its_writes(store: Store, name: str) -> None:
     await store.set(name, b"is", 60)
-    await store.set(f"{name}-old", b"", 60)
     await store.add_member(name, "leaves", 60)
 
     assert await store.change(whole_change(name, b"is"))
 
     assert await store.get(name) == b"new"
-    assert await store.get(f"{name}-old") is None
     assert set(await store.members(name)) == {"joins"}
     assert await store.items(name) == [b"entry"]
     await gone(store, f"{name}-short")
@@ -213,14 +210,12 @@ async def test_a_change_makes_no_write_if_a_value_is_not_as_expected(store: Stor
         await store.set(name, b"is" if differs == "present" else b"other", 60)
     if differs == "present":
         await store.set(f"{name}-none", b"", 60)
-    await store.set(f"{name}-old", b"old", 60)
     await store.add_member(name, "leaves", 60)
     before = await store.get(name)
 
     assert not await store.change(whole_change(name, b"is"))
 
     assert await store.get(name) == before
-    assert await store.get(f"{name}-old") == b"old"
     assert set(await store.members(name)) == {"leaves"}
     assert await store.items(name) == []
     assert await store.get(f"{name}-short") is None
