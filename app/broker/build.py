@@ -119,7 +119,7 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        ledger = Ledger(store, lease=lease, now=clock.now)
+        ledger = Ledger(store, lease=lease, prefix=settings.store_prefix, now=clock.now)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
         talk = TalkTime(
             store,
@@ -389,6 +389,8 @@ def _challenge(
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    while not task.done():
+        task.cancel()  # again, if the task lost it: a process must end
+        await asyncio.wait([task], timeout=1)
+    if not task.cancelled():
+        task.result()

@@ -73,12 +73,14 @@ class Unconfirmed:
 class Ledger:
     """Find records, and move them. Every method that needs the store raises StoreUnavailable.
 
-    `lease`: seconds from the POST after which a slot is free in any case. `now`: Unix time.
+    `lease`: seconds from the POST after which a slot is free in any case. `prefix`: the store's; a call is read back
+    from OneInbox only under the same one. `now`: Unix time.
     """
 
     store: Store
     _: KW_ONLY
     lease: float
+    prefix: str = ""
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
     """By request id. They are made as soon as the store answers, before anything is concluded from the record."""
@@ -88,6 +90,10 @@ class Ledger:
     def reserved(self, attempt: CallAttempt) -> Value:
         """Return a new record, for the store to write with the decision about the limits."""
         return Value(_name(attempt.request_id), StartRecord(attempt).to_bytes(), self.lease)
+
+    def seal_context(self, request_id: str) -> str:
+        """Return what an attempt is sealed with on OneInbox's record, so that no other deployment can open it."""
+        return f"{self.prefix} {request_id}"
 
     async def find(self, request_id: str) -> StartRecord | None:
         """Return a record, or None."""

@@ -1,6 +1,7 @@
 """Read the running calls back from OneInbox into a store that has lost them, so that slots and deadlines hold again."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -80,12 +81,14 @@ class Restorer:
             if await self.store.complete():
                 log.warning("calls_restored", calls=restored)
         finally:
-            await self.store.delete(LOCK, lock)
+            # It ends by itself; an error of the clean-up must not take the place of a cancellation.
+            with contextlib.suppress(StoreUnavailable):
+                await self.store.delete(LOCK, lock)
 
     async def _restore_all(self) -> int:
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def restore(agent: str, listed: CallRecord) -> bool:
+        async def restore(listed: CallRecord) -> bool:
             async with places:
                 record = listed
                 if record.metadata is None:
@@ -95,14 +98,14 @@ class Restorer:
                         if error.status == 404:
                             return False
                         raise
-                attempt = self._attempt(agent, record)
+                attempt = self._attempt(record)
                 return attempt is not None and not record.ended and await self.live.restore(attempt, record.id)
 
         restored = 0
-        for agent, agent_id in self.agent_ids.items():
+        for agent_id in self.agent_ids.values():
             for status in RUNNING:
                 async for page in self._pages(agent_id, status):
-                    restored += sum(await asyncio.gather(*(restore(agent, record) for record in page)))
+                    restored += sum(await asyncio.gather(*(restore(record) for record in page)))
         return restored
 
     async def _pages(self, agent_id: str, status: str) -> AsyncIterator[list[CallRecord]]:
@@ -116,16 +119,15 @@ class Restorer:
                 return
             offset += PAGE - OVERLAP
 
-    def _attempt(self, agent: str, record: CallRecord) -> CallAttempt | None:
-        """Return the attempt that started a call; None if the broker did not start it."""
+    def _attempt(self, record: CallRecord) -> CallAttempt | None:
+        """Return the attempt that started a call; None if it is not this deployment's, as far as its seal tells."""
         if not record.request_id or not record.owner:
             return None
-        unwritten = self.keyring.unseal(record.sealed_attempt, record.request_id)
-        if unwritten is not None:
-            try:
-                return CallAttempt.restored(unwritten, record.request_id, record.owner)
-            except ValueError:
-                log.warning("call_record_skipped", call=record.id)
-        # Written by an older broker, or with a secret that is gone: its deadline holds, its user's slot does not.
-        began = record.created_at.timestamp() if record.created_at else self.now()
-        return CallAttempt(record.request_id, int(began), agent, f"unknown:{record.owner}", record.owner)
+        unwritten = self.keyring.unseal(record.sealed_attempt, self.live.ledger.seal_context(record.request_id))
+        if unwritten is None:
+            return None
+        try:
+            return CallAttempt.restored(unwritten, record.request_id, record.owner)
+        except ValueError:
+            log.warning("call_record_skipped", call=record.id)
+            return None

@@ -144,7 +144,7 @@ class Sessions:
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:
         own = {BROKER_USER: attempt.owner, BROKER_REQUEST_ID: attempt.request_id}
         if self.live.store.shared:  # to read the call back if the store loses it
-            own[BROKER_CALL] = self.keyring.seal(attempt.unwritten, attempt.request_id)
+            own[BROKER_CALL] = self.keyring.seal(attempt.unwritten, self.live.ledger.seal_context(attempt.request_id))
         if self.share_user_id:
             own[BROKER_USER_ID] = user.id
         return {**spec.metadata, **own}

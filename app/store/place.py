@@ -17,7 +17,8 @@ from app.store.url import Address
 
 MOST_CANDIDATES = 8
 MOST_NODES = 16
-_LOGIN_REFUSED = ("NOAUTH", "uthenti", "WRONGPASS")
+LOGIN_REFUSED = ("NOAUTH", "uthenti", "WRONGPASS")
+"""Parts of the answers of a Sentinel that wants another login."""
 
 
 class Nowhere(RedisError):
@@ -164,9 +165,7 @@ def ask_sentinel(
                 return [await sentinel.discover_master(service)]
             except RedisError as error:
                 # redis-py wraps what the Sentinel refused.
-                if index + 1 == len(logins) or not any(
-                    word in str(error) for word in ("NOAUTH", "uthenti", "WRONGPASS")
-                ):
+                if index + 1 == len(logins) or not any(word in str(error) for word in LOGIN_REFUSED):
                     raise
             finally:
                 for client in sentinel.sentinels:

@@ -97,7 +97,7 @@ def record_of(number: int, **changes: object) -> CallRecord:
     metadata = {
         "broker_user": attempt.owner,
         "broker_request_id": attempt.request_id,
-        "broker_call": KEYRING.seal(attempt.unwritten, attempt.request_id),
+        "broker_call": KEYRING.seal(attempt.unwritten, f" {attempt.request_id}"),
     }
     return CallRecord(id=f"call_{number}", status="in_progress", metadata=metadata).model_copy(update=changes)
 
@@ -150,23 +150,23 @@ async def test_running_calls_come_back(store: FailoverStore, *, in_lists: bool) 
     assert await restorer._restore_all() == 0, "they are known"
 
 
-async def test_calls_of_an_older_broker(store: FailoverStore) -> None:
-    """Without the sealed part, or with one that cannot be read: the call is swept, its user is unknown."""
-    first, second, third = (record_of(number) for number in (1, 2, 3))
+async def test_calls_of_others_are_left_alone(store: FailoverStore) -> None:
+    """Without the sealed part, or with one that another deployment wrote, or with one of another call."""
+    first, second, third, fourth = (record_of(number) for number in (1, 2, 3, 4))
     old = {name: value for name, value in (first.metadata or {}).items() if name != "broker_call"}
     swapped = {**(second.metadata or {}), "broker_call": third.sealed_attempt}
-    odd = {**(third.metadata or {}), "broker_call": KEYRING.seal("nonsense", third.request_id)}
+    odd = {**(third.metadata or {}), "broker_call": KEYRING.seal("nonsense", f" {third.request_id}")}
+    foreign = KEYRING.seal(attempt_of(4).unwritten, f"staging {fourth.request_id}")
     account = Account(
         [
             first.model_copy(update={"metadata": old}),
             second.model_copy(update={"metadata": swapped}),
             third.model_copy(update={"metadata": odd}),
+            fourth.model_copy(update={"metadata": {**(fourth.metadata or {}), "broker_call": foreign}}),
         ]
     )
     await restorer_of(store, account).restore()
-    restored = [CallAttempt.from_key(key) for key in await store.members(ALL_CALLS)]
-    assert {attempt.request_id for attempt in restored} == {first.request_id, second.request_id, third.request_id}
-    assert {attempt.user for attempt in restored} == {f"unknown:{first.owner}"}
+    assert await store.members(ALL_CALLS) == {}
 
 
 async def test_one_replica_restores_and_a_failure_is_repeated(
