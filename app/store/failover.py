@@ -229,8 +229,10 @@ class FailoverStore(Store):
         while True:
             try:
                 await self._shared.decide(PROBE_REQUEST)
-                await self._check_place()
+                moved = await self._check_place()
                 await self._check_generation()
+                if moved:
+                    await self._generation.doubt()
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
@@ -261,18 +263,21 @@ class FailoverStore(Store):
                     self._warned.add(weakness.remedy)
                     log.warning("store_warning", detail=weakness.detail, remedy=weakness.remedy)
 
-    async def _check_place(self) -> None:
+    async def _check_place(self) -> bool:
+        """Look where the server is; return whether another connection is in use since the last time."""
         if self._clock() >= self._check_place_at:
             self._check_place_at = self._clock() + PLACE_SECONDS
             await self._shared.check_place()
-        if self._moves != self._shared.moves:
-            self._moves = self._shared.moves
-            since = self._clock() - LAG_SECONDS
-            for noted, names, member, ttl in self._recent:
-                if noted > since:
-                    for name in names:
-                        self._missed.pop((name, member), None)
-                        self._missed[name, member] = None if ttl is None else noted + ttl
+        if self._moves == self._shared.moves:
+            return False
+        self._moves = self._shared.moves
+        since = self._clock() - LAG_SECONDS
+        for noted, names, member, ttl in self._recent:
+            if noted > since:
+                for name in names:
+                    self._missed.pop((name, member), None)
+                    self._missed[name, member] = None if ttl is None else noted + ttl
+        return True
 
     async def _replay_missed(self) -> None:
         """Bring the shared sets up to date; what cannot be written stays for the next time."""

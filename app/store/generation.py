@@ -50,6 +50,10 @@ class Generation:
             return "set-back"
         return "same"
 
+    async def doubt(self) -> None:
+        """Note that calls may be missing: another server answers, which may lack the last moments of the one before."""
+        self.incomplete = await self._replace(COMPLETE, INCOMPLETE) or self.incomplete
+
     async def complete(self) -> bool:
         """Note that the running calls are back; False if the store was emptied again meanwhile."""
         done = await self._replace(INCOMPLETE, COMPLETE)

@@ -76,6 +76,8 @@ class FoundPlace(Place):
     timeout: float
     _last: Address | None = field(default=None, init=False)
     _looking: asyncio.Task[Address] | None = field(default=None, init=False)
+    _asking: set[asyncio.Task[Sequence[Address]]] = field(default_factory=set, init=False)
+    """Questions under way, also those whose answers are no longer needed."""
 
     async def connection(self) -> Connection:
         task = self._looking
@@ -92,9 +94,10 @@ class FoundPlace(Place):
             self._looking = None
 
     async def aclose(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        tasks = [*([self._looking] if self._looking else []), *self._asking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> Address:
         named, reasons = await self._candidates()
@@ -112,6 +115,9 @@ class FoundPlace(Place):
         """Return what the guides name, most votes first. A majority is enough, or half a timeout after the first."""
         loop = asyncio.get_running_loop()
         asking = {asyncio.create_task(self._ask(guide)) for guide in list(self.guides)}
+        self._asking |= asking
+        for task in asking:
+            task.add_done_callback(self._asking.discard)
         majority = len(asking) // 2 + 1
         votes, reasons, end = Counter[Address](), Counter[str](), None
         try:
