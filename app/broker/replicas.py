@@ -26,15 +26,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One replica's report. `at`: Unix time by its clock. `controls`: as a KillSwitch's. `losses`: as a store's."""
+    """One replica's report. `controls`: as a KillSwitch's."""
 
     id: str
     version: str = ""
-    at: float = 0
     controls: str = ""
     paused: bool = False
     blocked: int = 0
-    losses: int = 0
     left: float = 0
     """Seconds until it is forgotten; how long ago it reported follows from it, whatever its clock says."""
 
@@ -77,11 +75,9 @@ class Reporter:
         value = {
             "v": 1,
             "version": __version__,
-            "at": self.clock.now(),
             "controls": switch.controls,
             "paused": switch.paused,
             "blocked": switch.blocked,
-            "losses": self.store.losses,
         }
         await self.store.set(_name(self.id), to_json(value), KEPT_SECONDS)
         await self.store.add_member(REPLICAS, self.id, KEPT_SECONDS)
@@ -111,7 +107,7 @@ async def read_reports(store: Store) -> list[Report]:
     return reports
 
 
-_FIELDS = ("version", "at", "controls", "paused", "blocked", "losses")
+_FIELDS = ("version", "controls", "paused", "blocked")
 
 
 def _name(replica: str) -> str:

@@ -78,7 +78,9 @@ class Operator:
             missing = [report for report in reports if report.controls not in (controls, latest)]
             if (reports and not missing) or time.monotonic() > end:
                 break
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # between questions to the store
+        if not reports:
+            return "in force on 0 of 0 replicas: no replica reports to this store, under this BROKER_STORE_PREFIX", True
         lines = [f"in force on {len(reports) - len(missing)} of {len(reports)} replicas"]
         lines += [f"not in force on {_described(report)}" for report in missing]
         return "\n".join(lines), not missing

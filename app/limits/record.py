@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import structlog
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, create_model
 from pydantic_core import to_json
 
 from app.limits.call_attempt import CallAttempt
@@ -109,36 +109,24 @@ class StartRecord(NamedTuple):
     def from_bytes(cls, value: bytes) -> Self | None:
         """Read a stored value of any version; None, and a log entry, if it cannot be read."""
         try:
-            stored = _Stored.model_validate_json(value)
-            attempt = CallAttempt.from_key(stored.member)
+            stored = _STORED.model_validate_json(value).model_dump()
+            attempt = CallAttempt.from_key(stored.pop("member"))
         except ValueError:
             log.error("call_record_unreadable")
             return None
-        state = stored.state or (UNWANTED if stored.unwanted else GIVEN)  # version 1 had none
-        return cls(attempt, state, **{name: getattr(stored, name) for name in _OPTIONAL})._replace(raw=value)
+        state: State = stored.pop("state") or (UNWANTED if stored["unwanted"] else GIVEN)  # version 1 had none
+        return cls(attempt, state, **stored)._replace(raw=value)
 
 
 _OPTIONAL = StartRecord._fields[2:-1]
 _EMPTY = tuple(StartRecord._field_defaults[name] for name in _OPTIONAL)
-
-
-class _Stored(BaseModel):
-    """A record as stored; fields that another version added are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-    member: str
-    state: State | None = None
-    call_id: str = ""
-    given_to: tuple[str, ...] = ()
-    kept: bool = False
-    due: float = 0
-    unwanted: str = ""
-    failed: bool = False
-    missing_since: float = 0
-    seconds: float = 0
-    turn: int = 0
-
+_FIELDS: dict[str, Any] = {
+    "member": (str, ...),
+    "state": (State | None, None),
+    **{name: (StartRecord.__annotations__[name], empty) for name, empty in zip(_OPTIONAL, _EMPTY, strict=True)},
+}
+_STORED = create_model("Stored", __config__=ConfigDict(strict=True), **_FIELDS)
+"""A record as stored; fields that another version added are ignored."""
 
 Step = Callable[[StartRecord | None], StartRecord | None]
 

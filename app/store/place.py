@@ -166,7 +166,7 @@ def ask_sentinel(
 
     async def ask(address: Address) -> Sequence[Address]:
         for index, options in enumerate(logins):
-            sentinel = Sentinel([address], sentinel_kwargs=dict(options))  # type: ignore[no-untyped-call]
+            sentinel = Sentinel([address], sentinel_kwargs=dict(options))  # type: ignore[no-untyped-call]  # redis-py has not typed it
             try:
                 return [await sentinel.discover_master(service)]
             except RedisError as error:

@@ -88,7 +88,7 @@ def _parameters(query: str, *, tls: bool, sentinel: bool) -> dict[str, Any]:
 def _address(text: str, port: int) -> Address:
     found = _HOST.fullmatch(text.strip())
     if not found or (found[2] and not 0 < int(found[2]) < 65536):
-        raise ValueError("the URL names a host that is none")
+        raise ValueError("the URL has an invalid host")
     return found[1].strip("[]"), int(found[2] or port)
 
 

@@ -321,10 +321,15 @@ class ValkeyStore(Store):
             "protocol": 2,
             "driver_info": None,
         }
-        kind: type[Any] = SSLConnection if url.tls else Connection
+        if url.tls:
+            # Made once, when the first connection needs it: to read all authorities takes 50 ms.
+            tls_context = SSLConnection(**options).ssl_context
 
         def connect(address: Address) -> Connection:
-            connection: Connection = kind(host=address[0], port=address[1], **options)
+            if not url.tls:
+                return Connection(host=address[0], port=address[1], **options)
+            connection = SSLConnection(host=address[0], port=address[1], **options)
+            connection.ssl_context = tls_context
             return connection
 
         proof = ("SET", self._sign, "1", "PX", PROOF_MILLISECONDS)

@@ -24,6 +24,7 @@ from tests.deploy.settings import DEPLOY, KUBERNETES, PASSWORD, objects, of_kind
 from tests.deploy.settings import compose as base
 from tests.deploy.test_files import SCRIPTS, check
 from tests.deploy.test_operator import prepare
+from tests.support.brokers import eventually
 from tests.support.needs import program
 from tests.support.ports import free_port
 from tests.support.stores import engine_path, until
@@ -227,6 +228,12 @@ class Topology:
         """A file of every server that has one."""
         return list(self._folder.glob(f"*/{name}"))
 
+    def wait_for_copy(self) -> None:
+        """Wait until the replica has every write so far: the copy is in order."""
+        with self.client("first") as client:
+            client.set("copied", "", px=1000)
+            assert client.execute_command("WAIT", 1, 5000)
+
     @property
     def url(self) -> str:
         """The brokers' BROKER_STORE_URL."""
@@ -249,17 +256,20 @@ async def test_the_replica_takes_over_and_the_old_primary_comes_back_as_a_replic
     await asyncio.to_thread(until, topology.guards_know_each_other, 30)
     async with FailoverStore(ValkeyStore(topology.url), MemoryStore()) as store:
         await store.set("before", b"1", 600)
-        await asyncio.sleep(1)
+        await asyncio.to_thread(topology.wait_for_copy)
         primary.kill()
         primary.wait()
         await asyncio.to_thread(until, lambda: topology.role("second") == "master", 30)
-        async with asyncio.timeout(5):
-            while store.state != "ok" or await store.get("before") is None:
-                await asyncio.sleep(0.05)
+        await eventually(lambda: has_value(store), within=5)
         await store.set("after", b"1", 600)
         topology.start("first")
         await asyncio.to_thread(until, lambda: topology.role("first") == "slave", 30)
         assert store.state == "ok"
+
+
+async def has_value(store: FailoverStore) -> bool:
+    """Whether the store answers, with what was written before."""
+    return store.state == "ok" and await store.get("before") is not None
 
 
 def shown_by(process: subprocess.Popen[bytes]) -> str:
@@ -280,8 +290,7 @@ async def test_servers_refuse_clients_without_the_password_and_take_a_new_one(to
     assert {file.stat().st_mode & 0o077 for file in topology.files("sentinel.conf")} == {0}
     async with FailoverStore(ValkeyStore(topology.url), MemoryStore()) as store:
         await store.set("before", b"1", 600)
-        with topology.client("first") as client:
-            await asyncio.to_thread(client.execute_command, "WAIT", 1, 5000)
+        await asyncio.to_thread(topology.wait_for_copy)
         with topology.client("one") as client:
             # It says no until it has seen the replica linked.
             await asyncio.to_thread(until, lambda: client.execute_command("SENTINEL", "FAILOVER", "voice"), 30)
@@ -307,6 +316,4 @@ async def test_servers_refuse_clients_without_the_password_and_take_a_new_one(to
         assert topology.refuses(name, old)
     assert [file for file in topology.files("sentinel.conf") if old in file.read_text()] == []
     async with FailoverStore(ValkeyStore(topology.url), MemoryStore()) as store:
-        async with asyncio.timeout(5):
-            while store.state != "ok" or await store.get("before") is None:
-                await asyncio.sleep(0.05)
+        await eventually(lambda: has_value(store), within=5)

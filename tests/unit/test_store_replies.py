@@ -42,7 +42,7 @@ REFUSED = (
 
 def parsed(text: str) -> Exception:
     """As redis-py gives it to us."""
-    error: Exception = BaseParser.parse_error(text)  # type: ignore[no-untyped-call]
+    error: Exception = BaseParser.parse_error(text)  # type: ignore[no-untyped-call]  # redis-py has not typed it
     return error
 
 
