@@ -152,7 +152,7 @@ async def open_broker(
             oneinbox,
             live,
             keyring,
-            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            agent_ids=[agent.agent_id for agent in agents.by_name.values()],
             timeout=settings.oneinbox_timeout,
             now=clock.now,
             metrics=metrics,

@@ -75,8 +75,8 @@ class LiveCalls:
     metrics: Metrics = field(default_factory=Metrics)
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
     """Unix time of the first 404 that a read met, by call id."""
-    _stop_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
-    _stops: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _background_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
+    _background: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Work in the background, by what it is about."""
 
     async def give(self, attempt: CallAttempt, call_id: str, kept: Kept | None = None) -> bool:
@@ -301,7 +301,7 @@ class LiveCalls:
 
     async def finish(self) -> None:
         """Wait for the stops in the background. Without a shared store, also stop what no process would stop later."""
-        await asyncio.gather(*self._stops.values(), return_exceptions=True)
+        await asyncio.gather(*self._background.values(), return_exceptions=True)
         if self.store.shared:
             return
         for attempt in attempts_of(await self.store.members(ALL_CALLS)):
@@ -309,7 +309,7 @@ class LiveCalls:
             found = await self.ledger.find(attempt.request_id)
             if found is not None and found.state == UNWANTED:
                 self._hang_up_soon(found)
-        await asyncio.gather(*self._stops.values(), return_exceptions=True)
+        await asyncio.gather(*self._background.values(), return_exceptions=True)
 
     async def _check_call(self, attempt: CallAttempt, *, stop: bool = True) -> bool | None:
         """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown.
@@ -416,19 +416,19 @@ class LiveCalls:
 
     def _in_background(self, about: str, work: Callable[[], Awaitable[object]]) -> None:
         """Work in the background, once at a time: a slow stop must not delay what else is due."""
-        if about in self._stops:
+        if about in self._background:
             return
 
         async def run() -> None:
             try:
-                async with self._stop_places:
+                async with self._background_places:
                     await work()
             except Exception:
                 log.exception("stop_failed", about=about)
             finally:
-                del self._stops[about]
+                del self._background[about]
 
-        self._stops[about] = asyncio.create_task(run(), name="stop")
+        self._background[about] = asyncio.create_task(run(), name="stop")
 
     async def _believe_missing(self, found: StartRecord) -> bool:
         """Take note of a 404; return whether it is the second, RUMOUR_SECONDS after the first."""

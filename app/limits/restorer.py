@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 class Restorer:
     """Restore the calls, one replica at a time.
 
-    `agent_ids`: by configured name. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
+    `agent_ids`: whose calls to list. `timeout`: seconds that OneInbox may take to answer. `now`: Unix time. `metrics`:
     counts the store's losses.
     """
 
@@ -41,7 +41,7 @@ class Restorer:
     live: LiveCalls
     keyring: Keyring
     _: KW_ONLY
-    agent_ids: Mapping[str, str]
+    agent_ids: Collection[str]
     timeout: float
     now: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
@@ -102,7 +102,7 @@ class Restorer:
                 return attempt is not None and not record.ended and await self.live.restore(attempt, record.id)
 
         restored = 0
-        for agent_id in self.agent_ids.values():
+        for agent_id in self.agent_ids:
             for status in RUNNING:
                 async for page in self._pages(agent_id, status):
                     restored += sum(await asyncio.gather(*(restore(record) for record in page)))

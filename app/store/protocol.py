@@ -120,8 +120,8 @@ class ListEntry(NamedTuple):
 class Change(NamedTuple):
     """Several writes that are made together, if the values are as expected; otherwise none is.
 
-    `expected`: values by name; None: there is none. `values`: to set. `joins`:
-    members to put into sets. `leaves`: sets and members to take out. `entry`: goes into a list.
+    `expected`: values by name; None: there is none. `values`: to set. `joins`: members to put into sets. `leaves`: sets
+    and members to take out. `entry`: goes into a list.
     """
 
     expected: Mapping[str, bytes | None]

@@ -131,7 +131,7 @@ def restorer_of(store: FailoverStore, account: Account) -> Restorer:
     talk = TalkTime(store, minutes=None, minutes_total=None, enforce=True, now=lambda: NOW)
     ledger = Ledger(store, lease=900, now=lambda: NOW)
     live = LiveCalls(store, oneinbox, talk, ledger, max_seconds=600, join_timeout=0, now=lambda: NOW)
-    return Restorer(store, oneinbox, live, KEYRING, agent_ids={"default": "agt_1"}, timeout=0, now=lambda: NOW)
+    return Restorer(store, oneinbox, live, KEYRING, agent_ids=["agt_1"], timeout=0, now=lambda: NOW)
 
 
 @pytest.mark.parametrize("in_lists", [True, False])
