@@ -166,13 +166,15 @@ class FailoverStore(Store):
             return await self._local.members(name)
 
     async def change(self, change: Change) -> bool:
+        members = Change({}, joins=change.joins, leaves=change.leaves) if change.joins or change.leaves else None
         try:
             made = await self._ask(self._shared.change, change)
         except StoreUnavailable:
-            await self._local.change(Change({}, joins=change.joins, leaves=change.leaves))
+            if members is not None:
+                await self._local.change(members)
             raise
-        if made:
-            await self._local.change(Change({}, joins=change.joins, leaves=change.leaves))
+        if made and members is not None:
+            await self._local.change(members)
         return made
 
     async def items(self, name: str) -> list[bytes]:
