@@ -12,7 +12,7 @@ from typing import NamedTuple
 import structlog
 
 from app.limits.call_attempt import CallAttempt
-from app.limits.record import STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
+from app.limits.record import ENDED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.store import Change, ListEntry, Member, Store, StoreUnavailable, Value
 
 DAY = 86400
@@ -192,31 +192,32 @@ class Ledger:
         """Return the write of a move, with everything that hangs on the record."""
         attempt = after.attempt
         left = max(1.0, self.lease - (self.now() - attempt.since))
-        ttl = max(left, ENDED_SECONDS)
         name, value = _name(request_id), after.to_bytes()
         expected: dict[str, bytes | None] = {name: None if before is None else before.raw or before.to_bytes()}
-        values, entry = [Value(name, value, ttl)], None
+        values, entry = [Value(name, value, max(left, ENDED_SECONDS))], None
         joins: list[Member] = []
         leaves: list[tuple[str, str]] = []
+        state, was = after.state, before.state if before is not None else ""
         if after.call_id and (before is None or not before.call_id):
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
-            if after.state != UNWANTED:
+            if state != UNWANTED:
                 entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
-        if before is None and after.running:
-            joins += [Member(each, attempt.key, left) for each in attempt.sets]
-        if not after.running:
+        if state == ENDED:
             leaves += _slots(after)
-        if after.state == STARTED:
+        elif before is None:
+            joins += [Member(each, attempt.key, left) for each in attempt.sets]
+        if state == STARTED:
             joins.append(Member(UNCOLLECTED, request_id, DAY))
-        elif before is not None and before.state == STARTED:
+        elif was == STARTED:
             leaves.append((UNCOLLECTED, request_id))
-        if after.failed and after.running:
-            joins.append(Member(UNSTOPPED, after.call_id, UNSTOPPED_SECONDS))
-        elif after.failed:
-            leaves.append((UNSTOPPED, after.call_id))
-        if after.state == UNRESOLVED:
+        if after.failed:
+            if state == ENDED:
+                leaves.append((UNSTOPPED, after.call_id))
+            else:
+                joins.append(Member(UNSTOPPED, after.call_id, UNSTOPPED_SECONDS))
+        if state == UNRESOLVED:
             joins.append(Member(UNSTOPPED, UNFOUND + request_id, UNSTOPPED_SECONDS))
-        elif before is not None and before.state == UNRESOLVED:
+        elif was == UNRESOLVED:
             leaves.append((UNSTOPPED, UNFOUND + request_id))
         if kept is not None:
             expected[kept.name] = kept.mark

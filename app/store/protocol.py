@@ -76,15 +76,14 @@ class LimitRequest(NamedTuple):
     record: Value | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The answer to a `LimitRequest`.
 
     `refused`: indices into rates then slots (a slot's index is len(rates) + its own) that had no room; empty means yes.
     `rates`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
     `counted`: the request was counted (allowed, or not enforced; never when it only looked). `local`: answered by this
     process alone, because the shared store is gone; it has no `record`. `doubtful`: the shared store may have counted
-    it, too.
+    it, too. `mirrored`: what this process counted for itself beside the shared store.
     """
 
     refused: tuple[int, ...]
@@ -93,6 +92,7 @@ class Decision:
     counted: bool
     local: bool = False
     doubtful: bool = False
+    mirrored: "Decision | None" = None
 
     @property
     def allowed(self) -> bool:
