@@ -6,7 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.store import Store, StoreUnavailable
@@ -83,8 +83,9 @@ class Contents(MemoryStore):
 
     def look(self, report: bool = True) -> None:
         """Compare the record of each known start with what it was."""
+        clock = self._now()
         for request_id, before in self._states.items():
-            after = _state(now(self.get(f"call:{request_id}")))
+            after = _state(self._value(f"call:{request_id}", clock))
             if after != before:
                 self._states[request_id] = after
                 if report:
@@ -96,6 +97,7 @@ class Contents(MemoryStore):
         self.invariants.reserved(request_id, self.epoch)
 
 
+@lru_cache(10_000)
 def _state(value: bytes | None) -> str:
     """Return the state that a record says. Before records had one: unwanted, or given."""
     if value is None:
