@@ -33,9 +33,9 @@ from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
-from app.limits.ledger import Ledger
+from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
-from app.limits.sweeper import settle, settle_forever, sweep_forever
+from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.transport import open_transport, proxy_for
 from app.problems import KINDS
@@ -48,8 +48,6 @@ from app.store.url import parse_store_url
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
 
-LEASE_GRACE = 300
-"""Seconds that a live slot outlives the longest call, so that there is time to hang up."""
 LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
 
@@ -174,6 +172,7 @@ async def open_broker(
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
             metrics=metrics,
+            max_call_seconds=settings.max_call_seconds,
             now=clock.now,
         )
         cache = CallCache(
@@ -212,6 +211,7 @@ async def open_broker(
             reconciler.run(),
             *((restorer.run(), deployment.keep(), reporter.run()) if store.shared else ()),
             settle_forever(live),
+            end_forever(live),
             kill_switch.run(),
             poller.run(),
             gauges.run(),

@@ -16,7 +16,8 @@ class CallAttempt(NamedTuple):
 
     `request_id`: 128 random bits, `broker_request_id` on OneInbox's record. `since`: Unix time of the POST, whole
     seconds. `agent`: configured name. `user`: the user's name in the store. `owner`: the user's pseudonym,
-    `broker_user` on OneInbox's record.
+    `broker_user` on OneInbox's record. `ends`: Unix time at which the broker hangs up at the latest; 0: never, or not
+    known.
     """
 
     request_id: str
@@ -24,10 +25,11 @@ class CallAttempt(NamedTuple):
     agent: str
     user: str
     owner: str
+    ends: float = 0
 
     @property
     def key(self) -> str:
-        """The call's name in the sets of live calls. It holds every field, so that no second write is needed."""
+        """The call's name in the sets of live calls: every field but `ends`, so that the call can be found by it."""
         return " ".join((self.request_id, str(self.since), self.agent, self.user, self.owner))
 
     @classmethod
@@ -39,13 +41,13 @@ class CallAttempt(NamedTuple):
     @property
     def unwritten(self) -> str:
         """The fields that OneInbox's record does not hold otherwise, for `restored`."""
-        return f"{self.since} {self.agent} {self.user}"
+        return f"{self.since} {self.agent} {self.user} {self.ends:.3f}"
 
     @classmethod
     def restored(cls, unwritten: str, request_id: str, owner: str) -> Self:
         """Return the attempt of OneInbox's record. Raises ValueError."""
-        since, agent, user = unwritten.split(" ")
-        return cls(request_id, int(since), agent, user, owner)
+        since, agent, user, *rest = unwritten.split(" ")
+        return cls(request_id, int(since), agent, user, owner, float(rest[0]) if rest else 0)
 
     @property
     def sets(self) -> list[str]:

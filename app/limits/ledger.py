@@ -12,8 +12,8 @@ from typing import NamedTuple
 import structlog
 
 from app.limits.call_attempt import CallAttempt
-from app.limits.record import ENDED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
-from app.store import Change, ListEntry, Member, Store, StoreUnavailable, Value
+from app.limits.record import ENDED, GIVEN, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
+from app.store import Change, Due, ListEntry, Member, Store, StoreUnavailable, Value
 
 DAY = 86400
 LISTED_CALLS = 50
@@ -26,8 +26,10 @@ UNSTOPPED = "unstopped"
 UNSTOPPED_SECONDS = 7 * DAY
 UNFOUND = "of the request "
 """Stored in UNSTOPPED before the request id of a call that was not found."""
-UNCOLLECTED = "uncollected"
-"""The set of request ids whose calls wait for a repeat."""
+LEASE_GRACE = 300
+"""Seconds that a slot outlives its call's `ends`, so that there is time to hang up."""
+STOP_SECONDS = 5
+"""An unwanted call that the process which stops it has given no sign of for this long is stopped by another."""
 MOVE_TRIES = 5
 """How often a move is tried, if others move the record meanwhile."""
 MOST_UNCONFIRMED = 10_000
@@ -73,8 +75,8 @@ class Unconfirmed:
 class Ledger:
     """Find records, and move them. Every method that needs the store raises StoreUnavailable.
 
-    `lease`: seconds from the POST after which a slot is free in any case. `prefix`: the store's; a call is read back
-    from OneInbox only under the same one. `now`: Unix time.
+    `lease`: seconds from the POST after which the slot of a call without an `ends` is free in any case. `prefix`: the
+    store's; a call is read back from OneInbox only under the same one. `now`: Unix time.
     """
 
     store: Store
@@ -89,7 +91,21 @@ class Ledger:
 
     def reserved(self, attempt: CallAttempt) -> Value:
         """Return a new record, for the store to write with the decision about the limits."""
-        return Value(_name(attempt.request_id), StartRecord(attempt).to_bytes(), self.lease)
+        return Value(_name(attempt.request_id), StartRecord(attempt).to_bytes(), self.left(attempt))
+
+    def left(self, attempt: CallAttempt) -> float:
+        """Return the seconds until an attempt's slots are free in any case; at least 1."""
+        end = attempt.ends + LEASE_GRACE if attempt.ends else attempt.since + self.lease
+        return max(1.0, end - self.now())
+
+    async def plan(self, request_id: str, delay: float | None) -> None:
+        """Look at a call `delay` seconds from now; None: never again."""
+        await self.store.change(Change({}, due=Due(request_id, delay)))
+
+    async def ensure_planned(self, request_id: str) -> None:
+        """Look at a call now, unless it is known when to look at it."""
+        if await self.store.due_in([request_id]) == [None]:
+            await self.plan(request_id, 0)
 
     def seal_context(self, request_id: str) -> str:
         """Return what an attempt is sealed with on OneInbox's record, so that no other deployment can open it."""
@@ -191,7 +207,7 @@ class Ledger:
     def _change(self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None) -> Change:
         """Return the write of a move, with everything that hangs on the record."""
         attempt = after.attempt
-        left = max(1.0, self.lease - (self.now() - attempt.since))
+        left = self.left(attempt)
         name, value = _name(request_id), after.to_bytes()
         expected: dict[str, bytes | None] = {name: None if before is None else before.raw or before.to_bytes()}
         values, entry = [Value(name, value, max(left, ENDED_SECONDS))], None
@@ -206,10 +222,6 @@ class Ledger:
             leaves += _slots(after)
         elif before is None:
             joins += [Member(each, attempt.key, left) for each in attempt.sets]
-        if state == STARTED:
-            joins.append(Member(UNCOLLECTED, request_id, DAY))
-        elif was == STARTED:
-            leaves.append((UNCOLLECTED, request_id))
         if after.failed:
             if state == ENDED:
                 leaves.append((UNSTOPPED, after.call_id))
@@ -222,7 +234,17 @@ class Ledger:
         if kept is not None:
             expected[kept.name] = kept.mark
             values.append(Value(kept.name, kept.value, kept.ttl))
-        return Change(expected, values, joins=joins, leaves=leaves, entry=entry)
+        return Change(expected, values, joins, leaves, entry, self._due(after, was))
+
+    def _due(self, after: StartRecord, was: str) -> Due | None:
+        """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""
+        if after.state == GIVEN and after.attempt.ends:
+            return Due(after.attempt.request_id, after.attempt.ends - self.now())
+        if after.state == STARTED:
+            return Due(after.attempt.request_id, after.due - self.now())
+        if after.state == UNWANTED:
+            return Due(after.attempt.request_id, STOP_SECONDS)
+        return Due(after.attempt.request_id, None) if was in (STARTED, GIVEN, UNWANTED) else None
 
 
 def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None:

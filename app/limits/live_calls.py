@@ -13,7 +13,7 @@ import structlog
 from app.identity import User
 from app.limits import record as records
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of, calls_of_user
-from app.limits.ledger import DAY, UNCOLLECTED, Kept, Ledger, Moved
+from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.limits.talk_time import TalkTime
 from app.oneinbox import CallRecord, OneInbox
@@ -33,7 +33,11 @@ PATIENCE_SECONDS = 2
 RETRY_SECONDS = 0.1
 MOST_MISSING = 1000
 AT_ONCE = 8
-"""Concurrent look-ups of one sweep, and stops in the background."""
+"""Concurrent look-ups of one sweep."""
+STOPS_AT_ONCE = 64
+"""Calls in the background that are hung up, or looked at because they are due."""
+STOP_AGAIN_SECONDS = 10
+"""A call that could not be stopped is stopped again this much later."""
 
 # Why a call is hung up: in logs, in the store (so keep them), and as a label in metrics.
 HUNG_UP = "its caller hung up"
@@ -75,9 +79,11 @@ class LiveCalls:
     metrics: Metrics = field(default_factory=Metrics)
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
     """Unix time of the first 404 that a read met, by call id."""
-    _background_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE), init=False)
+    _background_places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STOPS_AT_ONCE), init=False)
     _background: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     """Work in the background, by what it is about."""
+    _stopping: dict[str, None] = field(default_factory=dict, init=False)
+    """Request ids of the calls that this process is hanging up."""
 
     async def give(self, attempt: CallAttempt, call_id: str, kept: Kept | None = None) -> bool:
         """Record that the session's client gets the call, right before it does. False: it must not get it.
@@ -97,13 +103,15 @@ class LiveCalls:
 
     async def restore(self, attempt: CallAttempt, call_id: str) -> bool:
         """Put a running call back into a store that lost it; return whether it was missing. Raises StoreUnavailable."""
+        attempt = attempt._replace(ends=self._end_of(attempt))
         found = await self.ledger.find(attempt.request_id)
         if found is None:
             return (await self._move(attempt.request_id, records.restore(attempt, call_id))).after is not None
-        if found.running:  # its slots may be lost all the same
-            left = max(1.0, self.ledger.lease - (self.now() - attempt.since))
+        if found.running:  # its slots and its due time may be lost all the same
             for name in attempt.sets:
-                await self.store.add_member(name, attempt.key, left)
+                await self.store.add_member(name, attempt.key, self.ledger.left(attempt))
+            if found.state != RESERVED:
+                await self.ledger.ensure_planned(attempt.request_id)
         return False
 
     async def leave(self, attempt: CallAttempt, call_id: str, kept: Kept) -> bool:
@@ -270,16 +278,18 @@ class LiveCalls:
             if unwanted is not None:
                 self._hang_up_soon(unwanted)
 
-    async def stop_uncollected(self) -> None:
-        """Stop the calls that no repeat collected in time. Raises StoreUnavailable."""
-        expire = records.expire(self.now(), NOT_COLLECTED)
-        for request_id in await self.store.members(UNCOLLECTED):
-            found = await self.ledger.find(request_id)
-            if expire(found) is None:
-                continue
-            # The replica that moves it stops it.
-            if (unwanted := _newly_unwanted(await self._move(request_id, expire, found))) is not None:
-                self._hang_up_soon(unwanted)
+    async def take_due(self) -> bool:
+        """Take calls whose time has come, and end them in the background; return whether there may be more.
+
+        One process takes each. What it is still at stays its own; what it leaves is taken by another, STOP_SECONDS
+        later. Raises StoreUnavailable.
+        """
+        held = list(dict.fromkeys([*self._stopping, *self._background]))
+        places = max(0, STOPS_AT_ONCE - len(self._background))
+        taken = await self.store.take_due(places, STOP_SECONDS, held)
+        for request_id in taken:
+            self._in_background(request_id, partial(self._end_due, request_id))
+        return len(taken) == places
 
     async def sweep(self) -> list[CallAttempt]:
         """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
@@ -311,6 +321,23 @@ class LiveCalls:
                 self._hang_up_soon(found)
         await asyncio.gather(*self._background.values(), return_exceptions=True)
 
+    async def _end_due(self, request_id: str) -> None:
+        """End a call if its time has come; otherwise plan when to look again."""
+        with contextlib.suppress(StoreUnavailable):  # it stays due
+            found = await self.ledger.find(request_id)
+            if found is not None and found.state == STARTED and found.due <= self.now():
+                found = (await self._move(request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
+            elif found is not None and found.state == GIVEN and 0 < self._end_of(found.attempt) <= self.now():
+                found = (await self._move(request_id, records.end_given(TOO_LONG))).after or found
+            if found is not None and found.state == UNWANTED:
+                await self._hang_up(found)
+            elif found is not None and found.state == STARTED:
+                await self.ledger.plan(request_id, found.due - self.now())
+            elif found is not None and found.state == GIVEN and (ends := self._end_of(found.attempt)):
+                await self.ledger.plan(request_id, ends - self.now())
+            else:
+                await self.ledger.plan(request_id, None)
+
     async def _check_call(self, attempt: CallAttempt, *, stop: bool = True) -> bool | None:
         """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown.
 
@@ -325,12 +352,13 @@ class LiveCalls:
             if not found.running:
                 await self.ledger.release_slots(found)
                 return True
-            if found.state == STARTED:
-                found = (await self._move(attempt.request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
-            if not (stop and found.state == UNWANTED):
-                found, ended = await self._look(found)
-                if ended or not (stop and found.state == UNWANTED):
-                    return ended
+            was = found.state
+            found, ended = await self._look(found)
+            if ended or not stop or found.state != UNWANTED:
+                return ended
+            if was == UNWANTED:  # who moved it has stopped it, and it is stopped again when it is due
+                await self.ledger.ensure_planned(attempt.request_id)
+                return False
             record = await self._hang_up(found)
             return record is not None and record.ended
         except StoreUnavailable:
@@ -370,14 +398,30 @@ class LiveCalls:
     def _overdue(self, found: StartRecord, record: CallRecord) -> str:
         """Return why a call that was given must end; empty if it need not."""
         age = self.now() - found.attempt.since
-        if self.max_seconds and age > self.max_seconds:
+        if self.now() >= self._end_of(found.attempt) > 0:
             return TOO_LONG
         if self.join_timeout and age > self.join_timeout and record.status in ("queued", "initiated"):
             return UNJOINED
         return ""
 
+    def _end_of(self, attempt: CallAttempt) -> float:
+        """Return the Unix time at which a call must end; 0: never. Another version's record does not say it."""
+        return attempt.ends or (attempt.since + self.max_seconds if self.max_seconds else 0)
+
     async def _hang_up(self, unwanted: StartRecord) -> CallRecord | None:
-        """Stop an unwanted call; return OneInbox's record, or None if it runs on: then the sweep tries again."""
+        """Stop an unwanted call; return OneInbox's record, or None if it runs on: then it is stopped again."""
+        request_id = unwanted.attempt.request_id
+        self._stopping[request_id] = None
+        try:
+            record = await self._stop(unwanted)
+            if record is None or not record.ended:
+                with contextlib.suppress(StoreUnavailable):
+                    await self.ledger.plan(request_id, STOP_AGAIN_SECONDS)
+            return record
+        finally:
+            self._stopping.pop(request_id, None)
+
+    async def _stop(self, unwanted: StartRecord) -> CallRecord | None:
         request_id, call_id, why = unwanted.attempt.request_id, unwanted.call_id, unwanted.unwanted
         log.warning("call_stop_requested", call=call_id, why=why)
         try:

@@ -78,8 +78,8 @@ class Refused(RateLimitExceeded):
 class UserLimits:
     """The limits that apply to one user, asked for in one request.
 
-    `request`: without its member. `owners` and `names` (the same for all users): of the rates, then of the slots.
-    `own`: indices of the user's own rates.
+    `request`: without its member and lease. `owners` and `names` (the same for all users): of the rates, then of the
+    slots. `own`: indices of the user's own rates.
     """
 
     limits: Sequence[Limit]
@@ -166,9 +166,9 @@ class Limits:
         Raises Refused and Problem, the user's own limits first.
         """
         limits = self._limits_of_session(user.store_name, agent.name)
-        rates, slots, _, lease, cost, enforce, _ = limits.request
+        rates, slots, _, _, cost, enforce, _ = limits.request
         record = self.ledger.reserved(attempt)
-        request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce, record)
+        request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record)
         decision = await self.store.decide(request)
         if decision.local and decision.counted:
             await self.ledger.hold(attempt.request_id, reserve(attempt))
@@ -213,7 +213,7 @@ class Limits:
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        request = LimitRequest(rates, slots, lease=self.ledger.lease, enforce=self.enforce)
+        request = LimitRequest(rates, slots, enforce=self.enforce)
         return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
 
     def _make_request_limits(self, user: str) -> UserLimits:

@@ -54,10 +54,14 @@ MOVES = (
     Move(RESERVED, UNRESOLVED, "the reconciler", "lists of OneInbox that could not be read", "an operator is told"),
     Move(RESERVED, ENDED, "any process", "no call exists, or it has ended", "frees the slots"),
     Move(STARTED, GIVEN, "a repeat", "the client is there", "the client gets the kept 201"),
-    Move(STARTED, UNWANTED, "any replica, every second", "`due` has passed", "is stopped; its 201 is given to no one"),
+    Move(
+        STARTED, UNWANTED, "any replica, when it is due", "`due` has passed", "is stopped; its 201 is given to no one"
+    ),
     Move(STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
-    Move(GIVEN, UNWANTED, "the request, the sweep", "the client has gone; too long; not joined", "is stopped"),
+    Move(
+        GIVEN, UNWANTED, "the request; any replica", "the client has gone; its end has come; not joined", "is stopped"
+    ),
     Move(GIVEN, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
     Move(UNRESOLVED, ENDED, "any process", "no call exists, or it has ended", "frees the slots"),
@@ -69,11 +73,11 @@ MOVES = (
 class StartRecord(NamedTuple):
     """The record of one start.
 
-    `attempt`: stored as its key, `member`. `call_id`: OneInbox's, once known. `given_to`: requests whose clients got
-    the 201. `kept`: the 201 is kept for repeats. `due`: Unix time at which a started call is stopped. `unwanted`: why
-    it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of the first 404. `seconds`:
-    how long an ended call lasted. `turn`: counts what was settled without a move, so that a late write finds another
-    value. `raw`: as read from the store.
+    `attempt`: stored as its key, `member`, and its `ends`. `call_id`: OneInbox's, once known. `given_to`: requests
+    whose clients got the 201. `kept`: the 201 is kept for repeats. `due`: Unix time at which a started call is stopped.
+    `unwanted`: why it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of the first
+    404. `seconds`: how long an ended call lasted. `turn`: counts what was settled without a move, so that a late write
+    finds another value. `raw`: as read from the store.
     """
 
     attempt: CallAttempt
@@ -100,7 +104,10 @@ class StartRecord(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Return the value to store: JSON without what is empty."""
-        stored: dict[str, Any] = {"v": VERSION, "member": self.attempt.key, "state": self.state}
+        attempt = self.attempt
+        stored: dict[str, Any] = {"v": VERSION, "member": attempt.key, "state": self.state}
+        if attempt.ends:
+            stored["ends"] = attempt.ends
         if self[2:-1] != _EMPTY:
             stored |= {name: value for name, value in zip(_OPTIONAL, self[2:], strict=False) if value}
         return to_json(stored)
@@ -110,7 +117,7 @@ class StartRecord(NamedTuple):
         """Read a stored value of any version; None, and a log entry, if it cannot be read."""
         try:
             stored = _STORED.model_validate_json(value).model_dump()
-            attempt = CallAttempt.from_key(stored.pop("member"))
+            attempt = CallAttempt.from_key(stored.pop("member"))._replace(ends=stored.pop("ends"))
         except ValueError:
             log.error("call_record_unreadable")
             return None
@@ -123,6 +130,7 @@ _EMPTY = tuple(StartRecord._field_defaults[name] for name in _OPTIONAL)
 _FIELDS: dict[str, Any] = {
     "member": (str, ...),
     "state": (State | None, None),
+    "ends": (float, 0),
     **{name: (StartRecord.__annotations__[name], empty) for name, empty in zip(_OPTIONAL, _EMPTY, strict=True)},
 }
 _STORED = create_model("Stored", __config__=ConfigDict(strict=True), **_FIELDS)

@@ -9,6 +9,7 @@ from app.limits.reconciler import Reconciler
 from app.store import StoreUnavailable
 
 TICK_SECONDS = 1
+BUSY_SECONDS = 0.05
 RETRIES = 3
 SETTLE_SECONDS = 10
 """Seconds that a process may take at its end to settle what only it knows."""
@@ -27,16 +28,26 @@ async def sweep_forever(live: LiveCalls, reconciler: Reconciler) -> None:
 
 
 async def settle_forever(live: LiveCalls) -> None:
-    """Every second, settle what the store has not confirmed, and stop the calls that no client collected in time."""
+    """Every second, settle what the store has not confirmed."""
     while True:
         await asyncio.sleep(TICK_SECONDS)
         try:
             await live.flush()
-            await live.stop_uncollected()
-        except StoreUnavailable:
-            continue  # retried once the store is back
         except Exception:
             log.exception("settling_failed")
+
+
+async def end_forever(live: LiveCalls) -> None:
+    """Every second, end the calls whose time has come; sooner while there are more than can be ended at once."""
+    while True:
+        more = False
+        try:
+            more = await live.take_due()
+        except StoreUnavailable:
+            pass  # they stay due
+        except Exception:
+            log.exception("ending_failed")
+        await asyncio.sleep(BUSY_SECONDS if more else TICK_SECONDS)
 
 
 async def settle(live: LiveCalls, reconciler: Reconciler) -> None:

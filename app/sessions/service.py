@@ -50,7 +50,8 @@ class Sessions:
     """Start calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
     `max_waiting`: sessions that may wait for OneInbox at once; `waiting`: those waiting now. `share_user_id`: write the
-    plain user id on OneInbox's record. `challenge`: None if not configured. `now`: Unix time.
+    plain user id on OneInbox's record. `challenge`: None if not configured. `max_call_seconds`: longest life of a call;
+    0: no limit. `now`: Unix time.
     """
 
     policy: Policy
@@ -65,6 +66,7 @@ class Sessions:
     max_waiting: int
     share_user_id: bool
     metrics: Metrics
+    max_call_seconds: int
     now: Callable[[], float] = time.time
     waiting: int = field(default=0, init=False)
 
@@ -132,13 +134,15 @@ class Sessions:
             raise
 
     def _attempt(self, user: User, spec: CallSpec) -> CallAttempt:
+        now = self.now()
         return CallAttempt(
             # Never the client's request id: OneInbox's record is found by it.
             request_id=secrets.token_hex(16),
-            since=int(self.now()),
+            since=int(now),
             agent=spec.agent.name,
             user=user.store_name,
             owner=self.keyring.pseudonym(user),
+            ends=now + self.max_call_seconds if self.max_call_seconds else 0,
         )
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:

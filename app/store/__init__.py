@@ -5,6 +5,7 @@ from app.store.memory import MemoryStore
 from app.store.protocol import (
     Change,
     Decision,
+    Due,
     LimitRequest,
     ListEntry,
     Member,
@@ -19,6 +20,7 @@ from app.store.protocol import (
 __all__ = [
     "Change",
     "Decision",
+    "Due",
     "LimitRequest",
     "ListEntry",
     "Member",

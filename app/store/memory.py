@@ -33,6 +33,7 @@ class MemoryStore(Store):
         self._values = _ShardedDict[tuple[float, bytes]](_past)
         self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
         self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
+        self._due = _DueIndex()
         self._dicts = (self._windows, self._values, self._lists, self._sets)
         self._sweep_at = float("-inf")
         self._next_shard = 0
@@ -143,7 +144,23 @@ class MemoryStore(Store):
         if change.entry is not None:
             name, entry, keep, ttl = change.entry
             self._lists.of(name)[name] = (now + ttl, (entry, *self._items(name, now))[:keep])
+        if change.due is not None:
+            self._due.plan(change.due.member, None if change.due.delay is None else now + change.due.delay)
         return True
+
+    async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
+        now = self._now()
+        for member in held:
+            if self._due.at(member) is not None:
+                self._due.plan(member, now + claim)
+        taken = self._due.before(now, most)
+        for member in taken:
+            self._due.plan(member, now + claim)
+        return taken
+
+    async def due_in(self, members: Sequence[str]) -> list[float | None]:
+        now = self._now()
+        return [None if (due := self._due.at(member)) is None else due - now for member in members]
 
     async def items(self, name: str) -> list[bytes]:
         return list(self._items(name, self._now()))
@@ -246,3 +263,42 @@ class _ExpiringSet:
             self._queue = [(end, name) for name, end in living.items()]
             heapq.heapify(self._queue)
         return len(living)
+
+
+class _DueIndex:
+    """Members by the time at which they are due; a queue of times, whose old entries are skipped when they come up."""
+
+    __slots__ = ("_at", "_queue")
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+        self._queue: list[tuple[float, str]] = []
+
+    @property
+    def members(self) -> list[str]:
+        """All members."""
+        return list(self._at)
+
+    def at(self, member: str) -> float | None:
+        """Return when a member is due; None if it is not in the index."""
+        return self._at.get(member)
+
+    def plan(self, member: str, at: float | None) -> None:
+        """Put a member in, or move its time; None: take it out."""
+        if at is None:
+            self._at.pop(member, None)
+            return
+        self._at[member] = at
+        heapq.heappush(self._queue, (at, member))
+        if len(self._queue) > 2 * len(self._at) + 64:
+            self._queue = [(time, name) for name, time in self._at.items()]
+            heapq.heapify(self._queue)
+
+    def before(self, now: float, most: int) -> list[str]:
+        """Return the members that are due, earliest first, and forget their places in the queue: plan them again."""
+        found: list[str] = []
+        while self._queue and self._queue[0][0] <= now and len(found) < most:
+            at, member = heapq.heappop(self._queue)
+            if self._at.get(member) == at and member not in found:
+                found.append(member)
+        return found

@@ -117,11 +117,18 @@ class ListEntry(NamedTuple):
     ttl: float
 
 
+class Due(NamedTuple):
+    """A member of the index of due times: it is due `delay` seconds from now; None: it is taken out of the index."""
+
+    member: str
+    delay: float | None
+
+
 class Change(NamedTuple):
     """Several writes that are made together, if the values are as expected; otherwise none is.
 
     `expected`: values by name; None: there is none. `values`: to set. `joins`: members to put into sets. `leaves`: sets
-    and members to take out. `entry`: goes into a list.
+    and members to take out. `entry`: goes into a list. `due`: for the index of due times.
     """
 
     expected: Mapping[str, bytes | None]
@@ -129,6 +136,7 @@ class Change(NamedTuple):
     joins: Sequence[Member] = ()
     leaves: Sequence[tuple[str, str]] = ()
     entry: ListEntry | None = None
+    due: Due | None = None
 
 
 class Store(Protocol):
@@ -212,6 +220,16 @@ class Store(Protocol):
 
     async def change(self, change: Change) -> bool:
         """Make all writes of a change; return False, and make none, if a value is not as expected."""
+
+    async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
+        """Return at most `most` members whose time has come, earliest first. None is returned again within `claim`
+        seconds, to any process.
+
+        `held`: members that this process is still at: their claims start again.
+        """
+
+    async def due_in(self, members: Sequence[str]) -> list[float | None]:
+        """Return the seconds until each member is due (0 or less: now); None: it is not in the index."""
 
     async def items(self, name: str) -> list[bytes]:
         """Return a list's values, newest first."""

@@ -202,12 +202,24 @@ return 1
 
 DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nreturn redis.call('DEL', KEYS[1])\n")
 
+DUE_SECONDS = 8 * 86400
+"""The index of due times expires this long after its last change: longer than the longest call."""
+
+_PLAN = f"""
+local function plan(key, member, delay)
+  redis.call('ZADD', key, string.format('%.0f', now + delay), member)
+  redis.call('EXPIRE', key, {DUE_SECONDS})
+end
+"""
+
 CHANGE = Script(
     _NOW
     + _ADD
+    + _PLAN
     + """
 -- KEYS: one for each step. ARGV: of each step its word and arguments; expectations come first.
 -- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
+-- | due MEMBER DELAY, done MEMBER
 local at = 0
 local function take()
   at = at + 1
@@ -225,8 +237,11 @@ for _, key in ipairs(KEYS) do
   elseif step == 'join' then
     local member = take()
     add(key, member, tonumber(take()))
-  elseif step == 'leave' then
+  elseif step == 'leave' or step == 'done' then
     redis.call('ZREM', key, take())
+  elseif step == 'due' then
+    local member = take()
+    plan(key, member, tonumber(take()))
   else
     redis.call('LPUSH', key, take())
     redis.call('LTRIM', key, 0, take() - 1)
@@ -234,6 +249,33 @@ for _, key in ipairs(KEYS) do
   end
 end
 return 1
+"""
+)
+
+TAKE_DUE = Script(
+    _NOW
+    + _PLAN
+    + """
+-- KEYS: the index of due times. ARGV: most, claim, then the members that are held. Returns the members that are taken.
+local most, claim = tonumber(ARGV[1]), tonumber(ARGV[2])
+for i = 3, #ARGV do
+  if redis.call('ZSCORE', KEYS[1], ARGV[i]) then plan(KEYS[1], ARGV[i], claim) end
+end
+local taken = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, most)
+for _, member in ipairs(taken) do plan(KEYS[1], member, claim) end
+return taken
+"""
+)
+
+DUE_IN = Script(
+    _NOW
+    + """
+local answer = {}
+for i, member in ipairs(ARGV) do
+  local due = redis.call('ZSCORE', KEYS[1], member)
+  answer[i] = due and string.format('%.0f', due - now)
+end
+return answer
 """
 )
 

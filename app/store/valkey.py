@@ -67,6 +67,7 @@ class ValkeyStore(Store):
         # One hash tag: a decision is one script, so all its keys must be in one shard.
         self._names = f"{{{prefix}}}:" if self._url.kind == "cluster" else f"{prefix}:"
         self._rates, self._slots, self._values, self._lists = (f"{self._names}{kind}:" for kind in "rsvl")
+        self._due = f"{self._slots}due"
         self._sign = f"{self._values}place:{secrets.token_hex(8)}"
         self._pipelined: PipelinedConnection | None = None
         self._place = self._find_place()
@@ -173,7 +174,19 @@ class ValkeyStore(Store):
             name, value, keep, ttl = change.entry
             keys.append(self._lists + name)
             arguments += ("push", value, keep, _milliseconds(ttl))
+        if change.due is not None:
+            member, delay = change.due
+            keys.append(self._due)
+            arguments += ("done", member) if delay is None else ("due", member, round(delay * 1e6))
         return bool(await self._run(scripts.CHANGE, keys, *arguments))
+
+    async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
+        taken: list[bytes] = await self._run(scripts.TAKE_DUE, [self._due], most, round(claim * 1e6), *held)
+        return [member.decode(errors="surrogatepass") for member in taken]
+
+    async def due_in(self, members: Sequence[str]) -> list[float | None]:
+        found: list[bytes | None] = await self._run(scripts.DUE_IN, [self._due], *members)
+        return [None if left is None else int(left) / 1e6 for left in found]
 
     async def items(self, name: str) -> list[bytes]:
         values: list[bytes] = await self._ask("LRANGE", self._lists + name, 0, -1)

@@ -24,9 +24,9 @@ from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.ledger import KEEP_SECONDS, Ledger
+from app.limits.ledger import KEEP_SECONDS, STOP_SECONDS, Ledger
 from app.limits.live_calls import COLLECT_SECONDS, SWEEP_SECONDS
-from app.limits.sweeper import TICK_SECONDS, settle_forever
+from app.limits.sweeper import TICK_SECONDS, end_forever, settle_forever
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.transport import open_transport
 from app.sandbox import faults
@@ -626,7 +626,8 @@ class House:
 
     @asynccontextmanager
     async def at_work(self, *replicas: Replica) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(settle_forever(each.live)) for each in replicas]
+        works = (settle_forever, end_forever)
+        tasks = [asyncio.create_task(work(each.live)) for each in replicas for work in works]
         try:
             yield
         finally:
@@ -716,7 +717,7 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
         house.store.deaf = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         house.store.deaf = False
-        await first.live.sweep()
+        await asyncio.sleep(STOP_SECONDS + 2 * TICK_SECONDS)
         assert house.running == []
 
 
@@ -744,7 +745,7 @@ async def test_a_replica_that_dies_while_it_stops_leaves_it_to_another() -> None
         await asyncio.Event().wait()
 
     house.oneinbox.stop_call = die  # type: ignore[assignment, method-assign]
-    await first.live.stop_uncollected()
+    await first.live.take_due()
     await asyncio.sleep(1)
     dying = [task for task in asyncio.all_tasks() if task.get_name() == "stop"]
     assert len(dying) == 1

@@ -110,7 +110,7 @@ def a_doubtful_start_counts_as_none() -> Patch:
 @plant("A-orphan")
 def uncollected_calls_are_kept() -> Patch:
     """A call whose browser did not come back is not stopped."""
-    return patch.object(LiveCalls, "stop_uncollected", _nothing)
+    return patch.object(LiveCalls, "take_due", _nothing)
 
 
 @plant("A-orphan", Options(memory=True, only=frozenset({"sigterm", "start-5xx-after", "start-hang-after"})))

@@ -30,8 +30,8 @@ OPERATIONS = frozenset(
     if inspect.iscoroutinefunction(each) and not name.startswith("_") and name not in ("publish", "aclose", "complete")
 )
 """The operations on what the store holds, of the interface itself: a new one is simulated like the others."""
-LEFT = ("live:all", "unstopped", "uncollected")
-"""Sets that are empty once all calls are settled: slots, what `status` lists, calls that wait for their browsers."""
+LEFT = ("live:all", "unstopped")
+"""Sets that are empty once all calls are settled: slots, and what `status` lists."""
 UNSTOPPED = LEFT[1]
 READS = frozenset({"get", "members", "items"})
 KEEPS = OPERATIONS - READS - {"add_member", "remove_member"}
@@ -77,6 +77,11 @@ class Contents(MemoryStore):
         self.world, self.invariants, self.epoch = world, invariants, epoch
         self.watched = watched
         self._states: dict[str, str] = {}
+
+    @property
+    def due(self) -> list[str]:
+        """What stands in the index of due times."""
+        return self._due.members
 
     def _time(self) -> float:
         return self.world.now if self.replayed is None else self.replayed
