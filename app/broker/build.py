@@ -32,7 +32,7 @@ from app.identity.jwks import KeySet
 from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
-from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits import KillSwitch, Limits, LiveCalls, Reconciler
 from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
@@ -117,24 +117,15 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        ledger = Ledger(store, lease=lease, prefix=settings.store_prefix, now=clock.now)
+        ledger = Ledger(store, lease=lease, prefix=settings.store_prefix, now=store.now)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
-        talk = TalkTime(
-            store,
-            minutes=settings.talk_minutes,
-            minutes_total=settings.global_talk_minutes,
-            enforce=settings.limits_mode == "enforce",
-            now=clock.now,
-            metrics=metrics,
-        )
         live = LiveCalls(
             store,
             oneinbox,
-            talk,
             ledger,
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
-            now=clock.now,
+            now=store.now,
             metrics=metrics,
         )
         reconciler = Reconciler(
@@ -142,7 +133,7 @@ async def open_broker(
             live,
             agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
             timeout=settings.oneinbox_timeout,
-            now=clock.now,
+            now=store.now,
             metrics=metrics,
         )
         restorer = Restorer(
@@ -152,7 +143,7 @@ async def open_broker(
             keyring,
             agent_ids=[agent.agent_id for agent in agents.by_name.values()],
             timeout=settings.oneinbox_timeout,
-            now=clock.now,
+            now=store.now,
             metrics=metrics,
         )
         deployment = Deployment(store, agents, lambda: secret_reloader.settings)
@@ -162,7 +153,6 @@ async def open_broker(
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
             limits=limits,
-            talk=talk,
             live=live,
             reconciler=reconciler,
             oneinbox=oneinbox,
@@ -173,7 +163,7 @@ async def open_broker(
             share_user_id=settings.share_user_id,
             metrics=metrics,
             max_call_seconds=settings.max_call_seconds,
-            now=clock.now,
+            now=store.now,
         )
         cache = CallCache(
             oneinbox=oneinbox,
@@ -199,7 +189,7 @@ async def open_broker(
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
-        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
+        gauges = Gauges(metrics, store, limits, oneinbox, sessions, poller, settings.max_live_calls_total)
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
         reporter = Reporter(store, kill_switch, clock)
@@ -319,6 +309,8 @@ def open_limits(
         request_limits=settings.request_limits,
         max_live_calls=settings.max_live_calls,
         max_live_calls_total=settings.max_live_calls_total,
+        talk_minutes=settings.talk_minutes,
+        talk_minutes_total=settings.global_talk_minutes,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",
         clock=clock.monotonic,

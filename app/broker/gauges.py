@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.calls.poller import CallPoller
-from app.limits import Limits, TalkTime
+from app.limits import Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED
 from app.oneinbox import OneInbox
@@ -26,7 +26,6 @@ class Gauges:
     metrics: Metrics
     store: Store
     limits: Limits
-    talk: TalkTime
     oneinbox: OneInbox
     sessions: Sessions
     poller: CallPoller
@@ -36,17 +35,16 @@ class Gauges:
         """Read all values; without the shared store only those of this process, after 250 ms at most."""
         self._read_own()
         try:
-            counts, rates, talk = await asyncio.gather(
+            counts, limits = await asyncio.gather(
                 self.store.decide(LimitRequest(slots=(Slot(ALL_CALLS, None), Slot(UNSTOPPED, None)), cost=0)),
                 self.limits.usage(),
-                self.talk.usage(),
             )
         except StoreUnavailable:
             return
         live, unstopped = counts.used
         self.metrics.live_calls.set(live)
         self.metrics.unstopped.set(unstopped)
-        for name, used, amount in [*rates, *talk]:
+        for name, used, amount in limits:
             self.metrics.set_used(name, used / amount)
         if self.max_live_calls_total is not None:
             self.metrics.set_used("global-live-calls", live / self.max_live_calls_total)

@@ -5,6 +5,5 @@ from app.limits.kill_switch import KillSwitch
 from app.limits.live_calls import LiveCalls
 from app.limits.rate_limiter import Limits, Refused, Reservation
 from app.limits.reconciler import Reconciler
-from app.limits.talk_time import TalkTime
 
-__all__ = ["CallAttempt", "KillSwitch", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation", "TalkTime"]
+__all__ = ["CallAttempt", "KillSwitch", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation"]

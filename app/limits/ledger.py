@@ -4,6 +4,7 @@ Slots, lists and kept answers hang on a record: `_change` derives them from its 
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -13,7 +14,7 @@ import structlog
 
 from app.limits.call_attempt import CallAttempt
 from app.limits.record import ENDED, GIVEN, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
-from app.store import Change, Due, ListEntry, Member, Store, StoreUnavailable, Value
+from app.store import Change, Due, Leave, ListEntry, Member, Store, StoreUnavailable, Value
 
 DAY = 86400
 LISTED_CALLS = 50
@@ -212,7 +213,7 @@ class Ledger:
         expected: dict[str, bytes | None] = {name: None if before is None else before.raw or before.to_bytes()}
         values, entry = [Value(name, value, max(left, ENDED_SECONDS))], None
         joins: list[Member] = []
-        leaves: list[tuple[str, str]] = []
+        leaves: list[Leave] = []
         state, was = after.state, before.state if before is not None else ""
         if after.call_id and (before is None or not before.call_id):
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
@@ -224,13 +225,13 @@ class Ledger:
             joins += [Member(each, attempt.key, left) for each in attempt.sets]
         if after.failed:
             if state == ENDED:
-                leaves.append((UNSTOPPED, after.call_id))
+                leaves.append(Leave(UNSTOPPED, after.call_id))
             else:
                 joins.append(Member(UNSTOPPED, after.call_id, UNSTOPPED_SECONDS))
         if state == UNRESOLVED:
             joins.append(Member(UNSTOPPED, UNFOUND + request_id, UNSTOPPED_SECONDS))
         elif was == UNRESOLVED:
-            leaves.append((UNSTOPPED, UNFOUND + request_id))
+            leaves.append(Leave(UNSTOPPED, UNFOUND + request_id))
         if kept is not None:
             expected[kept.name] = kept.mark
             values.append(Value(kept.name, kept.value, kept.ttl))
@@ -255,9 +256,10 @@ def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None
     return moved
 
 
-def _slots(record: StartRecord) -> list[tuple[str, str]]:
-    member = record.attempt.key
-    return [(name, member) for name in record.attempt.sets]
+def _slots(record: StartRecord) -> list[Leave]:
+    """Return how an ended call leaves its sets: its seconds go over from those of running calls to those used."""
+    member, seconds = record.attempt.key, math.ceil(record.seconds)
+    return [Leave(name, member, seconds) for name in record.attempt.sets]
 
 
 def _name(request_id: str) -> str:

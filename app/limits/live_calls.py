@@ -15,10 +15,9 @@ from app.limits import record as records
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
-from app.limits.talk_time import TalkTime
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
-from app.store import LimitRequest, Rate, Store, StoreUnavailable
+from app.store import BUDGET, LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
@@ -46,6 +45,7 @@ NOT_KEPT = "its answer could not be kept"
 UNUSABLE = "its answer was not usable"
 LOST = "its answer was lost"
 TOO_LONG = "it ran too long"
+NO_MINUTES = "the minutes are used up"
 UNJOINED = "no one joined it"
 REASONS = {
     HUNG_UP: "caller-gone",
@@ -54,6 +54,7 @@ REASONS = {
     UNUSABLE: "unusable-answer",
     LOST: "lost-answer",
     TOO_LONG: "too-long",
+    NO_MINUTES: "talk-minutes",
     UNJOINED: "not-joined",
 }
 
@@ -70,7 +71,6 @@ class LiveCalls:
 
     store: Store
     oneinbox: OneInbox
-    talk: TalkTime
     ledger: Ledger
     _: KW_ONLY
     max_seconds: float
@@ -93,7 +93,7 @@ class LiveCalls:
         """
         step = records.give(attempt, call_id, kept=kept is not None)
         try:
-            before, after = await self._move(attempt.request_id, step, StartRecord(attempt), kept)
+            before, after = await self.ledger.move(attempt.request_id, step, StartRecord(attempt), kept)
         except StoreUnavailable:
             if kept is not None:
                 raise
@@ -106,7 +106,7 @@ class LiveCalls:
         attempt = attempt._replace(ends=self._end_of(attempt))
         found = await self.ledger.find(attempt.request_id)
         if found is None:
-            return (await self._move(attempt.request_id, records.restore(attempt, call_id))).after is not None
+            return (await self.ledger.move(attempt.request_id, records.restore(attempt, call_id))).after is not None
         if found.running:  # its slots and its due time may be lost all the same
             for name in attempt.sets:
                 await self.store.add_member(name, attempt.key, self.ledger.left(attempt))
@@ -120,7 +120,7 @@ class LiveCalls:
         Raises StoreUnavailable.
         """
         step = records.leave(attempt, call_id, self.now() + COLLECT_SECONDS)
-        before, after = await self._move(attempt.request_id, step, StartRecord(attempt), kept)
+        before, after = await self.ledger.move(attempt.request_id, step, StartRecord(attempt), kept)
         left = after or before
         return left is not None and left.state == STARTED
 
@@ -130,7 +130,7 @@ class LiveCalls:
         `receiver`: names the repeat. A call that ended by itself is given all the same. Raises StoreUnavailable.
         """
         try:
-            before, after = await self._move(request_id, records.collect(receiver))
+            before, after = await self.ledger.move(request_id, records.collect(receiver))
         except StoreUnavailable:
             await self.withdraw_repeat(request_id, receiver)
             raise
@@ -170,7 +170,7 @@ class LiveCalls:
         """Hang up a call whose answer no client has or gets. If that fails, each sweep tries again."""
         step = records.reject(attempt, call_id, why)
         try:
-            unwanted = (await self._move(attempt.request_id, step)).after
+            unwanted = (await self.ledger.move(attempt.request_id, step)).after
         except StoreUnavailable:
             await self.ledger.hold(attempt.request_id, step)
             unwanted = step(None)
@@ -188,7 +188,7 @@ class LiveCalls:
     async def give_up(self, attempt: CallAttempt) -> None:
         """List a call that may be running but was not found, for an operator."""
         with contextlib.suppress(StoreUnavailable):  # the next sweep reports it again
-            await self._move(attempt.request_id, records.give_up)
+            await self.ledger.move(attempt.request_id, records.give_up)
 
     async def is_pending(self, attempt: CallAttempt) -> bool:
         """Return whether the outcome of an attempt is unknown. Raises StoreUnavailable."""
@@ -223,7 +223,7 @@ class LiveCalls:
         async def forget() -> None:
             with contextlib.suppress(StoreUnavailable):  # the sweep will see it
                 if (request_id := await self.ledger.request_id(call_id)) is not None:
-                    await self._move(request_id, records.miss(0))
+                    await self.ledger.move(request_id, records.miss(0))
 
         if self._missing.pop(call_id, None) is not None:
             self._in_background(call_id, forget)
@@ -268,7 +268,7 @@ class LiveCalls:
         """
         for request_id, held in list(self.ledger.unconfirmed.items()):
             try:
-                unwanted = _newly_unwanted(await self._move(request_id, records.nothing))
+                unwanted = _newly_unwanted(await self.ledger.move(request_id, records.nothing))
             except StoreUnavailable:
                 guess = held.guess()
                 if guess is None or guess.state != UNWANTED or not (last or self.now() - held.since >= COLLECT_SECONDS):
@@ -287,9 +287,21 @@ class LiveCalls:
         held = list(dict.fromkeys([*self._stopping, *self._background]))
         places = max(0, STOPS_AT_ONCE - len(self._background))
         taken = await self.store.take_due(places, STOP_SECONDS, held)
-        for request_id in taken:
-            self._in_background(request_id, partial(self._end_due, request_id))
+        for member in taken:
+            work = self._end_budget if member.startswith(BUDGET) else self._end_due
+            self._in_background(member, partial(work, member))
         return len(taken) == places
+
+    async def _end_budget(self, budget: str) -> None:
+        """End the running calls of a budget that has run out: each is due at once, for any replica."""
+        with contextlib.suppress(StoreUnavailable):  # it stays due
+            async for page in self.store.pages(budget.removeprefix(BUDGET)):
+                await asyncio.gather(*(self._condemn(attempt.request_id) for attempt in attempts_of(page)))
+
+    async def _condemn(self, request_id: str) -> None:
+        moved = await self.ledger.move(request_id, records.condemn(NO_MINUTES))
+        if (unwanted := _newly_unwanted(moved)) is not None:
+            self._hang_up_soon(unwanted)
 
     async def sweep(self) -> list[CallAttempt]:
         """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
@@ -315,7 +327,7 @@ class LiveCalls:
         if self.store.shared:
             return
         for attempt in attempts_of(await self.store.members(ALL_CALLS)):
-            await self._move(attempt.request_id, records.expire(float("inf"), NOT_COLLECTED))
+            await self.ledger.move(attempt.request_id, records.expire(float("inf"), NOT_COLLECTED))
             found = await self.ledger.find(attempt.request_id)
             if found is not None and found.state == UNWANTED:
                 self._hang_up_soon(found)
@@ -326,9 +338,9 @@ class LiveCalls:
         with contextlib.suppress(StoreUnavailable):  # it stays due
             found = await self.ledger.find(request_id)
             if found is not None and found.state == STARTED and found.due <= self.now():
-                found = (await self._move(request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
+                found = (await self.ledger.move(request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
             elif found is not None and found.state == GIVEN and 0 < self._end_of(found.attempt) <= self.now():
-                found = (await self._move(request_id, records.end_given(TOO_LONG))).after or found
+                found = (await self.ledger.move(request_id, records.end_given(TOO_LONG))).after or found
             if found is not None and found.state == UNWANTED:
                 await self._hang_up(found)
             elif found is not None and found.state == STARTED:
@@ -378,11 +390,11 @@ class LiveCalls:
             await self._end(request_id, record)
             return found, True
         if found.missing_since:
-            found = (await self._move(request_id, records.miss(0))).after or found
+            found = (await self.ledger.move(request_id, records.miss(0))).after or found
         if found.state == GIVEN and (why := self._overdue(found, record)):
             step = records.end_given(why)
             try:
-                found = (await self._move(request_id, step)).after or found
+                found = (await self.ledger.move(request_id, step)).after or found
             except StoreUnavailable:  # its time is up, whatever the store says
                 await self.ledger.hold(request_id, step)
                 found = step(found) or found
@@ -482,14 +494,14 @@ class LiveCalls:
             return True
         if not since:
             log.warning("call_missing", call=found.call_id, believed_after=RUMOUR_SECONDS)
-            await self._move(request_id, records.miss(self.now()))
+            await self.ledger.move(request_id, records.miss(self.now()))
         return False
 
     async def _end(self, request_id: str, record: CallRecord | None) -> None:
         """Record a call's end, and count its minutes. Raises StoreUnavailable."""
         found = await self.ledger.find(request_id)
         if found is not None and found.running:
-            await self._move(request_id, self._ended(found.attempt, record), found)
+            await self.ledger.move(request_id, self._ended(found.attempt, record), found)
 
     async def _end_or_hold(self, request_id: str, record: CallRecord) -> None:
         try:
@@ -502,29 +514,21 @@ class LiveCalls:
 
     def _ended(self, attempt: CallAttempt, record: CallRecord | None) -> Step:
         seconds = record.duration_seconds if record is not None else None
-        return records.end(self.now() - attempt.since if seconds is None else seconds)
-
-    async def _move(
-        self, request_id: str, step: Step, guess: StartRecord | None = None, kept: Kept | None = None
-    ) -> Moved:
-        """Move a record, and count the minutes of a call that ended, once. Raises StoreUnavailable."""
-        moved = await self.ledger.move(request_id, step, guess, kept)
-        if moved.after is not None and not moved.after.running and (moved.before is None or moved.before.running):
-            await self.talk.count(moved.after.attempt.user, moved.after.seconds)
-        return moved
+        seconds = self.now() - attempt.since if seconds is None else seconds
+        return records.end(min(max(seconds, 0), DAY))
 
     async def _move_patiently(self, request_id: str, step: Step) -> Moved:
         """Move a record as soon as the store answers."""
         while True:
             try:
-                return await self._move(request_id, step)
+                return await self.ledger.move(request_id, step)
             except StoreUnavailable:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _move_or_hold(self, request_id: str, step: Step, *, stop: bool = True) -> None:
         """Move a record, now or once the store answers. `stop`: hang up a call that becomes unwanted."""
         try:
-            unwanted = _newly_unwanted(await self._move(request_id, step))
+            unwanted = _newly_unwanted(await self.ledger.move(request_id, step))
         except StoreUnavailable:
             await self.ledger.hold(request_id, step)
             return

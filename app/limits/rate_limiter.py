@@ -1,6 +1,7 @@
 """Check a request or session against all limits, in one store request."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -19,7 +20,7 @@ from app.limits.headers import policy_name, rate_limit_headers
 from app.limits.ledger import Ledger
 from app.limits.record import no_call, reserve
 from app.problems import Problem, retry_later
-from app.store import Decision, LimitRequest, Rate, RateState, Slot, Store
+from app.store import BUDGET, Budget, Decision, LimitRequest, Rate, RateState, Slot, Store
 from app.telemetry.metrics import Metrics
 
 FAILED_LOGINS = 60
@@ -31,8 +32,14 @@ STORE_RETRY_AFTER = 5
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
 
-SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
-"""Names of a session's slots, in the order of its request."""
+TALK_RETRY_AFTER = 60
+"""Retry-After in seconds while running calls use the last minutes: their end is not known."""
+
+SLOTS = (("user", "user-live-calls"), ("all", "agent-live-calls"), ("all", "global-live-calls"))
+"""Owners and names of a session's slots, in the order of its request."""
+USER_SLOT, GLOBAL_SLOT = 0, 2
+USER_MINUTES = "user-talk-minutes"
+GLOBAL_MINUTES = "global-talk-minutes"
 
 CACHED_USERS = 4096
 """Users whose applicable limits are cached."""
@@ -78,8 +85,8 @@ class Refused(RateLimitExceeded):
 class UserLimits:
     """The limits that apply to one user, asked for in one request.
 
-    `request`: without its member and lease. `owners` and `names` (the same for all users): of the rates, then of the
-    slots. `own`: indices of the user's own rates.
+    `request`: without its member and lease. `owners` and `names` (the same for all users): of the rates, slots and
+    budgets. `own`: indices of the user's own rates.
     """
 
     limits: Sequence[Limit]
@@ -121,6 +128,8 @@ class Limits:
     request_limits: str
     max_live_calls: int
     max_live_calls_total: int | None
+    talk_minutes: int | None = None
+    talk_minutes_total: int | None = None
     enforce: bool = True
     count_locally: bool = True
     clock: Callable[[], float] = time.monotonic
@@ -166,9 +175,9 @@ class Limits:
         Raises Refused and Problem, the user's own limits first.
         """
         limits = self._limits_of_session(user.store_name, agent.name)
-        rates, slots, _, _, cost, enforce, _ = limits.request
+        rates, slots, _, _, cost, enforce, _, budgets = limits.request
         record = self.ledger.reserved(attempt)
-        request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record)
+        request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record, budgets)
         decision = await self.store.decide(request)
         if decision.local and decision.counted:
             await self.ledger.hold(attempt.request_id, reserve(attempt))
@@ -188,13 +197,18 @@ class Limits:
         await self._give_back(reservation.attempt, reservation.request, reservation.decision)
 
     async def usage(self) -> list[tuple[str, int, int]]:
-        """Return the global limits: name, sessions counted, sessions allowed."""
+        """Return the global limits: name, and sessions (or seconds of talk) counted and allowed."""
         rates = [_rate(limit, "all") for limit in self._global]
-        decision = await self.store.decide(LimitRequest(rates, cost=0))
-        return [
+        budgets = [Budget(0, self.talk_minutes_total * 60)] if self.talk_minutes_total is not None else []
+        request = LimitRequest(rates, [Slot(ALL_CALLS, None)], cost=0, budgets=budgets)
+        decision = await self.store.decide(request)
+        counts = [
             (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
             for rate, state in zip(rates, decision.rates, strict=True)
         ]
+        for budget, left in zip(budgets, decision.budgets, strict=True):
+            counts.append((GLOBAL_MINUTES, budget.seconds - math.floor(left.remaining), budget.seconds))
+        return counts
 
     async def _give_back(self, attempt: CallAttempt, request: LimitRequest, decision: Decision) -> None:
         confirmed = await self.store.give_back(request, decision)
@@ -213,8 +227,20 @@ class Limits:
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        request = LimitRequest(rates, slots, enforce=self.enforce)
-        return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
+        minutes: tuple[tuple[Owner, str, int, int | None], ...] = (
+            ("user", USER_MINUTES, USER_SLOT, self.talk_minutes),
+            ("all", GLOBAL_MINUTES, GLOBAL_SLOT, self.talk_minutes_total),
+        )
+        budgets = []
+        owners += [cast("Owner", owner) for owner, _ in SLOTS]
+        names += [name for _, name in SLOTS]
+        for owner, name, slot, most in minutes:
+            if most is not None:
+                budgets.append(Budget(slot, most * 60, self.enforce))
+                owners.append(owner)
+                names.append(name)
+        request = LimitRequest(rates, slots, enforce=self.enforce, budgets=budgets)
+        return UserLimits(limits, request, owners, names, own)
 
     def _make_request_limits(self, user: str) -> UserLimits:
         rates = [_rate(limit, user) for limit in self._requests]
@@ -223,22 +249,37 @@ class Limits:
         return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
-        count = len(decision.rates)
+        waits = [self._wait(index, decision) for index in decision.refused]
+        own_minutes = [
+            wait for index, wait in zip(decision.refused, waits, strict=True) if limits.names[index] == USER_MINUTES
+        ]
+        if own_minutes:
+            return retry_later("talk-time-used-up", own_minutes[0], headers=headers)
         own_rates = [index for index in decision.refused if index in limits.own]
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
             return Refused(limits.limits[own_rates[0]], retry_later("rate-limited", wait, headers=headers))
         if any(limits.owners[index] == "user" for index in decision.refused):
             return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers)
-        waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
         return retry_later("at-capacity", max(waits), headers=headers)
+
+    def _wait(self, index: int, decision: Decision) -> float:
+        """Return the seconds until what was refused may have room."""
+        rates, slots = len(decision.rates), len(decision.used)
+        if index < rates:
+            return decision.rates[index].reset
+        if index < rates + slots:
+            return LIVE_RETRY_AFTER
+        return decision.budgets[index - rates - slots].reset or TALK_RETRY_AFTER
 
     def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
         """Count a refusal; return True, and log the limits, if they are not enforced."""
         self.metrics.count_refusal([limits.names[index] for index in decision.refused], enforced=self.enforce)
         if self.enforce:
             return False
-        names = [*(rate.name for rate in limits.request.rates), *(slot.name for slot in limits.request.slots)]
+        rates, slots, budgets = limits.request.rates, limits.request.slots, limits.request.budgets
+        names = [*(rate.name for rate in rates), *(slot.name for slot in slots)]
+        names += [BUDGET + slots[budget.slot].name for budget in budgets]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
         return True
 

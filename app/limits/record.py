@@ -217,13 +217,6 @@ def reject(attempt: CallAttempt, call_id: str, why: str) -> Step:
     return step
 
 
-def condemn(why: str) -> Step:
-    """The call has been stopped without the store: whatever it says, no client may get it."""
-    return lambda found: (
-        found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state in (STARTED, GIVEN) else None
-    )
-
-
 def expire(now: float, why: str) -> Step:
     """No repeat collected the call in time."""
     return lambda found: (
@@ -237,6 +230,13 @@ def end_given(why: str) -> Step:
     """A call that was given must end."""
     return lambda found: (
         found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state == GIVEN else None
+    )
+
+
+def condemn(why: str) -> Step:
+    """A call must end, or has been stopped without the store: no client may get it any more."""
+    return lambda found: (
+        found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state in (STARTED, GIVEN) else None
     )
 
 

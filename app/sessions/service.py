@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits import CallAttempt, Limits, LiveCalls, Reconciler
 from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
@@ -56,7 +56,6 @@ class Sessions:
 
     policy: Policy
     limits: Limits
-    talk: TalkTime
     live: LiveCalls
     reconciler: Reconciler
     oneinbox: OneInbox
@@ -98,7 +97,6 @@ class Sessions:
             self.waiting -= 1
 
     async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
-        await self.talk.check(user)
         try:
             reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
         except Problem as problem:

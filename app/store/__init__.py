@@ -3,9 +3,13 @@
 from app.clock import SYSTEM_CLOCK, Clock
 from app.store.memory import MemoryStore
 from app.store.protocol import (
+    BUDGET,
+    Budget,
+    BudgetState,
     Change,
     Decision,
     Due,
+    Leave,
     LimitRequest,
     ListEntry,
     Member,
@@ -18,9 +22,13 @@ from app.store.protocol import (
 )
 
 __all__ = [
+    "BUDGET",
+    "Budget",
+    "BudgetState",
     "Change",
     "Decision",
     "Due",
+    "Leave",
     "LimitRequest",
     "ListEntry",
     "Member",
@@ -41,10 +49,11 @@ def open_store(url: str, clock: Clock = SYSTEM_CLOCK, *, timeout: float = 0.25, 
     shared store. Raises ValueError, without the URL in it, for any other URL.
     """
     if url == "memory://":
-        return MemoryStore(clock.monotonic)
+        return MemoryStore(clock.monotonic, epoch=clock.now() - clock.monotonic())
     # Importing redis-py takes 6 MB and 75 ms; only a shared store needs it.
     from app.store.failover import FailoverStore  # noqa: PLC0415
     from app.store.valkey import ValkeyStore  # noqa: PLC0415
 
-    shared = ValkeyStore(url, timeout=timeout, prefix=prefix)
-    return FailoverStore(shared, MemoryStore(clock.monotonic), clock.monotonic)
+    shared = ValkeyStore(url, timeout=timeout, prefix=prefix, clock=clock)
+    local = MemoryStore(clock.monotonic, epoch=clock.now() - clock.monotonic())
+    return FailoverStore(shared, local, clock.monotonic)

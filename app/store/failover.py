@@ -97,6 +97,9 @@ class FailoverStore(Store):
         self._probe = asyncio.create_task(self._probe_forever(), name="store-probe")
         return self
 
+    def now(self) -> float:
+        return self._shared.now()
+
     async def decide(self, request: LimitRequest) -> Decision:
         sent = self._down_since is None
         try:
@@ -106,9 +109,9 @@ class FailoverStore(Store):
             return alone._replace(local=True, doubtful=sent)
         if not decision.counted:
             return decision
-        rates, slots, member, lease, cost, _, _ = request  # no `_replace`: it takes longer than the decision
-        mirrored = await self._local.decide(LimitRequest(rates, slots, member, lease, cost, enforce=False))
-        return Decision(decision.refused, decision.rates, decision.used, True, mirrored=mirrored)
+        rates, slots, member, lease, cost, _, _, budgets = request  # no `_replace`: it takes longer than the decision
+        mirrored = await self._local.decide(LimitRequest(rates, slots, member, lease, cost, False, None, budgets))
+        return Decision(*decision[:4], mirrored=mirrored, budgets=decision.budgets)
 
     async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if decision.mirrored is None:
@@ -169,6 +172,16 @@ class FailoverStore(Store):
         if made and members is not None:
             await self._local.change(members)
         return made
+
+    async def pages(self, name: str) -> AsyncIterator[list[str]]:
+        if self._down_since is not None:
+            raise StoreUnavailable("the shared store is gone")
+        try:
+            async for page in self._shared.pages(name):
+                yield page
+        except StoreUnavailable as error:
+            self._lost(error)
+            raise
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         return await self._ask(self._shared.take_due, most, claim, held)

@@ -12,8 +12,21 @@ from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
 from app.store import sliding_window as windows
+from app.store.budget import LONGEST_CLAIM, UsedTime
 from app.store.local_pubsub import LocalPubSub
-from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, Value
+from app.store.protocol import (
+    BUDGET,
+    PAGE,
+    Budget,
+    BudgetState,
+    Change,
+    Decision,
+    Leave,
+    LimitRequest,
+    RateState,
+    Store,
+    Value,
+)
 from app.store.sliding_window import Window
 
 SHARDS = 256
@@ -23,18 +36,23 @@ _T = TypeVar("_T")
 
 
 class MemoryStore(Store):
-    """Keep everything in this process's memory. `clock`: seconds; it never runs backwards."""
+    """Keep everything in this process's memory.
+
+    `clock`: seconds; it never runs backwards. `epoch`: Unix time at its 0.
+    """
 
     shared = False
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, epoch: float = 0) -> None:
         self._clock = clock
+        self._epoch = epoch
         self._windows = _ShardedDict[Window](windows.ended)
         self._values = _ShardedDict[tuple[float, bytes]](_past)
         self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
         self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
         self._due = _DueIndex()
-        self._dicts = (self._windows, self._values, self._lists, self._sets)
+        self._budgets = _ShardedDict[UsedTime](lambda used, now: not used.members and used.over_at <= now + epoch)
+        self._dicts = (self._windows, self._values, self._lists, self._sets, self._budgets)
         self._sweep_at = float("-inf")
         self._next_shard = 0
         self._pubsub = LocalPubSub()
@@ -43,8 +61,11 @@ class MemoryStore(Store):
         """Return the number of names, including expired ones that are not swept yet."""
         return sum(len(each) for each in self._dicts)
 
+    def now(self) -> float:
+        return self._clock() + self._epoch
+
     async def decide(self, request: LimitRequest) -> Decision:
-        rates, slots, member, lease, cost, enforce, record = request
+        rates, slots, member, lease, cost, enforce, record, budgets = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
         now = self._now()
@@ -65,6 +86,9 @@ class MemoryStore(Store):
             if slot.capacity is not None and needed > slot.capacity:
                 refused.append(index)
             used.append(len(living))
+        times = [self._budget_of(slots[budget.slot].name, now, budget) for budget in budgets]
+        full = [bool(cost) and each.total >= budget.seconds for each, budget in zip(times, budgets, strict=True)]
+        refused += [index for index, each in enumerate(full, len(rates) + len(slots)) if each]
 
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
@@ -74,10 +98,16 @@ class MemoryStore(Store):
                 window = shard[rate.name] = windows.count(window, rate, now, cost)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
+            for budget, each in zip(budgets, times, strict=True):
+                self._join_budget(slots[budget.slot].name, each, member, now)
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
             if record is not None and self._value(record.name, now) is None:
                 self._set(record, now)
-        return Decision(tuple(refused), tuple(states), tuple(used), counted)
+        left = tuple(
+            BudgetState(max(0.0, budget.seconds - each.total), each.free_in(budget.seconds))
+            for each, budget in zip(times, budgets, strict=True)
+        )
+        return Decision(tuple(refused), tuple(states), tuple(used), counted, budgets=left)
 
     async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not decision.counted:
@@ -87,7 +117,7 @@ class MemoryStore(Store):
             if rate.name in shard:
                 shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, request.cost)
         for slot in request.slots:
-            self._remove_member(slot.name, request.member, self._now())
+            self._leave(Leave(slot.name, request.member, 0), self._now())
         if request.record is not None:
             self._values.of(request.record.name).pop(request.record.name, None)
         return True
@@ -139,14 +169,19 @@ class MemoryStore(Store):
             self._set(value, now)
         for name, member, ttl in change.joins:
             self._add_member(name, member, now, ttl)
-        for name, member in change.leaves:
-            self._remove_member(name, member, now)
+        for leave in change.leaves:
+            self._leave(leave, now)
         if change.entry is not None:
             name, entry, keep, ttl = change.entry
             self._lists.of(name)[name] = (now + ttl, (entry, *self._items(name, now))[:keep])
         if change.due is not None:
             self._due.plan(change.due.member, None if change.due.delay is None else now + change.due.delay)
         return True
+
+    async def pages(self, name: str) -> AsyncIterator[list[str]]:
+        members = list(self._living(name, self._now()))
+        for at in range(0, len(members), PAGE):
+            yield members[at : at + PAGE]
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         now = self._now()
@@ -200,6 +235,46 @@ class MemoryStore(Store):
         if members is None:
             members = shard[name] = _ExpiringSet()
         return members.add(member, now, ttl)
+
+    def _living(self, name: str, now: float) -> dict[str, float]:
+        members = self._sets.of(name).get(name)
+        return members.living(now) if members is not None else {}
+
+    def _budget_of(self, name: str, now: float, budget: Budget | None = None) -> UsedTime:
+        """Return the time that a set's members have used, as of now; it is kept once `_plan_budget` is called."""
+        living = self._living(name, now)
+        used = self._budgets.of(name).get(name) or UsedTime(now + self._epoch)
+        used.advance(now + self._epoch, living, len(living))
+        if budget is not None:
+            used.limit = budget.seconds if budget.enforced else None
+        return used
+
+    def _join_budget(self, name: str, used: UsedTime, member: str, now: float) -> None:
+        if member not in self._living(name, now):
+            used.join(member)
+        self._plan_budget(name, used)
+
+    def _plan_budget(self, name: str, used: UsedTime) -> None:
+        """Keep a set's time, and plan when its budget runs out."""
+        member, at = BUDGET + name, used.runs_out()
+        if at is None:
+            self._due.plan(member, None)
+        else:
+            planned = self._due.at(member)
+            # One that has run out already may be claimed: its place in the index is not its time.
+            if at > used.at or planned is None or planned > used.at - self._epoch + LONGEST_CLAIM:
+                self._due.plan(member, at - self._epoch)
+        self._budgets.of(name)[name] = used
+
+    def _leave(self, leave: Leave, now: float) -> None:
+        name, member, seconds = leave
+        if seconds is None or name not in self._budgets.of(name):
+            self._remove_member(name, member, now)
+            return
+        used = self._budget_of(name, now)
+        if self._remove_member(name, member, now):
+            used.leave(member, seconds)
+        self._plan_budget(name, used)
 
     def _remove_member(self, name: str, member: str, now: float) -> bool:
         shard = self._sets.of(name)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
+PAGE = 500
+"""Members of a set that are read at once."""
+
 
 class StoreUnavailable(Exception):
     """No answer of the shared store in time, or a refusal (out of memory, read-only, wrong password)."""
@@ -51,6 +54,32 @@ class Slot:
     capacity: int | None
 
 
+class Budget(NamedTuple):
+    """At most `seconds` of use in any 24 hours by the members of a slot: of those that are in it, and that have left.
+
+    `slot`: its index in the request. A member's second word is the Unix time at which it started. When a budget with
+    running members runs out, `budget:` and the slot's name are due (`take_due`), unless it is not `enforced`.
+    """
+
+    slot: int
+    seconds: int
+    enforced: bool = True
+
+
+class BudgetState(NamedTuple):
+    """One budget after a decision.
+
+    `remaining`: seconds. `reset`: seconds until some can be free again; 0: now, or when members leave that run.
+    """
+
+    remaining: float
+    reset: float
+
+
+BUDGET = "budget:"
+"""Before a slot's name, in the index of due times: its budget runs out."""
+
+
 class Value(NamedTuple):
     """A value under a name, for `ttl` seconds."""
 
@@ -64,7 +93,7 @@ class LimitRequest(NamedTuple):
 
     `member`: enters every slot for `lease` seconds; a present member takes no more room. `cost`: counted in each rate;
     0: only look; a full rate or slot does not refuse. `enforce` False: count it whatever the answer. `record`: a value
-    that is set in the same step, if the request is counted and there is none.
+    that is set in the same step, if the request is counted and there is none. `budgets`: refuse when nothing is left.
     """
 
     rates: Sequence[Rate] = ()
@@ -74,13 +103,14 @@ class LimitRequest(NamedTuple):
     cost: int = 1
     enforce: bool = True
     record: Value | None = None
+    budgets: Sequence[Budget] = ()
 
 
 class Decision(NamedTuple):
     """The answer to a `LimitRequest`.
 
-    `refused`: indices into rates then slots (a slot's index is len(rates) + its own) that had no room; empty means yes.
-    `rates`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
+    `refused`: indices into rates, slots, budgets (the first slot's is len(rates)) that had no room; empty means yes.
+    `rates`, `budgets`: the states, in the order asked. `used`: members per slot after the decision, in the order asked.
     `counted`: the request was counted (allowed, or not enforced; never when it only looked). `local`: answered by this
     process alone, because the shared store is gone; it has no `record`. `doubtful`: the shared store may have counted
     it, too. `mirrored`: what this process counted for itself beside the shared store.
@@ -93,6 +123,7 @@ class Decision(NamedTuple):
     local: bool = False
     doubtful: bool = False
     mirrored: "Decision | None" = None
+    budgets: tuple[BudgetState, ...] = ()
 
     @property
     def allowed(self) -> bool:
@@ -106,6 +137,14 @@ class Member(NamedTuple):
     name: str
     member: str
     ttl: float
+
+
+class Leave(NamedTuple):
+    """A member that leaves a set. `seconds`: what it used of the set's budget; None: the set has none."""
+
+    name: str
+    member: str
+    seconds: float | None = None
 
 
 class ListEntry(NamedTuple):
@@ -134,7 +173,7 @@ class Change(NamedTuple):
     expected: Mapping[str, bytes | None]
     values: Sequence[Value] = ()
     joins: Sequence[Member] = ()
-    leaves: Sequence[tuple[str, str]] = ()
+    leaves: Sequence[Leave] = ()
     entry: ListEntry | None = None
     due: Due | None = None
 
@@ -181,6 +220,9 @@ class Store(Protocol):
     ) -> None:
         await self.aclose()
 
+    def now(self) -> float:
+        """Return Unix time by the store's clock, which all its processes share."""
+
     async def decide(self, request: LimitRequest) -> Decision:
         """Ask all rates and slots at once: all are counted, or none.
 
@@ -217,6 +259,12 @@ class Store(Protocol):
 
     async def members(self, name: str) -> dict[str, float]:
         """Return the unexpired members and the seconds each has left."""
+
+    def pages(self, name: str) -> AsyncIterator[list[str]]:
+        """Return a set's members in parts, so that a large one stops nothing else.
+
+        Each that is there all the time is returned at least once.
+        """
 
     async def change(self, change: Change) -> bool:
         """Make all writes of a change; return False, and make none, if a value is not as expected."""

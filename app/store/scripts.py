@@ -8,6 +8,7 @@ an expiry.
 from dataclasses import dataclass, field
 from hashlib import sha1
 
+from app.store.budget import LONGEST_CLAIM, WINDOW
 from app.store.sliding_window import GRID, MOST
 
 _NOW = """
@@ -44,17 +45,114 @@ class Script:
         object.__setattr__(self, "sha", sha1(self.text.encode(), usedforsecurity=False).hexdigest())
 
 
+DUE_SECONDS = 8 * 86400
+"""The index of due times expires this long after its last change: longer than the longest call."""
+
+_PLAN = f"""
+local function plan(key, member, delay)
+  redis.call('ZADD', key, string.format('%.0f', now + delay), member)
+  redis.call('EXPIRE', key, {DUE_SECONDS})
+end
+"""
+
+_BUDGET = (
+    _PLAN
+    + f"""
+-- A budget is a list: limit (-1: only counted), running, at, members, then time and used of each cell; all in
+-- milliseconds. It is what budget.py's UsedTime is.
+local WINDOW, HEAD = {WINDOW * 1000}, 4
+local ms = math.floor(now / 1000)
+
+local function start_of(member)
+  local start = string.match(member, '^%S+ (%d+)')
+  return start and math.min(start * 1000, ms) or ms
+end
+
+local function load_budget(set, key)
+  local packed, count = redis.call('GET', key), redis.call('ZCARD', set)
+  local b = packed and cmsgpack.unpack(packed) or {{-1, 0, ms, 0}}
+  if ms > b[3] then b[2], b[3] = b[2] + b[4] * (ms - b[3]), ms end
+  if count ~= b[4] then -- members came or went unseen
+    b[2], b[4] = 0, count
+    for _, each in ipairs(redis.call('ZRANGE', set, 0, -1)) do b[2] = b[2] + b[3] - start_of(each) end
+  end
+  local first = HEAD + 1
+  while b[first] and b[first] + WINDOW <= b[3] do first = first + 2 end
+  if first == HEAD + 1 then return b end
+  local kept = {{b[1], b[2], b[3], b[4]}}
+  for at = first, #b do kept[#kept + 1] = b[at] end
+  return kept
+end
+
+local function total_of(b)
+  local sum = b[2]
+  for at = HEAD + 2, #b, 2 do sum = sum + b[at] end
+  return sum
+end
+
+local function runs_out(b)
+  local left, at = b[1] - total_of(b), b[3]
+  if left <= 0 then return at end
+  for i = HEAD + 1, #b, 2 do
+    local leaves = b[i] + WINDOW
+    if left < b[4] * (leaves - at) then break end
+    left, at = left - b[4] * (leaves - at) + b[i + 1], leaves
+  end
+  return at + math.ceil(left / b[4])
+end
+
+local function free_in(b, limit)
+  local left = total_of(b) - b[2] - limit
+  if left < 0 then return 0 end
+  for i = HEAD + 1, #b, 2 do
+    left = left - b[i + 1]
+    if left < 0 then return b[i] + WINDOW - b[3] end
+  end
+  return 0
+end
+
+local function leave_budget(b, member, used)
+  b[4] = b[4] - 1
+  b[2] = b[4] > 0 and math.max(0, b[2] - b[3] + start_of(member)) or 0
+  used = math.min(used, WINDOW)
+  if used <= 0 then return end
+  local size, cell = #b, WINDOW / {GRID}
+  if size > HEAD and math.floor(b[size - 1] / cell) == math.floor(b[3] / cell) then
+    b[size - 1], b[size] = b[3], b[size] + used
+  else
+    b[size + 1], b[size + 2] = b[3], used
+  end
+end
+
+local function save_budget(b, key, due, name)
+  if b[1] < 0 or b[4] == 0 then
+    redis.call('ZREM', due, name)
+  else
+    local at, planned = runs_out(b), redis.call('ZSCORE', due, name)
+    -- One that has run out already may be claimed: its place in the index is not its time.
+    if at > b[3] or not planned or tonumber(planned) > now + {LONGEST_CLAIM * 1_000_000} then
+      plan(due, name, at * 1000 - now)
+    end
+  end
+  redis.call('SET', key, cmsgpack.pack(b), 'PX', {DUE_SECONDS * 1000})
+end
+"""
+)
+
 DECIDE = Script(
     _NOW
     + _ADD
     + _CELL
+    + _BUDGET
     + f"""
--- KEYS: rates, then slots, then perhaps a record. ARGV: number of rates, of rates and slots, cost, enforce (1 or 0),
--- member, lease, then amount and span for each rate, capacity (-1: none) for each slot, value and ttl of the record.
+-- KEYS: rates, then slots, then budgets and the index of due times (if there are budgets), then perhaps a record. ARGV:
+-- number of rates, of rates and slots, cost, enforce (1 or 0), member, lease, number of budgets, then amount and span
+-- for each rate, capacity (-1: none) for each slot, slot, seconds, enforced, name for each budget, value and ttl of the
+-- record.
 -- Returns, joined by blanks: counted, then refused, remaining, reset, mark for each rate, then refused, used for each
--- slot.
+-- slot, then refused, remaining, reset for each budget.
 local rates, last, cost, enforce = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
-local member, lease = ARGV[5], tonumber(ARGV[6])
+local member, lease, budgets = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
 
 local function load(key, span)
   local packed = redis.call('GET', key)
@@ -99,12 +197,12 @@ end
 
 local windows, totals, used, refused, free = {{}}, {{}}, {{}}, {{}}, true
 for i = 1, rates do
-  windows[i], totals[i] = load(KEYS[i], tonumber(ARGV[6 + 2 * i]))
-  refused[i] = totals[i] + cost > tonumber(ARGV[5 + 2 * i])
+  windows[i], totals[i] = load(KEYS[i], tonumber(ARGV[7 + 2 * i]))
+  refused[i] = totals[i] + cost > tonumber(ARGV[6 + 2 * i])
   free = free and not refused[i]
 end
 for i = rates + 1, last do
-  local capacity = tonumber(ARGV[6 + rates + i])
+  local capacity = tonumber(ARGV[7 + rates + i])
   used[i] = redis.call('ZCOUNT', KEYS[i], string.format('(%.0f', now), '+inf')
   local ends = cost > 0 and redis.call('ZSCORE', KEYS[i], member)
   local needed = used[i]
@@ -113,11 +211,21 @@ for i = rates + 1, last do
   free = free and not refused[i]
   if cost > 0 then used[i] = {{used[i], needed}} else used[i] = {{used[i], used[i]}} end
 end
+local times, at = {{}}, 8 + rates + last
+for i = 1, budgets do
+  local set = KEYS[rates + 1 + tonumber(ARGV[at])]
+  redis.call('ZREMRANGEBYSCORE', set, '-inf', string.format('%.0f', now))
+  times[i] = {{set = set, b = load_budget(set, KEYS[last + i]), seconds = tonumber(ARGV[at + 1]),
+    enforced = ARGV[at + 2] == '1', name = ARGV[at + 3]}}
+  times[i].refused = cost > 0 and total_of(times[i].b) >= times[i].seconds * 1000
+  free = free and not times[i].refused
+  at = at + 4
+end
 
 local counted = cost > 0 and (free or not enforce)
 local answer = {{counted and '1' or '0'}}
 for i = 1, rates do
-  local amount, span = tonumber(ARGV[5 + 2 * i]), tonumber(ARGV[6 + 2 * i])
+  local amount, span = tonumber(ARGV[6 + 2 * i]), tonumber(ARGV[7 + 2 * i])
   local window, total, mark = windows[i], totals[i], 0
   if counted then
     mark = count(window, amount, span)
@@ -128,23 +236,42 @@ for i = 1, rates do
   answer[#answer + 1] = string.format('%d %d %.0f %.0f', refused[i] and 1 or 0, math.max(amount - total, 0),
     wait(window, total, target, span), mark)
 end
+for i, time in ipairs(times) do
+  local b = time.b
+  if counted then
+    b[1] = time.enforced and time.seconds * 1000 or -1
+    if not redis.call('ZSCORE', time.set, member) then
+      b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1
+    end
+    save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], time.name)
+  end
+end
 for i = rates + 1, last do
   if counted then add(KEYS[i], member, lease) end
   answer[#answer + 1] = string.format('%d %d', refused[i] and 1 or 0, used[i][counted and 2 or 1])
 end
-if counted and #KEYS > last then redis.call('SET', KEYS[#KEYS], ARGV[#ARGV - 1], 'NX', 'PX', ARGV[#ARGV]) end
+for i, time in ipairs(times) do
+  answer[#answer + 1] = string.format('%d %.0f %.0f', time.refused and 1 or 0,
+    math.max(0, time.seconds * 1000 - total_of(time.b)), free_in(time.b, time.seconds * 1000))
+end
+local records = last + (budgets > 0 and budgets + 1 or 0)
+if counted and #KEYS > records then redis.call('SET', KEYS[#KEYS], ARGV[#ARGV - 1], 'NX', 'PX', ARGV[#ARGV]) end
 return table.concat(answer, ' ')
 """
 )
 
 GIVE_BACK = Script(
-    _CELL
+    _NOW
+    + _CELL
+    + _BUDGET
     + """
--- KEYS: rates, then slots, then perhaps a record. ARGV: number of rates, of rates and slots, cost, member, then amount,
--- span, mark for each rate.
+-- KEYS: rates, then slots, then budgets and the index of due times (if there are budgets), then perhaps a record. ARGV:
+-- number of rates, of rates and slots, cost, member, number of budgets, then amount, span, mark for each rate, then
+-- slot, name for each budget.
+local budgets, at = tonumber(ARGV[5]), 6 + 3 * tonumber(ARGV[1])
 local rates, last, cost = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 for i = 1, rates do
-  local amount, span, mark = tonumber(ARGV[2 + 3 * i]), tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i])
+  local amount, span, mark = tonumber(ARGV[3 + 3 * i]), tonumber(ARGV[4 + 3 * i]), tonumber(ARGV[5 + 3 * i])
   local packed = redis.call('GET', KEYS[i])
   local window = packed and cmsgpack.unpack(packed) or {}
   for at = #window - 1, 1, -2 do
@@ -163,8 +290,15 @@ for i = 1, rates do
     end
   end
 end
+for i = 1, budgets do
+  local set = KEYS[rates + 1 + tonumber(ARGV[at])]
+  local b = load_budget(set, KEYS[last + i])
+  if redis.call('ZREM', set, ARGV[4]) == 1 then leave_budget(b, ARGV[4], 0) end
+  save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], ARGV[at + 1])
+  at = at + 2
+end
 for i = rates + 1, last do redis.call('ZREM', KEYS[i], ARGV[4]) end
-if #KEYS > last then redis.call('DEL', KEYS[#KEYS]) end
+if #KEYS > last + (budgets > 0 and budgets + 1 or 0) then redis.call('DEL', KEYS[#KEYS]) end
 """
 )
 
@@ -202,31 +336,24 @@ return 1
 
 DELETE = Script("if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nreturn redis.call('DEL', KEYS[1])\n")
 
-DUE_SECONDS = 8 * 86400
-"""The index of due times expires this long after its last change: longer than the longest call."""
-
-_PLAN = f"""
-local function plan(key, member, delay)
-  redis.call('ZADD', key, string.format('%.0f', now + delay), member)
-  redis.call('EXPIRE', key, {DUE_SECONDS})
-end
-"""
-
 CHANGE = Script(
     _NOW
     + _ADD
-    + _PLAN
+    + _BUDGET
     + """
--- KEYS: one for each step. ARGV: of each step its word and arguments; expectations come first.
+-- KEYS: one for each step, three for `end`: set, budget, index. ARGV: of each step its word and arguments;
+-- expectations come first.
 -- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
--- | due MEMBER DELAY, done MEMBER
+-- | due MEMBER DELAY, done MEMBER | end MEMBER USED NAME
 local at = 0
 local function take()
   at = at + 1
   return ARGV[at]
 end
-for _, key in ipairs(KEYS) do
-  local step = take()
+local step_at = 1
+while KEYS[step_at] do
+  local key, step = KEYS[step_at], take()
+  step_at = step_at + (step == 'end' and 3 or 1)
   if step == 'is' then
     if redis.call('GET', key) ~= take() then return 0 end
   elseif step == 'none' then
@@ -242,6 +369,16 @@ for _, key in ipairs(KEYS) do
   elseif step == 'due' then
     local member = take()
     plan(key, member, tonumber(take()))
+  elseif step == 'end' then
+    local member, used, name = take(), tonumber(take()), take()
+    local budget, due = KEYS[step_at - 2], KEYS[step_at - 1]
+    if redis.call('EXISTS', budget) == 0 then
+      redis.call('ZREM', key, member)
+    else
+      local b = load_budget(key, budget)
+      if redis.call('ZREM', key, member) == 1 then leave_budget(b, member, used) end
+      save_budget(b, budget, due, name)
+    end
   else
     redis.call('LPUSH', key, take())
     redis.call('LTRIM', key, 0, take() - 1)
@@ -280,14 +417,15 @@ return answer
 )
 
 MARK = Script(
-    """
+    _NOW
+    + """
 -- KEYS: generation, a replica's beat. ARGV: generation to write if there is none, beat, ttl. Returns the generation,
--- whether it is new, and the beat before.
+-- whether it is new, the beat before, and the server's time.
 local generation, before = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
 local new = not generation
 if new then generation = ARGV[1] end
 redis.call('SET', KEYS[1], generation, 'PX', ARGV[3])
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-return {generation, new and 1 or 0, before or '0'}
+return {generation, new and 1 or 0, before or '0', string.format('%.0f', now)}
 """
 )

@@ -25,12 +25,23 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from app.clock import SYSTEM_CLOCK, Clock
 from app.store import scripts
 from app.store.deadline import Deadline
 from app.store.local_pubsub import LocalPubSub
 from app.store.pipeline import PipelinedConnection
 from app.store.place import FixedPlace, FoundPlace, Nowhere, Place, ask_node, ask_sentinel
-from app.store.protocol import Change, Decision, LimitRequest, RateState, Store, StoreUnavailable
+from app.store.protocol import (
+    BUDGET,
+    PAGE,
+    BudgetState,
+    Change,
+    Decision,
+    LimitRequest,
+    RateState,
+    Store,
+    StoreUnavailable,
+)
 from app.store.replies import Elsewhere, is_refused_right, is_unknown_command, reason_of
 from app.store.subscriber import Subscriber
 from app.store.url import Address, parse_store_url
@@ -54,20 +65,24 @@ class ValkeyStore(Store):
     """Keep everything on Valkey or Redis: one server, the primary that Sentinels name, or one shard of a cluster.
 
     It has one connection for commands and one for subscriptions, and connects with the first operation. `timeout`:
-    seconds an operation may take in all. `prefix`: of all names in the store. Raises ValueError, without the URL in
-    it, when the URL cannot be used.
+    seconds an operation may take in all. `prefix`: of all names in the store. `clock`: this process's. Raises
+    ValueError, without the URL in it, when the URL cannot be used.
     """
 
     shared = True
 
-    def __init__(self, url: str, *, timeout: float = TIMEOUT, prefix: str = PREFIX) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = TIMEOUT, prefix: str = PREFIX, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self.timeout = timeout
+        self._clock = clock
+        self._epoch = clock.now() - clock.monotonic()
         self._prefix = prefix
         self._url = parse_store_url(url)
         # One hash tag: a decision is one script, so all its keys must be in one shard.
         self._names = f"{{{prefix}}}:" if self._url.kind == "cluster" else f"{prefix}:"
         self._rates, self._slots, self._values, self._lists = (f"{self._names}{kind}:" for kind in "rsvl")
-        self._due = f"{self._slots}due"
+        self._due, self._budgets = f"{self._slots}due", f"{self._names}b:"
         self._sign = f"{self._values}place:{secrets.token_hex(8)}"
         self._pipelined: PipelinedConnection | None = None
         self._place = self._find_place()
@@ -91,36 +106,44 @@ class ValkeyStore(Store):
         self._leave(self._pipelined)
 
     async def decide(self, request: LimitRequest) -> Decision:
-        rates, slots, member, lease, cost, enforce, record = request
+        rates, slots, member, lease, cost, enforce, record, budgets = request
         if slots and cost and not member:
             raise ValueError("slots need a member")
         arguments: list[str | bytes | int] = [len(rates), len(rates) + len(slots), cost, int(enforce), member]
-        arguments.append(round(lease * 1e6))
+        arguments += (round(lease * 1e6), len(budgets))
         for rate in rates:
             arguments += (rate.amount, rate.seconds * 1_000_000)
         arguments += [-1 if slot.capacity is None else slot.capacity for slot in slots]
+        for slot, seconds, enforced in budgets:
+            arguments += (slot, seconds, int(enforced), BUDGET + slots[slot].name)
         if record is not None:
             arguments += (record.value, _milliseconds(record.ttl))
         answer: bytes = await self._run(scripts.DECIDE, self._keys(request), *arguments)
         numbers = list(map(int, answer.split()))
         split = 1 + 4 * len(rates)
-        refusals = [*numbers[1:split:4], *numbers[split::2]]
+        last = split + 2 * len(slots)
+        refusals = [*numbers[1:split:4], *numbers[split:last:2], *numbers[last::3]]
         return Decision(
             refused=tuple(index for index, refusal in enumerate(refusals) if refusal),
             rates=tuple(
                 RateState(numbers[at + 1], numbers[at + 2] / 1e6, numbers[at + 3]) for at in range(1, split, 4)
             ),
-            used=tuple(numbers[split + 1 :: 2]),
+            used=tuple(numbers[split + 1 : last : 2]),
             counted=numbers[0] == 1,
+            budgets=tuple(
+                BudgetState(numbers[at + 1] / 1e3, numbers[at + 2] / 1e3) for at in range(last, len(numbers), 3)
+            ),
         )
 
     async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
         if not decision.counted:
             return True
         rates, slots = len(request.rates), len(request.slots)
-        arguments: list[str | int] = [rates, rates + slots, request.cost, request.member]
+        arguments: list[str | int] = [rates, rates + slots, request.cost, request.member, len(request.budgets)]
         for rate, state in zip(request.rates, decision.rates, strict=True):
             arguments += (rate.amount, rate.seconds * 1_000_000, int(state.mark))
+        for budget in request.budgets:
+            arguments += (budget.slot, BUDGET + request.slots[budget.slot].name)
         await self._run(scripts.GIVE_BACK, self._keys(request), *arguments)
         return True
 
@@ -167,9 +190,13 @@ class ValkeyStore(Store):
         for name, member, ttl in change.joins:
             keys.append(self._slots + name)
             arguments += ("join", member, round(ttl * 1e6))
-        for name, member in change.leaves:
-            keys.append(self._slots + name)
-            arguments += ("leave", member)
+        for name, member, seconds in change.leaves:
+            if seconds is None:
+                keys.append(self._slots + name)
+                arguments += ("leave", member)
+            else:
+                keys += (self._slots + name, self._budgets + name, self._due)
+                arguments += ("end", member, round(seconds * 1000), BUDGET + name)
         if change.entry is not None:
             name, value, keep, ttl = change.entry
             keys.append(self._lists + name)
@@ -179,6 +206,14 @@ class ValkeyStore(Store):
             keys.append(self._due)
             arguments += ("done", member) if delay is None else ("due", member, round(delay * 1e6))
         return bool(await self._run(scripts.CHANGE, keys, *arguments))
+
+    async def pages(self, name: str) -> AsyncIterator[list[str]]:
+        cursor = b"0"
+        while True:
+            cursor, found = await self._ask("ZSCAN", self._slots + name, cursor, "COUNT", PAGE)
+            yield [member.decode(errors="surrogatepass") for member in found[::2]]
+            if cursor == b"0":
+                return
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         taken: list[bytes] = await self._run(scripts.TAKE_DUE, [self._due], most, round(claim * 1e6), *held)
@@ -212,10 +247,17 @@ class ValkeyStore(Store):
             finally:
                 self._subscriber.unfollow(channel)
 
+    def now(self) -> float:
+        return self._clock.monotonic() + self._epoch
+
     async def mark(self, name: str, beat_name: str, value: str, beat: int, ttl: float) -> tuple[str, bool, int]:
-        """Set `name` if there is none, and the beat; return the value, whether it is new, and the beat before."""
-        keys = [self._values + name, self._values + beat_name]
-        kept, is_new, before = await self._run(scripts.MARK, keys, value, beat, _milliseconds(ttl))
+        """Set `name` if there is none, and the beat; return the value, whether it is new, and the beat before.
+
+        It also tells how far the server's clock is ahead.
+        """
+        keys, sent = [self._values + name, self._values + beat_name], self._clock.monotonic()
+        kept, is_new, before, now = await self._run(scripts.MARK, keys, value, beat, _milliseconds(ttl))
+        self._epoch = int(now) / 1e6 - (sent + self._clock.monotonic()) / 2
         return bytes(kept).decode(), bool(is_new), int(before)
 
     async def info(self) -> Mapping[str, str]:
@@ -369,6 +411,8 @@ class ValkeyStore(Store):
     def _keys(self, request: LimitRequest) -> list[str]:
         rates, slots = self._rates, self._slots
         keys = [*[rates + rate.name for rate in request.rates], *[slots + slot.name for slot in request.slots]]
+        if request.budgets:
+            keys += [*[self._budgets + request.slots[budget.slot].name for budget in request.budgets], self._due]
         return keys if request.record is None else [*keys, self._values + request.record.name]
 
 

@@ -13,7 +13,7 @@ from starlette.types import Message
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits import CallAttempt, LiveCalls
 from app.limits.ledger import Ledger
 from app.oneinbox import OneInbox, WebCall
 from app.problems import Problem
@@ -384,8 +384,7 @@ class Desk:
         self.clock = Clock()
         self.store = store or MemoryStore(self.clock)
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), Upstream(), timeout=5, connect_timeout=1)
-        talk = TalkTime(self.store, minutes=None, minutes_total=None)
-        live = LiveCalls(self.store, oneinbox, talk, Ledger(self.store, lease=3600), max_seconds=0, join_timeout=0)
+        live = LiveCalls(self.store, oneinbox, Ledger(self.store, lease=3600), max_seconds=0, join_timeout=0)
         keyring = Keyring(secrets or ["s" * 32])
         self._idempotency = Idempotency(self.store, keyring, live, timeout=timeout, now=self.clock)
         self.attempts = 0

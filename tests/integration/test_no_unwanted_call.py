@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from app.cli.operator import operate
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
+from app.limits import CallAttempt, LiveCalls, Reconciler
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import KEEP_SECONDS, STOP_SECONDS, Ledger
 from app.limits.live_calls import COLLECT_SECONDS, SWEEP_SECONDS
@@ -421,9 +421,8 @@ async def test_a_process_that_is_killed_leaves_a_call_that_another_replica_finds
         transport = open_transport(oneinbox.url, pool_size=10)
         upstream = OneInbox(oneinbox.url, SecretStr(LONG_CALLS.api_key), transport, timeout=15, connect_timeout=3)
         stack.push_async_callback(upstream.aclose)
-        talk = TalkTime(store, minutes=None, minutes_total=None, now=now)
         ledger = Ledger(store, lease=3900, now=now)
-        live = LiveCalls(store, upstream, talk, ledger, max_seconds=3600, join_timeout=0, now=now)
+        live = LiveCalls(store, upstream, ledger, max_seconds=3600, join_timeout=0, now=now)
         reconciler = Reconciler(upstream, live, agent_ids={"default": LONG_CALLS.agents[0]}, timeout=15, now=now)
         for age in (0.0, 70.0, 80.0):
             ahead = age
@@ -582,9 +581,8 @@ class Replica:
 
     def __post_init__(self) -> None:
         store, now = self.house.store, self.house.now
-        talk = TalkTime(store, minutes=None, minutes_total=None, now=now)
         ledger = Ledger(store, lease=3900, now=now)
-        self.live = LiveCalls(store, self.house.oneinbox, talk, ledger, max_seconds=3600, join_timeout=0, now=now)
+        self.live = LiveCalls(store, self.house.oneinbox, ledger, max_seconds=3600, join_timeout=0, now=now)
         self.idempotency = Idempotency(store, Keyring(["s" * 32]), self.live, timeout=15, now=now)
 
     async def post(

@@ -2,11 +2,12 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 
-from app.store import Change, LimitRequest, ListEntry, Member, Rate, Slot, Store, Value, open_store
+from app.store import Budget, Change, Due, Leave, LimitRequest, ListEntry, Member, Rate, Slot, Store, Value, open_store
 from app.store.valkey import ValkeyStore
 
 
@@ -187,7 +188,7 @@ def whole_change(name: str, expected: bytes | None) -> Change:
         {name: expected, f"{name}-none": None},
         [Value(name, b"new", 60), Value(f"{name}-short", b"short", 0.02)],
         [Member(name, "joins", 60)],
-        [(name, "leaves")],
+        [Leave(name, "leaves")],
         ListEntry(name, b"entry", 3, 60),
     )
 
@@ -279,3 +280,142 @@ async def test_a_slow_reader_loses_the_oldest(store: Store, name: str) -> None:
         async with asyncio.timeout(2):
             await anext(end)
             assert await anext(slow) == b"36"
+
+
+# --- the index of due times ---
+
+
+async def take(store: Store, most: int = 100, claim: float = 60, held: Sequence[str] = ()) -> list[str]:
+    return await store.take_due(most, claim, held)
+
+
+async def test_what_is_due_is_taken_once_and_again_after_its_claim(store: Store, name: str) -> None:
+    for member, delay in (("later", 60.0), ("second", -1), ("first", -2)):
+        await store.change(Change({}, due=Due(f"{name} {member}", delay)))
+    mine = [each for each in await take(store, claim=0.05) if each.startswith(name)]
+    assert mine == [f"{name} first", f"{name} second"]
+    assert not [each for each in await take(store) if each.startswith(name)]
+    await asyncio.sleep(0.06)  # the claim's time
+    assert {each for each in await take(store) if each.startswith(name)} == set(mine)
+
+
+async def test_a_claim_that_is_held_starts_again(store: Store, name: str) -> None:
+    await store.change(Change({}, due=Due(name, 0)))
+    assert name in await take(store, claim=0.01)
+    await take(store, most=0, claim=60, held=[name, f"{name}-unknown"])
+    await asyncio.sleep(0.02)  # the first claim's time
+    assert name not in await take(store)
+    assert await store.due_in([f"{name}-unknown"]) == [None]
+
+
+async def test_an_entry_is_moved_and_taken_out(store: Store, name: str) -> None:
+    await store.change(Change({}, due=Due(name, 30)))
+    await store.change(Change({}, due=Due(name, 50)))
+    left = (await store.due_in([name, f"{name}-other"]))[0]
+    assert left is not None
+    assert 49 < left <= 50
+    await store.change(Change({}, due=Due(name, None)))
+    assert await store.due_in([name]) == [None]
+
+
+# --- budgets ---
+
+
+def session(name: str, member: str, start: float, seconds: int = 100, **options: Any) -> LimitRequest:
+    """A start that takes a slot with a budget."""
+    budgets = [Budget(0, seconds, **options)]
+    return LimitRequest([], [Slot(name, None)], f"{member} {int(start)} main", 600, budgets=budgets)
+
+
+async def left_of(store: Store, name: str, seconds: int = 100) -> float:
+    look = LimitRequest([], [Slot(name, None)], cost=0, budgets=[Budget(0, seconds)])
+    return (await store.decide(look)).budgets[0].remaining
+
+
+async def leave(store: Store, name: str, member: str, start: float, seconds: float) -> None:
+    await store.change(Change({}, leaves=[Leave(name, f"{member} {int(start)} main", seconds)]))
+
+
+async def test_members_use_their_budget_from_their_start_on(store: Store, name: str) -> None:
+    now = store.now()
+    assert (await store.decide(session(name, "a", now - 30))).allowed
+    assert 68 < await left_of(store, name) <= 70
+    assert (await store.decide(session(name, "b", now - 20))).allowed
+    assert 48 < await left_of(store, name) <= 50
+
+
+async def test_what_a_member_used_stays_when_it_leaves_and_is_counted_once(store: Store, name: str) -> None:
+    now = store.now()
+    await store.decide(session(name, "a", now - 30))
+    for _ in range(2):
+        await leave(store, name, "a", now - 30, 45)
+    assert await left_of(store, name) == 55
+
+
+async def test_a_budget_without_rest_refuses_and_counts_nothing(store: Store, name: str) -> None:
+    now = store.now()
+    await store.decide(session(name, "a", now - 120))
+    refused = await store.decide(session(name, "b", now))
+    assert (refused.refused, refused.counted) == ((1,), False)
+    assert refused.budgets == ((0, 0),), "no end is known"
+    await leave(store, name, "a", now - 120, 100)
+    refused = await store.decide(session(name, "b", now))
+    assert refused.refused == (1,)
+    assert 86_000 < refused.budgets[0].reset <= 86_401
+
+
+async def test_an_observed_budget_counts_and_ends_nothing(store: Store, name: str) -> None:
+    request = session(name, "a", store.now() - 120, enforced=False)._replace(enforce=False)
+    await store.decide(request)
+    again = await store.decide(request._replace(member=f"b {int(store.now())} main"))
+    assert (again.refused, again.counted) == ((1,), True)
+    assert await store.due_in([f"budget:{name}"]) == [None]
+
+
+async def test_a_budget_is_due_when_it_runs_out_and_not_without_members(store: Store, name: str) -> None:
+    now = store.now()
+    await store.decide(session(name, "a", now - 20))
+    await store.decide(session(name, "b", now - 20))
+    (left,) = await store.due_in([f"budget:{name}"])
+    assert left is not None
+    assert 28.5 < left <= 30.1, "two use 60 s together in 30 s"
+    await leave(store, name, "a", now - 20, 10)
+    (left,) = await store.due_in([f"budget:{name}"])
+    assert left is not None
+    assert 68.5 < left <= 70.1
+    await leave(store, name, "b", now - 20, 10)
+    assert await store.due_in([f"budget:{name}"]) == [None]
+
+
+async def test_a_start_that_is_given_back_used_nothing(store: Store, name: str) -> None:
+    request = session(name, "a", store.now() - 30)
+    await store.give_back(request, await store.decide(request))
+    assert await left_of(store, name) == 100
+
+
+async def test_a_member_that_came_unseen_counts(store: Store, name: str) -> None:
+    now = store.now()
+    await store.decide(session(name, "a", now))
+    await store.add_member(name, f"b {int(now) - 50} main", 60)
+    assert 48 < await left_of(store, name) <= 50
+
+
+async def test_a_claimed_budget_keeps_its_claim_while_it_is_out(store: Store, name: str) -> None:
+    now = store.now()
+    await store.decide(session(name, "a", now - 60))
+    await store.decide(session(name, "b", now - 60))
+    assert f"budget:{name}" in await take(store, claim=5)
+    await leave(store, name, "a", now - 60, 60)
+    (left,) = await store.due_in([f"budget:{name}"])
+    assert left is not None
+    assert left > 3
+
+
+async def test_pages_hold_every_member(store: Store, name: str) -> None:
+    for number in range(5):
+        await store.add_member(name, f"m{number}", 60)
+    assert {member async for page in pages_of(store, name) for member in page} == {f"m{number}" for number in range(5)}
+
+
+def pages_of(store: Store, name: str) -> AsyncIterator[list[str]]:
+    return store.pages(name)

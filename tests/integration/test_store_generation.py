@@ -14,7 +14,7 @@ from app.config.agents import load_agents
 from app.config.settings import SettingsError
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, KillSwitch, LiveCalls, TalkTime
+from app.limits import CallAttempt, KillSwitch, LiveCalls
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import Ledger
 from app.limits.restorer import Restorer
@@ -128,9 +128,8 @@ class Account:
 
 def restorer_of(store: FailoverStore, account: Account) -> Restorer:
     oneinbox = cast("OneInbox", account)
-    talk = TalkTime(store, minutes=None, minutes_total=None, enforce=True, now=lambda: NOW)
     ledger = Ledger(store, lease=900, now=lambda: NOW)
-    live = LiveCalls(store, oneinbox, talk, ledger, max_seconds=600, join_timeout=0, now=lambda: NOW)
+    live = LiveCalls(store, oneinbox, ledger, max_seconds=600, join_timeout=0, now=lambda: NOW)
     return Restorer(store, oneinbox, live, KEYRING, agent_ids=["agt_1"], timeout=0, now=lambda: NOW)
 
 

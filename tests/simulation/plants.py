@@ -15,12 +15,13 @@ from app.calls.cache import CallCache
 from app.calls.poller import Subscription
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import KillSwitch, LiveCalls, Reconciler, TalkTime
+from app.limits import KillSwitch, LiveCalls, Reconciler
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
 from app.oneinbox.models import CallPage
 from app.sessions.disconnect import ClientConnection
 from app.sessions.idempotency import Idempotency
+from app.store.budget import UsedTime
 from app.store.failover import FailoverStore
 from tests.simulation.loop import REQUEST
 from tests.simulation.scenario import Options
@@ -244,7 +245,8 @@ def a_pause_is_ignored() -> Patch:
 @plant("T-minutes")
 def minutes_of_ended_calls_are_free() -> Patch:
     """Only running calls count."""
-    return patch.object(TalkTime, "count", _nothing)
+    leave = UsedTime.leave
+    return patch.object(UsedTime, "leave", lambda used, member, _: leave(used, member, 0))
 
 
 @plant("U-stranger")

@@ -13,7 +13,7 @@ from app.store import Store, StoreUnavailable
 from app.store.failover import PROBE_REQUEST
 from app.store.local_pubsub import LocalPubSub
 from app.store.memory import MemoryStore
-from tests.simulation.loop import REQUEST, WORLD
+from tests.simulation.loop import EPOCH, REQUEST, WORLD
 from tests.simulation.world import World
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Contents(MemoryStore):
     def __init__(self, world: World, invariants: "Invariants", epoch: int, *, watched: bool) -> None:
         self.replayed: float | None = None
         """The time that counts while a journal is replayed."""
-        super().__init__(self._time)
+        super().__init__(self._time, epoch=EPOCH)
         self.world, self.invariants, self.epoch = world, invariants, epoch
         self.watched = watched
         self._states: dict[str, str] = {}
@@ -256,6 +256,14 @@ class StoreConnection:
         self.server.do("set", (name, kept or value.encode(), ttl), {})
         self.server.do("set", (beat_name, str(beat).encode(), ttl), {})
         return (kept or value.encode()).decode(), kept is None, int(before or 0)
+
+    def now(self) -> float:
+        """Unix time, by the server's clock."""
+        return self.world.date
+
+    async def pages(self, name: str) -> "AsyncIterator[list[str]]":
+        """All members at once."""
+        yield list(await self._do("members", name))
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Send a message to every replica."""

@@ -25,7 +25,7 @@ from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits import CallAttempt, LiveCalls
 from app.limits.ledger import Ledger
 from app.oneinbox import OneInbox
 from app.store.memory import MemoryStore
@@ -121,9 +121,8 @@ class Replica:
     def __post_init__(self) -> None:
         clock, store = asyncio.get_running_loop().time, self.world.store
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.world.oneinbox, timeout=15, connect_timeout=3)
-        talk = TalkTime(store, minutes=None, minutes_total=None, now=self.now)
         ledger = Ledger(store, lease=3900, now=self.now)
-        self.live = LiveCalls(store, oneinbox, talk, ledger, max_seconds=3600, join_timeout=0, now=self.now)
+        self.live = LiveCalls(store, oneinbox, ledger, max_seconds=3600, join_timeout=0, now=self.now)
         self.ownership = Ownership(KEYRING)
         self.cache = CallCache(
             oneinbox=oneinbox,

@@ -53,7 +53,7 @@ class Desk:
         self.store = MemoryStore(self.clock)
         self.limits = Limits(
             self.store,
-            Ledger(self.store, lease=LEASE),
+            Ledger(self.store, lease=LEASE, now=self.clock),
             [MAIN, SMALL],
             session_limits=sessions,
             global_session_limits=everybody,
@@ -67,7 +67,7 @@ class Desk:
 
     async def reserve(self, user: User = ANN, agent: Agent = MAIN) -> Reservation:
         self._members += 1
-        attempt = CallAttempt(f"m{self._members}", 0, agent.name, user.store_name, "pseudonym")
+        attempt = CallAttempt(f"m{self._members}", int(self.clock.now), agent.name, user.store_name, "pseudonym")
         return await self.limits.reserve(user, agent, attempt)
 
     async def refusal(self, user: User = ANN, agent: Agent = MAIN) -> Problem:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from app.cli.operator import Operator
 from app.config.agents import Agent
 from app.identity import User
-from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls, TalkTime
+from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls
 from app.limits.ledger import UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
@@ -66,7 +66,6 @@ class House:
         return LiveCalls(
             self.store,
             self.oneinbox,
-            TalkTime(self.store, minutes=None, minutes_total=None, now=self.clock),
             Ledger(self.store, lease=LEASE, now=self.clock),
             max_seconds=self.max_seconds,
             join_timeout=self.join_timeout,
@@ -412,9 +411,8 @@ async def test_a_call_begun_while_the_store_is_gone_is_not_forgotten() -> None:
     clock, upstream = Clock(), Upstream()
     oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
     async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
-        talk = TalkTime(store, minutes=None, minutes_total=None, now=clock)
         live = LiveCalls(
-            store, oneinbox, talk, Ledger(store, lease=3600, now=clock), max_seconds=60, join_timeout=0, now=clock
+            store, oneinbox, Ledger(store, lease=3600, now=clock), max_seconds=60, join_timeout=0, now=clock
         )
         attempt = CallAttempt("start-of-c1", int(clock.now), "main", ANN.store_name, "pseudonym")
         for name in attempt.sets:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from app.limits import CallAttempt, LiveCalls, Reconciler, TalkTime
+from app.limits import CallAttempt, LiveCalls, Reconciler
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED, Ledger
 from app.limits.live_calls import STOP_AGAIN_SECONDS, SWEEP_SECONDS
@@ -109,11 +109,9 @@ class House:
 
     def replica(self) -> Books:
         """One more process."""
-        talk = TalkTime(self.store, minutes=None, minutes_total=None, now=self.now)
         live = LiveCalls(
             self.store,
             self.oneinbox,
-            talk,
             Ledger(self.store, lease=LEASE, now=self.now),
             max_seconds=3600,
             join_timeout=0,

@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from app.config.agents import Agent
 from app.identity import User
-from app.limits import CallAttempt, LiveCalls, TalkTime
+from app.limits import CallAttempt, Limits, LiveCalls
 from app.limits.ledger import Ledger
 from app.limits.live_calls import SWEEP_SECONDS
 from app.oneinbox import CallRecord, OneInbox
 from app.problems import Problem
-from app.store import LimitRequest, Slot
 from app.store.memory import MemoryStore
 from tests.conftest import Logs, OpenBroker
-from tests.support.harness import ONEINBOX, Upstream, post_session, start_call
+from tests.support.harness import AGENT_ID, ONEINBOX, Upstream, post_session, start_call
 from tests.support.shapes import assert_problem, assert_session
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 DAY = 86400
+AGENT = Agent("main", AGENT_ID, None, frozenset())
 
 
 class Clock:
@@ -37,39 +38,52 @@ class House:
     def __init__(self, minutes: int | None = 10, minutes_total: int | None = None, **options: Any) -> None:
         self.clock = Clock()
         self.store = MemoryStore(self.clock)
-        self.options = {"minutes": minutes, "minutes_total": minutes_total, **options}
-        self.talk = self.replica()
+        self.ledger = Ledger(self.store, lease=2 * DAY, now=self.clock)
+        self.limits = Limits(
+            self.store,
+            self.ledger,
+            [AGENT],
+            session_limits="1000000/minute",
+            global_session_limits="1000000/minute",
+            request_limits="1000000/minute",
+            max_live_calls=1000,
+            max_live_calls_total=None,
+            talk_minutes=minutes,
+            talk_minutes_total=minutes_total,
+            clock=self.clock,
+            **options,
+        )
         self._started = 0
-
-    def replica(self) -> TalkTime:
-        return TalkTime(self.store, now=self.clock, **self.options)
 
     def live(self, upstream: Upstream) -> LiveCalls:
         """A replica that follows calls."""
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
-        ledger = Ledger(self.store, lease=DAY, now=self.clock)
-        return LiveCalls(self.store, oneinbox, self.replica(), ledger, max_seconds=0, join_timeout=0, now=self.clock)
+        ledger = Ledger(self.store, lease=2 * DAY, now=self.clock)
+        return LiveCalls(self.store, oneinbox, ledger, max_seconds=0, join_timeout=0, now=self.clock)
 
     async def start(self, user: User = ANN) -> CallAttempt:
         """A call begins."""
-        self._started += 1
-        attempt = CallAttempt(f"r{self._started}", int(self.clock()), "main", user.store_name, "owner")
-        slots = [Slot(name, None) for name in attempt.sets]
-        await self.store.decide(LimitRequest([], slots, member=attempt.key, lease=2 * DAY))
+        attempt = self._attempt(user)
+        await self.limits.reserve(user, AGENT, attempt)
         return attempt
 
+    def _attempt(self, user: User) -> CallAttempt:
+        self._started += 1
+        return CallAttempt(f"r{self._started}", int(self.clock()), AGENT.name, user.store_name, "owner")
+
     async def end(self, attempt: CallAttempt, seconds: float | None) -> None:
-        """A call is seen ended, as LiveCalls does it."""
-        if await self.store.remove_member(attempt.sets, attempt.key):
-            said = ended(seconds).duration_seconds
-            await self.talk.count(attempt.user, self.clock() - attempt.since if said is None else said)
+        """A call is seen ended."""
+        upstream = Upstream()
+        live = self.live(upstream)
+        await live.note_end(attempt.request_id, ended(seconds))
 
     async def refusal(self, user: User = ANN) -> Problem | None:
         """What a user who asks now is told; None: nothing."""
         try:
-            await self.talk.check(user)
+            reservation = await self.limits.reserve(user, AGENT, self._attempt(user))
         except Problem as problem:
             return problem
+        await self.limits.release(reservation)
         return None
 
     async def is_refused(self, user: User = ANN) -> bool:
@@ -232,18 +246,17 @@ async def test_the_users_own_refusal_comes_before_everybodys() -> None:
     assert problem.slug == "at-capacity"
 
 
-async def test_without_limits_nothing_is_counted() -> None:
+async def test_without_limits_no_minutes_are_refused() -> None:
     house = House(minutes=None)
     await house.end(await house.start(), 1e6)
     assert not await house.is_refused()
-    assert len(house.store) == 0
 
 
 async def test_observing_lets_it_through_and_says_so(logs: Logs) -> None:
     house = House(minutes=1, minutes_total=1, enforce=False)
     await house.end(await house.start(), 60)
     assert not await house.is_refused()
-    assert [entry["event"] for entry in logs] == ["would_refuse"] * 2
+    assert [len(entry["limits"]) for entry in logs if entry["event"] == "would_refuse"] == [2]
 
 
 async def test_an_end_that_many_see_counts_once_over_replicas() -> None:
