@@ -40,6 +40,7 @@ KINDS = {
     "P-paused": "a session starts during a pause or a block",
     "S-not-stopped": "a stop was answered 200, and the call runs",
     "T-minutes": "a session starts beyond the user's minutes",
+    "T-over": "calls run on although the minutes are used up",
     "U-stranger": "a browser is given another user's call",
     "X-500": "a browser got a 500",
     "X-exception": "an exception left the app",
@@ -73,8 +74,14 @@ NOTICE_SECONDS = 1.0
 """A caller who hangs up is noticed within this time (promise 3)."""
 PAUSE_SECONDS = 2.0
 """A pause is in force on every replica after this time (section 1)."""
-SWEEP_SECONDS = 35.0
-"""A call that runs too long is hung up by the next sweep (promise 8)."""
+END_SECONDS = 2.5
+"""A call is hung up this long after its end at most (promise 9: the stop is sent within 2 s)."""
+OVER_SECONDS = 3.0
+"""Minutes are exceeded by this much per running call at most (promise 9)."""
+UNKNOWN_SECONDS = 250.0
+"""A start whose outcome is unknown counts as running for this long at most."""
+CALM_SECONDS = 10.0
+"""Promise 9 holds where nothing has failed for this long."""
 CLOCK_SECONDS = 5.5
 """Two clocks differ by this much at most: each by 2 s, half a second at a step; a start is in whole seconds."""
 LOOK_SECONDS = 2.0
@@ -223,11 +230,24 @@ class Invariants:
             end = self._excuse_of_counts(min(each.reserved for each in mine))
             self.world.violate(f"E-live-cap{end}", f"{len(mine)} calls of one user run: {names}; {most} may")
 
+    def _budgets(self, call: Call) -> list[tuple[int, str]]:
+        """Return the minutes that a call may use, and whose they are; empty: all users'."""
+        limits = ((self.bounds.minutes, call.user), (self.bounds.minutes_total, ""))
+        return [(minutes, who) for minutes, who in limits if minutes is not None]
+
+    def _most_used(self, call: Call, who: str) -> float:
+        """Return the most seconds that the broker may have counted by now."""
+        mine = [each for each in self.oneinbox.calls.values() if each.epoch == call.epoch and who in ("", each.user)]
+        known = {each.request_id for each in self.oneinbox.calls.values()}
+        unknown = [at for name, (at, epoch) in self.reservations.items() if epoch == call.epoch and name not in known]
+        return sum(
+            (each.ended if each.ended is not None else self.world.now) - each.reserved + 1 for each in mine
+        ) + sum(min(self.world.now - at, UNKNOWN_SECONDS) + 1 for at in unknown)
+
     def _check_minutes(self, call: Call) -> None:
         """T (section 2, BROKER_TALK_MINUTES): no session once the minutes are used up, running calls included."""
-        bounds = self.bounds
-        for minutes, who in ((bounds.minutes, call.user), (bounds.minutes_total, "")):
-            if minutes is None or self.world.troubles:
+        for minutes, who in self._budgets(call):
+            if self.world.troubles:
                 continue
             earlier = [
                 each
@@ -245,10 +265,20 @@ class Invariants:
                 )
 
     def call_ended(self, call: Call) -> None:
-        """G (promise 9): where nothing failed, no call runs longer than it may."""
-        age = self.world.now - call.reserved
-        if age > self.bounds.call_seconds + SWEEP_SECONDS + CLOCK_SECONDS and not self.world.troubled:
-            self.world.violate("G-too-long", f"{call.id} ran {age:.0f} s; {self.bounds.call_seconds} may be")
+        """G, T (promise 9): where nothing failed, no call runs longer than it may, nor on its user's last minutes."""
+        world = self.world
+        age = world.now - call.reserved
+        late = age - self.bounds.call_seconds
+        if late > END_SECONDS and world.is_calm(world.now - late - CALM_SECONDS):
+            world.violate(
+                f"G-too-long{self._excuse(call)}", f"{call.id} ran {age:.1f} s; {self.bounds.call_seconds} may be"
+            )
+        for minutes, who in self._budgets(call):
+            mine = [each for each in self.oneinbox.calls.values() if who in ("", each.user)]
+            used = sum(each.lasted(world.now) for each in mine)
+            running = sum(each.ended is None or each is call for each in mine)
+            if used > minutes * 60 + OVER_SECONDS * running and not world.troubled:
+                world.violate("T-over", f"{used:.1f} s of {minutes} minutes of {who or 'all'} when {call.id} ends")
 
     def stop_sent(self, call: Call) -> None:
         """B (promise 3): the broker hangs up no call that a browser was given, before its time."""
@@ -263,7 +293,9 @@ class Invariants:
 
     def _is_early(self, call: Call) -> bool:
         limit = self.bounds.call_seconds
-        return not limit or self.world.now - call.reserved < limit - CLOCK_SECONDS
+        if limit and self.world.now - call.reserved >= limit - CLOCK_SECONDS:
+            return False
+        return not any(self._most_used(call, who) >= minutes * 60 for minutes, who in self._budgets(call))
 
     def answered(self, connection: "Connection") -> None:
         """B, C, U (promise 3; Idempotency-Key): the call that a 201 names may be given, and to this browser."""

@@ -129,6 +129,10 @@ class World:
         begun = tuple(kinds.split())
         return any(since <= at <= until and name.startswith(begun) for name, at in self._fired_at)
 
+    def is_calm(self, since: float) -> bool:
+        """Return whether no fault or event has happened since a moment."""
+        return not any(at >= since for _, at in self._fired_at) and not self.store_failed(since)
+
     def fire(self, name: str) -> None:
         """Note that a fault or an event happens; `name`: its kind, `@` and its place."""
         self.fired.append(name)

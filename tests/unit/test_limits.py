@@ -335,7 +335,7 @@ async def test_a_slot_nobody_confirms_is_free_after_its_lease() -> None:
     desk.clock.now += 0.02
     newer = await desk.reserve()
     # The end of the first lease was no end of the second.
-    desk.clock.now += LEASE - 0.01
+    desk.clock.now += LEASE - 1
     assert list(await desk.store.members("live:all")) == [newer.request.member]
     assert (await desk.refusal()).slug == "too-many-live-calls"
 
