@@ -80,6 +80,8 @@ OVER_SECONDS = 3.0
 """Minutes are exceeded by this much per running call at most (promise 9)."""
 UNKNOWN_SECONDS = 250.0
 """A start whose outcome is unknown counts as running for this long at most."""
+NOTICED_SECONDS = 65.0
+"""The end of a call that no one follows is noticed by the next sweep, or the one after it (promise 8)."""
 CALM_SECONDS = 10.0
 """Promise 9 holds where nothing has failed for this long."""
 CLOCK_SECONDS = 5.5
@@ -240,9 +242,10 @@ class Invariants:
         mine = [each for each in self.oneinbox.calls.values() if each.epoch == call.epoch and who in ("", each.user)]
         known = {each.request_id for each in self.oneinbox.calls.values()}
         unknown = [at for name, (at, epoch) in self.reservations.items() if epoch == call.epoch and name not in known]
-        return sum(
-            (each.ended if each.ended is not None else self.world.now) - each.reserved + 1 for each in mine
-        ) + sum(min(self.world.now - at, UNKNOWN_SECONDS) + 1 for at in unknown)
+        now = self.world.now
+        ends = [now if each.ended is None else min(now, each.ended + NOTICED_SECONDS) for each in mine]
+        seconds = sum(end - each.reserved + 1 for end, each in zip(ends, mine, strict=True))
+        return seconds + sum(min(now - at, UNKNOWN_SECONDS) + 1 for at in unknown)
 
     def _check_minutes(self, call: Call) -> None:
         """T (section 2, BROKER_TALK_MINUTES): no session once the minutes are used up, running calls included."""
