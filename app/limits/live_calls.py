@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
@@ -52,8 +53,26 @@ REASONS = {
     TOO_LONG: "too-long",
     UNJOINED: "not-joined",
 }
+STOPPED_BECAUSE = {
+    TOO_LONG: "max-call-seconds",
+    UNJOINED: "not-joined",
+    **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, UNUSABLE, LOST), "caller-gone"),
+}
+"""What the call's owner is told of the same."""
 
 log = structlog.get_logger(__name__)
+
+
+class Bounds(NamedTuple):
+    """What bounds a call, or ended it.
+
+    `ends_at`: the latest moment that it may run to, as Unix time; None if nothing bounds it, or it must end already.
+    `stopped_because`: why the broker ended it, if it did. `reason`: why it will end at `ends_at`.
+    """
+
+    ends_at: float | None
+    stopped_because: str | None
+    reason: str = "max-call-seconds"
 
 
 @dataclass(repr=False, eq=False)
@@ -226,6 +245,15 @@ class LiveCalls:
             return await self._find_by_id(call_id)
         except StoreUnavailable:
             return None
+
+    async def bounds(self, call_id: str) -> Bounds | None:
+        """Return a call's bounds; None if the store does not know the call, or does not answer."""
+        found = await self.started(call_id)
+        if found is None:
+            return None
+        bounded = self.max_seconds and found.running and not found.unwanted
+        ends_at = found.attempt.since + self.max_seconds if bounded else None
+        return Bounds(ends_at, STOPPED_BECAUSE.get(found.unwanted))
 
     async def started_here(self, call_id: str) -> bool:
         """Return whether this deployment started the call, as far as its store remembers: at least a day."""
