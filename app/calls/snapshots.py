@@ -93,7 +93,7 @@ def _shown(bounds: Bounds | None, before: Snapshot | None, *, ended: bool) -> Bo
         ends_at = None
     elif ends_at is not None and last.ends_at is not None and abs(ends_at - last.ends_at) < STEADY_SECONDS:
         ends_at = last.ends_at
-    return Bounds(ends_at, stopped_because or last.stopped_because, reason)
+    return Bounds(ends_at, stopped_because, reason)
 
 
 def _end_of(record: CallRecord, seen: float, before: Snapshot | None) -> float:

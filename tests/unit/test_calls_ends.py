@@ -116,6 +116,16 @@ async def test_a_call_that_its_owner_hung_up_was_not_stopped_by_the_broker() -> 
     assert (call["status"], call["ends_at"], call["stopped_because"]) == ("completed", None, None)
 
 
+@in_simulated_time
+async def test_a_call_that_the_broker_took_for_ended_has_no_end() -> None:
+    replica = await started(CallWorld(), max_seconds=300)
+    await replica.live.ledger.move("request-call_1", records.end(5))
+
+    _, call = await read(replica)
+
+    assert (call["status"], call["ends_at"], call["stopped_because"]) == ("in_progress", None, None)
+
+
 @pytest.mark.parametrize(("why", "told"), [(TOO_LONG, "max-call-seconds"), (UNJOINED, "not-joined")])
 @in_simulated_time
 async def test_a_stopped_call_says_why_and_keeps_saying_it(why: str, told: str) -> None:
@@ -383,5 +393,6 @@ def test_a_state_that_another_version_shared_is_skipped() -> None:
     del without["bounds"]
     more = {**json.loads(head), "bounds": [None, None, "", "more"]}
 
-    for other in (without, more, {**without, "bounds": None}, [], 7, None):
+    others: list[Any] = [without, more, {**without, "bounds": None}, [], 7, None]
+    for other in others:
         assert Snapshot.from_bytes(json.dumps(other).encode() + b"\n" + fields) is None
