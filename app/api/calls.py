@@ -89,7 +89,11 @@ async def follow_call(
     """Follow your own call as Server-Sent Events: its current state, each new state, then `end`.
 
     - `call`: the call as `GET /calls/{call}` returns it; the event's id is the ETag.
+    - `ending`: the broker will end the call at `ends_at`, in `seconds_left`; `reason` says why.
     - `end`: no more events will come.
+
+    `ending` comes once, BROKER_WARN_SECONDS before the end, or at once if less is left; again only if the end comes
+    nearer by more than 10 s.
 
     A comment every 15 seconds keeps the connection alive. It closes without `end` after an hour, when your token
     expires, and when the broker stops; an EventSource then reconnects by itself.

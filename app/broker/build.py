@@ -184,7 +184,7 @@ async def open_broker(
             now=clock.now,
             metrics=metrics,
         )
-        calls = Calls(oneinbox, ownership, cache, poller, live, clock.now)
+        calls = Calls(oneinbox, ownership, cache, poller, live, settings.warn_seconds, clock.now)
         refresh_queue = RefreshQueue(calls.refresh)
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from app.calls.snapshots import Snapshot
 from app.identity.keyring import Keyring
-from app.limits import LiveCalls
+from app.limits import Bounds, LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, Rejected
 from app.oneinbox.models import BROKER_USER
@@ -153,6 +153,7 @@ class CallCache:
         under_way = self._fetching.get(call_id)
         if under_way is not None:
             await asyncio.wait([under_way])
+        await self.read_shared(call_id)
         return await self.fetch(call_id)
 
     async def take_lease(self, call_id: str) -> bool:
@@ -202,11 +203,12 @@ class CallCache:
         brings an ended call back to life: an end is final.
         """
         self.live.note_seen(record.id)
+        bounds = await self.live.bounds(record.id)
         cached = self._cache.get(record.id)
         before = cached.snapshot if cached is not None else None
         if cached is not None and before is not None and (cached.since > since or (before.ended and not record.ended)):
             return before
-        snapshot = self._snapshot(record, since, before)
+        snapshot = self._snapshot(record, since, bounds, before)
         self._keep(record.id, snapshot, since)
         if record.request_id:
             await self.live.note_end(record.request_id, record)
@@ -242,12 +244,20 @@ class CallCache:
                 created_at=datetime.fromtimestamp(attempt.since, UTC),
                 metadata={BROKER_USER: attempt.owner},
             )
-            return self._snapshot(record, since)
+            return self._snapshot(record, since, await self.live.bounds(call_id))
         return snapshot
 
-    def _snapshot(self, record: CallRecord, since: float, before: Snapshot | None = None) -> Snapshot:
-        seen = self.now() - (self.clock() - since)
-        return Snapshot.of(record, seen=seen, before=before, agent_names=self.agent_names, expose=self.expose)
+    def _snapshot(
+        self, record: CallRecord, since: float, bounds: Bounds | None, before: Snapshot | None = None
+    ) -> Snapshot:
+        return Snapshot.of(
+            record,
+            seen=self.now() - (self.clock() - since),
+            bounds=bounds,
+            before=before,
+            agent_names=self.agent_names,
+            expose=self.expose,
+        )
 
     async def _share(self, call_id: str, snapshot: Snapshot) -> None:
         if not self.store.shared:

@@ -1,22 +1,65 @@
 """Server-Sent Events of one call (HTML standard, section 9.2)."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.calls.poller import Subscription
+from app.calls.schemas import Ending
+from app.limits import Bounds
 
 KEEP_ALIVE_SECONDS = 15.0
 LONGEST_SECONDS = 3600.0
+NEARER_SECONDS = 10.0
+"""An end that comes nearer by more than this is announced again."""
+
+
+@dataclass(slots=True)
+class EndNotice:
+    """The announcement of a call's end, once per stream, unless the end comes nearer.
+
+    `warn_seconds`: how long before the end; 0: never. `now`: Unix time.
+    """
+
+    warn_seconds: float
+    now: Callable[[], float]
+    _announced: float = math.inf
+    """The end that clients know of, once one was announced."""
+
+    def due_in(self, bounds: Bounds) -> float:
+        """Return the seconds until the end is to be announced."""
+        ends_at = bounds.ends_at
+        if ends_at is None or not self.warn_seconds:
+            return math.inf
+        if self._announced != math.inf:
+            self._announced = max(self._announced, ends_at)  # it was put off, and may come nearer again
+        if self._announced - ends_at <= NEARER_SECONDS:
+            return math.inf
+        return ends_at - self.warn_seconds - self.now()
+
+    def take(self, bounds: Bounds) -> bytes | None:
+        """Return the event if it is due. It has no id: a client that reconnects still names the state it has seen."""
+        if bounds.ends_at is None or self.due_in(bounds) > 0:
+            return None
+        self._announced = bounds.ends_at
+        ending = Ending(
+            ends_at=datetime.fromtimestamp(bounds.ends_at, UTC),
+            seconds_left=max(0, math.ceil(bounds.ends_at - self.now())),
+            reason=bounds.reason,
+        )
+        return b"event: ending\ndata: " + ending.model_dump_json().encode() + b"\n\n"
 
 
 async def events(
-    subscription: Subscription, public_id: str, lifetime: float, clock: Callable[[], float]
+    subscription: Subscription, public_id: str, lifetime: float, clock: Callable[[], float], notice: EndNotice
 ) -> AsyncIterator[bytes]:
-    """Yield the call's current state, each new state, and `end` when no more will come.
+    """Yield the call's current state, each new state, a notice of its end, and `end` when no more will come.
 
     After `lifetime` seconds, or when the process shuts down, the stream closes without `end`: browsers reconnect.
     """
@@ -35,11 +78,15 @@ async def events(
         left = closing - clock()
         if subscription.closed or left <= 0:
             return
+        if (ending := notice.take(subscription.latest.bounds)) is not None:
+            yield ending
+            continue
+        due = notice.due_in(subscription.latest.bounds)
         try:
-            async with asyncio.timeout(min(KEEP_ALIVE_SECONDS, left)):
+            async with asyncio.timeout(min(KEEP_ALIVE_SECONDS, left, due)):
                 await changed.wait()
         except TimeoutError:
-            if closing - clock() > 0:
+            if due > KEEP_ALIVE_SECONDS and closing - clock() > 0:
                 yield b": keep-alive\n\n"
 
 

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Collection
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from app.limits import Bounds
 from app.oneinbox.models import CallRecord
 
 Role = Literal["agent", "user"]
@@ -37,6 +38,14 @@ class BasicCall(BaseModel):
     ended_at: datetime | None = Field(description="RFC 3339, UTC; null while running.")
     duration_seconds: float | None = Field(description="Length of the conversation; null until it ends.")
     end_reason: str | None = Field(description="OneInbox's reason for the end.")
+    ends_at: datetime | None = Field(
+        description="RFC 3339, UTC: the latest moment that the running call may last to, as known now; it may move. "
+        "Null if nothing bounds it, and once it has ended."
+    )
+    stopped_because: str | None = Field(
+        description="Why the broker ended the call: `max-call-seconds`, `talk-minutes`, `not-joined`, `operator` or "
+        "`caller-gone`; null if it did not."
+    )
 
 
 class ExposedCall(BasicCall):
@@ -53,6 +62,14 @@ class Call(ExposedCall):
     """A call, as its owner sees it."""
 
     id: str = Field(description="The id in the call's Location.")
+
+
+class Ending(BaseModel):
+    """The data of the event `ending`: the call is about to be ended by the broker."""
+
+    ends_at: datetime = Field(description="As in the call.")
+    seconds_left: int = Field(ge=0)
+    reason: str = Field(description="`max-call-seconds` or `talk-minutes`.")
 
 
 class CallList(BaseModel):
@@ -72,6 +89,8 @@ CALLS: dict[str, dict[str, Any]] = {
         "ended_at": None,
         "duration_seconds": None,
         "end_reason": None,
+        "ends_at": "2026-01-05T10:02:00Z",
+        "stopped_because": None,
     }
 }
 CALLS[ENDED] = {
@@ -80,6 +99,7 @@ CALLS[ENDED] = {
     "ended_at": "2026-01-05T10:01:14Z",
     "duration_seconds": 72,
     "end_reason": "user_hangup",
+    "ends_at": None,
     # Added by BROKER_EXPOSE:
     "transcript": [
         {"role": "agent", "content": "Hello! How can I help?"},
@@ -88,11 +108,12 @@ CALLS[ENDED] = {
     "summary": "The customer asked about an order.",
 }
 EVENTS = "".join(
-    f'event: {name}\nid: "{etag}"\ndata: {json.dumps(data)}\n\n'
-    for name, etag, data in (
-        ("call", "5d41402abc4b2a76", CALLS[RUNNING]),
-        ("call", "b9719d911017c592", CALLS[ENDED]),
-        ("end", "b9719d911017c592", {}),
+    f"event: {name}\n{event_id}data: {json.dumps(data)}\n\n"
+    for name, event_id, data in (
+        ("call", 'id: "5d41402abc4b2a76"\n', CALLS[RUNNING]),
+        ("ending", "", {"ends_at": "2026-01-05T10:02:00Z", "seconds_left": 60, "reason": "max-call-seconds"}),
+        ("call", 'id: "b9719d911017c592"\n', CALLS[ENDED]),
+        ("end", 'id: "b9719d911017c592"\n', {}),
     )
 )
 
@@ -100,7 +121,7 @@ EVENTS = "".join(
 WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
-def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -> BasicCall:
+def project(record: CallRecord, bounds: Bounds, *, agent: str | None, expose: Collection[str]) -> BasicCall:
     """Return the visible part of a record, without its id. `expose`: names from BROKER_EXPOSE."""
     basic: dict[str, Any] = {
         "agent": agent,
@@ -110,6 +131,8 @@ def project(record: CallRecord, *, agent: str | None, expose: Collection[str]) -
         "ended_at": record.ended_at,
         "duration_seconds": record.duration_seconds,
         "end_reason": record.end_reason,
+        "ends_at": None if bounds.ends_at is None else datetime.fromtimestamp(bounds.ends_at, UTC),
+        "stopped_because": bounds.stopped_because,
     }
     if not expose:
         return BasicCall(**basic)

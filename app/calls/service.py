@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from app.calls.cache import CallCache
-from app.calls.events import LONGEST_SECONDS, EventStream, events
+from app.calls.events import LONGEST_SECONDS, EndNotice, EventStream, events
 from app.calls.ownership import Ownership
 from app.calls.poller import CallPoller
 from app.calls.snapshots import Snapshot
@@ -28,6 +28,8 @@ class Calls:
 
     Everything else is the same `not-found`: another user's call, no call, a wrong key, a malformed id. The last two are
     refused without asking OneInbox.
+
+    `warn_seconds`: how long before a call's end its streams are told; 0: never. `now`: Unix time.
     """
 
     oneinbox: OneInbox
@@ -35,6 +37,7 @@ class Calls:
     cache: CallCache
     poller: CallPoller
     live: LiveCalls
+    warn_seconds: float
     now: Callable[[], float] = time.time
 
     async def read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
@@ -97,7 +100,8 @@ class Calls:
         lifetime = LONGEST_SECONDS if user.expires_at is None else user.expires_at - self.now()
         with ExitStack() as place:
             subscription = place.enter_context(self.poller.subscribe(user, call_id, snapshot))
-            return EventStream(events(subscription, public_id, lifetime, self.cache.clock), place.pop_all())
+            notice = EndNotice(self.warn_seconds, self.now)
+            return EventStream(events(subscription, public_id, lifetime, self.cache.clock, notice), place.pop_all())
 
     async def refresh(self, call_id: str) -> None:
         """Fetch a call again after a hint that it changed, if it is followed or counted as live."""

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from app.calls.schemas import project
+from app.limits import Bounds
 from app.oneinbox import CallRecord
 
 LATE_FIELDS = frozenset({"transcript", "messages", "summary", "recording_url"})
 """Exposed fields that OneInbox fills some seconds after a call ended."""
+STEADY_SECONDS = 10.0
+"""A move of `ends_at` by less than this is no change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,8 @@ class Snapshot:
 
     `etag`: quotes included. `seen`: when OneInbox was asked, as Unix time. `created`: its start, as OneInbox says.
     `ended_at`: its end, limited to what was observed; None while it runs. `complete`: no exposed field is missing.
-    `owner`: the pseudonym on OneInbox's record. `fields`: the visible JSON without `id`, which holds the owner's key.
+    `bounds`: as shown. `owner`: the pseudonym on OneInbox's record. `fields`: the visible JSON without `id`, which
+    holds the owner's key.
     """
 
     etag: str
@@ -28,6 +32,7 @@ class Snapshot:
     ended_at: float | None
     ended: bool
     complete: bool
+    bounds: Bounds
     owner: str
     fields: bytes
 
@@ -39,10 +44,12 @@ class Snapshot:
         seen: float,
         agent_names: Mapping[str, str],
         expose: Collection[str],
+        bounds: Bounds | None = None,
         before: Self | None = None,
     ) -> Self:
-        """Return the visible part of a record. `before`: the previous state."""
-        call = project(record, agent=agent_names.get(record.agent_id or ""), expose=expose)
+        """Return the visible part of a record. `bounds`: None if unknown. `before`: the previous state."""
+        shown = _shown(bounds, before, ended=record.ended)
+        call = project(record, shown, agent=agent_names.get(record.agent_id or ""), expose=expose)
         fields = call.model_dump_json(exclude_unset=True).encode()
         return cls(
             etag=f'"{hashlib.sha256(fields).hexdigest()[:32]}"',
@@ -51,6 +58,7 @@ class Snapshot:
             ended_at=_end_of(record, seen, before) if record.ended else None,
             ended=record.ended,
             complete=record.ended and all(getattr(call, name) for name in LATE_FIELDS.intersection(expose)),
+            bounds=shown,
             # The owner never changes; a response without metadata, as to a stop, may not name it.
             owner=record.owner or (before.owner if before is not None else ""),
             fields=fields,
@@ -69,11 +77,23 @@ class Snapshot:
     @classmethod
     def from_bytes(cls, value: bytes) -> Self | None:
         """Read what `to_bytes` wrote; None if another version of the broker wrote it differently."""
-        head, _, fields = value.partition(b"\n")
+        line, _, fields = value.partition(b"\n")
         try:
-            return cls(**json.loads(head), fields=fields)
-        except (TypeError, ValueError):
+            head = json.loads(line)
+            return cls(bounds=Bounds(*head.pop("bounds")), **head, fields=fields)
+        except (AttributeError, KeyError, TypeError, ValueError):
             return None
+
+
+def _shown(bounds: Bounds | None, before: Snapshot | None, *, ended: bool) -> Bounds:
+    """Return the bounds to show: those shown before, unless they have changed. `bounds`: None if unknown."""
+    last = before.bounds if before is not None else Bounds(None, None)
+    ends_at, stopped_because, reason = bounds or last
+    if ended:
+        ends_at = None
+    elif ends_at is not None and last.ends_at is not None and abs(ends_at - last.ends_at) < STEADY_SECONDS:
+        ends_at = last.ends_at
+    return Bounds(ends_at, stopped_because, reason)
 
 
 def _end_of(record: CallRecord, seen: float, before: Snapshot | None) -> float:

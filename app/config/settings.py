@@ -281,6 +281,9 @@ class Settings(BaseSettings):
     max_live_calls: int = _count(2, "Calls a user may have running at once")
     max_live_calls_total: int | None = _count(None, "Calls that may run at once, all users together. Unset: no limit")
     max_call_seconds: int = _seconds(3600, "Seconds after which the broker hangs up a call. 0: never", most=604800)
+    warn_seconds: int = _seconds(
+        60, "Seconds before a running call's `ends_at` at which its event stream sends `ending`. 0: never", most=86400
+    )
     join_timeout: int = _seconds(
         0, "Seconds a call may stay unjoined before the broker hangs it up. 0: no limit", most=86400
     )

@@ -2,8 +2,17 @@
 
 from app.limits.call_attempt import CallAttempt
 from app.limits.kill_switch import KillSwitch
-from app.limits.live_calls import LiveCalls
+from app.limits.live_calls import Bounds, LiveCalls
 from app.limits.rate_limiter import Limits, Refused, Reservation
 from app.limits.reconciler import Reconciler
 
-__all__ = ["CallAttempt", "KillSwitch", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation"]
+__all__ = [
+    "Bounds",
+    "CallAttempt",
+    "KillSwitch",
+    "Limits",
+    "LiveCalls",
+    "Reconciler",
+    "Refused",
+    "Reservation",
+]

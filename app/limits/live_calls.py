@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
@@ -57,8 +59,27 @@ REASONS = {
     NO_MINUTES: "talk-minutes",
     UNJOINED: "not-joined",
 }
+STOPPED_BECAUSE = {
+    TOO_LONG: "max-call-seconds",
+    NO_MINUTES: "talk-minutes",
+    UNJOINED: "not-joined",
+    **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, UNUSABLE, LOST), "caller-gone"),
+}
+"""What the call's owner is told of the same."""
 
 log = structlog.get_logger(__name__)
+
+
+class Bounds(NamedTuple):
+    """What bounds a call, or ended it.
+
+    `ends_at`: the latest moment that it may run to, as Unix time; None if nothing bounds it, or it must end already.
+    `stopped_because`: why the broker ended it, if it did. `reason`: why it will end at `ends_at`.
+    """
+
+    ends_at: float | None
+    stopped_because: str | None
+    reason: str = "max-call-seconds"
 
 
 @dataclass(repr=False, eq=False)
@@ -234,6 +255,22 @@ class LiveCalls:
             return await self._find_by_id(call_id)
         except StoreUnavailable:
             return None
+
+    async def bounds(self, call_id: str) -> Bounds | None:
+        """Return a call's bounds; None if the store does not know the call, or does not answer."""
+        with contextlib.suppress(StoreUnavailable):
+            found = await self._find_by_id(call_id)
+            if found is None:
+                return None
+            if found.unwanted or not found.running:
+                return Bounds(None, STOPPED_BECAUSE.get(found.unwanted))
+            ends_at = self._end_of(found.attempt) or None
+            budgets = await self.store.due_in([BUDGET + name for name in found.attempt.sets])
+            out = min((left for left in budgets if left is not None), default=math.inf)
+            if (runs_out := self.now() + max(0.0, out)) < (ends_at or math.inf):
+                return Bounds(runs_out, None, "talk-minutes")
+            return Bounds(ends_at, None)
+        return None
 
     async def started_here(self, call_id: str) -> bool:
         """Return whether this deployment started the call, as far as its store remembers: at least a day."""

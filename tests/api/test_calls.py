@@ -22,12 +22,17 @@ BASIC = {
     "ended_at",
     "duration_seconds",
     "end_reason",
+    "ends_at",
+    "stopped_because",
 }
 TIMES = {
     "created_at": "2026-03-01T10:00:00Z",
     "started_at": "2026-03-01T10:00:02Z",
     "ended_at": "2026-03-01T10:01:02.5+00:00",
 }
+STARTED_AT = 1772359200.0
+"""2026-03-01T10:00:00Z."""
+OFF = {"BROKER_WARN_SECONDS": "0"}
 SECRETS = {
     "from_number": "+43 MARKER",
     "to_number": "MARKER",
@@ -107,7 +112,8 @@ async def test_a_record_with_nothing_but_an_id(broker: httpx.AsyncClient, upstre
 
     assert call.keys() == BASIC
     assert isinstance(call["status"], str)
-    assert {name: call[name] for name in BASIC - {"id", "status"}} == dict.fromkeys(BASIC - {"id", "status"})
+    others = BASIC - {"id", "status", "ends_at"}
+    assert {name: call[name] for name in others} == dict.fromkeys(others)
 
 
 ODD_FIELDS: dict[str, dict[str, Any]] = {
@@ -277,10 +283,11 @@ async def test_another_etag_gets_the_full_response(broker: httpx.AsyncClient, up
 
 async def test_the_etag_changes_with_the_visible_fields_only(open_broker: OpenBroker) -> None:
     etags = []
+    began = time.time()
     records: list[dict[str, Any]] = [{}, {"cost_cents": 5}, {"status": "completed"}]
     for record in records:
         upstream = Upstream()
-        broker = await open_broker(transport=upstream, BROKER_SECRET="s" * 32)
+        broker = await open_broker(transport=upstream, clock=Clock(now=lambda: began), BROKER_SECRET="s" * 32)
         path = await start_call(broker)
         upstream.has_call("call_1", **record)
         etags.append((await broker.get(path)).headers["etag"])
@@ -395,6 +402,48 @@ async def test_a_404_of_oneinbox_is_believed_when_it_comes_again_a_minute_later(
     wrong = assert_problem(await broker.get("/calls/call_1"), "not-found")
 
     assert {**gone, "request_id": ""} == {**wrong, "request_id": ""}
+
+
+@pytest.mark.parametrize(("seconds", "ends_at"), [("90", "2026-03-01T10:01:30Z"), ("0", None)])
+async def test_a_running_call_shows_when_the_broker_ends_it(
+    seconds: str, ends_at: str | None, open_broker: OpenBroker, upstream: Upstream
+) -> None:
+    broker = await open_broker(clock=Clock(now=lambda: STARTED_AT), BROKER_MAX_CALL_SECONDS=seconds)
+
+    call = await read(broker, upstream)
+
+    assert (call["ends_at"], call["stopped_because"]) == (ends_at, None)
+
+
+async def test_an_ended_call_shows_no_end_to_come(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+    call = await read(broker, upstream, status="completed")
+
+    assert (call["ends_at"], call["stopped_because"]) == (None, None)
+
+
+@pytest.mark.parametrize(("warned", "names"), [({}, ["call", "ending", "call", "end"]), (OFF, ["call", "call", "end"])])
+async def test_the_events_announce_the_end_without_an_id(
+    warned: dict[str, str], names: list[str], open_broker: OpenBroker, upstream: Upstream
+) -> None:
+    broker = await open_broker(warned, clock=Clock(now=lambda: STARTED_AT), BROKER_MAX_CALL_SECONDS="20")
+    path = await start_call(broker)
+    upstream.has_call("call_1").mock(side_effect=[call_state("in_progress"), call_state("completed")])
+
+    answer = await broker.get(f"{path}/events")  # ends when the second poll sees the end, a second later
+
+    events = [event.split("\n") for event in answer.text.split("\n\n")[:-1]]
+    assert [lines[0].removeprefix("event: ") for lines in events] == names
+    assert [len(lines) for lines in events] == [2 if name == "ending" else 3 for name in names]
+    if not warned:
+        data = json.loads(events[1][1].removeprefix("data: "))
+        assert data == {"ends_at": "2026-03-01T10:00:20Z", "seconds_left": 20, "reason": "max-call-seconds"}
+    last = events[-1][1].removeprefix("id: ")
+    assert (await broker.get(f"{path}/events", headers={"Last-Event-ID": last})).status_code == 204
+
+
+def call_state(status: str) -> httpx.Response:
+    """OneInbox's answer about a call."""
+    return httpx.Response(200, json={"id": "call_1", "agent_id": AGENT_ID, "status": status})
 
 
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {

@@ -116,7 +116,8 @@ async def test_api3_a_call_shows_the_listed_fields_and_no_others(broker: httpx.A
     upstream.has_call("call_1", **more, something_new={"secret": 1})
     call = (await broker.get(path)).json()
     assert call.keys() == {
-        *("id", "agent", "status", "created_at", "started_at", "ended_at", "duration_seconds", "end_reason")
+        *("id", "agent", "status", "created_at", "started_at", "ended_at", "duration_seconds", "end_reason"),
+        *("ends_at", "stopped_because"),
     }
 
 

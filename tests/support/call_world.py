@@ -111,6 +111,8 @@ class Replica:
     expose: tuple[str, ...] = ()
     max_streams: int = 10_000
     max_streams_total: int = 10_000
+    max_seconds: float = 3600
+    warn_seconds: float = 60
     cache: CallCache = field(init=False)
     poller: CallPoller = field(init=False)
     calls: Calls = field(init=False)
@@ -122,7 +124,7 @@ class Replica:
         clock, store = asyncio.get_running_loop().time, self.world.store
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), self.world.oneinbox, timeout=15, connect_timeout=3)
         ledger = Ledger(store, lease=3900, now=self.now)
-        self.live = LiveCalls(store, oneinbox, ledger, max_seconds=3600, join_timeout=0, now=self.now)
+        self.live = LiveCalls(store, oneinbox, ledger, max_seconds=self.max_seconds, join_timeout=0, now=self.now)
         self.ownership = Ownership(KEYRING)
         self.cache = CallCache(
             oneinbox=oneinbox,
@@ -142,7 +144,9 @@ class Replica:
             clock=clock,
             now=self.now,
         )
-        self.calls = Calls(oneinbox, self.ownership, self.cache, self.poller, self.live, now=self.now)
+        self.calls = Calls(
+            oneinbox, self.ownership, self.cache, self.poller, self.live, warn_seconds=self.warn_seconds, now=self.now
+        )
         self.refresh_queue = RefreshQueue(self.calls.refresh)
 
     def now(self) -> float:
@@ -210,9 +214,11 @@ class Reader:
         if chunk == b": keep-alive\n\n":
             self.keep_alives.append(now)
             return
-        name, event_id, data, *rest = chunk.decode().split("\n")
-        assert rest == ["", ""]
-        assert event_id.startswith('id: "')
+        *head, data, blank, end = chunk.decode().split("\n")
+        name, *event_id = head
+        assert (blank, end) == ("", "")
+        assert len(event_id) == (name != "event: ending")
+        assert all(each.startswith('id: "') for each in event_id)
         self.events.append((now, name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
 
 

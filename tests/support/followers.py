@@ -105,8 +105,9 @@ class Follower:
             assert chunk == b": keep-alive\n\n"
             self.comments += 1
             return
-        name, event_id, data, *rest = chunk.decode().split("\n")
-        assert rest == ["", ""], chunk
+        *head, data, blank, end = chunk.decode().split("\n")
+        assert (blank, end) == ("", ""), chunk
+        name, event_id = head if len(head) > 1 else (*head, "id: ")  # `ending` has none
         now = asyncio.get_running_loop().time()
         self.events.append(
             (now, name.removeprefix("event: "), event_id.removeprefix("id: "), json.loads(data.removeprefix("data: ")))

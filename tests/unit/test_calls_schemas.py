@@ -10,9 +10,20 @@ from pydantic import TypeAdapter
 
 from app.calls.schemas import Call, project
 from app.calls.snapshots import Snapshot
+from app.limits import Bounds
 from app.oneinbox.models import CallRecord
 
-BASIC = ("agent", "status", "created_at", "started_at", "ended_at", "duration_seconds", "end_reason")
+BASIC = (
+    "agent",
+    "status",
+    "created_at",
+    "started_at",
+    "ended_at",
+    "duration_seconds",
+    "end_reason",
+    "ends_at",
+    "stopped_because",
+)
 EXPOSABLE = ("transcript", "messages", "recording_url", "summary", "outcome")
 READ = ("agent_id", *BASIC, *EXPOSABLE, "ai_summary", "metadata")
 SECRET = "SECRET"
@@ -140,7 +151,9 @@ def test_a_state_is_named_by_what_is_seen_of_it(given_record: dict[str, Any], ex
     ],
 )
 def test_a_recording_is_a_link_that_runs_nothing(said: str | None, shown: str | None) -> None:
-    call = project(CallRecord(id="call_1", recording_url=said), agent=None, expose={"recording_url"})
+    call = project(
+        CallRecord(id="call_1", recording_url=said), Bounds(None, None), agent=None, expose={"recording_url"}
+    )
 
     assert call.model_dump()["recording_url"] == shown
 

@@ -69,6 +69,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "timeout-infinite": ("ONEINBOX_TIMEOUT", "inf"),
     "timeout-words": ("ONEINBOX_TIMEOUT", "quickly"),
     "connect-timeout-zero": ("ONEINBOX_CONNECT_TIMEOUT", "0"),
+    "warn-seconds": ("BROKER_WARN_SECONDS", "-60.125"),
     "auth": ("BROKER_AUTH", "everybody"),
     "proxies": ("BROKER_TRUSTED_PROXIES", "proxy.internal.example"),
     "proxies-one-of-two": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8,proxy.internal.example"),
