@@ -49,8 +49,8 @@ class EndNotice:
             return None
         self._announced = bounds.ends_at
         ending = Ending(
-            ends_at=datetime.fromtimestamp(bounds.ends_at, UTC),
-            seconds_left=max(0, math.ceil(bounds.ends_at - self.now())),
+            ends_at=datetime.fromtimestamp(int(bounds.ends_at), UTC),
+            seconds_left=max(0, math.ceil(int(bounds.ends_at) - self.now())),
             reason=bounds.reason,
         )
         return b"event: ending\ndata: " + ending.model_dump_json().encode() + b"\n\n"

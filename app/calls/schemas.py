@@ -131,7 +131,7 @@ def project(record: CallRecord, bounds: Bounds, *, agent: str | None, expose: Co
         "ended_at": record.ended_at,
         "duration_seconds": record.duration_seconds,
         "end_reason": record.end_reason,
-        "ends_at": None if bounds.ends_at is None else datetime.fromtimestamp(bounds.ends_at, UTC),
+        "ends_at": None if bounds.ends_at is None else datetime.fromtimestamp(int(bounds.ends_at), UTC),
         "stopped_because": bounds.stopped_because,
     }
     if not expose:

@@ -382,7 +382,7 @@ def test_the_announcement_says_why() -> None:
 
     event = EndNotice(60, lambda: STARTED).take(shared.bounds)
 
-    data = json.dumps({"ends_at": time_of(STARTED + 30.5), "seconds_left": 31, "reason": "talk-minutes"})
+    data = json.dumps({"ends_at": time_of(STARTED + 30), "seconds_left": 30, "reason": "talk-minutes"})
     assert event == b"event: ending\ndata: " + data.replace(": ", ":").replace(", ", ",").encode() + b"\n\n"
 
 
