@@ -49,7 +49,7 @@ KINDS = {
 }
 ALLOWED = {
     "-restart": "On memory:// nothing outlives the process: a killed one's calls, and those it had given, are unknown.",
-    "-one-look": "On memory:// SIGTERM looks for a lost call once; OneInbox did not list it then, or did not answer.",
+    "-one-look": "On memory:// SIGTERM looks once for a lost call, and stops it once: OneInbox did not list it, or answer.",
     "-two-faults": "The replica was killed while the store was away, so what only it knew is gone.",
     "-emptied": "The operator emptied the store (FLUSHALL), and with it all that was known of the call.",
     "-failed-over": "The store failed over and had not copied the call's last writes, although it had confirmed them.",
@@ -330,7 +330,8 @@ class Invariants:
             if other is call or other.epoch != call.epoch or self.world.now >= end:
                 continue
             what = f"key {key[1][-2:]}: {other.id} was given, and now {call.id}"
-            self.world.violate(f"C-two-calls{self._excuse_of_counts(other.reserved)}", what)
+            since = min(other.reserved, call.starter.arrived or call.reserved)
+            self.world.violate(f"C-two-calls{self._excuse_of_counts(since)}", what)
         before[call.id] = call
 
     def received(self, connection: "Connection") -> None:
@@ -416,7 +417,9 @@ class Invariants:
             return "-restart"
         end = self.world.now if home.over is None else home.over
         unseen = call.listed_from > end - LOOK_SECONDS or self.oneinbox.lists_down_until > home.told
-        return "-one-look" if unseen or self.world.failed("oi- list- get- stop-", home.told, end) else ""
+        # A stop that hangs may have been sent before.
+        hangs = self.world.failed("stop-hang", home.told - self.oneinbox.timeout, end)
+        return "-one-look" if unseen or hangs or self.world.failed("oi- list- get- stop-", home.told, end) else ""
 
     def _excuse_of_counts(self, since: float) -> str:
         """The same for what is counted over several calls."""
