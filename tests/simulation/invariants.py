@@ -49,7 +49,7 @@ KINDS = {
 }
 ALLOWED = {
     "-restart": "On memory:// nothing outlives the process: a killed one's calls, and those it had given, are unknown.",
-    "-one-look": "On memory:// SIGTERM looks once for a lost call, and stops it once: OneInbox did not list it, or answer.",
+    "-one-look": "On memory:// SIGTERM looks for a lost call once, and stops it once: OneInbox did not list or answer.",
     "-two-faults": "The replica was killed while the store was away, so what only it knew is gone.",
     "-emptied": "The operator emptied the store (FLUSHALL), and with it all that was known of the call.",
     "-failed-over": "The store failed over and had not copied the call's last writes, although it had confirmed them.",
