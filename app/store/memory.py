@@ -86,7 +86,7 @@ class MemoryStore(Store):
             if slot.capacity is not None and needed > slot.capacity:
                 refused.append(index)
             used.append(len(living))
-        times = [self._budget_of(slots[budget.slot].name, now, budget) for budget in budgets]
+        times = [self._budget_of(slots[budget.slot].name, now) for budget in budgets]
         full = [bool(cost) and each.total >= budget.seconds for each, budget in zip(times, budgets, strict=True)]
         refused += [index for index, each in enumerate(full, len(rates) + len(slots)) if each]
 
@@ -99,7 +99,7 @@ class MemoryStore(Store):
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             for budget, each in zip(budgets, times, strict=True):
-                self._join_budget(slots[budget.slot].name, each, member, now)
+                self._join_budget(slots[budget.slot].name, each, budget, member, now)
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
             if record is not None and self._value(record.name, now) is None:
                 self._set(record, now)
@@ -240,16 +240,15 @@ class MemoryStore(Store):
         members = self._sets.of(name).get(name)
         return members.living(now) if members is not None else {}
 
-    def _budget_of(self, name: str, now: float, budget: Budget | None = None) -> UsedTime:
+    def _budget_of(self, name: str, now: float) -> UsedTime:
         """Return the time that a set's members have used, as of now; it is kept once `_plan_budget` is called."""
         living = self._living(name, now)
         used = self._budgets.of(name).get(name) or UsedTime(now + self._epoch)
         used.advance(now + self._epoch, living, len(living))
-        if budget is not None:
-            used.limit = budget.seconds if budget.enforced else None
         return used
 
-    def _join_budget(self, name: str, used: UsedTime, member: str, now: float) -> None:
+    def _join_budget(self, name: str, used: UsedTime, budget: Budget, member: str, now: float) -> None:
+        used.limit = budget.seconds if budget.enforced else None
         if member not in self._living(name, now):
             used.join(member)
         self._plan_budget(name, used)

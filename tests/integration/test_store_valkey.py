@@ -9,7 +9,20 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app.store import Change, Decision, LimitRequest, ListEntry, Rate, Slot, StoreUnavailable, Value, scripts
+from app.store import (
+    Budget,
+    Change,
+    Decision,
+    Due,
+    Leave,
+    LimitRequest,
+    ListEntry,
+    Rate,
+    Slot,
+    StoreUnavailable,
+    Value,
+    scripts,
+)
 from app.store.memory import MemoryStore
 from app.store.scripts import Script
 from app.store.valkey import ValkeyStore
@@ -63,16 +76,20 @@ async def test_two_processes_and_two_hundred_questions_at_once(valkey: Valkey, s
     assert ([state.remaining for state in look.rates], look.used) == ([0, 495], (5,))
 
 
+def tell_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all scripts read the time from the key `clock`."""
+    told = "local now = tonumber(redis.call('GET', 'clock'))\n"
+    for name, script in vars(scripts).copy().items():
+        if isinstance(script, Script) and scripts._NOW in script.text:
+            monkeypatch.setattr(scripts, name, Script(script.text.replace(scripts._NOW, told)))
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_the_scripts_decide_as_memory_does(
     store: ValkeyStore, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """The same questions at the same times, the server's clock being set by the test (in 1/64 s, exact in doubles)."""
-    told = "local now = tonumber(redis.call('GET', 'clock'))\n"
-    for name in ("DECIDE", "GIVE_BACK", "ADD_MEMBER", "REMOVE_MEMBER", "MEMBERS"):
-        script: Script = getattr(scripts, name)
-        assert (scripts._NOW in script.text) == (name != "GIVE_BACK")
-        monkeypatch.setattr(scripts, name, Script(script.text.replace(scripts._NOW, told)))
+    tell_the_time(monkeypatch)
     chance = random.Random(seed)
     now = float(int(time.time()) + 1)
     memory = MemoryStore(lambda: now)
@@ -109,6 +126,57 @@ async def test_the_scripts_decide_as_memory_does(
                         del given[:-10]
 
 
+@pytest.mark.parametrize("seed", range(6))
+async def test_budgets_and_due_times_are_those_of_memory(
+    store: ValkeyStore, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The same starts and ends at the same times (in 1/8 s: whole milliseconds), over three windows."""
+    tell_the_time(monkeypatch)
+    chance = random.Random(seed)
+    now = float(int(time.time()) + 1)
+    memory = MemoryStore(lambda: now)
+    slots = [Slot("few", 4), Slot("many", None)]
+    running: list[tuple[LimitRequest, Decision, Decision]] = []
+    index = ["budget:few", "budget:many", "one", "two"]
+    with valkey.client() as client:
+        client.delete("oib:s:due")
+        for number in range(600):
+            now += chance.choice([0, 1, 8, 80, 800, 8000]) / 8
+            client.set("clock", f"{now * 1e6:.0f}")
+            match chance.randrange(8):
+                case 0 | 1 if running:
+                    request, *_ = running.pop(chance.randrange(len(running)))
+                    used = chance.choice([0, 1.5, 30, 400])
+                    change = Change({}, leaves=[Leave(slot.name, request.member, used) for slot in slots])
+                    assert await store.change(change) == await memory.change(change)
+                case 2 if running:
+                    request, shared, own = running.pop()
+                    await store.give_back(request, shared)
+                    await memory.give_back(request, own)
+                case 3:
+                    change = Change({}, due=Due(chance.choice(["one", "two"]), chance.choice([0, 5, 100, None])))
+                    assert await store.change(change) == await memory.change(change)
+                case 4:
+                    most, claim, held = chance.randrange(4), chance.choice([1, 5]), chance.sample(index, 1)
+                    assert await store.take_due(most, claim, held) == await memory.take_due(most, claim, held)
+                case _:
+                    seconds = chance.choice([30, 600, 5000])
+                    enforced = chance.random() < 0.8
+                    budgets = [Budget(0, seconds, enforced), Budget(1, 20_000)]
+                    member = f"m{number} {int(now) - chance.choice([0, 0, 20])} main"
+                    request = LimitRequest(
+                        [], slots, member, 100_000, chance.choice([0, 1, 1]), enforced, None, budgets
+                    )
+                    shared, own = await store.decide(request), await memory.decide(request)
+                    assert (shared.refused, shared.used, shared.counted) == (own.refused, own.used, own.counted)
+                    assert [each for s in shared.budgets for each in s] == pytest.approx(
+                        [each for s in own.budgets for each in s], abs=0.002
+                    )
+                    if own.counted:
+                        running.append((request, shared, own))
+            assert await store.due_in(index) == pytest.approx(await memory.due_in(index), abs=0.002)
+
+
 async def test_a_window_moves_on(store: ValkeyStore) -> None:
     rates = [Rate("few", 5, 1), Rate("many", 500, 1)]
     loop = asyncio.get_running_loop()
@@ -133,6 +201,7 @@ async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: V
     await store.replace("w", b"", b"x", 50)
     await store.change(Change({}, [Value("x", b"", 30)], entry=ListEntry("l", b"", 1, 40)))
     await store.decide(LimitRequest(record=Value("y", b"", 20)))
+    await store.decide(LimitRequest([], [Slot("u", 5)], "m 1 main", 40, budgets=[Budget(0, 60)]))
     with valkey.client() as client:
         ends = {key.decode(): client.pttl(key) / 1000 for key in client.keys("*")}
     expected = {
@@ -145,6 +214,9 @@ async def test_every_key_has_the_prefix_and_an_end(store: ValkeyStore, valkey: V
         "l:l": 40,
         "v:x": 30,
         "v:y": 20,
+        "s:u": 40,
+        "b:u": 8 * 86400,
+        "s:due": 8 * 86400,
     }
     assert ends == pytest.approx({f"oib:{name}": end for name, end in expected.items()}, abs=2)
 
