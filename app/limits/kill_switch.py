@@ -41,7 +41,7 @@ class KillSwitch:
         left = self._paused_until - self.clock()
         if left > 0:
             # A pause of hours may be ended early, so clients ask again after a minute at most.
-            raise retry_later("at-capacity", min(left, 60))
+            raise retry_later("at-capacity", min(left, 60), reason="paused")
         if self._blocked_until.get(user.store_name, 0) > self.clock():
             raise Problem("blocked")
 

@@ -88,7 +88,7 @@ class Sessions:
             await self.challenge.check(session_input.challenge_token, user.address)
         if self.waiting >= self.max_waiting:
             self.metrics.count_refusal(["waiting"])
-            raise retry_later("at-capacity", 1)
+            raise retry_later("at-capacity", 1, reason="waiting")
         self.waiting += 1
         try:
             return await self._reserve_and_call(user, session_input, spec)
