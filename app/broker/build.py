@@ -32,7 +32,7 @@ from app.identity.jwks import KeySet
 from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
-from app.limits import KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits import Allowance, KillSwitch, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.ledger import Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import settle, settle_forever, sweep_forever
@@ -52,6 +52,8 @@ LEASE_GRACE = 300
 """Seconds that a live slot outlives the longest call, so that there is time to hang up."""
 LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
+ALLOWANCE_SECONDS = 1
+"""Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up."""
 
 
 def check(settings: Settings) -> None:
@@ -161,8 +163,10 @@ async def open_broker(
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout, now=clock.now)
         kill_switch = KillSwitch(store, clock.monotonic)
         challenge = _challenge(settings, store, transport, stack, metrics)
+        allowance = Allowance(store, oneinbox, clock=clock, metrics=metrics)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
+            allowance=allowance,
             limits=limits,
             talk=talk,
             live=live,
@@ -200,7 +204,9 @@ async def open_broker(
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
-        gauges = Gauges(metrics, store, limits, talk, oneinbox, sessions, poller, settings.max_live_calls_total)
+        gauges = Gauges(
+            metrics, store, limits, talk, oneinbox, allowance, sessions, poller, settings.max_live_calls_total
+        )
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
         reporter = Reporter(store, kill_switch, clock)
@@ -213,11 +219,14 @@ async def open_broker(
             *((restorer.run(), deployment.keep(), reporter.run()) if store.shared else ()),
             settle_forever(live),
             kill_switch.run(),
+            allowance.run(),
             poller.run(),
             gauges.run(),
             secret_reloader.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(allowance.ready.wait(), ALLOWANCE_SECONDS)
         yield Broker(
             identity=identity,
             limits=limits,

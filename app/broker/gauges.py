@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.calls.poller import CallPoller
-from app.limits import Limits, TalkTime
+from app.limits import Allowance, Limits, TalkTime
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED
 from app.oneinbox import OneInbox
@@ -28,6 +28,7 @@ class Gauges:
     limits: Limits
     talk: TalkTime
     oneinbox: OneInbox
+    allowance: Allowance
     sessions: Sessions
     poller: CallPoller
     max_live_calls_total: int | None
@@ -63,4 +64,5 @@ class Gauges:
         self.metrics.streams.set(self.poller.streams)
         self.metrics.followed.set(self.poller.followed)
         self.metrics.cooldown.set(self.oneinbox.breaker.seconds_left)
+        self.metrics.set_allowance(self.allowance.left, self.allowance.cap)
         self.metrics.store_up.set(self.store.state == "ok")

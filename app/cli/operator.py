@@ -16,6 +16,7 @@ from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
 from app.limits import KillSwitch, Limits
+from app.limits.allowance import read_allowance
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.kill_switch import BLOCKS, CONTROLS, PAUSE
 from app.limits.ledger import UNFOUND, UNSTOPPED, Ledger
@@ -53,9 +54,14 @@ class Operator:
         pause = await self.store.members(PAUSE)
         blocks = await self.store.members(BLOCKS)
         unstopped = await self.store.members(UNSTOPPED)
+        reading = await read_allowance(self.store)
+        calls = "not watched"
+        if reading is not None and reading.left is not None and reading.of_today(time.time()):
+            calls = f"{reading.left} of {reading.cap} left"
         return "\n".join(
             [
                 *(f"{name}: {used} of {amount} sessions" for name, used, amount in await self.limits.usage()),
+                f"OneInbox's calls today: {calls}",
                 f"live calls: {len(await self.store.members(ALL_CALLS))}",
                 *(f"paused for {round(left)} s more" for left in pause.values()),
                 *([] if pause else ["not paused"]),

@@ -1,5 +1,6 @@
 """Limits and running calls: declared with slowapi, decided by the store in one request."""
 
+from app.limits.allowance import Allowance
 from app.limits.call_attempt import CallAttempt
 from app.limits.kill_switch import KillSwitch
 from app.limits.live_calls import LiveCalls
@@ -7,4 +8,14 @@ from app.limits.rate_limiter import Limits, Refused, Reservation
 from app.limits.reconciler import Reconciler
 from app.limits.talk_time import TalkTime
 
-__all__ = ["CallAttempt", "KillSwitch", "Limits", "LiveCalls", "Reconciler", "Refused", "Reservation", "TalkTime"]
+__all__ = [
+    "Allowance",
+    "CallAttempt",
+    "KillSwitch",
+    "Limits",
+    "LiveCalls",
+    "Reconciler",
+    "Refused",
+    "Reservation",
+    "TalkTime",
+]

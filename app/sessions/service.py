@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
+from app.limits import Allowance, CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
 from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
@@ -54,6 +54,7 @@ class Sessions:
     """
 
     policy: Policy
+    allowance: Allowance
     limits: Limits
     talk: TalkTime
     live: LiveCalls
@@ -96,6 +97,7 @@ class Sessions:
             self.waiting -= 1
 
     async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
+        self.allowance.check()
         await self.talk.check(user)
         try:
             reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))

@@ -105,6 +105,7 @@ async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
     *lines, first, second, unstopped = (await deployment.command("status")).splitlines()
     assert lines == [
         f"global-minute: {live} of 100000 sessions",
+        "OneInbox's calls today: not watched",
         f"live calls: {live}",
         "not paused",
         "blocked users: 1",
