@@ -1,10 +1,13 @@
 """POST /session when OneInbox's calls of the day are used up."""
 
+import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
 
+from app.broker import build
 from app.clock import Clock
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import Upstream, post_session
@@ -44,6 +47,30 @@ async def test_a_used_up_allowance_refuses_sessions_unsent(
     assert 'broker_limits_refused_total{enforced="true",limit="oneinbox-calls"} 20.0' in metrics
     assert "broker_oneinbox_calls_remaining 0.0" in metrics
     assert "broker_oneinbox_calls_per_day 100.0" in metrics
+
+
+async def test_the_first_session_is_refused_too(open_broker: OpenBroker, upstream: Upstream) -> None:
+    async def slow(_: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0.05)
+        return httpx.Response(200, json=USED_UP)
+
+    upstream.usage.mock(side_effect=slow)
+    broker = await open_broker()
+    assert_problem(await post_session(broker), "at-capacity")
+
+
+async def test_a_start_does_not_wait_long(
+    open_broker: OpenBroker, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(_: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(build, "ALLOWANCE_SECONDS", 0.01)
+    upstream.usage.mock(side_effect=silent)
+    async with asyncio.timeout(2):
+        broker = await open_broker()
+    assert_session(await post_session(broker))
 
 
 async def test_at_midnight_sessions_start_again_and_nothing_was_spent(

@@ -237,6 +237,19 @@ async def test_a_reading_that_the_store_has_lost_counts_on(world: World) -> None
 
 
 @in_simulated_time
+async def test_a_store_that_is_gone_for_a_while_is_no_error(logs: Logs) -> None:
+    loop = asyncio.get_running_loop()
+    world = World(loop.time)
+    world.store.gone = True
+    allowance = world.replica()
+    task = asyncio.create_task(allowance.run())
+    await asyncio.sleep(2 * ASK_SECONDS)
+    task.cancel()
+    assert world.asked == 2
+    assert logs == []
+
+
+@in_simulated_time
 async def test_it_goes_on_after_what_it_did_not_expect() -> None:
     loop = asyncio.get_running_loop()
     world = World(loop.time)
@@ -393,3 +406,11 @@ async def test_what_another_version_wrote_is_skipped(world: World, value: bytes,
     await world.read(allowance, after=5)
     assert allowance.left == 60
     assert [entry["event"] for entry in logs] == ["store_record_skipped"]
+
+
+# Metrics
+
+
+def test_metrics_say_not_a_number_before_anything_is_known() -> None:
+    lines = Metrics().text("")[0].decode().splitlines()
+    assert {"broker_oneinbox_calls_remaining NaN", "broker_oneinbox_calls_per_day NaN"} <= set(lines)
