@@ -24,8 +24,9 @@ from tests.support.brokers import (
     running_broker_processes,
 )
 from tests.support.commands import invoke
-from tests.support.harness import settings
+from tests.support.harness import Upstream, post_session, settings
 from tests.support.processes import Finished
+from tests.support.shapes import assert_problem
 from tests.support.valkey import Valkey, running_valkey
 
 SETTINGS = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
@@ -165,3 +166,20 @@ async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | 
         assert await operate(settings(modes), block) == "done"
         await eventually(is_blocked, 2)
         assert await post("ben") == 201
+
+
+async def test_two_replicas_share_what_oneinbox_allows_and_status_says_it(
+    open_broker: OpenBroker, upstream: Upstream
+) -> None:
+    upstream.usage.respond(json={"max_calls_per_day": 40, "calls_remaining_today": 0})
+    with running_valkey() as valkey:
+        shared = {"BROKER_STORE_URL": valkey.url, "BROKER_SECRET": "s" * 32}
+        replicas = [await open_broker(shared) for _ in range(2)]
+
+        for replica in replicas:
+            assert_problem(await post_session(replica), "at-capacity")
+        status = await operate(settings(shared), Operator.status)
+
+    assert upstream.usage.call_count == 1
+    assert not upstream.start.called
+    assert "OneInbox's calls today: 0 of 40 left" in status.splitlines()
