@@ -121,6 +121,8 @@ class Metrics:
         self.followed = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
         self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until calls are started again.", "livemax")
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
+        self.paused = gauge("broker_paused", "1 while an operator's pause is in force.", "livemax")
+        self.blocks = gauge("broker_blocks", "Operators' blocks in force.", "livemax")
         self._store_losses = Counter(
             "broker_store_losses",
             "Times the shared store was found emptied or set back.",

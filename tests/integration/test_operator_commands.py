@@ -154,7 +154,7 @@ async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | 
             return (await broker.post("/session", headers={"Authorization": f"Bearer {token}"})).status_code
 
         async def block(operator: Operator) -> str:
-            await operator.kill_switch.block(operator.user("ann"), 60)
+            await operator.block("ann", 60, "")
             return "done"
 
         async def is_blocked() -> bool:

@@ -84,20 +84,20 @@ async def test_a_second_pause_moves_the_end(store: MemoryStore, clock: Clock) ->
 
 async def test_a_block_is_for_one_user(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
+    await kill_switch.block(ANN.store_name, 60)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN) == BLOCKED
     assert verdict(kill_switch, BEN) == verdict(kill_switch, User(mode="header", id="ann")) == OPEN
-    assert await kill_switch.unblock(ANN)
-    assert not await kill_switch.unblock(ANN)
+    assert await kill_switch.unblock(ANN.store_name)
+    assert not await kill_switch.unblock(ANN.store_name)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN) == OPEN
 
 
 async def test_a_block_ends_by_itself(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
-    await kill_switch.block(BEN, 120)
+    await kill_switch.block(ANN.store_name, 60)
+    await kill_switch.block(BEN.store_name, 120)
     await kill_switch.refresh()
     clock.now += 61
     assert (verdict(kill_switch, ANN), verdict(kill_switch, BEN)) == (OPEN, BLOCKED)
@@ -105,7 +105,7 @@ async def test_a_block_ends_by_itself(store: MemoryStore, clock: Clock) -> None:
 
 async def test_a_paused_user_who_is_blocked_is_told_of_the_pause(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
+    await kill_switch.block(ANN.store_name, 60)
     await kill_switch.pause(60)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN)[0] == "at-capacity"
@@ -140,7 +140,7 @@ async def test_an_address_means_who_comes_from_there(
 ) -> None:
     kill_switch = KillSwitch(store, clock)
     operator = Operator(settings(), store, kill_switch, limits=None)  # type: ignore[arg-type]  # names users only
-    await kill_switch.block(operator.user(named), 60)
+    await operator.block(named, 60, "")
     await kill_switch.refresh()
 
     request = Request({"type": "http", "headers": [], "client": (peer, 1)})
