@@ -38,6 +38,8 @@ WHO = (
 UserName = Annotated[str, typer.Argument(metavar="USER", help=WHO)]
 OfUser = Annotated[str, typer.Option("--user", metavar="USER", help=f"Only this user's. {WHO}")]
 OfAgent = Annotated[str, typer.Option("--agent", metavar="AGENT", help="Only this agent's, by its name.")]
+MAY_BEGIN_WITH_A_DASH = {"ignore_unknown_options": True}
+"""As one pseudonym in 64 does."""
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why, for `status` and the log; at most 200 characters.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -170,7 +172,10 @@ def resume() -> None:
     run_control(lambda operator: operator.resume(), "Sessions can start again.", otherwise="There was no pause.")
 
 
-@cli.command(epilog=ending("block 203.0.113.7 --for 1d --reason 'fifty calls a minute'", "block kq3VZt0aLr9xW2mD"))
+@cli.command(
+    context_settings=MAY_BEGIN_WITH_A_DASH,
+    epilog=ending("block 203.0.113.7 --for 1d --reason 'fifty calls a minute'", "block kq3VZt0aLr9xW2mD"),
+)
 def block(user: UserName, duration: Duration = "1d", reason: Reason = "") -> None:
     """Start no new sessions for a user on any replica."""
     from app.cli.operator import run_control
@@ -180,7 +185,7 @@ def block(user: UserName, duration: Duration = "1d", reason: Reason = "") -> Non
     run_control(lambda operator: operator.block(user, seconds, reason), f"Blocked for {duration}.")
 
 
-@cli.command(epilog=ending("unblock 203.0.113.7"))
+@cli.command(context_settings=MAY_BEGIN_WITH_A_DASH, epilog=ending("unblock 203.0.113.7"))
 def unblock(user: UserName) -> None:
     """End a user's block."""
     from app.cli.operator import run_control
@@ -245,7 +250,7 @@ def stop_calls(
 
 @calls.command("forget", epilog=ending("calls forget call_abc123"))
 def forget_call(
-    name: Annotated[str, typer.Argument(metavar="CALL", help="As `calls list` shows it; a request without its word.")],
+    name: Annotated[str, typer.Argument(metavar="CALL", help="Its id, or its request's id, as `calls list` shows it.")],
 ) -> None:
     """Drop a call that could not be stopped or found, once you know that it has ended; frees its slots."""
     from app.cli.calls import forget

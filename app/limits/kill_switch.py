@@ -26,6 +26,8 @@ ENDED_SECONDS = 60
 """How long the note of a control that an operator ended is kept, for replicas to read who did."""
 LONGEST_REASON = 200
 LONGEST_NAME = 64
+LATEST = 1e11
+"""A Unix time beyond all that are shown."""
 AT_ONCE = 64
 """Notes read at once."""
 
@@ -55,7 +57,8 @@ class Note(NamedTuple):
         try:
             stored = from_json(value)
             texts = {name: printable(stored.get(name, "")) for name in ("user", "by", "reason", "ended_by")}
-            return cls(**texts, since=float(stored.get("since", 0)))
+            since = float(stored.get("since", 0))
+            return cls(**texts, since=since if 0 <= since < LATEST else 0)
         except (ValueError, TypeError, AttributeError):
             log.warning("store_record_skipped", name="control")
             return cls()
@@ -102,7 +105,7 @@ class KillSwitch:
     _logged: dict[str, Note] = field(default_factory=dict, init=False)
     """The controls in force, as the log has them."""
 
-    def check(self, user: User, pseudonym: str = "") -> None:
+    def check(self, user: User, pseudonym: str) -> None:
         """Raise `at-capacity` while sessions are paused, `blocked` for a blocked user.
 
         `pseudonym`: the user's, as logs show it.
