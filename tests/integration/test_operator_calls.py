@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.cli import calls
+from app.cli import calls, operator
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt
@@ -112,7 +112,8 @@ async def deployment(valkey: Valkey) -> AsyncIterator[Deployment]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands wait for a moment only, and replicas look more often."""
+    """Commands wait for a moment only."""
+    monkeypatch.setattr(operator, "CONFIRM_SECONDS", 0)
     monkeypatch.setattr(calls, "STOP_SECONDS", 0.3)
     monkeypatch.setattr(calls, "POLL_SECONDS", 0.05)
 
@@ -198,7 +199,8 @@ async def test_the_list_is_a_table_for_a_reader(deployment: Deployment) -> None:
 @pytest.fixture
 async def broker(open_broker: OpenBroker, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> httpx.AsyncClient:
     """A replica on the store that looks for unwanted calls often."""
-    monkeypatch.setattr("app.limits.sweeper.SWEEP_SECONDS", 0.1, raising=False)
+    for module in ("sweeper", "live_calls"):
+        monkeypatch.setattr(f"app.limits.{module}.SWEEP_SECONDS", 1.1, raising=False)
     return await open_broker(deployment.environ, peer="192.0.2.1", BROKER_METRICS_TOKEN="metrics-token-of-the-operator")
 
 
