@@ -11,18 +11,19 @@ import httpx
 import pytest
 
 from app.cli import calls, operator
+from app.cli.operator import Operator, operate
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt
 from app.limits import record as records
 from app.limits.call_attempt import ALL_CALLS
-from app.limits.ledger import UNSTOPPED, Ledger
+from app.limits.ledger import UNSTOPPED, Ledger, Moved
 from app.limits.record import Step
 from app.store.valkey import ValkeyStore
 from tests.conftest import OpenBroker
 from tests.support.brokers import SECRET
 from tests.support.commands import invoke
-from tests.support.harness import ENVIRON, Upstream, post_session
+from tests.support.harness import ENVIRON, Upstream, post_session, settings
 from tests.support.processes import Finished
 from tests.support.valkey import Valkey
 
@@ -271,16 +272,29 @@ async def test_calls_are_chosen_by_id_user_or_agent(
         assert await deployment.state(name) == expected
 
 
-async def test_a_call_that_starts_meanwhile_is_stopped_once_it_has_an_id(deployment: Deployment) -> None:
+async def test_a_call_that_starts_meanwhile_is_stopped_once_it_has_an_id(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = await deployment.reserved("c1")
+    asked = asyncio.Event()
+    move = Ledger.move
+
+    async def noted(ledger: Ledger, request_id: str, step: Step) -> Moved:
+        moved = await move(ledger, request_id, step)
+        asked.set()
+        return moved
 
     async def start() -> None:
-        await asyncio.sleep(0.1)  # the command sees it starting first, or does not: it ends all the same
+        await asked.wait()
         await deployment.move(attempt, records.give(attempt, "c1", kept=False))
 
-    said, *_ = await asyncio.gather(deployment.command("calls", "stop", "--all"), start(), deployment.hang_up({"c1"}))
+    async def stop(operator: Operator) -> dict[str, str]:
+        found = await calls.running_calls(operator)
+        monkeypatch.setattr(Ledger, "move", noted)
+        fates, *_ = await asyncio.gather(calls.stop_calls(operator, found), start(), deployment.hang_up({"c1"}))
+        return fates
 
-    assert (said.code, said.out) == (0, "request-of-c1: ended\n")
+    assert await operate(settings(deployment.environ), stop) == {"request-of-c1": "ended"}
 
 
 async def test_a_call_that_waits_for_a_repeat_is_given_to_none(deployment: Deployment, hurried: None) -> None:
