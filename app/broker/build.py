@@ -107,7 +107,6 @@ async def open_broker(
     secret_reloader = SecretReloader(settings)
     ownership = Ownership(keyring)
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
-    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
         opened = store_factory() if store_factory else open_configured_store(settings, clock)
         store = await stack.enter_async_context(opened)
@@ -121,7 +120,7 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        ledger = Ledger(store, lease=lease, prefix=settings.store_prefix, now=clock.now)
+        ledger = open_ledger(settings, store, clock)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
         talk = TalkTime(
             store,
@@ -205,7 +204,16 @@ async def open_broker(
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
         gauges = Gauges(
-            metrics, store, limits, talk, oneinbox, allowance, sessions, poller, settings.max_live_calls_total
+            metrics,
+            store,
+            kill_switch,
+            limits,
+            talk,
+            oneinbox,
+            allowance,
+            sessions,
+            poller,
+            settings.max_live_calls_total,
         )
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
@@ -309,6 +317,12 @@ def open_oneinbox(
         traces=traces,
         clock=clock,
     )
+
+
+def open_ledger(settings: Settings, store: Store, clock: Clock = SYSTEM_CLOCK) -> Ledger:
+    """Return the records of calls in a store."""
+    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
+    return Ledger(store, lease=lease, prefix=settings.store_prefix, now=clock.now)
 
 
 def open_limits(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.calls.poller import CallPoller
-from app.limits import Allowance, Limits, TalkTime
+from app.limits import Allowance, KillSwitch, Limits, TalkTime
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED
 from app.oneinbox import OneInbox
@@ -25,6 +25,7 @@ class Gauges:
 
     metrics: Metrics
     store: Store
+    kill_switch: KillSwitch
     limits: Limits
     talk: TalkTime
     oneinbox: OneInbox
@@ -66,3 +67,5 @@ class Gauges:
         self.metrics.cooldown.set(self.oneinbox.breaker.seconds_left)
         self.metrics.set_allowance(self.allowance.left, self.allowance.cap)
         self.metrics.store_up.set(self.store.state == "ok")
+        self.metrics.paused.set(self.kill_switch.paused)
+        self.metrics.blocks.set(self.kill_switch.blocked)

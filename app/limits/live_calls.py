@@ -43,6 +43,7 @@ UNUSABLE = "its answer was not usable"
 LOST = "its answer was lost"
 TOO_LONG = "it ran too long"
 UNJOINED = "no one joined it"
+OPERATOR = "an operator stopped it"
 REASONS = {
     HUNG_UP: "caller-gone",
     NOT_COLLECTED: "not-collected",
@@ -51,6 +52,7 @@ REASONS = {
     LOST: "lost-answer",
     TOO_LONG: "too-long",
     UNJOINED: "not-joined",
+    OPERATOR: "operator",
 }
 
 log = structlog.get_logger(__name__)

@@ -133,6 +133,8 @@ class Metrics:
         )
         self.set_allowance(None, None)
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
+        self.paused = gauge("broker_paused", "1 while an operator's pause is in force.", "livemax")
+        self.blocks = gauge("broker_blocks", "Operators' blocks in force.", "livemax")
         self._store_losses = Counter(
             "broker_store_losses",
             "Times the shared store was found emptied or set back.",
