@@ -240,11 +240,11 @@ def run_control(
             return Said(otherwise)
         try:
             lines, fine = await operator.confirm()
+            if then is not None:
+                more = await then(operator)
+                lines, fine = f"{lines}\n{more.text}", fine and more.fine
         except StoreUnavailable:
             lines, fine = "not confirmed: the store does not answer", False
-        more = await then(operator) if then is not None else None
-        if more is not None:
-            lines, fine = f"{lines}\n{more.text}", fine and more.fine
         return Said(f"{done}\n{lines}", fine)
 
     run_operator(run)
