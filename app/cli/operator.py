@@ -57,6 +57,8 @@ class Operator:
     def user(self, name: str) -> User:
         """Return the user with this id, in anonymous mode with this address. Raises SettingsError."""
         if self.settings.auth != "anonymous":
+            if not name or name.encode(errors="replace").decode() != name:  # it was given in bytes that are no UTF-8
+                raise SettingsError([f"USER {name!r}: is not a user's id"])
             return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
         address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:

@@ -328,10 +328,11 @@ async def test_what_did_not_end_is_said_for_each_call(deployment: Deployment, hu
     assert summary == "ended 0 of 5 running calls"
 
 
-@pytest.mark.parametrize("name", ["c2", "no such call", "\x1b[2J", "x" * 10_000])
-async def test_an_unknown_call_is_said_to_be_unknown(deployment: Deployment, name: str) -> None:
+@pytest.mark.parametrize("name", ["c2", "no such call", "\x1b[2J", "\udcff", "x" * 10_000])
+@pytest.mark.parametrize("command", ["stop", "forget"])
+async def test_an_unknown_call_is_said_to_be_unknown(deployment: Deployment, command: str, name: str) -> None:
     await deployment.given("c1")
-    said = await deployment.command("calls", "stop", name)
+    said = await deployment.command("calls", command, name)
     assert said.code == 1
     assert said.out.endswith(": unknown\n")
     assert "\x1b" not in said.out
