@@ -22,6 +22,7 @@ from app.limits.kill_switch import printable
 from app.limits.ledger import UNFOUND, UNSTOPPED
 from app.limits.live_calls import OPERATOR
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord
+from app.oneinbox.models import CALL_ID
 from app.store import StoreUnavailable
 
 AT_ONCE = 64
@@ -37,16 +38,19 @@ STATES = {
     GIVEN: "running",
     UNWANTED: "stopping",
     UNRESOLVED: NOT_FOUND,
+    ENDED: "ended",
 }
 FATES = {
     RESERVED: "still starting; not stopped",
+    STARTED: "changed meanwhile; not stopped",
+    GIVEN: "changed meanwhile; not stopped",
     UNWANTED: "asked for; not yet ended",
     UNRESOLVED: "not found at OneInbox, so not stopped",
     ENDED: "ended",
 }
 NO_RECORD = "the store has no record of it, so not stopped"
 NOT_ASKED = "not stopped: the store does not answer"
-UNDECIDED = (FATES[RESERVED], FATES[UNWANTED], NOT_ASKED)
+UNDECIDED = (FATES[RESERVED], FATES[GIVEN], FATES[UNWANTED], NOT_ASKED)
 """What is looked at again."""
 NONE = "No running calls."
 COLUMNS = ("CALL", "AGENT", "USER", "AGE", "ENDS AT", "STATE")
@@ -133,7 +137,7 @@ async def running_calls(operator: Operator, user: str = "", agent: str = "") -> 
                 record.call_id if record is not None else call_of.get(request_id, ""),
                 attempt,
                 STATES[record.state] if record is not None else "unknown",
-                request_id in call_of or request_id in unfound or (record is not None and record.failed),
+                request_id in call_of or UNFOUND + request_id in listed or (record is not None and record.failed),
                 ends_at(attempt, operator.settings) if attempt is not None else None,
             )
         )
@@ -174,6 +178,8 @@ async def hang_up_all(operator: Operator) -> Said:
 
 async def forget(operator: Operator, name: str) -> Said:
     """Drop a call that could not be stopped, by OneInbox's id, or not be found, by its request's; free its slots."""
+    if not CALL_ID.fullmatch(name):
+        return Said(f"{printable(name)}: unknown", fine=False)
     ledger, store = operator.limits.ledger, operator.store
     listed = await store.members(UNSTOPPED)
     unfound = UNFOUND + name in listed
@@ -226,10 +232,11 @@ def is_terminal() -> bool:
 async def _find(operator: Operator, names: Sequence[str]) -> list[Running]:
     """Return the calls with these ids of OneInbox, without those that are unknown. They may have ended."""
     ledger = operator.limits.ledger
-    request_ids = [each for each in await _each(names, ledger.request_id) if each is not None]
+    ids = [name for name in names if CALL_ID.fullmatch(name)]
+    request_ids = [each for each in await _each(ids, ledger.request_id) if each is not None]
     found = [record for record in await _each(request_ids, ledger.find) if record is not None]
     return [
-        Running(record.attempt.request_id, record.call_id, record.attempt, record.state, record.failed, None)
+        Running(record.attempt.request_id, record.call_id, record.attempt, STATES[record.state], record.failed, None)
         for record in found
     ]
 

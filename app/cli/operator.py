@@ -57,6 +57,8 @@ class Operator:
     def user(self, name: str) -> User:
         """Return the user with this id, in anonymous mode with this address. Raises SettingsError."""
         if self.settings.auth != "anonymous":
+            if not name or name.encode(errors="replace").decode() != name:  # it was given in bytes that are no UTF-8
+                raise SettingsError([f"USER {name!r}: is not a user's id"])
             return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
         address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:
@@ -240,11 +242,11 @@ def run_control(
             return Said(otherwise)
         try:
             lines, fine = await operator.confirm()
+            if then is not None:
+                more = await then(operator)
+                lines, fine = f"{lines}\n{more.text}", fine and more.fine
         except StoreUnavailable:
             lines, fine = "not confirmed: the store does not answer", False
-        more = await then(operator) if then is not None else None
-        if more is not None:
-            lines, fine = f"{lines}\n{more.text}", fine and more.fine
         return Said(f"{done}\n{lines}", fine)
 
     run_operator(run)

@@ -173,6 +173,12 @@ async def test_an_id_that_looks_like_a_pseudonym_is_still_an_id(store: MemorySto
     assert verdict(kill_switch, user, KEYRING.pseudonym(user)[:16]) == BLOCKED
 
 
+def test_what_is_no_text_is_no_user(store: MemoryStore) -> None:
+    operator = Operator(settings(JWT), store, KillSwitch(store), limits=None)  # type: ignore[arg-type]  # names users only
+    with pytest.raises(SettingsError, match=r"USER '\\udcff': is not a user's id"):
+        operator.users("\udcff")
+
+
 @pytest.mark.parametrize("blocked_by", ["id", "pseudonym"])
 @pytest.mark.parametrize("unblocked_by", ["id", "pseudonym"])
 async def test_unblock_ends_a_block_however_it_was_made(store: MemoryStore, blocked_by: str, unblocked_by: str) -> None:
