@@ -216,21 +216,26 @@ class Problem(Exception):
     """An error response: raised anywhere in a request, sent as problem details.
 
     `slug`: a key of KINDS. `detail`: for the browser's developer; never an input value or a secret. `headers`: extra
-    response headers. `errors`: the invalid fields of a 422.
+    response headers. `errors`: the invalid fields of a 422. `reason`: for the log alone: the limits that refused, as
+    `broker_limits_refused_total` names them, or what else did.
     """
 
     slug: str
     detail: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     errors: Sequence[Mapping[str, Any]] = ()
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.slug}: {self.detail}"
 
 
-def retry_later(slug: str, seconds: float, detail: str = "", headers: Mapping[str, str] | None = None) -> Problem:
+def retry_later(
+    slug: str, seconds: float, detail: str = "", headers: Mapping[str, str] | None = None, reason: str = ""
+) -> Problem:
     """Return a problem with Retry-After: whole seconds, rounded up, at least 1."""
-    return Problem(slug, detail, {**(headers or {}), "Retry-After": str(max(1, math.ceil(seconds)))})
+    headers = {**(headers or {}), "Retry-After": str(max(1, math.ceil(seconds)))}
+    return Problem(slug, detail, headers, reason=reason)
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:

@@ -4,6 +4,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.broker.context import Broker
 from app.identity import User
+from app.identity.keyring import LOGGED
 from app.problems import Problem
 
 
@@ -21,7 +22,7 @@ async def authenticate(request: Request, broker: Broker) -> User:
         if problem.slug == "unauthenticated":
             await broker.limits.count_failed_login(broker.identity.addresses.of(request))
         raise
-    state["user"] = broker.keyring.pseudonym(user)[:16]
+    state["user"] = broker.keyring.pseudonym(user)[:LOGGED]
     if user.by_cookie and request.method == "POST":
         require_same_site(request)
     state["limit_headers"].update(await broker.limits.count_request(user))

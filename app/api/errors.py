@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 def problem_response(scope: Scope, problem: Problem) -> Response:
     """Return the response for a problem. `scope`: of its request, for the prefix and the request id."""
     state = scope.setdefault("state", {})
-    state["problem"] = problem.slug
+    state["problem"], state["reason"] = problem.slug, problem.reason
     prefix = scope.get("root_path", "")
     body = problem_body(problem.slug, state.get("request_id", ""), detail=problem.detail, prefix=prefix)
     if problem.errors:

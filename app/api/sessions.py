@@ -45,7 +45,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     state = request.scope["state"]
     check_declared(request, MAX_BODY)
     user = await authenticate(request, broker)
-    broker.kill_switch.check(user)
+    broker.kill_switch.check(user, state["user"])
     body = await read_json(request, MAX_BODY)
     session_input = SessionInput(
         request=_parse(body),

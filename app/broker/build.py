@@ -32,7 +32,7 @@ from app.identity.jwks import KeySet
 from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
-from app.limits import KillSwitch, Limits, LiveCalls, Reconciler
+from app.limits import Allowance, KillSwitch, Limits, LiveCalls, Reconciler
 from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
@@ -50,6 +50,8 @@ from app.telemetry.traces import Traces, open_traces
 
 LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
+ALLOWANCE_SECONDS = 1
+"""Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up."""
 
 
 def check(settings: Settings) -> None:
@@ -103,7 +105,6 @@ async def open_broker(
     secret_reloader = SecretReloader(settings)
     ownership = Ownership(keyring)
     metrics = Metrics(outcomes=("started", "replayed", "hung-up", *KINDS))
-    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     async with AsyncExitStack() as stack:
         opened = store_factory() if store_factory else open_configured_store(settings, clock)
         store = await stack.enter_async_context(opened)
@@ -117,7 +118,7 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        ledger = Ledger(store, lease=lease, prefix=settings.store_prefix, now=store.now)
+        ledger = open_ledger(settings, store)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
         live = LiveCalls(
             store,
@@ -150,8 +151,10 @@ async def open_broker(
         idempotency = Idempotency(store, keyring, live, timeout=settings.oneinbox_timeout, now=clock.now)
         kill_switch = KillSwitch(store, clock.monotonic)
         challenge = _challenge(settings, store, transport, stack, metrics)
+        allowance = Allowance(store, oneinbox, clock=clock, metrics=metrics)
         sessions = Sessions(
             policy=Policy(agents, settings.variables_from_claims),
+            allowance=allowance,
             limits=limits,
             live=live,
             reconciler=reconciler,
@@ -189,7 +192,17 @@ async def open_broker(
         stack.push_async_callback(refresh_queue.aclose)
         shutdown = Shutdown(settings.drain_seconds, poller.close)
         stack.enter_context(shutdown.on_signals())
-        gauges = Gauges(metrics, store, limits, oneinbox, sessions, poller, settings.max_live_calls_total)
+        gauges = Gauges(
+            metrics,
+            store,
+            kill_switch,
+            limits,
+            oneinbox,
+            allowance,
+            sessions,
+            poller,
+            settings.max_live_calls_total,
+        )
         secret_reloader.register(secret_handlers(oneinbox, keyring, keys, challenge, store))
         await kill_switch.refresh()
         reporter = Reporter(store, kill_switch, clock)
@@ -203,11 +216,14 @@ async def open_broker(
             settle_forever(live),
             end_forever(live),
             kill_switch.run(),
+            allowance.run(),
             poller.run(),
             gauges.run(),
             secret_reloader.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(allowance.ready.wait(), ALLOWANCE_SECONDS)
         yield Broker(
             identity=identity,
             limits=limits,
@@ -290,6 +306,12 @@ def open_oneinbox(
         traces=traces,
         clock=clock,
     )
+
+
+def open_ledger(settings: Settings, store: Store, *, hangs_up: bool = True) -> Ledger:
+    """Return the records of calls in a store. `hangs_up`: this process ends the calls whose records it moves."""
+    lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
+    return Ledger(store, lease=lease, prefix=settings.store_prefix, hangs_up=hangs_up, now=store.now)
 
 
 def open_limits(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from app.calls.poller import CallPoller
-from app.limits import Limits
+from app.limits import Allowance, KillSwitch, Limits
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED
 from app.oneinbox import OneInbox
@@ -25,8 +25,10 @@ class Gauges:
 
     metrics: Metrics
     store: Store
+    kill_switch: KillSwitch
     limits: Limits
     oneinbox: OneInbox
+    allowance: Allowance
     sessions: Sessions
     poller: CallPoller
     max_live_calls_total: int | None
@@ -61,4 +63,7 @@ class Gauges:
         self.metrics.streams.set(self.poller.streams)
         self.metrics.followed.set(self.poller.followed)
         self.metrics.cooldown.set(self.oneinbox.breaker.seconds_left)
+        self.metrics.set_allowance(self.allowance.left, self.allowance.cap)
         self.metrics.store_up.set(self.store.state == "ok")
+        self.metrics.paused.set(self.kill_switch.paused)
+        self.metrics.blocks.set(self.kill_switch.blocked)

@@ -117,7 +117,7 @@ class CallCache:
             if not (await self._budgets.decide(LimitRequest(rates))).allowed:
                 latest = self.latest(call_id)
                 if latest is None:
-                    raise retry_later("at-capacity", 1)
+                    raise retry_later("at-capacity", 1, reason="look-ups")
                 return latest
         return await self.fetch(call_id, known=known)
 

@@ -101,10 +101,10 @@ class CallPoller:
         """Follow a call until the context ends. Raises `too-many-streams` and `at-capacity`."""
         if self._streams[user.store_name] >= self.max_streams:
             self.metrics.count_refusal(["user-streams"])
-            raise retry_later("too-many-streams", RETRY_AFTER)
+            raise retry_later("too-many-streams", RETRY_AFTER, reason="user-streams")
         if self._closed or self._streams.total() >= self.max_streams_total:
             self.metrics.count_refusal(["process-streams"])
-            raise retry_later("at-capacity", RETRY_AFTER)
+            raise retry_later("at-capacity", RETRY_AFTER, reason="process-streams")
         subscription = self._subscriptions.get(call_id)
         if subscription is None:
             subscription = self._subscriptions[call_id] = Subscription(latest)

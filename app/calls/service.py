@@ -60,7 +60,7 @@ class Calls:
         try:
             started = await self.live.of_user(user)
         except StoreUnavailable:
-            raise retry_later("at-capacity", 5) from None
+            raise retry_later("at-capacity", 5, reason="store-down") from None
         places = asyncio.Semaphore(AT_ONCE)
 
         async def body(call_id: str) -> bytes | None:

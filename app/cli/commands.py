@@ -31,7 +31,17 @@ cli = typer.Typer(
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)]
 Duration = Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1h, 1d.")]
-UserName = Annotated[str, typer.Argument(metavar="USER", help="The user's id; in anonymous mode an address.")]
+WHO = (
+    "The user's id, in anonymous mode an address; or the pseudonym that logs show, which changes when the first line "
+    "of BROKER_SECRET does."
+)
+UserName = Annotated[str, typer.Argument(metavar="USER", help=WHO)]
+OfUser = Annotated[str, typer.Option("--user", metavar="USER", help=f"Only this user's. {WHO}")]
+OfAgent = Annotated[str, typer.Option("--agent", metavar="AGENT", help="Only this agent's, by its name.")]
+MAY_BEGIN_WITH_A_DASH = {"ignore_unknown_options": True}
+"""As one pseudonym in 64 does."""
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why, for `status` and the log; at most 200 characters.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -135,15 +145,22 @@ def openapi() -> None:
     say(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
 
 
-@cli.command(epilog=ending("pause --for 30m"))
-def pause(duration: Duration = "1h") -> None:
+@cli.command(epilog=ending("pause --for 30m --reason 'invoice in dispute'", "pause --hang-up"))
+def pause(
+    duration: Duration = "1h",
+    reason: Reason = "",
+    hang_up: Annotated[bool, typer.Option("--hang-up", help="Also end every running call.")] = False,
+) -> None:
     """Start no new sessions on any replica, for a time."""
+    from app.cli.calls import hang_up_all
     from app.cli.operator import run_control
 
     seconds = _seconds(duration)
+    _check_reason(reason)
     run_control(
-        lambda operator: operator.kill_switch.pause(seconds),
+        lambda operator: operator.pause(seconds, reason),
         f"Paused for {duration}: no replica starts sessions until then, or until `oneinbox-broker resume`.",
+        then=hang_up_all if hang_up else None,
     )
 
 
@@ -152,30 +169,28 @@ def resume() -> None:
     """End a pause."""
     from app.cli.operator import run_control
 
-    run_control(
-        lambda operator: operator.kill_switch.resume(), "Sessions can start again.", otherwise="There was no pause."
-    )
+    run_control(lambda operator: operator.resume(), "Sessions can start again.", otherwise="There was no pause.")
 
 
-@cli.command(epilog=ending("block 203.0.113.7 --for 1d"))
-def block(user: UserName, duration: Duration = "1d") -> None:
+@cli.command(
+    context_settings=MAY_BEGIN_WITH_A_DASH,
+    epilog=ending("block 203.0.113.7 --for 1d --reason 'fifty calls a minute'", "block kq3VZt0aLr9xW2mD"),
+)
+def block(user: UserName, duration: Duration = "1d", reason: Reason = "") -> None:
     """Start no new sessions for a user on any replica."""
     from app.cli.operator import run_control
 
     seconds = _seconds(duration)
-    run_control(lambda operator: operator.kill_switch.block(operator.user(user), seconds), f"Blocked for {duration}.")
+    _check_reason(reason)
+    run_control(lambda operator: operator.block(user, seconds, reason), f"Blocked for {duration}.")
 
 
-@cli.command(epilog=ending("unblock 203.0.113.7"))
+@cli.command(context_settings=MAY_BEGIN_WITH_A_DASH, epilog=ending("unblock 203.0.113.7"))
 def unblock(user: UserName) -> None:
     """End a user's block."""
     from app.cli.operator import run_control
 
-    run_control(
-        lambda operator: operator.kill_switch.unblock(operator.user(user)),
-        "Unblocked.",
-        otherwise="There was no block.",
-    )
+    run_control(lambda operator: operator.unblock(user), "Unblocked.", otherwise="There was no block.")
 
 
 def _seconds(duration: str) -> int:
@@ -185,12 +200,63 @@ def _seconds(duration: str) -> int:
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-@cli.command(epilog=ending("status"))
-def status() -> None:
-    """Show the global limits' use, and what is paused or blocked."""
+def _check_reason(reason: str) -> None:
+    from app.limits.kill_switch import LONGEST_REASON
+
+    if len(reason) > LONGEST_REASON or not reason.isprintable():
+        refuse(f"--reason: takes at most {LONGEST_REASON} characters on one line, without control characters")
+
+
+@cli.command(epilog=ending("status", "status --json"))
+def status(as_json: AsJson = False) -> None:
+    """Show the global limits' use, replicas, and what is paused or blocked, until when, why and by whom."""
+    from app.cli.operator import run_status
+
+    run_status(as_json=as_json)
+
+
+calls = typer.Typer(help="List running calls, and end them.\n\nThese need a shared store.", epilog=ending("calls list"))
+cli.add_typer(calls, name="calls", no_args_is_help=True)
+
+
+@calls.command("list", epilog=ending("calls list", "calls list --agent support --json"))
+def list_calls(user: OfUser = "", agent: OfAgent = "", as_json: AsJson = False) -> None:
+    """List the running calls, oldest first, as this deployment knows them."""
+    from app.cli.calls import run_list
+
+    run_list(user, agent, as_json=as_json)
+
+
+@calls.command("stop", epilog=ending("calls stop call_abc123", "calls stop --user 203.0.113.7", "calls stop --all"))
+def stop_calls(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="CALL", help="OneInbox's ids, as logs show them.")
+    ] = None,
+    user: OfUser = "",
+    agent: OfAgent = "",
+    everything: Annotated[bool, typer.Option("--all", help="Every running call.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+) -> None:
+    """End running calls now, and say what became of each.
+
+    On a terminal, more than one call asks first. Exits with status 1 if a call has not ended within 30 seconds.
+    """
+    from app.cli.calls import run_stop
+
+    if sum(map(bool, (names, user, agent, everything))) != 1:
+        refuse("calls stop: takes one of CALL…, --user, --agent and --all")
+    run_stop(names or [], user, agent, yes=yes)
+
+
+@calls.command("forget", epilog=ending("calls forget call_abc123"))
+def forget_call(
+    name: Annotated[str, typer.Argument(metavar="CALL", help="Its id, or its request's id, as `calls list` shows it.")],
+) -> None:
+    """Drop a call that could not be stopped or found, once you know that it has ended; frees its slots."""
+    from app.cli.calls import forget
     from app.cli.operator import run_operator
 
-    run_operator(lambda operator: operator.status())
+    run_operator(lambda operator: forget(operator, name))
 
 
 webhook = typer.Typer(

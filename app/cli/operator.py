@@ -1,24 +1,29 @@
-"""Commands that act through the shared store or on OneInbox: pauses, blocks, status, webhooks."""
+"""Commands that act through the shared store or on OneInbox: pauses, blocks, webhooks."""
 
 import asyncio
+import getpass
+import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from app.broker.build import open_limits, open_oneinbox
-from app.broker.replicas import Report, read_reports
+from pydantic_core import to_json
+
+from app.broker.build import open_ledger, open_limits, open_oneinbox
+from app.broker.replicas import read_reports
 from app.cli.process import checked, refuse, say
+from app.cli.status import Status, described, read_status
 from app.config.agents import load_agents
-from app.config.loading import load_settings
+from app.config.loading import load_settings, secret_lines
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
+from app.identity.keyring import LOGGED, Keyring
 from app.limits import KillSwitch, Limits
-from app.limits.call_attempt import ALL_CALLS
-from app.limits.kill_switch import BLOCKS, CONTROLS, PAUSE
-from app.limits.ledger import UNFOUND, UNSTOPPED, Ledger
+from app.limits.kill_switch import BY_PSEUDONYM, CONTROLS, LONGEST_NAME, Note, printable, read_controls
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import Webhook
@@ -27,6 +32,17 @@ from app.telemetry.logging import configure_logging
 
 CONFIRM_SECONDS = 5
 """Seconds that replicas have to confirm a control."""
+PSEUDONYM = re.compile(rf"[A-Za-z0-9_-]{{{LOGGED}}}(?:[A-Za-z0-9_-]{{{43 - LOGGED}}})?")
+"""As logs show it, or the whole one, as on OneInbox's record."""
+
+T = TypeVar("T")
+
+
+class Said(NamedTuple):
+    """What a command prints; `fine` False: it exits with status 1."""
+
+    text: str
+    fine: bool = True
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -41,31 +57,56 @@ class Operator:
     def user(self, name: str) -> User:
         """Return the user with this id, in anonymous mode with this address. Raises SettingsError."""
         if self.settings.auth != "anonymous":
+            if not name or name.encode(errors="replace").decode() != name:  # it was given in bytes that are no UTF-8
+                raise SettingsError([f"USER {name!r}: is not a user's id"])
             return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
         address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:
-            raise SettingsError([f"USER {name!r}: is not an address; takes an IPv4 or IPv6 address"])
+            what = "takes an IPv4 or IPv6 address, or the pseudonym that logs show"
+            raise SettingsError([f"USER {name!r}: is not an address; {what}"])
         return User(mode="anonymous", id=limit_key(str(address)))
 
-    async def status(self) -> str:
-        """Return the counters, pauses, blocks and unstopped calls, one per line."""
-        reports = await read_reports(self.store)
-        pause = await self.store.members(PAUSE)
-        blocks = await self.store.members(BLOCKS)
-        unstopped = await self.store.members(UNSTOPPED)
-        return "\n".join(
-            [
-                *(f"{name}: {used} of {amount} sessions" for name, used, amount in await self.limits.usage()),
-                f"live calls: {len(await self.store.members(ALL_CALLS))}",
-                *(f"paused for {round(left)} s more" for left in pause.values()),
-                *([] if pause else ["not paused"]),
-                f"blocked users: {len(blocks)}",
-                f"replicas: {len(reports)}",
-                *(f"  {_described(report)}" for report in reports),
-                f"calls that could not be stopped: {len(unstopped)}",
-                *(f"  {call.replace(UNFOUND, 'not found: request ')}" for call in sorted(unstopped)),
-            ]
-        )
+    def users(self, text: str) -> dict[str, str]:
+        """Return whom USER means: names as in the set of blocks, each with the pseudonym that logs show.
+
+        A text that may be an id or a pseudonym means both. Raises SettingsError.
+        """
+        names = {}
+        is_pseudonym = PSEUDONYM.fullmatch(text) is not None
+        if is_pseudonym:
+            names[BY_PSEUDONYM + text[:LOGGED]] = text[:LOGGED]
+        if not is_pseudonym or self.settings.auth != "anonymous":
+            user = self.user(text)
+            names[user.store_name] = Keyring(secret_lines(self.settings)).pseudonym(user)[:LOGGED]
+        return names
+
+    async def pause(self, seconds: float, reason: str) -> None:
+        """Refuse all sessions for `seconds`."""
+        await self.kill_switch.pause(seconds, Note(by=operator_name(), reason=reason, since=time.time()))
+
+    async def resume(self) -> bool:
+        """End a pause; return whether there was one."""
+        return await self.kill_switch.resume(operator_name())
+
+    async def block(self, user: str, seconds: float, reason: str) -> None:
+        """Refuse the sessions of USER for `seconds`. Raises SettingsError."""
+        for name, pseudonym in self.users(user).items():
+            note = Note(user=pseudonym, by=operator_name(), reason=reason, since=time.time())
+            await self.kill_switch.block(name, seconds, note)
+
+    async def unblock(self, user: str) -> bool:
+        """End the blocks of USER, by id and by pseudonym; return whether there was one. Raises SettingsError."""
+        users = self.users(user)
+        found = [
+            control.name
+            for control in await read_controls(self.store)
+            if control.name in users or control.note.user in users.values()
+        ]
+        return any([await self.kill_switch.unblock(name, operator_name()) for name in found])
+
+    async def status(self) -> Status:
+        """Return the state of the deployment."""
+        return await read_status(self.store, self.limits)
 
     async def confirm(self) -> tuple[str, bool]:
         """Wait until every replica obeys what was written; return where it is in force, and whether that is all."""
@@ -82,18 +123,20 @@ class Operator:
         if not reports:
             return "in force on 0 of 0 replicas: no replica reports to this store, under this BROKER_STORE_PREFIX", True
         lines = [f"in force on {len(reports) - len(missing)} of {len(reports)} replicas"]
-        lines += [f"not in force on {_described(report)}" for report in missing]
+        lines += [f"not in force on {described(report)}" for report in missing]
         return "\n".join(lines), not missing
 
 
-def _described(report: Report) -> str:
-    state = f"silent for {report.age:.0f} s" if report.stale else "reaches the store"
-    paused = ", paused" if report.paused else ""
-    blocked = f", {report.blocked} blocked" if report.blocked else ""
-    return f"{report.id}: version {report.version or 'unknown'}, {state}{paused}{blocked}"
+def operator_name() -> str:
+    """Return the name of the user who runs this command, as the operating system has it."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        name = f"uid {os.getuid()}"
+    return printable(name, LONGEST_NAME)
 
 
-async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]) -> str:
+async def operate(settings: Settings, work: Callable[[Operator], Awaitable[T]]) -> T:
     """Do an operator's work on the shared store.
 
     Raises SettingsError if there is none, StoreUnavailable if it does not answer.
@@ -108,7 +151,7 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[str]]
 
     # Without a local store to fall back on: what was not written must not look as if it were.
     async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
-        limits = open_limits(settings, agents, Ledger(store, lease=0))
+        limits = open_limits(settings, agents, open_ledger(settings, store, hangs_up=False))
         return await work(Operator(settings, store, KillSwitch(store), limits))
 
 
@@ -165,31 +208,53 @@ async def operate_webhooks(settings: Settings, work: Callable[[WebhookOperator],
         await oneinbox.aclose()
 
 
-def run_operator(work: Callable[[Operator], Awaitable[str]]) -> None:
-    """Do an operator's work, and print what it returns."""
-    say(_run(partial(operate, work=work)))
+def run_operator(work: Callable[[Operator], Awaitable[Said]]) -> None:
+    """Do an operator's work, and print what it says."""
+    said = reach_store(work)
+    say(said.text)
+    if not said.fine:
+        raise SystemExit(1)
 
 
-def run_control(work: Callable[[Operator], Awaitable[bool | None]], done: str, otherwise: str = "") -> None:
+def run_status(*, as_json: bool) -> None:
+    """Print the state of the deployment."""
+
+    async def run(operator: Operator) -> Said:
+        status = await operator.status()
+        return Said(to_json(status.as_object(), indent=2).decode() if as_json else "\n".join(status.lines()))
+
+    run_operator(run)
+
+
+def run_control(
+    work: Callable[[Operator], Awaitable[bool | None]],
+    done: str,
+    otherwise: str = "",
+    then: Callable[[Operator], Awaitable[Said]] | None = None,
+) -> None:
     """Do work that stops or allows sessions, and print `done` and on which replicas; `otherwise` if it was False.
 
-    Exits with status 1 when a replica has not confirmed it.
+    Exits with status 1 when a replica has not confirmed it. `then`: done afterwards.
     """
-    confirmed = True
 
-    async def run(operator: Operator) -> str:
-        nonlocal confirmed
+    async def run(operator: Operator) -> Said:
         if await work(operator) is False:
-            return otherwise
+            return Said(otherwise)
         try:
-            lines, confirmed = await operator.confirm()
+            lines, fine = await operator.confirm()
+            if then is not None:
+                more = await then(operator)
+                lines, fine = f"{lines}\n{more.text}", fine and more.fine
         except StoreUnavailable:
-            lines, confirmed = "not confirmed: the store does not answer", False
-        return f"{done}\n{lines}"
+            lines, fine = "not confirmed: the store does not answer", False
+        return Said(f"{done}\n{lines}", fine)
 
-    say(_run(partial(operate, work=run)))
-    if not confirmed:
-        raise SystemExit(1)
+    run_operator(run)
+
+
+def reach_store(work: Callable[[Operator], Awaitable[T]]) -> T:
+    """Do an operator's work and return what it returns, or refuse with the reason why it cannot be done."""
+    return _run(partial(operate, work=work))
 
 
 def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
@@ -197,7 +262,7 @@ def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
     say(_run(partial(operate_webhooks, work=work)))
 
 
-def _run(operation: Callable[[Settings], Coroutine[Any, Any, str]]) -> str:
+def _run(operation: Callable[[Settings], Coroutine[Any, Any, T]]) -> T:
     settings = checked(load_settings)
     configure_logging("error", settings.log_format)
     try:

@@ -21,8 +21,9 @@ from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.identity.jwks import FETCH_SECONDS, KeySet, KeySetError
+from app.limits.allowance import NOT_OFFERED
 from app.oneinbox import OneInbox
-from app.oneinbox.errors import Busy, OneInboxError
+from app.oneinbox.errors import Busy, Invalid, OneInboxError
 from app.oneinbox.transport import open_transport
 from app.store import LimitRequest, Rate, Slot, StoreUnavailable
 from app.store.review import weaknesses
@@ -33,6 +34,7 @@ LONGEST_ANSWER = 8.0
 CLOCK_TOLERANCE = 30.0
 AGENTS_ASKED_ABOUT = 20
 OLDEST_STORE = 6
+ONEINBOX_CHECKS = ("oneinbox", "agents", "allowance", "clock")
 
 KEY_REMEDIES = {
     401: "set ONEINBOX_API_KEY to a valid key",
@@ -40,6 +42,9 @@ KEY_REMEDIES = {
     403: "allow the key to start calls, or use a secret key with full access",
     404: "check ONEINBOX_BASE_URL: no OneInbox API there",
 }
+MORE_CALLS = "have OneInbox allow more calls a day, or lower BROKER_GLOBAL_SESSION_LIMITS"
+SCARCE = 0.1
+"""Share of OneInbox's calls of the day; less is worth a warning."""
 UNREACHABLE = "check ONEINBOX_BASE_URL, the firewall, and HTTPS_PROXY if it is set"
 CAUSES = {
     "gaierror": "its name cannot be resolved",
@@ -83,7 +88,7 @@ async def diagnose(
     agents, agents_file = _agents_file(settings)
     findings = [*_parts(settings), *agents_file, _key_shape(settings)]
     network = await asyncio.gather(
-        within(deadline, lambda: _oneinbox(settings, agents, transport, now), ("oneinbox", "agents", "clock")),
+        within(deadline, lambda: _oneinbox(settings, agents, transport, now), ONEINBOX_CHECKS),
         within(deadline, lambda: _store(settings), ("store",)),
         within(deadline, lambda: _logins(settings), ("logins",)),
     )
@@ -159,7 +164,8 @@ async def _oneinbox(
     oneinbox = open_oneinbox(bounded, dated)
     try:
         reached = await _reach(oneinbox)
-        return [reached, await _agents(agents, oneinbox, reached), _clock(dated.skew)]
+        known = await asyncio.gather(_agents(agents, oneinbox, reached), _allowance(oneinbox, reached))
+        return [reached, *known, _clock(dated.skew)]
     finally:
         await oneinbox.aclose()
 
@@ -213,6 +219,28 @@ async def _agents(agents: Agents | None, oneinbox: OneInbox, reached: Finding) -
     parts = [f"{_listed(known)} had calls"] if known else []
     parts += [f"unverified until a first call: {_listed(unknown)}"] if unknown else []
     return fine(name, "; ".join(parts))
+
+
+async def _allowance(oneinbox: OneInbox, reached: Finding) -> Finding:
+    """Check how many calls OneInbox still allows today."""
+    name = "allowance"
+    if reached.level != "ok":
+        return warning(name, "not checked: OneInbox did not list calls")
+    try:
+        usage = await oneinbox.usage()
+    except OneInboxError as error:
+        if isinstance(error, Invalid) or error.status in NOT_OFFERED:
+            return fine(name, "not watched: OneInbox does not tell the calls left today")
+        return warning(name, f"not checked: OneInbox {error.reason}", "try again")
+    left, cap = usage.left, usage.max_calls_per_day
+    if not cap:
+        return fine(name, "no cap on the calls of a day")
+    if left is None:
+        return fine(name, "not watched: OneInbox does not tell the calls left today")
+    detail = f"{left} of {cap} calls are left until 00:00 UTC"
+    if left == 0:
+        return wrong(name, f"{detail}: every session is refused", MORE_CALLS)
+    return warning(name, detail, MORE_CALLS) if left < cap * SCARCE else fine(name, detail)
 
 
 def _listed(names: Sequence[str]) -> str:

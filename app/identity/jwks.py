@@ -85,7 +85,7 @@ class KeySet:
         if self._fetched_at is None:
             await self._wait_for_fetch()
         if self._fetched_at is None or self.clock() - self._fetched_at > MAX_AGE_SECONDS:
-            raise retry_later("at-capacity", 5, "Logins cannot be checked right now.")
+            raise retry_later("at-capacity", 5, "Logins cannot be checked right now.", reason="login-keys")
         if kid is not None and not any(key.kid == kid for key in self._keys):
             if self.clock() - self._unknown_fetch_at >= UNKNOWN_KEY_SECONDS:
                 self._unknown_fetch_at = self.clock()

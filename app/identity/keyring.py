@@ -16,6 +16,8 @@ from app.identity.user import User
 
 PSEUDONYMS = 4096
 """Users whose pseudonyms are cached."""
+LOGGED = 16
+"""Characters of a pseudonym that logs show."""
 
 Purpose = Literal["call-key", "pseudonym", "stored-answer", "call-record"]
 NONCE = 12

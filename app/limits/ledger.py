@@ -77,13 +77,15 @@ class Ledger:
     """Find records, and move them. Every method that needs the store raises StoreUnavailable.
 
     `lease`: seconds from the POST after which the slot of a call without an `ends` is free in any case. `prefix`: the
-    store's; a call is read back from OneInbox only under the same one. `now`: Unix time.
+    store's; a call is read back from OneInbox only under the same one. `hangs_up`: this process ends the calls whose
+    records it moves, so others wait before they do. `now`: Unix time.
     """
 
     store: Store
     _: KW_ONLY
     lease: float
     prefix: str = ""
+    hangs_up: bool = True
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
     """By request id. They are made as soon as the store answers, before anything is concluded from the record."""
@@ -244,7 +246,7 @@ class Ledger:
         if after.state == STARTED:
             return Due(after.attempt.request_id, after.due - self.now())
         if after.state == UNWANTED:
-            return Due(after.attempt.request_id, STOP_SECONDS)
+            return Due(after.attempt.request_id, STOP_SECONDS if self.hangs_up else 0)
         return Due(after.attempt.request_id, None) if was in (STARTED, GIVEN, UNWANTED) else None
 
 

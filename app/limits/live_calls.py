@@ -49,6 +49,7 @@ LOST = "its answer was lost"
 TOO_LONG = "it ran too long"
 NO_MINUTES = "the minutes are used up"
 UNJOINED = "no one joined it"
+OPERATOR = "an operator stopped it"
 REASONS = {
     HUNG_UP: "caller-gone",
     NOT_COLLECTED: "not-collected",
@@ -58,11 +59,13 @@ REASONS = {
     TOO_LONG: "too-long",
     NO_MINUTES: "talk-minutes",
     UNJOINED: "not-joined",
+    OPERATOR: "operator",
 }
 STOPPED_BECAUSE = {
     TOO_LONG: "max-call-seconds",
     NO_MINUTES: "talk-minutes",
     UNJOINED: "not-joined",
+    OPERATOR: "operator",
     **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, UNUSABLE, LOST), "caller-gone"),
 }
 """What the call's owner is told of the same."""

@@ -158,7 +158,8 @@ class Limits:
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
-            raise Refused(self._requests[decision.refused[0]], retry_later("rate-limited", wait, headers=headers))
+            problem = retry_later("rate-limited", wait, headers=headers, reason=_names(limits, decision))
+            raise Refused(self._requests[decision.refused[0]], problem)
         return headers
 
     async def count_failed_login(self, address: str) -> None:
@@ -167,7 +168,7 @@ class Limits:
         decision = await self.store.decide(LimitRequest([Rate(f"rate:login:{digest}:60", FAILED_LOGINS, 60)]))
         if decision.refused:
             self.metrics.count_refusal(["failed-login"])
-            raise retry_later("rate-limited", decision.rates[0].reset)
+            raise retry_later("rate-limited", decision.rates[0].reset, reason="failed-login")
 
     async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
@@ -185,7 +186,7 @@ class Limits:
             await self.ledger.hold(attempt.request_id, no_call(attempt))
         if decision.local and not self.count_locally:
             await self._give_back(attempt, request, decision)
-            raise retry_later("at-capacity", STORE_RETRY_AFTER)
+            raise retry_later("at-capacity", STORE_RETRY_AFTER, reason="store-down")
         self._warn_when_nearly_used_up(limits, decision)
         headers = limits.headers(decision.rates)
         if decision.refused and not self._is_observed(limits, decision):
@@ -249,19 +250,20 @@ class Limits:
         return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
-        waits = [self._wait(index, decision) for index in decision.refused]
+        waits, reason = [self._wait(index, decision) for index in decision.refused], _names(limits, decision)
         own_minutes = [
             wait for index, wait in zip(decision.refused, waits, strict=True) if limits.names[index] == USER_MINUTES
         ]
         if own_minutes:
-            return retry_later("talk-time-used-up", own_minutes[0], headers=headers)
+            return retry_later("talk-time-used-up", own_minutes[0], headers=headers, reason=reason)
         own_rates = [index for index in decision.refused if index in limits.own]
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
-            return Refused(limits.limits[own_rates[0]], retry_later("rate-limited", wait, headers=headers))
+            problem = retry_later("rate-limited", wait, headers=headers, reason=reason)
+            return Refused(limits.limits[own_rates[0]], problem)
         if any(limits.owners[index] == "user" for index in decision.refused):
-            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers)
-        return retry_later("at-capacity", max(waits), headers=headers)
+            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers, reason=reason)
+        return retry_later("at-capacity", max(waits), headers=headers, reason=reason)
 
     def _wait(self, index: int, decision: Decision) -> float:
         """Return the seconds until what was refused may have room."""
@@ -291,6 +293,11 @@ class Limits:
                 continue
             self._nearly_until[rate.name] = self.clock() + rate.seconds
             log.warning("global_limit_nearly_reached", limit=policy_name("global", rate), used=used, of=rate.amount)
+
+
+def _names(limits: UserLimits, decision: Decision) -> str:
+    """Return the names of the limits that refused, for the log."""
+    return ", ".join(limits.names[index] for index in decision.refused)
 
 
 def _rate(limit: Limit, key: str) -> Rate:

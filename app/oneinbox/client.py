@@ -24,7 +24,7 @@ from app.oneinbox.errors import (
     TimedOut,
     Unreachable,
 )
-from app.oneinbox.models import CALL_ID, CallPage, CallRecord, WebCall, Webhook, WebhookList
+from app.oneinbox.models import CALL_ID, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import read_body, surely_not_sent
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
@@ -42,7 +42,7 @@ TOKEN = re.compile(r"[!-~]+")
 
 # Paths as metrics and traces name them.
 START, CALL, STOP, CALLS = "/v1/calls/web", "/v1/calls/{call}", "/v1/calls/{call}/stop", "/v1/calls"
-WEBHOOKS, WEBHOOK = "/v1/webhooks", "/v1/webhooks/{webhook}"
+WEBHOOKS, WEBHOOK, USAGE = "/v1/webhooks", "/v1/webhooks/{webhook}", "/v1/usage"
 
 
 class OneInbox:
@@ -156,6 +156,12 @@ class OneInbox:
         code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
         _raise_for_status(code, answer)
         return _model(CallPage, answer, code)
+
+    async def usage(self) -> Usage:
+        """Return how many calls the account has started today, of how many it may. Raises Invalid for another shape."""
+        status, answer = await self._send("GET", USAGE, httpx.URL(self._base_url + USAGE))
+        _raise_for_status(status, answer)
+        return _model(Usage, answer, status)
 
     async def register_webhook(self, *, name: str, url: str, events: Sequence[str]) -> Webhook:
         """Have events delivered to a URL."""

@@ -51,6 +51,7 @@ def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
 Text = Annotated[str | None, WrapValidator(_or_none)]
 Number = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, WrapValidator(_or_none)]
 Moment = Annotated[datetime | None, WrapValidator(_utc)]
+Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 
 
 class CallRecord(BaseModel):
@@ -96,6 +97,27 @@ class CallRecord(BaseModel):
     def ended(self) -> bool:
         """True when the call has ended."""
         return self.status in TERMINAL_STATUSES
+
+
+class Usage(BaseModel):
+    """The account's calls of the day, which begins at 00:00 UTC. A cap of an unexpected type or size is an error."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    max_calls_per_day: Count | None
+    """None and 0: there is no cap."""
+    calls_made_today: Annotated[Count | None, WrapValidator(_or_none)] = None
+    calls_remaining_today: Annotated[Count | None, WrapValidator(_or_none)] = None
+
+    @property
+    def left(self) -> int | None:
+        """The calls that may still be started today; None if there is no cap, or too little is known."""
+        cap, made, left = self.max_calls_per_day, self.calls_made_today, self.calls_remaining_today
+        if not cap:
+            return None
+        if left is None and made is not None:  # such as a negative number after more calls than the cap
+            return max(0, cap - made)
+        return left
 
 
 class Webhook(BaseModel):

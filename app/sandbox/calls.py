@@ -258,6 +258,26 @@ def record(call: Call, state: CallState, options: EmulatorOptions) -> dict[str, 
     return {name: value for name, value in fields.items() if name not in call.removed}
 
 
+def usage(calls: Calls, options: EmulatorOptions) -> dict[str, Any]:
+    """Return the account's use, as GET /v1/usage answers it. Days and months begin at 00:00 UTC."""
+    day = datetime.fromtimestamp(options.now(), UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    month = day.replace(day=1)
+    today = sum(call.created_at >= day.timestamp() for call in calls)
+    of_month = [calls.state(call) for call in calls if call.created_at >= month.timestamp()]
+    minutes = sum(state.duration or 0 for state in of_month) / 60
+    cap = options.max_calls_per_day
+    return {
+        "calls_made_today": today,
+        "max_calls_per_day": cap,
+        "calls_remaining_today": None if cap is None else max(0, cap - today),
+        "calls_this_month": len(of_month),
+        "minutes_used_this_month": round(minutes, 2),
+        "cost_cents_this_month": math.ceil(minutes * 10),
+        "kb_token_budget": None,
+        "period_start": timestamp(month.timestamp()),
+    }
+
+
 def timestamp(at: float | None) -> str | None:
     """Format a time as RFC 3339 in UTC."""
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")

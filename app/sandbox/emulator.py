@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.sandbox.calls import Call, Calls, record, timestamp
+from app.sandbox.calls import Call, Calls, record, timestamp, usage
 from app.sandbox.faults import AnyFault, Faults
 from app.sandbox.middleware import CONTROL, MAX_REQUESTS, RecordedRequest, RecordingMiddleware
 from app.sandbox.options import EmulatorOptions
@@ -187,6 +187,12 @@ async def delete_call(call: KnownCall, emulator: State) -> Response:
     """Remove a call's record."""
     emulator.calls.delete(call)
     return Response(status_code=204)
+
+
+@_api.get("/usage")
+async def get_usage(emulator: State) -> JSONResponse:
+    """Return the calls of the day and the month."""
+    return JSONResponse(usage(emulator.calls, emulator.options))
 
 
 @_api.post("/webhooks")

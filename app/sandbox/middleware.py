@@ -25,6 +25,7 @@ _OPERATIONS: tuple[tuple[str, re.Pattern[str], Operation], ...] = (
     ("POST", re.compile(r"/v1/calls/[^/]+/stop"), "stop"),
     ("GET", re.compile(r"/v1/calls(/cursor)?"), "list"),
     ("GET", re.compile(r"/v1/calls/[^/]+"), "get"),
+    ("GET", re.compile(r"/v1/usage"), "usage"),
 )
 
 

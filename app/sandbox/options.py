@@ -37,6 +37,9 @@ class EmulatorOptions:
     in_progress: float = 8
     """Time it then stays `in_progress`, unless it is stopped."""
 
+    max_calls_per_day: int | None = None
+    """The account's daily cap, which `/v1/usage` tells; None: no cap. Calls beyond it are started all the same."""
+
     transcript_delay: float = 2.5
     """Time from a call's end until its transcript, messages, recording, analysis and summary are filled in."""
 

@@ -74,7 +74,7 @@ class Challenge:
         (state,) = decision.rates
         if not decision.allowed or (cost == 0 and state.remaining == 0):
             self.metrics.count_refusal(["failed-challenge"])
-            raise retry_later("rate-limited", state.reset, "Too many failed challenges.")
+            raise retry_later("rate-limited", state.reset, "Too many failed challenges.", reason="failed-challenge")
 
     async def _failure(self, token: str | None, address: str) -> str | None:
         """Return why the challenge failed, for the browser's developer; None if it was passed."""
@@ -132,4 +132,4 @@ class Challenge:
 
 
 def _unavailable() -> Problem:
-    return retry_later("at-capacity", 5, "Challenges cannot be checked right now.")
+    return retry_later("at-capacity", 5, "Challenges cannot be checked right now.", reason="challenge-down")

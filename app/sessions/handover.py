@@ -46,7 +46,7 @@ async def hand_over(live: LiveCalls, started: StartedCall, client: ClientConnect
         if not given:
             # A repeat would start another call. If the store kept the response after all, a repeat may collect it.
             await live.withdraw(attempt, call_id, NOT_KEPT)
-            raise retry_later("at-capacity", 5)
+            raise retry_later("at-capacity", 5, reason="not-kept")
         if present and not await client.poll_is_closed():
             return
         if present:

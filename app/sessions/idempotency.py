@@ -103,7 +103,8 @@ class Idempotency:
         try:
             mark = await self._wait_or_mark(name, fingerprint, client)
         except StoreUnavailable:
-            raise retry_later("at-capacity", 5, "The store is unavailable, so repeats cannot be detected.") from None
+            detail = "The store is unavailable, so repeats cannot be detected."
+            raise retry_later("at-capacity", 5, detail, reason="store-down") from None
         if isinstance(mark, WebCall):
             return mark, True
         try:

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from app.identity import User
 from app.identity.keyring import Keyring
-from app.limits import CallAttempt, Limits, LiveCalls, Reconciler
+from app.limits import Allowance, CallAttempt, Limits, LiveCalls, Reconciler
 from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
@@ -55,6 +55,7 @@ class Sessions:
     """
 
     policy: Policy
+    allowance: Allowance
     limits: Limits
     live: LiveCalls
     reconciler: Reconciler
@@ -89,7 +90,7 @@ class Sessions:
             await self.challenge.check(session_input.challenge_token, user.address)
         if self.waiting >= self.max_waiting:
             self.metrics.count_refusal(["waiting"])
-            raise retry_later("at-capacity", 1)
+            raise retry_later("at-capacity", 1, reason="waiting")
         self.waiting += 1
         try:
             return await self._reserve_and_call(user, session_input, spec)
@@ -97,6 +98,7 @@ class Sessions:
             self.waiting -= 1
 
     async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
+        self.allowance.check()
         try:
             reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
         except Problem as problem:

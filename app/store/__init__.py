@@ -4,6 +4,7 @@ from app.clock import SYSTEM_CLOCK, Clock
 from app.store.memory import MemoryStore
 from app.store.protocol import (
     BUDGET,
+    PAGE,
     Budget,
     BudgetState,
     Change,
@@ -23,6 +24,7 @@ from app.store.protocol import (
 
 __all__ = [
     "BUDGET",
+    "PAGE",
     "Budget",
     "BudgetState",
     "Change",

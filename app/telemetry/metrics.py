@@ -7,6 +7,7 @@ values are the broker's own.
 import os
 import platform
 from collections.abc import Collection, Iterable
+from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
@@ -120,7 +121,20 @@ class Metrics:
         self.streams = gauge("broker_streams", "Open event streams.", "livesum")
         self.followed = gauge("broker_watched_calls", "Calls followed by event streams, per process.", "livesum")
         self.cooldown = gauge("broker_oneinbox_cooldown_seconds", "Seconds until calls are started again.", "livemax")
+        self._calls_remaining = gauge(
+            "broker_oneinbox_calls_remaining",
+            "Calls that OneInbox still allows the account today; NaN if it tells none or has no cap.",
+            "livemostrecent",
+        )
+        self._calls_per_day = gauge(
+            "broker_oneinbox_calls_per_day",
+            "Calls that OneInbox allows the account in a day; NaN if it tells none or has no cap.",
+            "livemostrecent",
+        )
+        self.set_allowance(None, None)
         self.store_up = gauge("broker_store_up", "1 while the store answers.", "livemin")
+        self.paused = gauge("broker_paused", "1 while an operator's pause is in force.", "livemax")
+        self.blocks = gauge("broker_blocks", "Operators' blocks in force.", "livemax")
         self._store_losses = Counter(
             "broker_store_losses",
             "Times the shared store was found emptied or set back.",
@@ -194,6 +208,11 @@ class Metrics:
     def set_used(self, limit: str, share: float) -> None:
         """Set the used share of a global limit."""
         self._used[(limit,)].set(share)
+
+    def set_allowance(self, left: int | None, cap: int | None) -> None:
+        """Set the calls that OneInbox still allows today, and in a whole day; None: not known, or no cap."""
+        self._calls_remaining.set(nan if left is None else left)
+        self._calls_per_day.set(nan if cap is None else cap)
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their media type: Prometheus' text format, or OpenMetrics if `accept` asks for it."""

@@ -162,6 +162,7 @@ async def test_requests_to_oneinbox_are_counted_by_operation(open_broker: OpenBr
 
     found = await samples(broker)
     assert {name: value for name, value in found.items() if name.startswith("http_client_") and "_count" in name} == {
+        count("GET", "/v1/usage", "200"): 1,
         count("POST", "/v1/calls/web", "201"): 1,
         count("POST", "/v1/calls/web", "503", "503"): 1,
         count("POST", "/v1/calls/web", "_OTHER", "_OTHER"): 1,

@@ -114,6 +114,7 @@ async def test_a_key_that_stays_refused_is_a_misconfiguration(
 ) -> None:
     oneinbox = Keyed(upstream, NEW_KEY)
     broker = await open_with_key_file(open_broker, oneinbox, file, BROKER_SESSION_LIMITS="1/minute")
+    oneinbox.refused = 0
 
     for content in (API_KEY, "oi_pk_0123456789abcdef", ""):
         file.write_text(content)

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import OpenBroker
+from tests.conftest import Logs, OpenBroker
 from tests.support.harness import Upstream, post_session
 from tests.support.shapes import assert_limited, assert_problem, assert_session, policies, remaining, states
 
@@ -123,6 +123,31 @@ async def test_a_limit_is_checked_after_the_body(open_broker: OpenBroker) -> Non
     assert_session(await post_session(broker))
 
     assert_problem(await post_session(broker, {"agent": "nobody"}), "agent-not-allowed")
+
+
+REFUSALS = {
+    "one-limit": ({"BROKER_SESSION_LIMITS": "1/minute;10/day"}, ("rate-limited", "user-minute")),
+    "two-limits": ({"BROKER_SESSION_LIMITS": "1/minute;1/day"}, ("rate-limited", "user-minute, user-day")),
+    "requests": ({"BROKER_REQUEST_LIMITS": "1/hour"}, ("rate-limited", "request-hour")),
+    "running-calls": ({"BROKER_MAX_LIVE_CALLS": "1"}, ("too-many-live-calls", "user-live-calls")),
+    "everybody": ({"BROKER_GLOBAL_SESSION_LIMITS": "1/day"}, ("at-capacity", "global-day")),
+    "all-running-calls": ({"BROKER_MAX_LIVE_CALLS_TOTAL": "1"}, ("at-capacity", "global-live-calls")),
+}
+
+
+@pytest.mark.parametrize(("bounds", "refusal"), REFUSALS.values(), ids=REFUSALS.keys())
+async def test_the_log_alone_says_which_limit_refused(
+    bounds: dict[str, str], refusal: tuple[str, str], open_broker: OpenBroker, logs: Logs, upstream: Upstream
+) -> None:
+    broker = await open_broker(bounds)
+    upstream.has_call("call_1")
+    assert_session(await post_session(broker))
+
+    refused = await post_session(broker)
+
+    assert refused.json().keys() == {"type", "title", "status", "detail", "request_id"}
+    told = [(line.get("problem"), line.get("reason")) for line in logs if line["event"] == "request"]
+    assert told == [(None, None), refusal]
 
 
 SLOWAPI = {

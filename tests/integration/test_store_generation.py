@@ -221,7 +221,7 @@ async def test_a_record_of_another_version_is_skipped(store: FailoverStore, reco
 async def test_what_a_replica_reports(store: FailoverStore) -> None:
     switch = KillSwitch(store)
     await switch.pause(60)
-    await switch.block(ANN, 60)
+    await switch.block(ANN.store_name, 60)
     controls = await switch.announce()
     await switch.refresh()
     reporter = Reporter(store, switch)

@@ -92,7 +92,7 @@ async def test_a_lost_store_under_load(valkey: Valkey, accident: str) -> None:
     ):
 
         async def block(operator: Operator) -> str:
-            await operator.kill_switch.block(operator.user(BLOCKED["X-Forwarded-For"]), 3600)
+            await operator.block(BLOCKED["X-Forwarded-For"], 3600, "")
             return ""
 
         await operate(settings_of(oneinbox.url, settings), block)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 START = "/v1/calls/web"
 LIST = "/v1/calls"
+USAGE = "/v1/usage"
 FAULTS = {
     "oi-connect": 0.05,  # cannot connect: surely not sent
     "oi-429": 0.04,
@@ -313,6 +314,8 @@ class Transport(httpx.AsyncBaseTransport):
             self._start(exchange)
         elif exchange.method == "GET" and exchange.path == LIST:
             self._list(exchange)
+        elif exchange.path == USAGE:
+            exchange.say(200, {"max_calls_per_day": 100_000, "calls_remaining_today": 100_000})
         else:
             self._call(exchange)
 

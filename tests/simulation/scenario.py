@@ -537,7 +537,7 @@ class Scenario:
         user = User(mode=cast("Any", scene.plan.auth), id=name)
         refusal = Refusal(name if kind == "block" else "", world.now)
         try:
-            await (switch.block(user, 600) if kind == "block" else switch.pause(600))
+            await (switch.block(user.store_name, 600) if kind == "block" else switch.pause(600))
             refusal.since = world.now
             scene.invariants.refusals.append(refusal)
             world.note("operator", f"{kind} is confirmed")
@@ -547,7 +547,7 @@ class Scenario:
         refusal.until = world.now
         for _ in range(30):
             try:
-                await (switch.unblock(user) if kind == "block" else switch.resume())
+                await (switch.unblock(user.store_name) if kind == "block" else switch.resume())
             except StoreUnavailable:
                 await asyncio.sleep(1)
             else:

@@ -59,6 +59,7 @@ class Upstream(httpx.AsyncBaseTransport):
         self.stop = self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$")
         self.stop.mock(side_effect=self._stop)
         self.router.get("/v1/calls").respond(json={"items": [], "total": 0, "limit": 20, "offset": 0})
+        self.usage = self.router.get("/v1/usage").respond(json={"max_calls_per_day": None})
 
     @staticmethod
     def _stop(request: httpx.Request) -> httpx.Response:
@@ -80,8 +81,9 @@ class Upstream(httpx.AsyncBaseTransport):
 
     @property
     def requests(self) -> list[httpx.Request]:
-        """The requests that arrived, in order."""
-        return [call.request for call in self.router.calls]
+        """The requests that arrived, in order, but those that every broker makes in the background."""
+        asked = [call.request for call in self.router.calls]
+        return [request for request in asked if not request.url.path.endswith("/v1/usage")]
 
     @property
     def asked(self) -> Any:

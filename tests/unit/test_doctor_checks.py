@@ -30,7 +30,7 @@ OIDC = {
     "BROKER_JWT_AUDIENCE": "broker",
 }
 EVERY_CHECK = [
-    *("settings", "agents file", "key", "oneinbox", "agents", "clock", "store", "logins"),
+    *("settings", "agents file", "key", "oneinbox", "agents", "allowance", "clock", "store", "logins"),
     *("allowed origins", "trusted proxies", "variables", "limits", "secret", "open files"),
 ]
 
@@ -144,7 +144,8 @@ async def test_what_oneinbox_refuses(upstream: Upstream, status: int, level: str
     found = await examine(upstream)
     assert found["oneinbox"].level == level
     assert words in found["oneinbox"].remedy
-    assert found["agents"].detail == "not checked: OneInbox did not list calls"
+    for name in ("agents", "allowance"):
+        assert found[name].detail == "not checked: OneInbox did not list calls"
     assert found["clock"].level == "ok"
 
 
@@ -168,6 +169,31 @@ async def test_clock(upstream: Upstream, ahead: float, level: str, words: str) -
     finding = (await examine(upstream))["clock"]
     assert finding.level == level
     assert words in finding.detail
+
+
+ALLOWANCES: dict[str, tuple[int, Any, str, str]] = {
+    "plenty": (200, {"max_calls_per_day": 200, "calls_remaining_today": 20}, "ok", "20 of 200 calls are left"),
+    "few": (200, {"max_calls_per_day": 200, "calls_remaining_today": 19}, "warning", "19 of 200 calls are left"),
+    "none": (200, {"max_calls_per_day": 200, "calls_remaining_today": 0}, "error", "every session is refused"),
+    "no-cap": (200, {"max_calls_per_day": 0, "calls_remaining_today": 0}, "ok", "no cap on the calls of a day"),
+    "unknown": (200, {"max_calls_per_day": 200, "calls_remaining_today": "many"}, "ok", "not watched"),
+    "no-route": (404, {"detail": "Not Found"}, "ok", "not watched"),
+    "other-shape": (200, [], "ok", "not watched"),
+    "broken": (500, {}, "warning", "not checked: OneInbox answered 500"),
+}
+
+
+@pytest.mark.parametrize(("status", "usage", "level", "words"), ALLOWANCES.values(), ids=ALLOWANCES.keys())
+async def test_what_is_left_of_the_calls_of_the_day(
+    upstream: Upstream, status: int, usage: Any, level: str, words: str
+) -> None:
+    answers(upstream)
+    upstream.usage.respond(status, json=usage)
+    finding = (await examine(upstream))["allowance"]
+    assert finding.level == level
+    assert words in finding.detail
+    assert bool(finding.remedy) == (level != "ok")
+    assert {call.request.method for call in upstream.router.calls} == {"GET"}
 
 
 @pytest.mark.parametrize("date", [None, "yesterday"])
@@ -250,7 +276,7 @@ async def test_why_it_cannot_be_reached(error: Exception, detail: str) -> None:
 
 async def test_a_check_that_fails_itself_says_so_without_its_message() -> None:
     found = await examine(Broken(RuntimeError(API_KEY)))
-    for name in ("oneinbox", "agents", "clock"):
+    for name in ("oneinbox", "agents", "allowance", "clock"):
         assert found[name].detail == "the check itself failed (RuntimeError)"
     assert found["store"].level == "warning"
 
@@ -262,7 +288,7 @@ async def test_it_comes_to_an_end() -> None:
             raise AssertionError
 
     found = await examine(Silent(), deadline=0.05)
-    for name in ("oneinbox", "agents", "clock"):
+    for name in ("oneinbox", "agents", "allowance", "clock"):
         assert found[name].detail.startswith("no result within")
     assert found["oneinbox"].remedy
     found = await examine(Silent(), {"ONEINBOX_TIMEOUT": "0.05"})

@@ -4,7 +4,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -453,6 +453,41 @@ async def test_control_surface_is_for_loopback_only(peer: str, method: str, path
     assert answer.status_code == 403
 
 
+async def test_usage_counts_the_calls_of_the_day_and_the_month() -> None:
+    oneinbox = connect(max_calls_per_day=2, in_progress=60)
+    async with oneinbox.http:
+        oneinbox.clock.now = datetime(2027, 1, 31, 23, 50, tzinfo=UTC).timestamp()
+        for _ in range(3):
+            await oneinbox.start()
+        oneinbox.clock.forward(300)
+
+        evening = (await oneinbox.http.get("/v1/usage")).json()
+        oneinbox.clock.forward(300)
+        await oneinbox.start()
+        next_month = (await oneinbox.http.get("/v1/usage")).json()
+
+    assert evening == {
+        "calls_made_today": 3,
+        "max_calls_per_day": 2,
+        "calls_remaining_today": 0,
+        "calls_this_month": 3,
+        "minutes_used_this_month": 3.0,
+        "cost_cents_this_month": 30,
+        "kb_token_budget": None,
+        "period_start": "2027-01-01T00:00:00Z",
+    }
+    assert next_month["calls_made_today"] == next_month["calls_remaining_today"] == next_month["calls_this_month"] == 1
+    assert next_month["period_start"] == "2027-02-01T00:00:00Z"
+
+
+async def test_usage_without_a_cap(oneinbox: OneInbox) -> None:
+    await oneinbox.start()
+
+    usage = (await oneinbox.http.get("/v1/usage")).json()
+
+    assert (usage["calls_made_today"], usage["max_calls_per_day"], usage["calls_remaining_today"]) == (1, None, None)
+
+
 async def test_requests_are_recorded(oneinbox: OneInbox) -> None:
     await oneinbox.http.post("/v1/calls/web?a=b", json=START, headers=[("X-Twice", "1"), ("X-Twice", "2")])
 
@@ -540,6 +575,7 @@ async def test_wrong_fault_rule_is_422(oneinbox: OneInbox, rule: dict[str, Any])
         ("stop", "POST", "/v1/calls/x/stop"),
         ("list", "GET", "/v1/calls"),
         ("list", "GET", "/v1/calls/cursor"),
+        ("usage", "GET", "/v1/usage"),
     ],
 )
 async def test_fault_affects_only_its_operation(oneinbox: OneInbox, operation: str, method: str, path: str) -> None:

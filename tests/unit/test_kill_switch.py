@@ -1,19 +1,25 @@
 """The kill switch: what is stopped, for whom and how long, and that a lost store releases nothing."""
 
+import getpass
+import os
+
 import pytest
 from starlette.requests import Request
 
-from app.cli.operator import Operator
+from app.cli.operator import Operator, operator_name
 from app.config.settings import SettingsError
 from app.identity import User
 from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
+from app.identity.keyring import Keyring
 from app.limits import KillSwitch
+from app.limits.kill_switch import BLOCKS, BY_PSEUDONYM, NO_NOTE, PAUSE, Note, read_controls
 from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
-from tests.support.harness import settings
+from tests.conftest import Logs
+from tests.support.harness import API_KEY, settings
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 
@@ -26,9 +32,9 @@ class Clock:
         return self.now
 
 
-def verdict(kill_switch: KillSwitch, user: User = ANN) -> tuple[str, str | None]:
+def verdict(kill_switch: KillSwitch, user: User = ANN, pseudonym: str = "") -> tuple[str, str | None]:
     try:
-        kill_switch.check(user)
+        kill_switch.check(user, pseudonym)
     except Problem as problem:
         return problem.slug, problem.headers.get("Retry-After")
     return "open", None
@@ -84,20 +90,20 @@ async def test_a_second_pause_moves_the_end(store: MemoryStore, clock: Clock) ->
 
 async def test_a_block_is_for_one_user(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
+    await kill_switch.block(ANN.store_name, 60)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN) == BLOCKED
     assert verdict(kill_switch, BEN) == verdict(kill_switch, User(mode="header", id="ann")) == OPEN
-    assert await kill_switch.unblock(ANN)
-    assert not await kill_switch.unblock(ANN)
+    assert await kill_switch.unblock(ANN.store_name)
+    assert not await kill_switch.unblock(ANN.store_name)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN) == OPEN
 
 
 async def test_a_block_ends_by_itself(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
-    await kill_switch.block(BEN, 120)
+    await kill_switch.block(ANN.store_name, 60)
+    await kill_switch.block(BEN.store_name, 120)
     await kill_switch.refresh()
     clock.now += 61
     assert (verdict(kill_switch, ANN), verdict(kill_switch, BEN)) == (OPEN, BLOCKED)
@@ -105,7 +111,7 @@ async def test_a_block_ends_by_itself(store: MemoryStore, clock: Clock) -> None:
 
 async def test_a_paused_user_who_is_blocked_is_told_of_the_pause(store: MemoryStore, clock: Clock) -> None:
     kill_switch = KillSwitch(store, clock)
-    await kill_switch.block(ANN, 60)
+    await kill_switch.block(ANN.store_name, 60)
     await kill_switch.pause(60)
     await kill_switch.refresh()
     assert verdict(kill_switch, ANN)[0] == "at-capacity"
@@ -121,6 +127,185 @@ async def test_without_its_store_a_brake_stays_as_it_is(clock: Clock) -> None:
         assert verdict(kill_switch, BEN) == ("at-capacity", "60")
         clock.now += 101
         assert (verdict(kill_switch, ANN), verdict(kill_switch, BEN)) == (BLOCKED, OPEN)
+
+
+# --- who is meant ---
+
+
+async def test_a_block_by_pseudonym_is_for_the_user_whom_logs_call_so(store: MemoryStore, clock: Clock) -> None:
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.block(BY_PSEUDONYM + "pseudonym-of-ann", 60)
+    await kill_switch.refresh()
+    assert verdict(kill_switch, ANN, "pseudonym-of-ann") == BLOCKED
+    assert verdict(kill_switch, BEN, "pseudonym-of-ben") == OPEN
+    clock.now += 61
+    assert verdict(kill_switch, ANN, "pseudonym-of-ann") == OPEN
+
+
+JWT = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "a secret shared with the issuer, long enough"}
+KEYRING = Keyring([API_KEY])
+
+
+@pytest.mark.parametrize("length", [16, 43])
+@pytest.mark.parametrize(("modes", "user"), [({}, User(mode="anonymous", id="192.0.2.1")), (JWT, ANN)])
+async def test_a_block_takes_the_pseudonym_that_logs_show_or_the_whole_one(
+    store: MemoryStore, modes: dict[str, str], user: User, length: int
+) -> None:
+    kill_switch = KillSwitch(store)
+    operator = Operator(settings(modes), store, kill_switch, limits=None)  # type: ignore[arg-type]  # blocks only
+    pseudonym = KEYRING.pseudonym(user)
+
+    await operator.block(pseudonym[:length], 60, "")
+    await kill_switch.refresh()
+
+    assert verdict(kill_switch, user, pseudonym[:16]) == BLOCKED
+    assert verdict(kill_switch, BEN, KEYRING.pseudonym(BEN)[:16]) == OPEN
+
+
+async def test_an_id_that_looks_like_a_pseudonym_is_still_an_id(store: MemoryStore) -> None:
+    user = User(mode="jwt", id="user-of-16-chars")
+    kill_switch = KillSwitch(store)
+    operator = Operator(settings(JWT), store, kill_switch, limits=None)  # type: ignore[arg-type]  # blocks only
+
+    await operator.block(user.id, 60, "")
+    await kill_switch.refresh()
+
+    assert verdict(kill_switch, user, KEYRING.pseudonym(user)[:16]) == BLOCKED
+
+
+def test_what_is_no_text_is_no_user(store: MemoryStore) -> None:
+    operator = Operator(settings(JWT), store, KillSwitch(store), limits=None)  # type: ignore[arg-type]  # names users only
+    with pytest.raises(SettingsError, match=r"USER '\\udcff': is not a user's id"):
+        operator.users("\udcff")
+
+
+@pytest.mark.parametrize("blocked_by", ["id", "pseudonym"])
+@pytest.mark.parametrize("unblocked_by", ["id", "pseudonym"])
+async def test_unblock_ends_a_block_however_it_was_made(store: MemoryStore, blocked_by: str, unblocked_by: str) -> None:
+    names = {"id": ANN.id, "pseudonym": KEYRING.pseudonym(ANN)[:16]}
+    kill_switch = KillSwitch(store)
+    operator = Operator(settings(JWT), store, kill_switch, limits=None)  # type: ignore[arg-type]  # blocks only
+    await operator.block(names[blocked_by], 60, "")
+    await operator.block(BEN.id, 60, "")
+
+    assert await operator.unblock(names[unblocked_by])
+    assert not await operator.unblock(names[unblocked_by])
+    await kill_switch.refresh()
+
+    assert verdict(kill_switch, ANN, names["pseudonym"]) == OPEN
+    assert verdict(kill_switch, BEN) == BLOCKED
+
+
+# --- what the log and `status` say ---
+
+WHY = Note(by="root", reason="an invoice in dispute", since=1.8e9)
+
+
+def told(logs: Logs) -> Logs:
+    """The entries about controls, taken out of the log."""
+    entries = [entry for entry in logs if str(entry["event"]).startswith("control_")]
+    logs.clear()
+    return entries
+
+
+async def test_a_control_is_logged_once_when_it_comes_into_force_and_when_it_ends(
+    store: MemoryStore, clock: Clock, logs: Logs
+) -> None:
+    kill_switch, other = KillSwitch(store, clock), KillSwitch(store, clock)
+    await other.pause(90, WHY)
+    await other.announce()
+    for _ in range(3):
+        await kill_switch.refresh()
+    begun = {"event": "control_in_force", "log_level": "warning", "kind": "pause", "seconds": 90}
+    assert told(logs) == [{**begun, "by": "root", "reason": "an invoice in dispute"}]
+
+    await other.resume("ann")
+    for _ in range(3):
+        await kill_switch.refresh()
+    ended = {"event": "control_ended", "log_level": "warning", "kind": "pause"}
+    assert told(logs) == [{**ended, "by": "root", "reason": "an invoice in dispute", "ended_by": "ann"}]
+
+
+async def test_a_control_that_expires_is_logged_without_who_ended_it(
+    store: MemoryStore, clock: Clock, logs: Logs
+) -> None:
+    kill_switch = KillSwitch(store, clock)
+    await kill_switch.block(ANN.store_name, 60, Note(user="pseudonym-of-ann", by="root"))
+    await kill_switch.refresh()
+    clock.now += 61
+    await kill_switch.refresh()
+    said = {"log_level": "warning", "kind": "block", "user": "pseudonym-of-ann", "by": "root"}
+    assert told(logs) == [
+        {"event": "control_in_force", **said, "seconds": 60},
+        {"event": "control_ended", **said},
+    ]
+
+
+async def test_a_control_that_is_changed_is_logged_again(store: MemoryStore, clock: Clock, logs: Logs) -> None:
+    kill_switch = KillSwitch(store, clock)
+    for reason in ("first", "second"):
+        await kill_switch.pause(60, Note(reason=reason))
+        await kill_switch.announce()
+        await kill_switch.refresh()
+    assert [(entry["event"], entry["reason"]) for entry in told(logs)] == [
+        ("control_in_force", "first"),
+        ("control_in_force", "second"),
+    ]
+
+
+async def test_a_control_of_a_version_without_notes_is_in_force_all_the_same(
+    store: MemoryStore, clock: Clock, logs: Logs
+) -> None:
+    kill_switch = KillSwitch(store, clock)
+    await store.add_member(PAUSE, PAUSE, 60)
+    await store.add_member(BLOCKS, ANN.store_name, 60)
+    await kill_switch.refresh()
+    assert (kill_switch.paused, kill_switch.blocked) == (True, 1)
+    assert [(entry["event"], entry["kind"]) for entry in told(logs)] == [
+        ("control_in_force", "pause"),
+        ("control_in_force", "block"),
+    ]
+    assert [control.note for control in await read_controls(store)] == [NO_NOTE, NO_NOTE]
+
+
+NOTES = {
+    "no-json": (b"\xff", NO_NOTE),
+    "no-object": (b"[]", NO_NOTE),
+    "no-text": (b'{"by": 5}', NO_NOTE),
+    "no-number": (b'{"since": "soon"}', NO_NOTE),
+    "no-time": (b'{"by": "root", "since": 1e300}', Note(by="root")),
+    "unknown-fields": (b'{"v": 9, "by": "root", "more": 1}', Note(by="root")),
+    "control-characters": (b'{"reason": "a\\u001b[2Jb\\nc"}', Note(reason="a?[2Jb?c")),
+    "too-long": (b'{"reason": "' + b"x" * 300 + b'"}', Note(reason="x" * 200)),
+}
+
+
+@pytest.mark.parametrize(("value", "note"), NOTES.values(), ids=NOTES.keys())
+async def test_what_stands_in_the_store_is_shown_with_care(store: MemoryStore, value: bytes, note: Note) -> None:
+    await store.add_member(PAUSE, PAUSE, 60)
+    await store.set(f"control:{PAUSE}", value, 60)
+    (control,) = await read_controls(store)
+    assert control.note == note
+
+
+async def test_a_control_in_force_ends_in_the_log_while_the_store_is_gone(clock: Clock, logs: Logs) -> None:
+    async with FailoverStore(ValkeyStore("redis://127.0.0.1:1"), MemoryStore(clock)) as store:
+        kill_switch = KillSwitch(store, clock)
+        kill_switch._paused_until = clock.now + 100
+        await kill_switch.refresh()
+        clock.now += 101
+        await kill_switch.refresh()
+        assert [entry["event"] for entry in told(logs)] == ["control_in_force", "control_ended"]
+
+
+async def test_an_operator_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 10001")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    assert operator_name() == f"uid {os.getuid()}"
+    monkeypatch.setattr(getpass, "getuser", lambda: "root\x1b" + "x" * 100)
+    assert operator_name() == "root?" + "x" * 59
 
 
 ADDRESSES = [
@@ -140,7 +325,7 @@ async def test_an_address_means_who_comes_from_there(
 ) -> None:
     kill_switch = KillSwitch(store, clock)
     operator = Operator(settings(), store, kill_switch, limits=None)  # type: ignore[arg-type]  # names users only
-    await kill_switch.block(operator.user(named), 60)
+    await operator.block(named, 60, "")
     await kill_switch.refresh()
 
     request = Request({"type": "http", "headers": [], "client": (peer, 1)})

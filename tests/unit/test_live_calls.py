@@ -372,7 +372,7 @@ async def test_what_cannot_be_stopped_is_said_and_remembered(house: House, failu
 async def test_status_names_a_call_that_was_not_found_by_its_request(house: House) -> None:
     await house.live.give_up(await house.lose("c1"))
     operator = Operator(settings(), house.store, KillSwitch(house.store), house.limits)
-    assert (await operator.status()).splitlines()[-2:] == [
+    assert list((await operator.status()).lines())[-2:] == [
         "calls that could not be stopped: 1",
         "  not found: request start-of-c1",
     ]

@@ -26,7 +26,8 @@ class RequestLog:
     """Give each request an id (the client's, if it is a safe one), return it, and log the request.
 
     Routes add fields through `scope["state"]`: `user` (a pseudonym), `call` (OneInbox's id), `problem` (a slug),
-    `trace` (its id); for the metrics, `outcome` of a session that is no problem.
+    `reason` (which limit refused, or what else), `trace` (its id); for the metrics, `outcome` of a session that is no
+    problem.
     """
 
     app: ASGIApp
@@ -59,7 +60,7 @@ class RequestLog:
                 status=status,
                 ms=round(seconds * 1000, 1),
                 request_id=request_id,
-                **{name: state[name] for name in ("user", "call", "problem", "trace") if state.get(name)},
+                **{name: state[name] for name in ("user", "call", "problem", "reason", "trace") if state.get(name)},
             )
 
     @staticmethod
