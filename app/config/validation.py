@@ -16,6 +16,9 @@ AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
+MAX_CALL_SECONDS = 604800
+"""The longest bound on a call: a week."""
+
 MAX_VARIABLES = 32
 MAX_VARIABLE = 1000
 
