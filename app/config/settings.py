@@ -301,6 +301,11 @@ class Settings(BaseSettings):
         None, "Call minutes per user in any 24 h; once they are used up, sessions are refused. Unset: no limit"
     )
     global_talk_minutes: int | None = _count(None, "Call minutes in any 24 h, all users together. Unset: no limit")
+    plans_file: Path | None = setting(
+        None,
+        "TOML file of limits by plan and by organization, chosen by the token's claims; jwt mode only",
+        "the path of a TOML file",
+    )
     limits_mode: Literal["enforce", "observe"] = setting(
         "enforce", "`observe`: log what the limits would refuse, but allow it", "enforce or observe"
     )

@@ -12,9 +12,10 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit, LimitGroup
 
 from app.config.agents import Agent
+from app.config.plans import Entitlement
 from app.identity import User
 from app.identity.addresses import limit_key
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_organization, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
 from app.limits.ledger import Ledger
 from app.limits.record import no_call, reserve
@@ -28,42 +29,51 @@ LIVE_RETRY_AFTER = 10
 """Retry-After in seconds for a live call to end: its end is not known."""
 STORE_RETRY_AFTER = 5
 """Retry-After in seconds while the shared store is gone; it is reused within this time."""
+ORGANIZATION_REFUSED = "Your organization has reached a limit that all of its users share."
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
 
-SLOT_NAMES = ("user-live-calls", "agent-live-calls", "global-live-calls")
-"""Names of a session's slots, in the order of its request."""
-
 CACHED_USERS = 4096
 """Users whose applicable limits are cached."""
+CACHED_DECLARATIONS = 256
+"""Texts of limits that are kept parsed: the settings', agents' and plans'."""
 
 log = structlog.get_logger(__name__)
 
-Owner = Literal["user", "agent", "all"]
+Owner = Literal["user", "agent", "org", "all"]
+KeyFunction = Callable[[str, str, str], str]
 
 
-def for_user(user: str, agent: str) -> str:
-    """Key function: a budget for each user. `user`: name in the store; `agent`: configured name."""
+def for_user(user: str, agent: str, organization: str) -> str:
+    """Key function: a budget for each user. `user`, `organization`: names in the store; `agent`: configured name."""
     return user
 
 
-def for_user_and_agent(user: str, agent: str) -> str:
+def for_user_and_agent(user: str, agent: str, organization: str) -> str:
     """Key function: a budget for each user of each agent."""
     return f"{agent}:{user}"
 
 
-def for_all(user: str, agent: str) -> str:
+def for_organization(user: str, agent: str, organization: str) -> str:
+    """Key function: a budget for each organization."""
+    return organization
+
+
+def for_all(user: str, agent: str, organization: str) -> str:
     """Key function: one budget for all users."""
     return "all"
 
 
-def declare(limits: str, key_function: Callable[[str, str], str], scope: Owner | Literal["request"]) -> list[Limit]:
-    """Return limits in slowapi's terms, parsed from a string such as `5/minute;50/day`.
+@lru_cache(CACHED_DECLARATIONS)
+def declare(limits: str | None, key_function: KeyFunction, scope: Owner | Literal["request"]) -> tuple[Limit, ...]:
+    """Return limits in slowapi's terms, parsed from a string such as `5/minute;50/day`; None: no limits.
 
     slowapi only declares them: it would decide one limit after the other, in fixed windows, and block the event loop on
     a shared store. Here the store decides about all at once.
     """
-    return list(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
+    if limits is None:
+        return ()
+    return tuple(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
 
 
 class Refused(RateLimitExceeded):
@@ -79,7 +89,7 @@ class UserLimits:
     """The limits that apply to one user, asked for in one request.
 
     `request`: without its member. `owners` and `names` (the same for all users): of the rates, then of the slots.
-    `own`: indices of the user's own rates.
+    `own`: indices of the rates that the user is told: all but the global ones.
     """
 
     limits: Sequence[Limit]
@@ -116,10 +126,8 @@ class Limits:
     ledger: Ledger
     agents: Sequence[Agent]
     _: KW_ONLY
-    session_limits: str
     global_session_limits: str
     request_limits: str
-    max_live_calls: int
     max_live_calls_total: int | None
     enforce: bool = True
     count_locally: bool = True
@@ -128,15 +136,8 @@ class Limits:
     _nearly_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        user = declare(self.session_limits, for_user, "user")
         self._global = declare(self.global_session_limits, for_all, "all")
-        self._sessions = {
-            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *self._global]
-            if agent.session_limits
-            else [*user, *self._global]
-            for agent in self.agents
-        }
-        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in self.agents}
+        self._agents = {agent.name: agent for agent in self.agents}
         self._requests = declare(self.request_limits, for_user, "request")
         # Made once per user: the request is the same every time.
         self._limits_of_session = lru_cache(CACHED_USERS)(self._make_session_limits)
@@ -161,12 +162,13 @@ class Limits:
             self.metrics.count_refusal(["failed-login"])
             raise retry_later("rate-limited", decision.rates[0].reset, reason="failed-login")
 
-    async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
+    async def reserve(self, user: User, agent: Agent, attempt: CallAttempt, entitlement: Entitlement) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
 
-        Raises Refused and Problem, the user's own limits first.
+        `entitlement`: the limits of the user and of the user's organization. Raises Refused and Problem, the user's own
+        limits first.
         """
-        limits = self._limits_of_session(user.store_name, agent.name)
+        limits = self._limits_of_session(user.store_name, agent.name, entitlement)
         rates, slots, _, lease, cost, enforce, _ = limits.request
         record = self.ledger.reserved(attempt)
         request = LimitRequest(rates, slots, attempt.key, lease, cost, enforce, record)
@@ -202,20 +204,29 @@ class Limits:
         if not confirmed and (decision.doubtful or not self.ledger.drop_unsent(attempt.request_id)):
             await self.ledger.hold(attempt.request_id, no_call(attempt))
 
-    def _make_session_limits(self, user: str, agent: str) -> UserLimits:
-        limits = self._sessions[agent]
-        rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
-        owners = [cast("Owner", limit.scope) for limit in limits]
-        slots = [
-            Slot(calls_of_user(user), self.max_live_calls),
-            Slot(calls_of_agent(agent), self._max_live_calls_of[agent]),
-            Slot(ALL_CALLS, self.max_live_calls_total),
+    def _make_session_limits(self, user: str, agent: str, entitlement: Entitlement) -> UserLimits:
+        organization, shared = entitlement.organization, entitlement.organization_limits
+        limits = [
+            *declare(entitlement.session_limits, for_user, "user"),
+            *declare(self._agents[agent].session_limits, for_user_and_agent, "agent"),
+            *declare(shared.session_limits, for_organization, "org"),
+            *self._global,
         ]
+        rates = [_rate(limit, limit.key_func(user, agent, organization)) for limit in limits]
+        owners = [cast("Owner", limit.scope) for limit in limits]
+        slots: list[tuple[Owner, str, Slot]] = [
+            ("user", "user-live-calls", Slot(calls_of_user(user), entitlement.max_live_calls)),
+            ("all", "agent-live-calls", Slot(calls_of_agent(agent), self._agents[agent].max_live_calls)),
+            ("all", "global-live-calls", Slot(ALL_CALLS, self.max_live_calls_total)),
+        ]
+        if organization:
+            slots.append(("org", "org-live-calls", Slot(calls_of_organization(organization), shared.max_live_calls)))
+        slot_owners, slot_names, slot_rooms = zip(*slots, strict=True)
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        request = LimitRequest(rates, slots, lease=self.ledger.lease, enforce=self.enforce)
-        return UserLimits(limits, request, [*owners, "user", "all", "all"], [*names, *SLOT_NAMES], own)
+        request = LimitRequest(rates, slot_rooms, lease=self.ledger.lease, enforce=self.enforce)
+        return UserLimits(limits, request, [*owners, *slot_owners], [*names, *slot_names], own)
 
     def _make_request_limits(self, user: str) -> UserLimits:
         rates = [_rate(limit, user) for limit in self._requests]
@@ -226,12 +237,14 @@ class Limits:
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
         count, reason = len(decision.rates), _names(limits, decision)
         own_rates = [index for index in decision.refused if index in limits.own]
+        owners = {limits.owners[index] for index in own_rates or decision.refused}
+        detail = ORGANIZATION_REFUSED if "org" in owners and not owners & {"user", "agent"} else ""
         if own_rates:
             wait = max(decision.rates[index].reset for index in own_rates)
-            problem = retry_later("rate-limited", wait, headers=headers, reason=reason)
+            problem = retry_later("rate-limited", wait, detail, headers, reason)
             return Refused(limits.limits[own_rates[0]], problem)
-        if any(limits.owners[index] == "user" for index in decision.refused):
-            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers, reason=reason)
+        if owners & {"user", "org"}:
+            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, detail, headers, reason)
         waits = [decision.rates[index].reset if index < count else LIVE_RETRY_AFTER for index in decision.refused]
         return retry_later("at-capacity", max(waits), headers=headers, reason=reason)
 

@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 from starlette.requests import ClientDisconnect
 
+from app.config.plans import Entitlement
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import CallAttempt, Limits, LiveCalls, Reconciler, TalkTime
@@ -34,7 +35,8 @@ class SessionInput:
     """One POST /session, parsed.
 
     `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `challenge_token`: its bot
-    challenge's. `answer_headers`: receives headers for the response, whatever its status.
+    challenge's. `answer_headers`: receives headers for the response, whatever its status. `entitlement`: the limits of
+    its user.
     """
 
     request: SessionRequest
@@ -43,6 +45,7 @@ class SessionInput:
     challenge_token: str | None
     client: ClientConnection
     answer_headers: dict[str, str]
+    entitlement: Entitlement
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -97,14 +100,16 @@ class Sessions:
 
     async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         await self.talk.check(user)
+        entitlement = session_input.entitlement
         try:
-            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
+            attempt = self._attempt(user, spec, entitlement)
+            reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         except Problem as problem:
             # A call may have ended unnoticed.
             if problem.slug != "too-many-live-calls" or not await self.live.recheck(user):
                 raise
-            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
-        attempt = reservation.attempt
+            attempt = self._attempt(user, spec, entitlement)
+            reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         session_input.answer_headers.update(reservation.headers)
         if session_input.client.is_closed():
             await self.limits.release(reservation)
@@ -131,7 +136,7 @@ class Sessions:
             self.reconciler.report_lost(attempt)
             raise
 
-    def _attempt(self, user: User, spec: CallSpec) -> CallAttempt:
+    def _attempt(self, user: User, spec: CallSpec, entitlement: Entitlement) -> CallAttempt:
         return CallAttempt(
             # Never the client's request id: OneInbox's record is found by it.
             request_id=secrets.token_hex(16),
@@ -139,6 +144,7 @@ class Sessions:
             agent=spec.agent.name,
             user=user.store_name,
             owner=self.keyring.pseudonym(user),
+            organization=entitlement.organization,
         )
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:

@@ -104,6 +104,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "root-path-markup": ("BROKER_ROOT_PATH", '/"><script>'),
     "root-path-double": ("BROKER_ROOT_PATH", "//voice.internal.example"),
     "user-claim-no-pointer": ("BROKER_JWT_USER_CLAIM", "/user~passphrase"),
+    "plans-without-tokens": ("BROKER_PLANS_FILE", "passphrase.toml"),
     "log-level": ("BROKER_LOG_LEVEL", "chatty"),
     "log-format": ("BROKER_LOG_FORMAT", "coloured"),
     "store-url": ("BROKER_STORE_URL", "postgres://somebody:passphrase@db.internal.example"),
