@@ -412,6 +412,15 @@ async def test_users_of_an_organization_share_its_slots() -> None:
     await desk.reserve(User(mode="jwt", id="eve"), MAIN, shop)
 
 
+async def test_a_refusal_by_an_organizations_rate_says_so_whatever_else_is_full() -> None:
+    desk = Desk(live=1)
+    shop = desk.of("shop", session_limits="1/minute")
+    await desk.reserve(ANN, MAIN, shop)
+    problem = await desk.refusal(ANN, MAIN, shop)
+    assert problem.slug == "rate-limited"
+    assert problem.detail == "Your organization has reached a limit that all of its users share."
+
+
 async def test_an_organization_without_a_limit_on_calls_knows_its_calls() -> None:
     desk = Desk()
     reservation = await desk.reserve(ANN, MAIN, desk.of("shop", talk_minutes=1))
