@@ -29,9 +29,9 @@ LIVE_RETRY_AFTER = 10
 """Retry-After in seconds for a live call to end: its end is not known."""
 STORE_RETRY_AFTER = 5
 """Retry-After in seconds while the shared store is gone; it is reused within this time."""
-ORGANIZATION_REFUSED = "Your organization has reached a limit that all of its users share."
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
+ORGANIZATION_REFUSED = "Your organization has reached a limit that all of its users share."
 
 CACHED_USERS = 4096
 """Users whose applicable limits are cached."""
@@ -88,7 +88,8 @@ class Refused(RateLimitExceeded):
 class UserLimits:
     """The limits that apply to one user, asked for in one request.
 
-    `request`: without its member. `owners` and `names` (the same for all users): of the rates, then of the slots.
+    `request`: without its member. `owners` and `names` (none names a user or an organization): of the rates, then of
+    the slots.
     `own`: indices of the rates that the user is told: all but the global ones.
     """
 
