@@ -131,6 +131,24 @@ def test_each_mistake_has_its_line(text: str, lines: list[str]) -> None:
     assert caught.value.lines == [f"BROKER_PLANS_FILE: {line}" for line in lines]
 
 
+PIECES = st.text(max_size=4) | st.sampled_from(
+    ["[plans.a]", "\n", " = ", '"', "plans", "organizations", "{}", "1", "1e400", "nan", "[[plans]]", "0x" + "f" * 5000]
+)
+
+
+@given(st.integers(0, len(CONTRACT)), st.integers(0, 30), st.lists(PIECES, max_size=3).map("".join))
+def test_any_slip_in_a_file_is_read_or_refused(start: int, cut: int, put: str) -> None:
+    lines: list[str] = []
+    try:
+        plans = read(CONTRACT[:start] + put + CONTRACT[start + cut :])
+    except SettingsError as error:
+        lines = error.lines
+    else:
+        assert plans.default == plans.by_name[plans.default.plan]
+    for line in lines:
+        assert re.fullmatch(r"BROKER_PLANS_FILE: [^\r\n]{1,400}; takes [^\r\n]{1,400}", line), line
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff")
     for name, reason in {"none": "No such file or directory", "binary": "it is not UTF-8 text"}.items():
