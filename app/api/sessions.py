@@ -45,6 +45,8 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
     state = request.scope["state"]
     check_declared(request, MAX_BODY)
     user = await authenticate(request, broker)
+    entitlement = broker.plans.of(user.claims)
+    state["plan"] = entitlement.plan
     broker.kill_switch.check(user, state["user"])
     body = await read_json(request, MAX_BODY)
     session_input = SessionInput(
@@ -54,6 +56,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
         challenge_token=request.headers.get("x-challenge-token"),
         client=ClientConnection(request.receive),
         answer_headers=state["limit_headers"],
+        entitlement=entitlement,
     )
     call, replayed = await broker.sessions.start(user, session_input)
     state["call"] = call.id

@@ -23,6 +23,7 @@ from app.calls.service import Calls
 from app.clock import SYSTEM_CLOCK, Clock
 from app.config.agents import Agents, load_agents
 from app.config.loading import secret_lines
+from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError, is_loopback, takes
 from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
@@ -55,8 +56,9 @@ ALLOWANCE_SECONDS = 1
 
 
 def check(settings: Settings) -> None:
-    """Check what only the parts can: agents file, keys against algorithms, URLs. Raises SettingsError."""
+    """Check what only the parts can: agents and plans files, keys against algorithms, URLs. Raises SettingsError."""
     load_agents(settings)
+    load_plans(settings)
     _keys(settings)
     try:
         if (url := settings.store_url.get_secret_value()) != "memory://":
@@ -99,7 +101,7 @@ async def open_broker(
     `transport` replaces the connections to OneInbox and to the challenge service. `store_factory` returns the
     store to use instead of BROKER_STORE_URL's.
     """
-    agents, keys = load_agents(settings), _keys(settings, clock)
+    agents, plans, keys = load_agents(settings), load_plans(settings), _keys(settings, clock)
     identity = _identity(settings, keys, clock)
     keyring = Keyring(secret_lines(settings))
     secret_reloader = SecretReloader(settings)
@@ -165,7 +167,6 @@ async def open_broker(
             max_waiting=settings.max_waiting,
             share_user_id=settings.share_user_id,
             metrics=metrics,
-            max_call_seconds=settings.max_call_seconds,
             now=store.now,
         )
         cache = CallCache(
@@ -227,6 +228,7 @@ async def open_broker(
         yield Broker(
             identity=identity,
             limits=limits,
+            plans=plans,
             keyring=keyring,
             kill_switch=kill_switch,
             ownership=ownership,
@@ -326,12 +328,9 @@ def open_limits(
         ledger.store,
         ledger,
         list(agents.by_name.values()),
-        session_limits=settings.session_limits,
         global_session_limits=settings.global_session_limits,
         request_limits=settings.request_limits,
-        max_live_calls=settings.max_live_calls,
         max_live_calls_total=settings.max_live_calls_total,
-        talk_minutes=settings.talk_minutes,
         talk_minutes_total=settings.global_talk_minutes,
         enforce=settings.limits_mode == "enforce",
         count_locally=settings.on_store_loss == "local",

@@ -8,6 +8,7 @@ from app.broker.shutdown import Shutdown
 from app.calls.ownership import Ownership
 from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
+from app.config.plans import Plans
 from app.config.settings import Settings
 from app.identity.base import Identity
 from app.identity.keyring import Keyring
@@ -26,6 +27,8 @@ class Broker:
     """Identifies the user of a request."""
     limits: Limits
     """Rates and live-call slots."""
+    plans: Plans
+    """Says which limits a user has."""
     keyring: Keyring
     """Makes pseudonyms of users, for logs."""
     kill_switch: KillSwitch

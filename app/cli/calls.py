@@ -16,7 +16,7 @@ from app.cli.operator import Operator, Said, reach_store, run_operator
 from app.cli.status import rfc3339
 from app.identity.keyring import LOGGED
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of
+from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of
 from app.limits.kill_switch import printable
 from app.limits.ledger import UNFOUND, UNSTOPPED
 from app.limits.live_calls import OPERATOR
@@ -116,8 +116,9 @@ async def _ends(operator: Operator, attempts: Sequence[CallAttempt]) -> Mapping[
     for attempt in attempts:
         outs = [out for name in attempt.sets if (out := left[BUDGET + name]) is not None]
         times = [store.now() + max(0.0, out) for out in outs]
-        if longest:
-            times.append(attempt.ends or attempt.since + longest)
+        end = attempt.ends or (attempt.since + longest if longest else NEVER)
+        if end > 0:
+            times.append(end)
         if times:
             ends[attempt.request_id] = min(times)
     return ends

@@ -7,11 +7,13 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from app.config.claims import ClaimName, claim_of
 from app.config.loading import parse_toml, read_file
 from app.config.overrides import OVERRIDE_LEAVES, OverridePath, is_leaf_value, leaves_of, no_leaf
 from app.config.settings import Settings, SettingsError, takes
 from app.config.validation import (
     AGENT_ID,
+    MAX_CALL_SECONDS,
     MAX_VARIABLES,
     AllowedVariable,
     Table,
@@ -37,8 +39,8 @@ class Agent:
     `name`: what browsers call it. `agent_id`: what OneInbox calls it. `variables`: names a browser may set; None: any
     but the fixed ones. `overrides`: dotted paths of leaves a browser may override. `fixed_variables`,
     `fixed_overrides` (nested): what every call gets, whatever the browser asks. `session_limits`: per user, on top of
-    those of all agents. `max_live_calls`: of all users. `require_claims`: claims the user's token must have, each with
-    the accepted values.
+    those of all agents. `max_live_calls`: of all users. `max_call_seconds`: instead of BROKER_MAX_CALL_SECONDS, if
+    given. `require_claims`: claims the user's token must have (names or JSON pointers), each with the accepted values.
     """
 
     name: str
@@ -49,11 +51,12 @@ class Agent:
     fixed_overrides: Mapping[str, Any] = field(default_factory=dict)
     session_limits: str | None = None
     max_live_calls: int | None = None
+    max_call_seconds: int | None = None
     require_claims: Mapping[str, tuple[Claim, ...]] = field(default_factory=dict)
 
     def admits(self, claims: Mapping[str, Any]) -> bool:
         """Return whether a token's claims meet `require_claims`; of a claim that is a list, one item is enough."""
-        return all(_is_among(claims.get(name), accepted) for name, accepted in self.require_claims.items())
+        return all(_is_among(claim_of(claims, name), accepted) for name, accepted in self.require_claims.items())
 
 
 def _is_among(claim: Any, accepted: tuple[Claim, ...]) -> bool:
@@ -119,7 +122,8 @@ class AgentTable(Table):
         "limits such as 3/minute;20/day, one per period", None
     )
     max_live_calls: int | None = taking("a whole number from 1 to 1,000,000", None, ge=1, le=1_000_000)
-    require_claims: dict[str, Annotated[list[Claim], Field(min_length=1)]] = taking(
+    max_call_seconds: int | None = taking(f"seconds, 1 to {MAX_CALL_SECONDS}", None, ge=1, le=MAX_CALL_SECONDS)
+    require_claims: dict[ClaimName, Annotated[list[Claim], Field(min_length=1)]] = taking(
         'claims, each with a list of strings, whole numbers or booleans: { plan = ["pro", "team"] }', {}
     )
 
@@ -194,6 +198,7 @@ def _agent(name: str, table: AgentTable, variables: frozenset[str] | None, overr
         fixed_overrides=table.fixed_overrides,
         session_limits=table.session_limits,
         max_live_calls=table.max_live_calls,
+        max_call_seconds=table.max_call_seconds,
         require_claims={claim: tuple(accepted) for claim, accepted in table.require_claims.items()},
     )
 

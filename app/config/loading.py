@@ -147,7 +147,7 @@ def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if auth == "jwt" and len(keys) > 1:
         yield keys[1], f"is set, and so is {keys[0]}; set only one"
     if auth != "jwt":
-        for name in (*JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_VARIABLES_FROM_CLAIMS"):
+        for name in (*JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS"):
             if name in values:
                 yield name, "is set, but BROKER_AUTH is not jwt"
     if auth == "jwt" and JWT_KEYS[0] in keys:

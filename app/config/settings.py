@@ -11,8 +11,17 @@ from pydantic import AfterValidator, BeforeValidator, PrivateAttr, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from app.config.claims import ClaimName, check_claim_name
 from app.config.overrides import OVERRIDE_LEAVES, OverridePath
-from app.config.validation import AGENT_ID, VARIABLE, AllowedVariable, check_limits, takes_of, taking
+from app.config.validation import (
+    AGENT_ID,
+    MAX_CALL_SECONDS,
+    VARIABLE,
+    AllowedVariable,
+    check_limits,
+    takes_of,
+    taking,
+)
 
 Network = IPv4Network | IPv6Network
 
@@ -116,7 +125,7 @@ def _claim_pairs(value: Any) -> Any:
         name, equals, claim = (part.strip() for part in word.partition("="))
         if not equals or not claim or not re.fullmatch(VARIABLE, name) or name in pairs:
             raise ValueError("is not a list of variable=claim")
-        pairs[name] = claim
+        pairs[name] = check_claim_name(claim)
     return pairs
 
 
@@ -242,7 +251,9 @@ class Settings(BaseSettings):
     jwt_algorithms: Words = setting(
         [], "Accepted signature algorithms. Unset: all that fit the key", "names, comma-separated: ES256,RS256"
     )
-    jwt_user_claim: str = setting("sub", "Claim that holds the user's id", "a claim's name")
+    jwt_user_claim: ClaimName = setting(
+        "sub", "Claim that holds the user's id", "a claim's name, or a JSON pointer such as /user/id"
+    )
     jwt_cookie: str | None = setting(
         None, "Also accept the token from this cookie", "a cookie's name", pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"
     )
@@ -280,7 +291,9 @@ class Settings(BaseSettings):
     )
     max_live_calls: int = _count(2, "Calls a user may have running at once")
     max_live_calls_total: int | None = _count(None, "Calls that may run at once, all users together. Unset: no limit")
-    max_call_seconds: int = _seconds(3600, "Seconds after which the broker hangs up a call. 0: never", most=604800)
+    max_call_seconds: int = _seconds(
+        3600, "Seconds after which the broker hangs up a call. 0: never", most=MAX_CALL_SECONDS
+    )
     warn_seconds: int = _seconds(
         60, "Seconds before a running call's `ends_at` at which its event stream sends `ending`. 0: never", most=86400
     )
@@ -291,6 +304,11 @@ class Settings(BaseSettings):
         None, "Call minutes per user in any 24 h; once they are used up, sessions are refused. Unset: no limit"
     )
     global_talk_minutes: int | None = _count(None, "Call minutes in any 24 h, all users together. Unset: no limit")
+    plans_file: Path | None = setting(
+        None,
+        "TOML file of limits by plan and by organization, chosen by the token's claims; jwt mode only",
+        "the path of a TOML file",
+    )
     limits_mode: Literal["enforce", "observe"] = setting(
         "enforce", "`observe`: log what the limits would refuse, but allow it", "enforce or observe"
     )
@@ -337,8 +355,9 @@ class Settings(BaseSettings):
     )
     variables_from_claims: Annotated[dict[str, str], BeforeValidator(_claim_pairs)] = setting(
         {},
-        "Trusted variables from the verified token's claims; a browser cannot set them",
-        "pairs, comma-separated: customer_name=name,plan=https://example.com/plan",
+        "Trusted variables from the verified token's claims; a browser cannot set them. "
+        "A claim that begins with `/` is a JSON pointer",
+        "pairs, comma-separated: customer_name=name,plan=https://example.com/plan,team=/team/name",
     )
     secret: Annotated[Secret, _LONG_LINES] | None = setting(
         None,

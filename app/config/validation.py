@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 from limits import parse_many
@@ -15,6 +16,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+MAX_CALL_SECONDS = 604800
+"""The longest bound on a call: a week."""
 
 MAX_VARIABLES = 32
 MAX_VARIABLE = 1000
@@ -96,6 +100,8 @@ def file_mistakes(error: ValidationError, model: type[Table]) -> list[str]:
                 kind = get_args(kind)[1]
             elif key in (fields := getattr(kind, "model_fields", {})):
                 kind, takes = fields[key].annotation, takes_of(fields[key])
+                if isinstance(kind, UnionType):  # perhaps of a table and None
+                    kind = next((each for each in get_args(kind) if hasattr(each, "model_fields")), kind)
             elif each["type"] == "extra_forbidden":
                 wrong, takes = f"is not a known key{nearest(key, fields)}", ", ".join(fields)
             elif kind is not Any:

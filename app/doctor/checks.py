@@ -17,6 +17,7 @@ from app.broker.build import check, open_oneinbox
 from app.broker.replicas import read_reports
 from app.config.agents import Agents, load_agents
 from app.config.loading import load_settings
+from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
@@ -86,7 +87,7 @@ async def diagnose(
     except SettingsError as error:
         return [*_settings_errors(error), warning("the rest", "not checked: this needs correct settings")]
     agents, agents_file = _agents_file(settings)
-    findings = [*_parts(settings), *agents_file, _key_shape(settings)]
+    findings = [*_parts(settings), *agents_file, *_plans_file(settings), _key_shape(settings)]
     network = await asyncio.gather(
         within(deadline, lambda: _oneinbox(settings, agents, transport, now), ONEINBOX_CHECKS),
         within(deadline, lambda: _store(settings), ("store",)),
@@ -102,8 +103,8 @@ def _settings_errors(error: SettingsError) -> list[Finding]:
 def _parts(settings: Settings) -> list[Finding]:
     """Check what settings mean together, such as keys and algorithms."""
     try:
-        # Without the agents file: its errors must not hide the others.
-        check(settings.model_copy(update={"agents_file": None, "oneinbox_agent_id": "any"}))
+        # Without the files: their errors must not hide the others.
+        check(settings.model_copy(update={"agents_file": None, "oneinbox_agent_id": "any", "plans_file": None}))
     except SettingsError as error:
         return _settings_errors(error)
     return [fine("settings", "all valid")]
@@ -116,6 +117,19 @@ def _agents_file(settings: Settings) -> tuple[Agents | None, list[Finding]]:
     except SettingsError as error:
         return None, [wrong(name, line, "correct the file") for line in error.lines]
     return agents, [fine(name, f"agents {_listed(list(agents.by_name))}" if settings.agents_file else "not used")]
+
+
+def _plans_file(settings: Settings) -> list[Finding]:
+    name = "plans file"
+    if settings.plans_file is None:
+        return [fine(name, "not used")]
+    try:
+        plans = load_plans(settings)
+    except SettingsError as error:
+        return [wrong(name, line, "correct the file") for line in error.lines]
+    listed = f"plans {_listed(list(plans.by_name))} (claim {plans.claim}, default {plans.default.plan})"
+    organizations = f"; organizations (claim {plans.organization_claim})" if plans.organization_claim else ""
+    return [fine(name, listed + organizations)]
 
 
 def _key_shape(settings: Settings) -> Finding:

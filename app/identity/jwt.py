@@ -16,6 +16,7 @@ from typing import Any
 import jwt
 from starlette.requests import HTTPConnection
 
+from app.config.claims import claim_of
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
 from app.identity.user import User
@@ -48,7 +49,8 @@ class Remembered:
 class JwtIdentity(Identity):
     """Identify users by a token from `Authorization: Bearer` or a cookie.
 
-    `issuer`, `audience`: what the token must name; empty: not checked. `user_claim`: the claim with the user's id.
+    `issuer`, `audience`: what the token must name; empty: not checked. `user_claim`: the claim with the user's id, or a
+    JSON pointer to it.
     `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
     """
 
@@ -207,7 +209,7 @@ def _time(claims: Mapping[str, Any], name: str) -> float:
 
 
 def _name(claims: Mapping[str, Any], claim: str) -> str:
-    value = claims.get(claim)
+    value = claim_of(claims, claim)
     if not is_user_id(value):
         raise InvalidLogin("The token's iss is malformed." if claim == "iss" else "The token names no user.")
     return value

@@ -5,6 +5,8 @@ from typing import NamedTuple, Self
 
 import structlog
 
+NEVER = -1.0
+"""`ends` of a call that may run without limit."""
 ALL_CALLS = "live:all"
 """The set of all live calls."""
 
@@ -16,8 +18,8 @@ class CallAttempt(NamedTuple):
 
     `request_id`: 128 random bits, `broker_request_id` on OneInbox's record. `since`: Unix time of the POST, whole
     seconds. `agent`: configured name. `user`: the user's name in the store. `owner`: the user's pseudonym,
-    `broker_user` on OneInbox's record. `ends`: Unix time at which the broker hangs up at the latest; 0: never, or not
-    known.
+    `broker_user` on OneInbox's record. `organization`: its name in the store; empty for a user who is in none. `ends`:
+    Unix time at which the broker hangs up at the latest; NEVER; 0: not known.
     """
 
     request_id: str
@@ -25,34 +27,49 @@ class CallAttempt(NamedTuple):
     agent: str
     user: str
     owner: str
+    organization: str = ""
     ends: float = 0
 
     @property
     def key(self) -> str:
         """The call's name in the sets of live calls: every field but `ends`, so that the call can be found by it."""
-        return " ".join((self.request_id, str(self.since), self.agent, self.user, self.owner))
+        key = f"{self.request_id} {self.since} {self.agent} {self.user} {self.owner}"
+        return f"{key} {self.organization}" if self.organization else key
 
     @classmethod
     def from_key(cls, key: str) -> Self:
-        """Parse a `key`."""
-        request_id, since, agent, user, owner = key.split(" ")
-        return cls(request_id, int(since), agent, user, owner)
+        """Parse a `key`. Raises ValueError."""
+        request_id, since, agent, user, owner, *rest = key.split(" ")
+        return cls(request_id, int(since), agent, user, owner, _organization(rest))
 
     @property
     def unwritten(self) -> str:
         """The fields that OneInbox's record does not hold otherwise, for `restored`."""
-        return f"{self.since} {self.agent} {self.user} {self.ends:.3f}"
+        unwritten = f"{self.since} {self.agent} {self.user} {self.ends:.3f}"
+        return f"{unwritten} {self.organization}" if self.organization else unwritten
 
     @classmethod
     def restored(cls, unwritten: str, request_id: str, owner: str) -> Self:
         """Return the attempt of OneInbox's record. Raises ValueError."""
         since, agent, user, *rest = unwritten.split(" ")
-        return cls(request_id, int(since), agent, user, owner, float(rest[0]) if rest else 0)
+        ends, organization = float(rest[0]) if rest else 0, _organization(rest[1:])
+        return cls(request_id, int(since), agent, user, owner, organization, ends)
 
     @property
     def sets(self) -> list[str]:
         """Names of the sets of live calls that the call is in."""
-        return [calls_of_user(self.user), calls_of_agent(self.agent), ALL_CALLS]
+        sets = [calls_of_user(self.user), calls_of_agent(self.agent), ALL_CALLS]
+        return [*sets, calls_of_organization(self.organization)] if self.organization else sets
+
+
+def _organization(rest: list[str]) -> str:
+    """Return what follows the other fields, if anything does. Raises ValueError."""
+    if not rest:
+        return ""
+    [organization] = rest
+    if not organization:
+        raise ValueError("an organization without a name")
+    return organization
 
 
 def attempts_of(members: Iterable[str]) -> list[CallAttempt]:
@@ -74,3 +91,8 @@ def calls_of_user(user: str) -> str:
 def calls_of_agent(agent: str) -> str:
     """Return the name of the set of an agent's live calls."""
     return f"live:agent:{agent}"
+
+
+def calls_of_organization(organization: str) -> str:
+    """Return the name of the set of an organization's live calls; `organization`: its name in the store."""
+    return f"live:org:{organization}"

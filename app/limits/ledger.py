@@ -98,7 +98,7 @@ class Ledger:
 
     def left(self, attempt: CallAttempt) -> float:
         """Return the seconds until an attempt's slots are free in any case; at least 1."""
-        end = attempt.ends + LEASE_GRACE if attempt.ends else attempt.since + self.lease
+        end = attempt.ends + LEASE_GRACE if attempt.ends > 0 else attempt.since + self.lease
         return max(1.0, end - self.now())
 
     async def plan(self, request_id: str, delay: float | None) -> None:
@@ -241,7 +241,7 @@ class Ledger:
 
     def _due(self, after: StartRecord, was: str) -> Due | None:
         """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""
-        if after.state == GIVEN and after.attempt.ends:
+        if after.state == GIVEN and after.attempt.ends > 0:
             return Due(after.attempt.request_id, after.attempt.ends - self.now())
         if after.state == STARTED:
             return Due(after.attempt.request_id, after.due - self.now())

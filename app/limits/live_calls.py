@@ -14,7 +14,7 @@ import structlog
 
 from app.identity import User
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.oneinbox import CallRecord, OneInbox
@@ -267,12 +267,12 @@ class LiveCalls:
                 return None
             if found.unwanted or not found.running:
                 return Bounds(None, STOPPED_BECAUSE.get(found.unwanted))
-            ends_at = self._end_of(found.attempt) or None
+            ends = self._end_of(found.attempt)
             budgets = await self.store.due_in([BUDGET + name for name in found.attempt.sets])
             out = min((left for left in budgets if left is not None), default=math.inf)
-            if (runs_out := self.now() + max(0.0, out)) < (ends_at or math.inf):
+            if (runs_out := self.now() + max(0.0, out)) < (ends if ends > 0 else math.inf):
                 return Bounds(runs_out, None, "talk-minutes")
-            return Bounds(ends_at, None)
+            return Bounds(ends if ends > 0 else None, None)
         return None
 
     async def started_here(self, call_id: str) -> bool:
@@ -385,7 +385,7 @@ class LiveCalls:
                 await self._hang_up(found)
             elif found is not None and found.state == STARTED:
                 await self.ledger.plan(request_id, found.due - self.now())
-            elif found is not None and found.state == GIVEN and (ends := self._end_of(found.attempt)):
+            elif found is not None and found.state == GIVEN and (ends := self._end_of(found.attempt)) > 0:
                 await self.ledger.plan(request_id, ends - self.now())
             else:
                 await self.ledger.plan(request_id, None)
@@ -450,15 +450,15 @@ class LiveCalls:
     def _overdue(self, found: StartRecord, record: CallRecord) -> str:
         """Return why a call that was given must end; empty if it need not."""
         age = self.now() - found.attempt.since
-        if self.now() >= self._end_of(found.attempt) > 0:
+        if 0 < self._end_of(found.attempt) <= self.now():
             return TOO_LONG
         if self.join_timeout and age > self.join_timeout and record.status in ("queued", "initiated"):
             return UNJOINED
         return ""
 
     def _end_of(self, attempt: CallAttempt) -> float:
-        """Return the Unix time at which a call must end; 0: never. Another version's record does not say it."""
-        return attempt.ends or (attempt.since + self.max_seconds if self.max_seconds else 0)
+        """Return the Unix time at which a call must end, or NEVER. Another version's record does not say it."""
+        return attempt.ends or (attempt.since + self.max_seconds if self.max_seconds else NEVER)
 
     async def _hang_up(self, unwanted: StartRecord) -> CallRecord | None:
         """Stop an unwanted call; return OneInbox's record, or None if it runs on: then it is stopped again."""

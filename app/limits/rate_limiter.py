@@ -13,9 +13,10 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit, LimitGroup
 
 from app.config.agents import Agent
+from app.config.plans import Entitlement
 from app.identity import User
 from app.identity.addresses import limit_key
-from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_organization, calls_of_user
 from app.limits.headers import policy_name, rate_limit_headers
 from app.limits.ledger import Ledger
 from app.limits.record import no_call, reserve
@@ -31,46 +32,54 @@ STORE_RETRY_AFTER = 5
 """Retry-After in seconds while the shared store is gone; it is reused within this time."""
 NEARLY = 0.8
 """Share of a global limit that is worth a warning."""
-
 TALK_RETRY_AFTER = 60
 """Retry-After in seconds while running calls use the last minutes: their end is not known."""
+ORGANIZATION_REFUSED = "Your organization has reached a limit that all of its users share."
 
-SLOTS = (("user", "user-live-calls"), ("all", "agent-live-calls"), ("all", "global-live-calls"))
-"""Owners and names of a session's slots, in the order of its request."""
-USER_SLOT, GLOBAL_SLOT = 0, 2
-USER_MINUTES = "user-talk-minutes"
-GLOBAL_MINUTES = "global-talk-minutes"
+MINUTES = "-talk-minutes"
+GLOBAL_MINUTES = f"global{MINUTES}"
 
 CACHED_USERS = 4096
 """Users whose applicable limits are cached."""
+CACHED_DECLARATIONS = 256
+"""Texts of limits that are kept parsed: the settings', agents' and plans'."""
 
 log = structlog.get_logger(__name__)
 
-Owner = Literal["user", "agent", "all"]
+Owner = Literal["user", "agent", "org", "all"]
+KeyFunction = Callable[[str, str, str], str]
 
 
-def for_user(user: str, agent: str) -> str:
-    """Key function: a budget for each user. `user`: name in the store; `agent`: configured name."""
+def for_user(user: str, agent: str, organization: str) -> str:
+    """Key function: a budget for each user. `user`, `organization`: names in the store; `agent`: configured name."""
     return user
 
 
-def for_user_and_agent(user: str, agent: str) -> str:
+def for_user_and_agent(user: str, agent: str, organization: str) -> str:
     """Key function: a budget for each user of each agent."""
     return f"{agent}:{user}"
 
 
-def for_all(user: str, agent: str) -> str:
+def for_organization(user: str, agent: str, organization: str) -> str:
+    """Key function: a budget for each organization."""
+    return organization
+
+
+def for_all(user: str, agent: str, organization: str) -> str:
     """Key function: one budget for all users."""
     return "all"
 
 
-def declare(limits: str, key_function: Callable[[str, str], str], scope: Owner | Literal["request"]) -> list[Limit]:
-    """Return limits in slowapi's terms, parsed from a string such as `5/minute;50/day`.
+@lru_cache(CACHED_DECLARATIONS)
+def declare(limits: str | None, key_function: KeyFunction, scope: Owner | Literal["request"]) -> tuple[Limit, ...]:
+    """Return limits in slowapi's terms, parsed from a string such as `5/minute;50/day`; None: no limits.
 
     slowapi only declares them: it would decide one limit after the other, in fixed windows, and block the event loop on
     a shared store. Here the store decides about all at once.
     """
-    return list(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
+    if limits is None:
+        return ()
+    return tuple(LimitGroup(limits, key_function, scope, False, None, None, None, 1, False))
 
 
 class Refused(RateLimitExceeded):
@@ -85,8 +94,8 @@ class Refused(RateLimitExceeded):
 class UserLimits:
     """The limits that apply to one user, asked for in one request.
 
-    `request`: without its member and lease. `owners` and `names` (the same for all users): of the rates, slots and
-    budgets. `own`: indices of the user's own rates.
+    `request`: without its member and lease. `owners` and `names` (none names a user or an organization): of the rates,
+    slots and budgets. `own`: indices of the rates that the user is told: all but the global ones.
     """
 
     limits: Sequence[Limit]
@@ -123,12 +132,9 @@ class Limits:
     ledger: Ledger
     agents: Sequence[Agent]
     _: KW_ONLY
-    session_limits: str
     global_session_limits: str
     request_limits: str
-    max_live_calls: int
     max_live_calls_total: int | None
-    talk_minutes: int | None = None
     talk_minutes_total: int | None = None
     enforce: bool = True
     count_locally: bool = True
@@ -137,15 +143,8 @@ class Limits:
     _nearly_until: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        user = declare(self.session_limits, for_user, "user")
         self._global = declare(self.global_session_limits, for_all, "all")
-        self._sessions = {
-            agent.name: [*user, *declare(agent.session_limits, for_user_and_agent, "agent"), *self._global]
-            if agent.session_limits
-            else [*user, *self._global]
-            for agent in self.agents
-        }
-        self._max_live_calls_of = {agent.name: agent.max_live_calls for agent in self.agents}
+        self._agents = {agent.name: agent for agent in self.agents}
         self._requests = declare(self.request_limits, for_user, "request")
         # Made once per user: the request is the same every time.
         self._limits_of_session = lru_cache(CACHED_USERS)(self._make_session_limits)
@@ -170,12 +169,13 @@ class Limits:
             self.metrics.count_refusal(["failed-login"])
             raise retry_later("rate-limited", decision.rates[0].reset, reason="failed-login")
 
-    async def reserve(self, user: User, agent: Agent, attempt: CallAttempt) -> Reservation:
+    async def reserve(self, user: User, agent: Agent, attempt: CallAttempt, entitlement: Entitlement) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.
 
-        Raises Refused and Problem, the user's own limits first.
+        `entitlement`: the limits of the user and of the user's organization. Raises Refused and Problem, the user's own
+        limits first.
         """
-        limits = self._limits_of_session(user.store_name, agent.name)
+        limits = self._limits_of_session(user.store_name, agent.name, entitlement)
         rates, slots, _, _, cost, enforce, _, budgets = limits.request
         record = self.ledger.reserved(attempt)
         request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record, budgets)
@@ -216,31 +216,37 @@ class Limits:
         if not confirmed and (decision.doubtful or not self.ledger.drop_unsent(attempt.request_id)):
             await self.ledger.hold(attempt.request_id, no_call(attempt))
 
-    def _make_session_limits(self, user: str, agent: str) -> UserLimits:
-        limits = self._sessions[agent]
-        rates = [_rate(limit, limit.key_func(user, agent)) for limit in limits]
+    def _make_session_limits(self, user: str, agent: str, entitlement: Entitlement) -> UserLimits:
+        organization, shared = entitlement.organization, entitlement.organization_limits
+        limits = [
+            *declare(entitlement.session_limits, for_user, "user"),
+            *declare(self._agents[agent].session_limits, for_user_and_agent, "agent"),
+            *declare(shared.session_limits, for_organization, "org"),
+            *self._global,
+        ]
+        rates = [_rate(limit, limit.key_func(user, agent, organization)) for limit in limits]
         owners = [cast("Owner", limit.scope) for limit in limits]
-        slots = [
-            Slot(calls_of_user(user), self.max_live_calls),
-            Slot(calls_of_agent(agent), self._max_live_calls_of[agent]),
-            Slot(ALL_CALLS, self.max_live_calls_total),
+        # Owner, prefix of names, the slot, and the minutes of the calls in it.
+        slots: list[tuple[Owner, str, Slot, int | None]] = [
+            ("user", "user", Slot(calls_of_user(user), entitlement.max_live_calls), entitlement.talk_minutes),
+            ("all", "agent", Slot(calls_of_agent(agent), self._agents[agent].max_live_calls), None),
+            ("all", "global", Slot(ALL_CALLS, self.max_live_calls_total), self.talk_minutes_total),
+        ]
+        if organization:
+            slot = Slot(calls_of_organization(organization), shared.max_live_calls)
+            slots.append(("org", "org", slot, shared.talk_minutes))
+        timed = [
+            (owner, f"{prefix}{MINUTES}", Budget(index, minutes * 60, self.enforce))
+            for index, (owner, prefix, _, minutes) in enumerate(slots)
+            if minutes is not None
         ]
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]
         own = [index for index, owner in enumerate(owners) if owner != "all"]
-        minutes: tuple[tuple[Owner, str, int, int | None], ...] = (
-            ("user", USER_MINUTES, USER_SLOT, self.talk_minutes),
-            ("all", GLOBAL_MINUTES, GLOBAL_SLOT, self.talk_minutes_total),
-        )
-        budgets = []
-        owners += [cast("Owner", owner) for owner, _ in SLOTS]
-        names += [name for _, name in SLOTS]
-        for owner, name, slot, most in minutes:
-            if most is not None:
-                budgets.append(Budget(slot, most * 60, self.enforce))
-                owners.append(owner)
-                names.append(name)
-        request = LimitRequest(rates, slots, enforce=self.enforce, budgets=budgets)
+        owners += [*(owner for owner, *_ in slots), *(owner for owner, *_ in timed)]
+        names += [*(f"{prefix}-live-calls" for _, prefix, *_ in slots), *(name for _, name, _ in timed)]
+        rooms, budgets = [slot for *_, slot, _ in slots], [budget for *_, budget in timed]
+        request = LimitRequest(rates, rooms, enforce=self.enforce, budgets=budgets)
         return UserLimits(limits, request, owners, names, own)
 
     def _make_request_limits(self, user: str) -> UserLimits:
@@ -250,20 +256,25 @@ class Limits:
         return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
-        waits, reason = [self._wait(index, decision) for index in decision.refused], _names(limits, decision)
+        reason = _names(limits, decision)
         own_minutes = [
-            wait for index, wait in zip(decision.refused, waits, strict=True) if limits.names[index] == USER_MINUTES
+            index
+            for index in decision.refused
+            if limits.names[index].endswith(MINUTES) and limits.owners[index] != "all"
         ]
-        if own_minutes:
-            return retry_later("talk-time-used-up", own_minutes[0], headers=headers, reason=reason)
         own_rates = [index for index in decision.refused if index in limits.own]
+        deciding = own_minutes or own_rates or decision.refused
+        wait = max(self._wait(index, decision) for index in deciding)
+        owners = {limits.owners[index] for index in deciding}
+        detail = ORGANIZATION_REFUSED if "org" in owners and not owners & {"user", "agent"} else ""
+        if own_minutes:
+            return retry_later("talk-time-used-up", wait, detail, headers, reason)
         if own_rates:
-            wait = max(decision.rates[index].reset for index in own_rates)
-            problem = retry_later("rate-limited", wait, headers=headers, reason=reason)
+            problem = retry_later("rate-limited", wait, detail, headers, reason)
             return Refused(limits.limits[own_rates[0]], problem)
-        if any(limits.owners[index] == "user" for index in decision.refused):
-            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, headers=headers, reason=reason)
-        return retry_later("at-capacity", max(waits), headers=headers, reason=reason)
+        if owners & {"user", "org"}:
+            return retry_later("too-many-live-calls", LIVE_RETRY_AFTER, detail, headers, reason)
+        return retry_later("at-capacity", wait, headers=headers, reason=reason)
 
     def _wait(self, index: int, decision: Decision) -> float:
         """Return the seconds until what was refused may have room."""

@@ -7,6 +7,7 @@ from typing import Any
 import structlog
 
 from app.config.agents import Agent, Agents
+from app.config.claims import claim_of
 from app.config.overrides import OVERRIDE_LEAVES, is_leaf_value, leaves_of
 from app.config.validation import MAX_VARIABLES, VariableValue, check_variable_value
 from app.identity import User
@@ -94,7 +95,7 @@ class Policy:
     def _trusted_variables(self, user: User) -> dict[str, VariableValue]:
         trusted: dict[str, VariableValue] = {}
         for name, claim in self.claims.items():
-            value = user.claims.get(claim)
+            value = claim_of(user.claims, claim)
             try:
                 if not isinstance(value, (str, int, float, bool)):
                     raise TypeError

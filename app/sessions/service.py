@@ -10,9 +10,11 @@ from typing import Any
 import structlog
 from starlette.requests import ClientDisconnect
 
+from app.config.plans import Entitlement
 from app.identity import User
 from app.identity.keyring import Keyring
 from app.limits import Allowance, CallAttempt, Limits, LiveCalls, Reconciler
+from app.limits.call_attempt import NEVER
 from app.limits.live_calls import UNUSABLE
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.errors import OneInboxError, Rejected
@@ -34,7 +36,8 @@ class SessionInput:
     """One POST /session, parsed.
 
     `body`: its JSON, to recognise repeats. `keys`: its Idempotency-Key headers. `challenge_token`: its bot
-    challenge's. `answer_headers`: receives headers for the response, whatever its status.
+    challenge's. `answer_headers`: receives headers for the response, whatever its status. `entitlement`: the limits of
+    its user.
     """
 
     request: SessionRequest
@@ -43,6 +46,7 @@ class SessionInput:
     challenge_token: str | None
     client: ClientConnection
     answer_headers: dict[str, str]
+    entitlement: Entitlement
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -50,8 +54,7 @@ class Sessions:
     """Start calls: policy, idempotency, challenge, limits, OneInbox, in this order.
 
     `max_waiting`: sessions that may wait for OneInbox at once; `waiting`: those waiting now. `share_user_id`: write the
-    plain user id on OneInbox's record. `challenge`: None if not configured. `max_call_seconds`: longest life of a call;
-    0: no limit. `now`: Unix time.
+    plain user id on OneInbox's record. `challenge`: None if not configured. `now`: Unix time.
     """
 
     policy: Policy
@@ -66,7 +69,6 @@ class Sessions:
     max_waiting: int
     share_user_id: bool
     metrics: Metrics
-    max_call_seconds: int
     now: Callable[[], float] = time.time
     waiting: int = field(default=0, init=False)
 
@@ -99,14 +101,16 @@ class Sessions:
 
     async def _reserve_and_call(self, user: User, session_input: SessionInput, spec: CallSpec) -> StartedCall:
         self.allowance.check()
+        entitlement = session_input.entitlement
         try:
-            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
+            attempt = self._attempt(user, spec, entitlement)
+            reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         except Problem as problem:
             # A call may have ended unnoticed.
             if problem.slug != "too-many-live-calls" or not await self.live.recheck(user):
                 raise
-            reservation = await self.limits.reserve(user, spec.agent, self._attempt(user, spec))
-        attempt = reservation.attempt
+            attempt = self._attempt(user, spec, entitlement)
+            reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         session_input.answer_headers.update(reservation.headers)
         if session_input.client.is_closed():
             await self.limits.release(reservation)
@@ -133,8 +137,8 @@ class Sessions:
             self.reconciler.report_lost(attempt)
             raise
 
-    def _attempt(self, user: User, spec: CallSpec) -> CallAttempt:
-        now = self.now()
+    def _attempt(self, user: User, spec: CallSpec, entitlement: Entitlement) -> CallAttempt:
+        now, longest = self.now(), entitlement.bound(spec.agent)
         return CallAttempt(
             # Never the client's request id: OneInbox's record is found by it.
             request_id=secrets.token_hex(16),
@@ -142,7 +146,8 @@ class Sessions:
             agent=spec.agent.name,
             user=user.store_name,
             owner=self.keyring.pseudonym(user),
-            ends=now + self.max_call_seconds if self.max_call_seconds else 0,
+            organization=entitlement.organization,
+            ends=now + longest if longest else NEVER,
         )
 
     def _metadata(self, user: User, spec: CallSpec, attempt: CallAttempt) -> dict[str, Any]:

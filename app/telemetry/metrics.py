@@ -97,6 +97,11 @@ class Metrics:
             "Requests for a session, by outcome: `started`, `replayed`, `hung-up`, or an error's slug.",
             "outcome",
         )
+        self._plan_sessions = counter(
+            "broker_plan_sessions",
+            "Requests for a session by users with a plan, by plan and outcome; only with BROKER_PLANS_FILE.",
+            *("plan", "outcome"),
+        )
         self._refused = counter(
             "broker_limits_refused",
             "Refusals, by the limit reached; enforced is false when BROKER_LIMITS_MODE is `observe`.",
@@ -165,9 +170,11 @@ class Metrics:
         """Count an answered request. `route`: its template, or `unmatched`."""
         self._requests[method if method in METHODS else OTHER, route, status].observe(seconds)
 
-    def count_session(self, outcome: str) -> None:
-        """Count a request for a session."""
+    def count_session(self, outcome: str, plan: str | None = None) -> None:
+        """Count a request for a session. `plan`: its user's; None or empty if there is none, or it is not known."""
         self._sessions[(outcome,)].inc()
+        if plan:
+            self._plan_sessions[plan, outcome].inc()
 
     def count_upstream(
         self, method: str, template: str, status: int | None, error: str, *, server: tuple[str, int], seconds: float

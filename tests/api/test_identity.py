@@ -435,6 +435,13 @@ async def test_trusted_variables(open_broker: OpenBroker, upstream: Upstream) ->
     assert upstream.asked["variables"] == {"order": "7", "customer_name": "Zoë", "plan": True, "age": 41.5}
 
 
+async def test_trusted_variables_from_inside_a_claim(open_broker: OpenBroker, upstream: Upstream) -> None:
+    broker = await open_broker(**BY_SECRET, BROKER_VARIABLES_FROM_CLAIMS="team=/o/a~1b,role=/o/roles/0,lost=/o/x")
+    login = token(o={"a/b": "blue", "roles": ["lead", "dev"]})
+    assert (await post_session(broker, authorization=f"Bearer {login}")).status_code == 201
+    assert upstream.asked["variables"] == {"team": "blue", "role": "lead"}
+
+
 LEFT_OUT: dict[str, Any] = {
     "missing": ...,
     "null": None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 import pytest_asyncio
 import yaml
@@ -31,6 +32,7 @@ ALERTS = MONITORING / "alerts.yaml"
 CASES = ROOT / "tests" / "deploy" / "alerts.test.yaml"
 JOB = "oneinbox-broker"
 TOKEN = "metrics-token-of-the-operator"
+LOGIN_SECRET = "a secret shared with the issuer, long enough"
 
 RULES = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"][0]["rules"]
 ALERT_NAMES = {rule["alert"] for rule in RULES}
@@ -71,13 +73,22 @@ class Said:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def said() -> AsyncIterator[Said]:
+async def said(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Said]:
+    plans = tmp_path_factory.mktemp("plans") / "plans.toml"
+    plans.write_text('claim = "plan"\ndefault = "free"\n[plans.free]\nsession_limits = "3/minute"\n')
+    environ = {
+        "BROKER_METRICS_TOKEN": TOKEN,
+        "BROKER_MAX_LIVE_CALLS_TOTAL": "9",
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_SECRET": LOGIN_SECRET,
+        "BROKER_PLANS_FILE": str(plans),
+    }
+    login = jwt.encode({"sub": "ann", "exp": 4_000_000_000}, LOGIN_SECRET, "HS256")
     async with (
         running_emulator(LONG_CALLS) as oneinbox,
-        running_broker_process(
-            oneinbox.url, BROKER_METRICS_TOKEN=TOKEN, BROKER_SESSION_LIMITS="3/minute", BROKER_MAX_LIVE_CALLS_TOTAL="9"
-        ) as broker,
+        running_broker_process(oneinbox.url, **environ) as broker,
     ):
+        broker.client.headers["Authorization"] = f"Bearer {login}"
         oneinbox.emulator.faults.add(
             Drop(operation="start", takes_effect=True, times=1),
             Fields(operation="start", set={"server_url": "ftp://nowhere"}, times=1),

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
+import jwt
 import pytest
 import pytest_asyncio
 
@@ -30,6 +32,7 @@ from tests.support.valkey import Valkey, running_valkey
 pytestmark = pytest.mark.process
 
 GLOBAL_MINUTE = 5000
+LOGIN_SECRET = "a secret shared with the issuer, long enough"
 PROXIED = {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"}
 RATED = {**PROXIED, "BROKER_SESSION_LIMITS": "5/minute", "BROKER_GLOBAL_SESSION_LIMITS": f"{GLOBAL_MINUTE}/minute"}
 
@@ -155,6 +158,49 @@ async def test_two_hundred_at_once_get_two_live_calls(valkey: Valkey) -> None:
         looks = Counter(request.path for request in asked(emulator, "get") if request.path in own)
         assert looks.keys() == own
         assert max(looks.values()) <= 1 + (time.monotonic() - began) // 10
+
+
+PLANS = """
+claim = "plan"
+default = "free"
+[plans.free]
+[organizations]
+claim = "org_id"
+max_live_calls = 3
+"""
+
+
+async def test_users_of_one_organization_share_its_live_calls_on_two_replicas(valkey: Valkey, tmp_path: Path) -> None:
+    plans = tmp_path / "plans.toml"
+    plans.write_text(PLANS)
+    environ = {
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_SECRET": LOGIN_SECRET,
+        "BROKER_PLANS_FILE": str(plans),
+        "BROKER_STORE_URL": valkey.url,
+        "BROKER_STORE_PREFIX": "shops",
+    }
+
+    def login(number: int, organization: str) -> dict[str, str]:
+        claims = {"sub": f"user-{number}", "exp": 4_000_000_000, "org_id": organization}
+        return {"Authorization": f"Bearer {jwt.encode(claims, LOGIN_SECRET, 'HS256')}"}
+
+    async with (
+        running_emulator(LONG_CALLS) as oneinbox,
+        running_broker_processes(2, oneinbox.url, **environ) as brokers,
+    ):
+        turns = [brokers[number % 2 :] for number in range(30)]
+        asked = (post_many(turn, 1, login(number, "the-shop")) for number, turn in enumerate(turns))
+        responses = [response for (response,) in await asyncio.gather(*asked)]
+        other = await post_many(brokers, 1, login(99, "the-bank"))
+
+        assert outcomes(responses) == {"201": 3, "too-many-live-calls": 27}
+        assert outcomes(other) == {"201": 1}
+        assert len(oneinbox.emulator.calls) == 4
+        with valkey.client() as client:
+            names = client.keys("shops*")
+            assert sum(b":live:org:" in name for name in names) == 2
+            assert not [name for name in names if b"the-shop" in name], "by its hash only"
 
 
 ONE_PROCESS = {

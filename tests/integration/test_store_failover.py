@@ -10,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from app.config.agents import Agent
+from app.config.plans import Entitlement
 from app.identity import User
 from app.limits import CallAttempt, Limits, Reservation
 from app.limits.ledger import Ledger
@@ -172,17 +173,16 @@ async def test_slots_and_records_are_settled_together_after_a_loss(store: Failov
         store,
         ledger,
         [Agent("main", "agt_1", None, frozenset())],
-        session_limits="100/minute",
         global_session_limits="100/minute",
         request_limits="100/minute",
-        max_live_calls=2,
         max_live_calls_total=None,
     )
     ann = User(mode="jwt", id="ann")
 
     async def reserve(name: str) -> Reservation:
         attempt = CallAttempt(name, int(time.time()), "main", ann.store_name, "owner")
-        return await limits.reserve(ann, limits.agents[0], attempt)
+        entitlement = Entitlement("100/minute", 2, None, 60)
+        return await limits.reserve(ann, limits.agents[0], attempt, entitlement)
 
     undone = await reserve("undone")
     valkey.freeze()

@@ -149,6 +149,17 @@ async def test_running_calls_come_back(store: FailoverStore, *, in_lists: bool) 
     assert await restorer._restore_all() == 0, "they are known"
 
 
+async def test_an_organizations_calls_come_back(store: FailoverStore) -> None:
+    attempt = attempt_of(1)._replace(organization="shop")
+    record = record_of(1)
+    sealed = KEYRING.seal(attempt.unwritten, f" {attempt.request_id}")
+    account = Account([record.model_copy(update={"metadata": {**(record.metadata or {}), "broker_call": sealed}})])
+    await restorer_of(store, account).restore()
+    assert "live:org:shop" in attempt.sets
+    for name in attempt.sets:
+        assert list(await store.members(name)) == [attempt.key]
+
+
 async def test_calls_of_others_are_left_alone(store: FailoverStore) -> None:
     """Without the sealed part, or with one that another deployment wrote, or with one of another call."""
     first, second, third, fourth = (record_of(number) for number in (1, 2, 3, 4))

@@ -15,7 +15,7 @@ from app.config.settings import SettingsError
 LEAVES = ", ".join(OVERRIDE_LEAVES)
 KEYS = (
     "agent_id, default, fixed_variables, fixed_overrides, variables, overrides, session_limits, max_live_calls, "
-    "require_claims"
+    "max_call_seconds, require_claims"
 )
 TAKES_ID = "takes an agent's id, agt_… or a UUID"
 TAKES_NAMES = 'takes a list of names (up to 64 letters, digits and _, no digit first), or ["*"] for any'
@@ -40,6 +40,7 @@ fixed_variables = { tier = "gold" }
 fixed_overrides = { tts = { speed = 1.1 } }
 session_limits = "3/minute"     # per user and agent, on top of BROKER_SESSION_LIMITS
 max_live_calls = 20             # of this agent, all users; beyond: 503 at-capacity
+max_call_seconds = 600          # instead of BROKER_MAX_CALL_SECONDS
 require_claims = { plan = ["pro", "team"] }   # jwt mode; else 403 agent-not-allowed
 """
 SUPPORT = Agent(
@@ -51,6 +52,7 @@ SUPPORT = Agent(
     fixed_overrides={"tts": {"speed": 1.1}},
     session_limits="3/minute",
     max_live_calls=20,
+    max_call_seconds=600,
     require_claims={"plan": ("pro", "team")},
 )
 
@@ -124,6 +126,7 @@ def test_what_an_entry_leaves_out() -> None:
         ('session_limits = "3/minute;50 per 2 hours"', "session_limits", "3/minute;50 per 2 hours"),
         ("max_live_calls = 1", "max_live_calls", 1),
         ("max_live_calls = 1_000_000", "max_live_calls", 1_000_000),
+        ("max_call_seconds = 604_800", "max_call_seconds", 604_800),
         ("require_claims = {}", "require_claims", {}),
         (
             '[agents.support.require_claims]\n"https://a.example/n" = [1, true]',
@@ -200,6 +203,12 @@ def test_what_an_entry_says(lines: str, field: str, value: Any) -> None:
             (f"max_live_calls = {value}", "max_live_calls: is not valid; takes a whole number from 1 to 1,000,000")
             for value in ("0", "-1", "true", "1.0", '"1"', "1_000_001")
         ],
+        *[
+            (f"max_call_seconds = {value}", "max_call_seconds: is not valid; takes seconds, 1 to 604800")
+            for value in ("0", "-1", "true", "1.5", '"1"', "604_801", "inf")
+        ],
+        ('require_claims."/o~id" = ["x"]',
+         f'require_claims."/o~id": is no JSON pointer: ~ is written ~0, and / in a name ~1; {TAKES_CLAIMS}'),
         ("require_claims = 1", f"require_claims: is not valid; {TAKES_CLAIMS}"),
         ('require_claims = { plan = "pro" }', f"require_claims.plan: is not valid; {TAKES_CLAIMS}"),
         ("require_claims.plan = [1.5]", f"require_claims.plan[0]: is not valid; {TAKES_CLAIMS}"),
@@ -348,6 +357,8 @@ def test_a_single_agent() -> None:
         ({"level": (1, 0)}, {"level": [False, 2]}, False),
         ({"level": (1,)}, {"level": 1.0}, False),
         ({"level": (1,)}, {"level": [2, 1]}, True),
+        ({"/o/plan": ("pro",)}, {"o": {"plan": ["free", "pro"]}}, True),
+        ({"/o/plan": ("pro",)}, {"o": {"plan": "free"}, "/o/plan": "pro"}, False),
     ],
 )
 def test_who_is_admitted(required: dict[str, tuple[Any, ...]], claims: dict[str, Any], admitted: bool) -> None:

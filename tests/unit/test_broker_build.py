@@ -28,7 +28,7 @@ async def test_the_slot_of_an_unobserved_call_is_freed_in_the_end(
 ) -> None:
     """Five minutes after the longest call; a day if calls may run without limit."""
     async with open_broker(settings({"BROKER_MAX_CALL_SECONDS": max_call_seconds}), upstream) as broker:
-        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {})
+        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {}, broker.plans.default)
         await broker.sessions.start(User(mode="jwt", id="ann"), asked)
         (left,) = (await broker.store.members(ALL_CALLS)).values()
     assert left == pytest.approx(lease, abs=60)
@@ -37,7 +37,7 @@ async def test_the_slot_of_an_unobserved_call_is_freed_in_the_end(
 async def test_the_parts_say_nothing_of_what_they_hold(upstream: Upstream) -> None:
     """An event loop logs the repr of an object whose callback failed; these know users, claims and transcripts."""
     async with open_broker(settings(), upstream) as broker:
-        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {})
+        asked = SessionInput(SessionRequest(), {}, [], None, ClientConnection(nothing_more), {}, broker.plans.default)
         await broker.sessions.start(User(mode="jwt", id="ann", claims={"email": "ann@example.com"}), asked)
         parts = [broker, *(getattr(broker, name) for name in type(broker).__slots__)]
     for part in (part for part in parts if part is not None):

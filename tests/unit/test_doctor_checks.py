@@ -30,7 +30,7 @@ OIDC = {
     "BROKER_JWT_AUDIENCE": "broker",
 }
 EVERY_CHECK = [
-    *("settings", "agents file", "key", "oneinbox", "agents", "allowance", "clock", "store", "logins"),
+    *("settings", "agents file", "plans file", "key", "oneinbox", "agents", "allowance", "clock", "store", "logins"),
     *("allowed origins", "trusted proxies", "variables", "limits", "secret", "open files"),
 ]
 
@@ -120,6 +120,44 @@ async def test_agents_file_is_told(upstream: Upstream, tmp_path: Path) -> None:
     given = {"ONEINBOX_AGENT_ID": "", "BROKER_AGENTS_FILE": str(file)}
     found = await examine(upstream, given)
     assert found["agents file"].detail.endswith("a9 and 2 more")
+
+
+PLANS = """
+claim = "plan"
+default = "free"
+[plans.free]
+[plans.pro]
+session_limits = "9/minute"
+[organizations]
+claim = "/o/id"
+"""
+
+
+async def test_plans_file_is_told(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "plans.toml"
+    file.write_text(PLANS)
+    given = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "s" * 32, "BROKER_PLANS_FILE": str(file)}
+    found = await examine(upstream, given)
+    assert found["plans file"] == fine(
+        "plans file", "plans free, pro (claim plan, default free); organizations (claim /o/id)"
+    )
+    file.write_text(PLANS.partition("[org")[0])
+    found = await examine(upstream, given)
+    assert found["plans file"] == fine("plans file", "plans free, pro (claim plan, default free)")
+    assert (await examine(upstream))["plans file"] == fine("plans file", "not used")
+
+
+async def test_each_mistake_in_the_plans_file_is_told(upstream: Upstream, tmp_path: Path) -> None:
+    file = tmp_path / "plans.toml"
+    file.write_text(PLANS.replace("9/minute", "plenty").replace('claim = "plan"', 'clam = "plan"'))
+    environ = {**ENVIRON, "BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "s" * 32, "BROKER_PLANS_FILE": str(file)}
+    found = [finding for finding in await diagnose(environ, None, transport=upstream) if not finding.ok]
+    assert {finding.name for finding in found} == {"plans file"}
+    assert [finding.detail.partition(": is ")[0].removeprefix("BROKER_PLANS_FILE: ") for finding in found] == [
+        "claim",
+        "plans.pro.session_limits",
+        "clam",
+    ]
 
 
 async def test_a_key_of_another_shape(upstream: Upstream) -> None:

@@ -4,6 +4,7 @@ X-Forwarded-For, the agents file, bodies, Retry-After and what a browser sees of
 """
 
 import base64
+import contextlib
 import json
 import math
 import re
@@ -285,10 +286,26 @@ def test_a_call_is_found_under_its_own_name_only(call: str, user: User) -> None:
             assert other == name or owners.call_id(other, user) is None
 
 
-@given(ids, st.integers(0, 2**40), ids, ids, ids)
-def test_a_start_is_known_again_by_its_name(request_id: str, since: int, agent: str, user: str, owner: str) -> None:
-    attempt = CallAttempt(request_id, since, agent, user, owner)
+@given(st.builds(CallAttempt, ids, st.integers(0, 2**40), ids, ids, ids, ids | st.just("")))
+def test_a_start_is_known_again_by_its_name(attempt: CallAttempt) -> None:
     assert CallAttempt.from_key(attempt.key) == attempt
+    assert CallAttempt.restored(attempt.unwritten, attempt.request_id, attempt.owner) == attempt
+
+
+def test_a_start_without_an_organization_has_the_name_that_it_always_had() -> None:
+    attempt = CallAttempt("r1", 1_800_000_000, "main", "ann", "owner")
+    assert attempt.key == "r1 1800000000 main ann owner"
+    assert attempt.unwritten == "1800000000 main ann"
+    assert attempt.sets == ["live:user:ann", "live:agent:main", "live:all"]
+    assert attempt._replace(organization="shop").sets == [*attempt.sets, "live:org:shop"]
+
+
+@given(st.text(" ab1", max_size=16))
+def test_any_name_of_a_start_is_read_or_refused(name: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert CallAttempt.from_key(name).key.split(" ")[2:] == name.split(" ")[2:]
+    with contextlib.suppress(ValueError):
+        assert CallAttempt.restored(name, "r1", "owner").unwritten.split(" ")[1:] == name.split(" ")[1:]
 
 
 # --- settings ---

@@ -166,6 +166,13 @@ async def test_another_user_claim() -> None:
     assert "names no user" in await refused(identity, bearer(token_of()))
 
 
+async def test_a_user_claim_inside_another() -> None:
+    identity = identity_of(user_claim="/user/id")
+    assert (await login(identity, bearer(token_of(user={"id": "u-9"})))).id == "u-9"
+    for user in ({"id": 9}, {}, "u-9", ["u-9"]):
+        assert "names no user" in await refused(identity, bearer(token_of(user=user)))
+
+
 async def test_headers_that_name_keys_are_ignored() -> None:
     """The token is good; its `jku`, `x5u`, `jwk` and `x5c` neither help nor harm."""
     headers = {"jku": "https://evil.example/jwks", "x5u": "https://evil.example/c", "x5c": ["x"], "jwk": {"kty": "oct"}}

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from app.config.agents import Agent
+from app.config.plans import Entitlement, OrganizationLimits
 from app.identity import User
 from app.limits import Limits, Refused, Reservation
 from app.limits.call_attempt import CallAttempt
@@ -51,28 +53,36 @@ class Desk:
     ) -> None:
         self.clock = Clock()
         self.store = MemoryStore(self.clock)
+        self.entitlement = Entitlement(sessions, live, None, 3600)
         self.limits = Limits(
             self.store,
             Ledger(self.store, lease=LEASE, now=self.clock),
             [MAIN, SMALL],
-            session_limits=sessions,
             global_session_limits=everybody,
             request_limits=requests,
-            max_live_calls=live,
             max_live_calls_total=live_total,
             enforce=enforce,
             clock=self.clock,
         )
         self._members = 0
 
-    async def reserve(self, user: User = ANN, agent: Agent = MAIN) -> Reservation:
-        self._members += 1
-        attempt = CallAttempt(f"m{self._members}", int(self.clock.now), agent.name, user.store_name, "pseudonym")
-        return await self.limits.reserve(user, agent, attempt)
+    def of(self, organization: str, **shared: Any) -> Entitlement:
+        """What a user of an organization is entitled to."""
+        return self.entitlement._replace(organization=organization, organization_limits=OrganizationLimits(**shared))
 
-    async def refusal(self, user: User = ANN, agent: Agent = MAIN) -> Problem:
+    async def reserve(
+        self, user: User = ANN, agent: Agent = MAIN, entitlement: Entitlement | None = None
+    ) -> Reservation:
+        self._members += 1
+        entitlement = entitlement or self.entitlement
+        attempt = CallAttempt(
+            f"m{self._members}", int(self.clock.now), agent.name, user.store_name, "pseudonym", entitlement.organization
+        )
+        return await self.limits.reserve(user, agent, attempt, entitlement)
+
+    async def refusal(self, user: User = ANN, agent: Agent = MAIN, entitlement: Entitlement | None = None) -> Problem:
         try:
-            await self.reserve(user, agent)
+            await self.reserve(user, agent, entitlement)
         except Refused as refused:
             return refused.problem
         except Problem as problem:
@@ -205,7 +215,7 @@ async def test_a_refusal_spends_nothing_anywhere(desk: Desk, agent: Agent, slug:
         assert wait(problem) >= 1
         assert await desk.used_by_all() == used
         assert numbers(problem.headers)["user-minute"][0] == (
-            0 if desk.limits._sessions["main"][0].limit.amount == 2 else 1000 - used
+            0 if desk.entitlement.session_limits == "2/minute" else 1000 - used
         )
         assert len(await desk.store.members("live:all")) == used
         assert len(await desk.store.members(f"live:user:{ANN.store_name}")) == used
@@ -340,6 +350,115 @@ async def test_a_slot_nobody_confirms_is_free_after_its_lease() -> None:
     assert (await desk.refusal()).slug == "too-many-live-calls"
 
 
+# --- plans and organizations ---
+
+
+async def test_each_user_has_the_limits_of_a_plan() -> None:
+    desk = Desk(sessions="1/minute", live=1)
+    more = desk.entitlement._replace(session_limits="2/minute;3/hour", max_live_calls=5, plan="pro")
+    await desk.reserve(ANN)
+    assert (await desk.refusal(ANN)).slug == "rate-limited"
+    for left in (1, 0):
+        headers = (await desk.reserve(BEN, MAIN, more)).headers
+        assert numbers(headers)["user-minute"][0] == left
+    problem = await desk.refusal(BEN, MAIN, more)
+    assert numbers(problem.headers) == {"user-minute": (0, 60), "user-hour": (1, 3600)}
+
+
+async def test_a_new_plan_forgets_no_session() -> None:
+    desk = Desk(sessions="2/minute")
+    more = desk.entitlement._replace(session_limits="3/minute", plan="pro")
+    for _ in range(2):
+        await desk.reserve()
+    assert (await desk.refusal()).slug == "rate-limited"
+    await desk.reserve(ANN, MAIN, more)
+    assert (await desk.refusal(ANN, MAIN, more)).slug == "rate-limited"
+
+
+async def test_users_of_an_organization_share_its_rates() -> None:
+    desk = Desk(sessions="2/minute")
+    shop, bank = desk.of("shop", session_limits="3/minute"), desk.of("bank", session_limits="3/minute")
+    for user in (ANN, ANN, BEN):
+        reservation = await desk.reserve(user, MAIN, shop)
+
+    assert reservation.headers == {
+        "RateLimit-Policy": '"user-minute";q=2;w=60, "org-minute";q=3;w=60',
+        "RateLimit": '"org-minute";r=0;t=60, "user-minute";r=1;t=60',
+    }
+    problem = await desk.refusal(BEN, MAIN, shop)
+    assert (problem.slug, wait(problem)) == ("rate-limited", 60)
+    assert problem.detail == "Your organization has reached a limit that all of its users share."
+    assert (await desk.refusal(ANN, MAIN, shop)).detail == "", "the user's own limit is told first"
+    await desk.reserve(BEN, MAIN, bank)
+    assert (await desk.refusal(BEN, MAIN, desk.entitlement)).slug == "rate-limited", (
+        "an own limit is of no organization"
+    )
+    await desk.reserve(User(mode="jwt", id="eve"), MAIN, desk.entitlement)
+
+
+async def test_users_of_an_organization_share_its_slots() -> None:
+    desk = Desk(live=2)
+    shop = desk.of("shop", max_live_calls=3)
+    last = [await desk.reserve(user, MAIN, shop) for user in (ANN, ANN, BEN)][-1]
+
+    problem = await desk.refusal(BEN, MAIN, shop)
+
+    assert (problem.slug, wait(problem)) == ("too-many-live-calls", 10)
+    assert problem.detail == "Your organization has reached a limit that all of its users share."
+    assert (await desk.refusal(ANN, MAIN, shop)).detail == ""
+    assert len(await desk.store.members("live:org:shop")) == 3
+    await desk.reserve(BEN, MAIN, desk.of("bank", max_live_calls=3))
+    await desk.limits.release(last)
+    await desk.reserve(User(mode="jwt", id="eve"), MAIN, shop)
+
+
+async def test_a_refusal_by_an_organizations_rate_says_so_whatever_else_is_full() -> None:
+    desk = Desk(live=1)
+    shop = desk.of("shop", session_limits="1/minute")
+    await desk.reserve(ANN, MAIN, shop)
+    problem = await desk.refusal(ANN, MAIN, shop)
+    assert problem.slug == "rate-limited"
+    assert problem.detail == "Your organization has reached a limit that all of its users share."
+
+
+async def test_an_organization_without_a_limit_on_calls_knows_its_calls() -> None:
+    desk = Desk()
+    reservation = await desk.reserve(ANN, MAIN, desk.of("shop", talk_minutes=1))
+    assert list(await desk.store.members("live:org:shop")) == [reservation.attempt.key]
+    assert list(reservation.headers) == ["RateLimit-Policy", "RateLimit"]
+    assert "org" not in reservation.headers["RateLimit"]
+
+
+async def test_an_organizations_refusal_spends_nothing() -> None:
+    desk = Desk(sessions="5/minute", everybody="5/minute")
+    shop = desk.of("shop", session_limits="1/minute", max_live_calls=1)
+    await desk.reserve(ANN, MAIN, shop)
+    for _ in range(10):
+        problem = await desk.refusal(BEN, MAIN, shop)
+        assert numbers(problem.headers)["user-minute"] == (5, 60)
+    assert await desk.used_by_all() == 1
+    assert len(await desk.store.members("live:all")) == 1
+
+
+async def test_an_organizations_limits_are_told_before_everybodys() -> None:
+    desk = Desk(live_total=1)
+    shop = desk.of("shop", max_live_calls=1)
+    await desk.reserve(ANN, MAIN, shop)
+    assert (await desk.refusal(BEN, MAIN, shop)).slug == "too-many-live-calls"
+    assert (await desk.refusal(BEN)).slug == "at-capacity"
+
+
+async def test_refusals_are_counted_by_limit_and_not_by_organization() -> None:
+    desk = Desk()
+    shop = desk.of("shop-of-eve", session_limits="1/minute", max_live_calls=1)
+    await desk.reserve(ANN, MAIN, shop)
+    await desk.refusal(BEN, MAIN, shop)
+    text = desk.limits.metrics.text("")[0].decode()
+    for limit in ("org-minute", "org-live-calls"):
+        assert f'broker_limits_refused_total{{enforced="true",limit="{limit}"}} 1.0' in text
+    assert "shop-of-eve" not in text
+
+
 # --- observing ---
 
 
@@ -405,16 +524,15 @@ async def test_without_its_store_sessions_may_be_refused() -> None:
             store,
             Ledger(store, lease=LEASE),
             [MAIN],
-            session_limits="5/minute",
             global_session_limits="5/minute",
             request_limits="5/minute",
-            max_live_calls=1,
             max_live_calls_total=None,
             count_locally=False,
         )
         for number in range(3):
+            attempt = CallAttempt(f"m{number}", 0, "main", ANN.store_name, "pseudonym")
             with pytest.raises(Problem) as caught:
-                await limits.reserve(ANN, MAIN, CallAttempt(f"m{number}", 0, "main", ANN.store_name, "pseudonym"))
+                await limits.reserve(ANN, MAIN, attempt, Entitlement("5/minute", 1, None, 3600))
             assert (caught.value.slug, caught.value.headers) == ("at-capacity", {"Retry-After": "5"})
         assert await store.members("live:all") == {}
         assert (await limits.usage())[0][1] == 0, "nothing was counted"

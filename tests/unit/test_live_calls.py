@@ -12,8 +12,10 @@ from structlog.testing import capture_logs
 
 from app.cli.operator import Operator
 from app.config.agents import Agent
+from app.config.plans import Entitlement
 from app.identity import User
 from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls
+from app.limits.call_attempt import NEVER
 from app.limits.ledger import UNSTOPPED, Ledger
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
@@ -50,14 +52,13 @@ class House:
         self.join_timeout, self.max_seconds = join_timeout, max_seconds
         self.ledger = Ledger(self.store, lease=LEASE, now=self.clock)
         self.live = self.replica()
+        self.entitlement = Entitlement("1000/minute", max_live_calls, None, LEASE)
         self.limits = Limits(
             self.store,
             self.ledger,
             [AGENT],
-            session_limits="1000/minute",
             global_session_limits="1000/minute",
             request_limits="1000/minute",
-            max_live_calls=max_live_calls,
             max_live_calls_total=None,
             clock=self.clock,
         )
@@ -74,14 +75,14 @@ class House:
 
     def plan(self, call_id: str, user: User = ANN) -> CallAttempt:
         """An attempt whose POST is not sent yet."""
-        ends = self.clock.now + self.max_seconds if self.max_seconds else 0
+        ends = self.clock.now + self.max_seconds if self.max_seconds else NEVER
         since = int(self.clock.now)
-        return CallAttempt(f"start-of-{call_id}", since, AGENT.name, user.store_name, "pseudonym", ends)
+        return CallAttempt(f"start-of-{call_id}", since, AGENT.name, user.store_name, "pseudonym", ends=ends)
 
     async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> CallAttempt:
         """Reserve and begin a call."""
         attempt = self.plan(call_id, user)
-        await self.limits.reserve(user, AGENT, attempt)
+        await self.limits.reserve(user, AGENT, attempt, self.entitlement)
         await self.live.give(attempt, call_id)
         self.upstream.has_call(call_id, status=status)
         return attempt
@@ -89,14 +90,14 @@ class House:
     async def lose(self, call_id: str) -> CallAttempt:
         """Reserve, and start a call that no client gets."""
         attempt = self.plan(call_id)
-        await self.limits.reserve(ANN, AGENT, attempt)
+        await self.limits.reserve(ANN, AGENT, attempt, self.entitlement)
         self.upstream.has_call(call_id, status="in_progress")
         return attempt
 
     async def has_room(self, user: User = ANN) -> bool:
         """Return whether the user could start one more: reserve, and give back."""
         try:
-            reservation = await self.limits.reserve(user, AGENT, self.plan("try", user))
+            reservation = await self.limits.reserve(user, AGENT, self.plan("try", user), self.entitlement)
         except Problem as problem:
             if problem.slug != "too-many-live-calls":
                 raise
@@ -283,7 +284,7 @@ async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
 
 async def test_a_call_that_is_still_being_started_is_left_alone(house: House) -> None:
     attempt = house.plan("c1")
-    await house.limits.reserve(ANN, AGENT, attempt)
+    await house.limits.reserve(ANN, AGENT, attempt, house.entitlement)
     assert await house.live.is_pending(attempt)
     pending = [each.request_id for each in await house.live.sweep()]
     assert pending == [attempt.request_id], "for those who find out what became of it"

@@ -104,6 +104,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "root-path-url": ("BROKER_ROOT_PATH", "https://voice.internal.example"),
     "root-path-markup": ("BROKER_ROOT_PATH", '/"><script>'),
     "root-path-double": ("BROKER_ROOT_PATH", "//voice.internal.example"),
+    "user-claim-no-pointer": ("BROKER_JWT_USER_CLAIM", "/user~passphrase"),
+    "plans-without-tokens": ("BROKER_PLANS_FILE", "passphrase.toml"),
     "log-level": ("BROKER_LOG_LEVEL", "chatty"),
     "log-format": ("BROKER_LOG_FORMAT", "coloured"),
     "store-url": ("BROKER_STORE_URL", "postgres://somebody:passphrase@db.internal.example"),
@@ -200,6 +202,22 @@ def test_service_links_of_kubernetes_are_left_alone(name: str) -> None:
 
 def test_variables_of_others_are_left_alone() -> None:
     assert load(BROKERAGE="1", MY_BROKER_X="1", PATH="/bin", RATELIMIT_ENABLED="0") == load()
+
+
+def test_a_claim_that_is_no_pointer() -> None:
+    [line] = refusal(
+        {
+            **NEEDED,
+            "BROKER_AUTH": "jwt",
+            "BROKER_JWT_SECRET": SECRET,
+            "BROKER_VARIABLES_FROM_CLAIMS": "team=/o/team,plan=/o/~passphrase",
+        }
+    )
+
+    assert line.startswith(
+        "BROKER_VARIABLES_FROM_CLAIMS: is no JSON pointer: ~ is written ~0, and / in a name ~1; takes"
+    )
+    assert "passphrase" not in line
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:

@@ -8,6 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.config.agents import Agent
+from app.config.plans import Entitlement
 from app.identity import User
 from app.limits import CallAttempt, Limits, LiveCalls
 from app.limits.ledger import Ledger
@@ -43,16 +44,14 @@ class House:
             self.store,
             self.ledger,
             [AGENT],
-            session_limits="1000000/minute",
             global_session_limits="1000000/minute",
             request_limits="1000000/minute",
-            max_live_calls=1000,
             max_live_calls_total=None,
-            talk_minutes=minutes,
             talk_minutes_total=minutes_total,
             clock=self.clock,
             **options,
         )
+        self.entitlement = Entitlement("1000000/minute", 1000, minutes, 0)
         self._started = 0
 
     def live(self, upstream: Upstream) -> LiveCalls:
@@ -64,7 +63,7 @@ class House:
     async def start(self, user: User = ANN) -> CallAttempt:
         """A call begins."""
         attempt = self._attempt(user)
-        await self.limits.reserve(user, AGENT, attempt)
+        await self.limits.reserve(user, AGENT, attempt, self.entitlement)
         return attempt
 
     def _attempt(self, user: User) -> CallAttempt:
@@ -80,7 +79,7 @@ class House:
     async def refusal(self, user: User = ANN) -> Problem | None:
         """What a user who asks now is told; None: nothing."""
         try:
-            reservation = await self.limits.reserve(user, AGENT, self._attempt(user))
+            reservation = await self.limits.reserve(user, AGENT, self._attempt(user), self.entitlement)
         except Problem as problem:
             return problem
         await self.limits.release(reservation)

@@ -72,7 +72,7 @@ class RequestLog:
         metrics.count_request(scope["method"], route, status, seconds)
         # By path: a request refused before routing counts as a session request, too.
         if scope["method"] == "POST" and route_path(scope) == "/session":
-            metrics.count_session(state.get("problem") or state.get("outcome", "hung-up"))
+            metrics.count_session(state.get("problem") or state.get("outcome", "hung-up"), state.get("plan"))
 
 
 def _request_id(scope: Scope) -> str:
