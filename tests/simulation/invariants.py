@@ -272,7 +272,7 @@ class Invariants:
         world = self.world
         age = world.now - call.reserved
         late = age - self.bounds.call_seconds
-        if late > END_SECONDS and world.is_calm(world.now - late - CALM_SECONDS):
+        if call.given and late > END_SECONDS and world.is_calm(world.now - late - CALM_SECONDS):
             world.violate(
                 f"G-too-long{self._excuse(call)}", f"{call.id} ran {age:.1f} s; {self.bounds.call_seconds} may be"
             )
