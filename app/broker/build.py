@@ -129,6 +129,7 @@ async def open_broker(
             now=clock.now,
             metrics=metrics,
         )
+        agent_ids = {agent.name: agent.agent_id for agent in agents.by_name.values()}
         live = LiveCalls(
             store,
             oneinbox,
@@ -136,13 +137,14 @@ async def open_broker(
             ledger,
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
+            agent_ids=agent_ids,
             now=clock.now,
             metrics=metrics,
         )
         reconciler = Reconciler(
             oneinbox,
             live,
-            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            agent_ids=agent_ids,
             timeout=settings.oneinbox_timeout,
             now=clock.now,
             metrics=metrics,
@@ -152,7 +154,7 @@ async def open_broker(
             oneinbox,
             live,
             keyring,
-            agent_ids=[agent.agent_id for agent in agents.by_name.values()],
+            agent_ids=agent_ids.values(),
             timeout=settings.oneinbox_timeout,
             now=clock.now,
             metrics=metrics,
