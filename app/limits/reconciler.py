@@ -189,9 +189,12 @@ class Reconciler:
         `losses`: of that agent.
         """
         agent, result = losses[0].attempt.agent, ScanResult()
+        if agent not in self.agent_ids:  # no longer configured
+            result.complete = False
+            return result
         by_request = {loss.attempt.request_id: loss for loss in losses}
         try:
-            await self._find(self.agent_ids.get(agent, ""), by_request, most_pages, result)
+            await self._find(self.agent_ids[agent], by_request, most_pages, result)
         except OneInboxError as error:
             log.warning("reconcile_scan_failed", agent=agent, reason=error.reason)
             result.complete = False

@@ -740,6 +740,20 @@ def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
 
 
 @in_simulated_time
+async def test_the_slot_of_an_agent_that_is_no_longer_configured_is_not_given_away() -> None:
+    house = House()
+    attempt = await house.reserve("lost")
+    house.arrives(attempt)
+    house.first.reconciler.agent_ids = {"side": AGENTS["side"]}
+    async with house.at_work():
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(61)
+    assert not house.asked("list")
+    assert await house.live() == {"lost"}
+    assert house.fates() == {"lost": 1, "given-up": 1}
+
+
+@in_simulated_time
 async def test_a_stop_that_fails_is_remembered_and_tried_again_by_any_sweep() -> None:
     house = House()
     attempt = await house.reserve("lost")
