@@ -114,7 +114,12 @@ async def open_broker(
         if traces is not None:
             stack.push_async_callback(traces.aclose)
         oneinbox = open_oneinbox(
-            settings, transport, reread_key=secret_reloader.reload, metrics=metrics, traces=traces, clock=clock
+            settings,
+            transport,
+            reread_key=secret_reloader.reload,
+            metrics=metrics,
+            traces=traces,
+            clock=Clock(store.now, clock.monotonic),
         )
         stack.push_async_callback(oneinbox.aclose)
         if isinstance(keys, KeySet):
@@ -122,19 +127,21 @@ async def open_broker(
             await keys.start()
         ledger = open_ledger(settings, store)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
+        agent_ids = {agent.name: agent.agent_id for agent in agents.by_name.values()}
         live = LiveCalls(
             store,
             oneinbox,
             ledger,
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
+            agent_ids=agent_ids,
             now=store.now,
             metrics=metrics,
         )
         reconciler = Reconciler(
             oneinbox,
             live,
-            agent_ids={agent.name: agent.agent_id for agent in agents.by_name.values()},
+            agent_ids=agent_ids,
             timeout=settings.oneinbox_timeout,
             now=store.now,
             metrics=metrics,
@@ -144,7 +151,7 @@ async def open_broker(
             oneinbox,
             live,
             keyring,
-            agent_ids=[agent.agent_id for agent in agents.by_name.values()],
+            agent_ids=agent_ids.values(),
             timeout=settings.oneinbox_timeout,
             now=store.now,
             metrics=metrics,

@@ -5,7 +5,7 @@ import contextlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from app.limits import record as records
 from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
+from app.limits.running_calls import running_calls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
 from app.store import BUDGET, LimitRequest, Rate, Store, StoreUnavailable
@@ -39,6 +40,16 @@ STOPS_AT_ONCE = 64
 """Calls in the background that are hung up, or looked at because they are due."""
 STOP_AGAIN_SECONDS = 10
 """A call that could not be stopped is stopped again this much later."""
+READ_AT_ONCE = 64
+"""Records that a sweep reads at once."""
+LISTED_SECONDS = 15
+"""A call may be missing in OneInbox's lists for this long after its POST."""
+MOST_UNLISTED = 3
+"""Sweeps in a row without an agent's lists; from this one on, calls are looked at singly."""
+UNLISTED = CallRecord(id="unlisted")
+"""Stands for a call of which nothing but its age is known."""
+MOST_SINGLE = 100
+"""Calls that a sweep looks at singly, because no list tells of them; the next sweep takes others."""
 
 # Why a call is hung up: in logs, in the store (so keep them), and as a label in metrics.
 HUNG_UP = "its caller hung up"
@@ -90,7 +101,8 @@ class LiveCalls:
     """Move the records of calls, and hang up those that must end.
 
     `max_seconds`: longest life of a call; 0: no limit. `join_timeout`: seconds a call may stay unjoined; 0: no limit.
-    `now`: Unix time. `metrics`: counts hang-ups.
+    `agent_ids`: by configured name, to list their calls; the calls of others are looked at singly. `now`: Unix time.
+    `metrics`: counts hang-ups.
     """
 
     store: Store
@@ -99,6 +111,7 @@ class LiveCalls:
     _: KW_ONLY
     max_seconds: float
     join_timeout: float
+    agent_ids: Mapping[str, str] = field(default_factory=dict)
     now: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
@@ -344,22 +357,94 @@ class LiveCalls:
             self._hang_up_soon(unwanted)
 
     async def sweep(self) -> list[CallAttempt]:
-        """Check every live call, unless another replica has just done so; return attempts of unknown outcome."""
+        """Check the live calls, unless another replica has just done so; return attempts of unknown outcome.
+
+        OneInbox is asked which calls run. A running call that is not among them, or must end, is checked by itself.
+        """
         if not (await self.store.decide(LimitRequest([Rate("sweep", 1, SWEEP_SECONDS - 1)]))).allowed:
             return []
-        places = asyncio.Semaphore(AT_ONCE)
         pending: list[CallAttempt] = []
+        to_check: list[CallAttempt] = []
+        running: dict[str, list[StartRecord]] = {}
+        for found in await self._find_all(attempts_of(await self.store.members(ALL_CALLS))):
+            if found.state in (RESERVED, UNRESOLVED):
+                pending.append(found.attempt)
+            elif found.state == GIVEN or (found.state == STARTED and found.due > self.now()):
+                running.setdefault(found.attempt.agent, []).append(found)
+            else:
+                to_check.append(found.attempt)
+        places = asyncio.Semaphore(AT_ONCE)
+        compared = await asyncio.gather(*(self._compare(agent, calls, places) for agent, calls in running.items()))
+        single: list[CallAttempt] = []
+        for left, unknown in compared:
+            to_check += left
+            single += unknown
+        first = int(self.now() // SWEEP_SECONDS) * MOST_SINGLE % (len(single) or 1)
+        to_check += (single[first:] + single[:first])[:MOST_SINGLE]
 
         async def check(attempt: CallAttempt) -> None:
             try:
                 async with places:
-                    if await self._check_call(attempt) is None:
-                        pending.append(attempt)
+                    await self._check_call(attempt)
             except Exception:  # one call must not keep the others from being checked
                 log.exception("call_check_failed", request_id=attempt.request_id)
 
-        await asyncio.gather(*(check(attempt) for attempt in attempts_of(await self.store.members(ALL_CALLS))))
+        await asyncio.gather(*(check(attempt) for attempt in dict.fromkeys(to_check)))
         return pending
+
+    async def _find_all(self, attempts: list[CallAttempt]) -> list[StartRecord]:
+        """Return the records of attempts. An absent one proves nothing: the slots are free when the lease ends."""
+
+        async def find(attempt: CallAttempt) -> StartRecord | None:
+            try:
+                return await self.ledger.find(attempt.request_id)
+            except StoreUnavailable:
+                return None  # without the store nothing is known about the call
+            except Exception:  # one call must not keep the others from being checked
+                log.exception("call_check_failed", request_id=attempt.request_id)
+                return None
+
+        found: list[StartRecord | None] = []
+        for start in range(0, len(attempts), READ_AT_ONCE):
+            found += await asyncio.gather(*(find(attempt) for attempt in attempts[start : start + READ_AT_ONCE]))
+        return [each for each in found if each is not None]
+
+    async def _compare(
+        self, agent: str, calls: list[StartRecord], places: asyncio.Semaphore
+    ) -> tuple[list[CallAttempt], list[CallAttempt]]:
+        """Compare an agent's running calls with OneInbox's lists, which are read after the records.
+
+        Return the attempts whose calls are in no list or must end, and those that no list can tell of.
+        """
+        to_check = [found.attempt for found in calls if self._overdue(found, UNLISTED)]
+        everyone = [found.attempt for found in calls]
+        if agent not in self.agent_ids:
+            return to_check, everyone
+        now = self.now()
+        listable = [found for found in calls if abs(now - found.attempt.since) >= LISTED_SECONDS]
+        if not listable:
+            return to_check, []
+        name = f"unlisted:{agent}"
+        try:
+            async with places:
+                listed = await running_calls(self.oneinbox, self.agent_ids[agent])
+        except OneInboxError as error:
+            failures = 1
+            with contextlib.suppress(StoreUnavailable):
+                failures += int(await self.store.get(name) or b"0")
+                await self.store.set(name, b"%d" % failures, 10 * SWEEP_SECONDS)
+            log.warning("calls_not_listed", agent=agent, reason=error.reason, sweeps=failures)
+            return to_check, everyone if failures >= MOST_UNLISTED else []
+        with contextlib.suppress(StoreUnavailable):
+            await self.store.delete(name)
+            for found in listable:
+                if found.missing_since and found.call_id in listed:
+                    await self.ledger.move(found.attempt.request_id, records.miss(0))
+        for found in listable:
+            record = listed.get(found.call_id)
+            if record is None or self._overdue(found, record):
+                to_check.append(found.attempt)
+        return to_check, []
 
     async def finish(self) -> None:
         """Wait for the stops in the background. Without a shared store, also stop what no process would stop later."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass, field
 
 import structlog
@@ -12,7 +12,7 @@ import structlog
 from app.identity.keyring import Keyring
 from app.limits.call_attempt import CallAttempt
 from app.limits.live_calls import LiveCalls
-from app.limits.reconciler import OVERLAP, PAGE, RUNNING
+from app.limits.running_calls import running_pages
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.store import Store, StoreUnavailable
@@ -22,7 +22,6 @@ LOCK = "restoring"
 LOCK_SECONDS = 60
 RETRY_SECONDS = 5
 AT_ONCE = 8
-MOST_PAGES = 1000
 LONGEST_WAIT = 20.0
 
 log = structlog.get_logger(__name__)
@@ -103,21 +102,10 @@ class Restorer:
 
         restored = 0
         for agent_id in self.agent_ids:
-            for status in RUNNING:
-                async for page in self._pages(agent_id, status):
-                    restored += sum(await asyncio.gather(*(restore(record) for record in page)))
+            async with contextlib.aclosing(running_pages(self.oneinbox, agent_id)) as read:
+                async for calls in read:
+                    restored += sum(await asyncio.gather(*(restore(record) for record in calls)))
         return restored
-
-    async def _pages(self, agent_id: str, status: str) -> AsyncIterator[list[CallRecord]]:
-        seen: set[str] = set()
-        offset = 0
-        for _ in range(MOST_PAGES):
-            page = await self.oneinbox.list_calls(agent_id=agent_id, status=status, limit=PAGE, offset=offset)
-            yield [record for record in page.items if record.id not in seen]
-            seen.update(record.id for record in page.items)
-            if page.listed < PAGE:
-                return
-            offset += PAGE - OVERLAP
 
     def _attempt(self, record: CallRecord) -> CallAttempt | None:
         """Return the attempt that started a call; None if it is not this deployment's, as far as its seal tells."""

@@ -104,10 +104,17 @@ def parse_retry_after(retry_after: str | None, now: float) -> int:
     if re.fullmatch(r"[0-9]+", text):
         seconds = float(text)
     else:
-        try:
-            moment = parsedate_to_datetime(text)
-        except ValueError:
+        date = parse_date(text)
+        if date is None:
             return DEFAULT_PAUSE
-        # All three forms of section 5.6.7 are in UTC, though one does not say so.
-        seconds = moment.replace(tzinfo=UTC).timestamp() - now
+        seconds = date - now
     return max(1, math.ceil(min(seconds, LONGEST_PAUSE)))
+
+
+def parse_date(text: str | None) -> float | None:
+    """Return the Unix time of a date in a header (RFC 9110, section 5.6.7); None if it is missing or no date."""
+    try:
+        # All three forms are in UTC, though one does not say so.
+        return parsedate_to_datetime(text or "").replace(tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError):
+        return None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import from_json, to_json
 
 from app.clock import SYSTEM_CLOCK, Clock
-from app.oneinbox.circuit_breaker import CircuitBreaker, parse_retry_after
+from app.oneinbox.circuit_breaker import CircuitBreaker, parse_date, parse_retry_after
 from app.oneinbox.errors import (
     Busy,
     Failed,
@@ -50,6 +50,9 @@ class OneInbox:
 
     Every method raises OneInboxError. A request is sent once; again only after a 401, if the key has changed.
     """
+
+    ahead: float | None = None
+    """Seconds that OneInbox's clock is ahead of this machine's, at least, by the last list's Date; None: unknown."""
 
     def __init__(
         self,
@@ -223,6 +226,9 @@ class OneInbox:
             if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
+        if path == CALLS:
+            date = parse_date(response.headers.get("date"))
+            self.ahead = None if date is None else date - self._clock.now()
         if response.status_code == 429:
             raise Busy(parse_retry_after(response.headers.get("retry-after"), self._clock.now()))
         try:

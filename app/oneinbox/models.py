@@ -149,14 +149,18 @@ def _readable(value: Any, handler: ValidatorFunctionWrapHandler) -> list[CallRec
 
 
 class CallPage(BaseModel):
-    """One page of a list of calls. `listed`: its length, including items that cannot be read."""
+    """One page of a list of calls.
+
+    `listed`: its length, including items that cannot be read. `total`: the length of the list, as OneInbox says.
+    """
 
     items: Annotated[list[CallRecord], WrapValidator(_readable)]
     listed: int = 0
+    total: Number = None
 
     @model_validator(mode="before")
     @classmethod
     def _count(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("items"), list):
             return data
-        return {"items": data["items"], "listed": len(data["items"])}
+        return {"items": data["items"], "listed": len(data["items"]), "total": data.get("total")}

@@ -18,6 +18,7 @@ from app.limits import CallAttempt, KillSwitch, LiveCalls
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import Ledger
 from app.limits.restorer import Restorer
+from app.limits.running_calls import TRIES
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import OneInboxError
 from app.oneinbox.models import CallPage, CallRecord
@@ -183,7 +184,7 @@ async def test_one_replica_restores_and_a_failure_is_repeated(
     store: FailoverStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.limits.restorer.RETRY_SECONDS", 0.05)
-    account = Account([record_of(1)], failures=1)
+    account = Account([record_of(1)], failures=TRIES)
     one, other = restorer_of(store, account), restorer_of(store, account)
     running = [asyncio.create_task(each.run()) for each in (one, other)]
     with capture_logs() as logs:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -389,7 +390,8 @@ class Transport(httpx.AsyncBaseTransport):
         items = [call.record(seen) for call in found[offset : offset + limit]]
         if world.fault("list-no-metadata", place):
             items = [{name: value for name, value in item.items() if name != "metadata"} for item in items]
-        return exchange.say(200, {"items": items, "total": len(found), "limit": limit, "offset": offset})
+        answer = {"items": items, "total": len(found), "limit": limit, "offset": offset}
+        return exchange.say(200, answer, headers={"date": formatdate(int(EPOCH + world.now), usegmt=True)})
 
     def _seen(self, place: str) -> float:
         stale = self._world.fault("oi-stale", place)

@@ -17,6 +17,7 @@ from app.identity import User
 from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls
 from app.limits.call_attempt import NEVER
 from app.limits.ledger import UNSTOPPED, Ledger
+from app.limits.live_calls import LISTED_SECONDS, MOST_SINGLE, MOST_UNLISTED, SWEEP_SECONDS
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
 from app.problems import Problem
@@ -128,6 +129,52 @@ class House:
         return Counter(
             f"{request.method} {request.url.path.removeprefix('/v1/calls/')}" for request in self.upstream.requests
         )
+
+
+class ListedHouse(House):
+    """OneInbox lists its calls, too.
+
+    `statuses`: of the calls it lists, oldest first. `lists_fail`: offset from which on a list fails.
+    """
+
+    def __init__(self, *, join_timeout: float = JOIN_SECONDS) -> None:
+        super().__init__(max_live_calls=10_000, join_timeout=join_timeout)
+        self.statuses: dict[str, str] = {}
+        self.lists_fail: float = float("inf")
+        self.upstream.router.get("/v1/calls").mock(side_effect=self.list)
+
+    def replica(self) -> LiveCalls:
+        live = super().replica()
+        live.agent_ids = {AGENT.name: AGENT_ID}
+        return live
+
+    def list(self, request: httpx.Request) -> httpx.Response:
+        """Answer as OneInbox does, newest call first."""
+        asked = request.url.params
+        offset, limit = int(asked["offset"]), int(asked["limit"])
+        if offset >= self.lists_fail:
+            return httpx.Response(503)
+        found = [{"id": call, "status": status} for call, status in self.statuses.items() if status == asked["status"]]
+        items = found[::-1][offset : offset + limit]
+        return httpx.Response(200, json={"items": items, "total": len(found), "limit": limit, "offset": offset})
+
+    async def start(self, call_id: str, user: User = ANN, status: str = "in_progress") -> CallAttempt:
+        self.statuses[call_id] = status
+        return await super().start(call_id, user, status)
+
+    def ends(self, call_id: str) -> None:
+        """OneInbox ends a call."""
+        self.statuses[call_id] = "completed"
+        self.upstream.has_call(call_id, status="completed")
+
+    async def sweep_later(self, live: LiveCalls | None = None) -> None:
+        """Sweep when the next sweep is due."""
+        self.clock.now += SWEEP_SECONDS
+        await (live or self.live).sweep()
+
+    def looks(self) -> Counter[str]:
+        """The calls that OneInbox was asked for singly."""
+        return Counter({asked: count for asked, count in self.asked().items() if asked[:5] == "GET c"})
 
 
 @pytest.fixture
@@ -280,6 +327,194 @@ async def test_one_failing_look_up_does_not_end_a_sweep() -> None:
         await house.live.sweep()
     assert await house.live_calls() == {"start-of-c2"}
     assert [(entry["event"], entry["call"]) for entry in logs] == [("call_lookup_failed", "c2")]
+
+
+# --- by lists ---
+
+
+async def test_300_running_calls_cost_two_replicas_few_requests() -> None:
+    house = ListedHouse()
+    for number in range(300):
+        await house.start(f"c{number}")
+    replicas = [house.live, house.replica()]
+    for second in range(67):
+        if second % 5 == 4:
+            house.ends(f"c{second}")
+        if second % SWEEP_SECONDS in (0, 7):
+            await replicas[second % SWEEP_SECONDS == 7].sweep()
+        house.clock.now += 1
+    lists = house.asked()["GET /v1/calls"]
+    assert lists == 2 * (4 + 300 / 100 - 1), (
+        "two sweeps of old calls; few enough have ended that the last page is saved"
+    )
+    assert sum(house.looks().values()) == 12, "one for each that had ended by the last sweep"
+    assert len(await house.live_calls()) == 300 - 12
+
+
+async def test_a_call_that_left_the_lists_is_looked_at_once() -> None:
+    house = ListedHouse()
+    for name in ("c1", "c2"):
+        await house.start(name)
+    await house.sweep_later()
+    assert house.looks() == {}
+    house.ends("c1")
+    for _ in range(3):
+        await house.sweep_later()
+    assert house.looks() == {"GET c1": 1}
+    assert await house.live_calls() == {"start-of-c2"}
+
+
+async def test_either_spelling_of_a_status_is_a_running_call() -> None:
+    house = ListedHouse()
+    for name, status in (("c1", "queued"), ("c2", "initiated"), ("c3", "in_progress"), ("c4", "in-progress")):
+        await house.start(name, status=status)
+    await house.sweep_later()
+    assert house.looks() == {}
+
+
+async def test_a_young_call_may_not_be_listed_yet() -> None:
+    house = ListedHouse()
+    await house.start("c1")
+    house.clock.now += SWEEP_SECONDS
+    await house.start("c2")
+    del house.statuses["c2"]
+    house.clock.now += LISTED_SECONDS - 1
+    await house.live.sweep()
+    assert house.looks() == {}
+    await house.sweep_later()
+    assert house.looks() == {"GET c2": 1}
+
+
+async def test_an_end_that_is_noted_while_the_lists_are_read_costs_no_look() -> None:
+    """As a stream that follows the call notes it."""
+    house = ListedHouse()
+    attempt = await house.start("c1")
+    honest = house.list
+
+    async def end(request: httpx.Request) -> httpx.Response:
+        house.ends("c1")
+        await house.live.note_end(attempt.request_id, record("c1", "completed"))
+        return honest(request)
+
+    house.upstream.router.get("/v1/calls").mock(side_effect=end)
+    await house.sweep_later()
+    assert house.looks() == {}
+    assert await house.live_calls() == set()
+
+
+async def test_a_call_that_is_listed_again_is_not_missing() -> None:
+    house = ListedHouse()
+    await house.start("c1")
+    unknown = house.upstream.router.get("/v1/calls/c1")
+    unknown.respond(404)
+    for status in ("gone", "in_progress", "gone", "in_progress", "gone"):
+        house.statuses["c1"] = status
+        await house.sweep_later()
+        await house.sweep_later()
+    assert await house.live_calls() == {"start-of-c1"}
+    for _ in range(2):
+        await house.sweep_later()
+    assert await house.live_calls() == set(), "two in a row, a minute apart"
+
+
+@pytest.mark.parametrize("joined", [True, False])
+async def test_a_listed_call_that_no_one_joined_is_looked_at_before_it_is_hung_up(joined: bool) -> None:
+    house = ListedHouse()
+    await house.start("c1", status="initiated")
+    house.clock.now += JOIN_SECONDS
+    if joined:
+        house.upstream.has_call("c1", status="in_progress")
+    await house.sweep_later()
+    assert house.looks() == {"GET c1": 1}
+    assert house.asked()["POST c1/stop"] == (not joined)
+
+
+@pytest.mark.parametrize("offset", [0, 99])
+async def test_nothing_is_concluded_from_lists_that_fail(offset: int) -> None:
+    house = ListedHouse()
+    for number in range(120):
+        await house.start(f"c{number}")
+    house.ends("c0")
+    house.lists_fail = offset
+    for _ in range(MOST_UNLISTED - 1):
+        await house.sweep_later()
+    assert house.looks() == {}
+    house.lists_fail = float("inf")
+    await house.sweep_later()
+    assert house.looks() == {"GET c0": 1}
+    house.lists_fail = offset
+    for _ in range(MOST_UNLISTED - 1):
+        await house.sweep_later()
+    assert house.looks() == {"GET c0": 1}, "a sweep with lists begins the count anew"
+
+
+async def test_without_lists_the_third_sweep_looks_at_a_hundred_calls_and_the_next_at_others() -> None:
+    house = ListedHouse()
+    for number in range(200):
+        await house.start(f"c{number}")
+    house.lists_fail = 0
+    replicas = [house.live, house.replica()]
+    for number in range(MOST_UNLISTED):
+        await house.sweep_later(replicas[number % 2])
+    assert len(house.looks()) == sum(house.looks().values()) == MOST_SINGLE
+    await house.sweep_later()
+    assert len(house.looks()) == sum(house.looks().values()) == 2 * MOST_SINGLE
+
+
+async def test_what_must_end_ends_without_lists() -> None:
+    house = ListedHouse()
+    await house.start("c1")
+    house.clock.now += MAX_SECONDS
+    lost = await house.lose("c2")
+    house.stop().respond(500)
+    await house.live.stop(lost, "c2", "why")
+    house.upstream.works_again()
+    house.lists_fail = 0
+    await house.sweep_later()
+    assert house.asked()["POST c1/stop"] == 1
+    await house.tick()
+    assert house.asked()["POST c2/stop"] == 2, "again"
+
+
+async def test_the_calls_of_an_agent_that_is_no_longer_configured_are_looked_at_singly() -> None:
+    house = ListedHouse()
+    await house.start("c1")
+    await house.start("c2")
+    house.ends("c2")
+    house.live.agent_ids = {"another": "agt_another"}
+    await house.sweep_later()
+    assert house.asked() == {"GET c1": 1, "GET c2": 1}
+    assert await house.live_calls() == {"start-of-c1"}
+
+
+async def test_a_sweep_of_a_store_without_running_calls_asks_for_no_list() -> None:
+    house = ListedHouse()
+    await house.sweep_later()
+    await house.lose("c1")
+    assert len(await house.live.sweep()) == 0, "half a minute has not passed"
+    house.clock.now += SWEEP_SECONDS
+    assert len(await house.live.sweep()) == 1
+    assert house.asked() == {}
+
+
+async def test_a_sweep_sends_eight_requests_at_once() -> None:
+    house = ListedHouse()
+    at_once, most = 0, 0
+
+    async def look(request: httpx.Request) -> httpx.Response:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0)
+        at_once -= 1
+        return httpx.Response(200, json={"id": request.url.path.split("/")[-1], "status": "completed"})
+
+    for number in range(40):
+        await house.start(f"c{number}")
+        house.upstream.router.get(f"/v1/calls/c{number}").mock(side_effect=look)
+    house.statuses.clear()
+    await house.sweep_later()
+    assert (most, await house.live_calls()) == (8, set())
 
 
 async def test_a_call_that_is_still_being_started_is_left_alone(house: House) -> None:

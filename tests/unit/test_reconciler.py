@@ -5,17 +5,20 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import SecretStr
 
+from app.clock import Clock
 from app.limits import CallAttempt, LiveCalls, Reconciler
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import UNSTOPPED, Ledger
 from app.limits.live_calls import STOP_AGAIN_SECONDS, SWEEP_SECONDS
-from app.limits.reconciler import MOST_FETCHES, MOST_PAGES, PAGE, RUNNING, SCAN_AFTER, TRIES
+from app.limits.reconciler import MOST_FETCHES, SCAN_AFTER, SCAN_PAGES
+from app.limits.running_calls import PAGE, TRIES
 from app.limits.sweeper import sweep_forever
 from app.oneinbox import OneInbox
 from app.sandbox.calls import Call
@@ -33,6 +36,8 @@ DATE = 1_800_000_000.0
 AGENTS = {"main": "agt_main", "side": "agt_side"}
 OWNER = "a-pseudonym"
 TIMEOUT, LEASE = 15.0, 3900.0
+A_SECOND = 20
+"""Calls that a busy account starts in a second."""
 LATEST = TIMEOUT + 300
 """Seconds after its POST by which a call may be dated, by OneInbox's clock."""
 
@@ -78,11 +83,26 @@ class Books:
         self.reconciler.report_stale(await self.live.sweep())
 
 
+class Dated(httpx.ASGITransport):
+    """Answers have a Date, as OneInbox's have. `ahead`: of the broker's clock, in seconds."""
+
+    ahead = 0.0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        response.headers["date"] = formatdate(int(House.now() + self.ahead), usegmt=True)
+        return response
+
+
 @dataclass
 class House:
-    """One OneInbox and one store, and replicas in front of them, in the event loop's own time."""
+    """One OneInbox and one store, and replicas in front of them, in the event loop's own time.
+
+    `ahead`: seconds that OneInbox's clock is ahead, and that its answers' Date tells; None: they have no Date.
+    """
 
     list_metadata: bool = True
+    ahead: float | None = None
     store: Losable = field(init=False)
     emulator: Emulator = field(init=False)
     oneinbox: OneInbox = field(init=False)
@@ -91,14 +111,20 @@ class House:
 
     def __post_init__(self) -> None:
         options = EmulatorOptions(
-            agents=tuple(AGENTS.values()), in_progress=1e6, list_metadata=self.list_metadata, now=self.now
+            agents=tuple(AGENTS.values()),
+            in_progress=1e6,
+            list_metadata=self.list_metadata,
+            now=lambda: self.now() + (self.ahead or 0),
         )
         account = create_emulator(options)
         self.emulator = account.state.emulator
         self.store = Losable(asyncio.get_running_loop().time)
         key = SecretStr(options.api_key)
-        transport = httpx.ASGITransport(account)
-        self.oneinbox = OneInbox(ONEINBOX, key, transport, timeout=TIMEOUT, connect_timeout=1)
+        transport = httpx.ASGITransport(account) if self.ahead is None else Dated(account)
+        if isinstance(transport, Dated):
+            transport.ahead = self.ahead or 0
+        clock = Clock(self.now)
+        self.oneinbox = OneInbox(ONEINBOX, key, transport, timeout=TIMEOUT, connect_timeout=1, clock=clock)
         self.metrics = Metrics()
         self.first = self.replica()
 
@@ -140,6 +166,18 @@ class House:
         """Calls that are nothing to do with the broker, or look alike."""
         body = StartCall(agent_id=agent, metadata=dict(metadata) if metadata is not None else None)
         return [self.emulator.calls.start(body) for _ in range(count)]
+
+    def busy_for(self, seconds: float) -> None:
+        """Twenty calls a second have been started for so long, and run."""
+        for number in range(int(seconds * A_SECOND)):
+            (call,) = self.others(1, {})
+            call.created_at -= seconds - number / A_SECOND
+
+    async def stays_busy(self) -> None:
+        """Start twenty calls a second."""
+        while True:
+            self.others(1, {})
+            await asyncio.sleep(1 / A_SECOND)
 
     def runs(self, call: Call) -> bool:
         """Whether a call costs money."""
@@ -224,7 +262,7 @@ async def test_many_losses_share_a_scan() -> None:
         for attempt in attempts:
             house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(3)
-    assert len(house.asked("list")) == len(RUNNING), "one list for each status of a running call"
+    assert len(house.asked("list")) == 1
     assert len(house.asked("stop")) == 60
     assert not any(house.runs(call) for call in calls)
     assert await house.live() == set()
@@ -235,7 +273,7 @@ async def test_each_agent_is_scanned_and_the_failure_of_one_is_not_the_others() 
     house = House()
     lost = {agent: await house.reserve(agent, agent) for agent in AGENTS}
     calls = {agent: house.arrives(attempt) for agent, attempt in lost.items()}
-    house.emulator.faults.add(Status(operation="list", status=500, times=TRIES * len(RUNNING)))
+    house.emulator.faults.add(Status(operation="list", status=500, times=TRIES))
     async with house.at_work():
         for attempt in lost.values():
             house.first.reconciler.report_lost(attempt)
@@ -409,11 +447,11 @@ async def test_pages_are_turned_until_the_calls_are_too_old() -> None:
         house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(2.5)
         assert not house.runs(call)
-        assert len(house.asked("list")) == 3 + len(RUNNING) - 1
+        assert len(house.asked("list")) == 3
         house.emulator.requests.clear()
         house.first.reconciler.report_lost(await house.reserve("nothing"))
         await asyncio.sleep(2.5)
-        assert len(house.asked("list")) == 3 + len(RUNNING) - 1
+        assert len(house.asked("list")) == 3
 
 
 @pytest.mark.parametrize("ended", [1, 9, 10, 30, 80, 140])
@@ -444,11 +482,15 @@ async def test_calls_that_end_while_pages_are_turned_hide_no_other(ended: int) -
 async def test_pages_are_bounded() -> None:
     house = House()
     attempt = await house.reserve("lost")
-    house.others((MOST_PAGES + 2) * PAGE)
+    house.others((SCAN_PAGES[-1] + 1) * PAGE)
     async with house.at_work():
         house.first.reconciler.report_lost(attempt)
-        await asyncio.sleep(2.5)
-    assert len(house.asked("list")) == MOST_PAGES + len(RUNNING) - 1
+        began = house.now()
+        for pages, seconds in zip(SCAN_PAGES, SCAN_AFTER, strict=True):
+            house.emulator.requests.clear()
+            await asyncio.sleep(began + seconds + 0.5 - house.now())
+            assert len(house.asked("list")) == pages
+    assert house.fates() == {"lost": 1, "given-up": 1}
 
 
 @pytest.mark.parametrize("list_metadata", [True, False])
@@ -458,11 +500,156 @@ async def test_a_scan_that_was_cut_short_does_not_say_that_there_is_none(list_me
     house = House(list_metadata)
     attempt = await house.reserve("lost")
     call = house.arrives(attempt)
-    house.others((MOST_PAGES + 1) * PAGE)
+    house.others((SCAN_PAGES[-1] + 1) * PAGE)
     async with house.at_work():
         house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(70)
         assert not house.runs(call) or await house.live() == {"lost"}
+
+
+@pytest.mark.parametrize("ahead", [0.0, 200.0, -200.0])
+@pytest.mark.parametrize("exists", [True, False])
+@in_simulated_time
+async def test_with_10000_running_calls_a_loss_costs_25_lists_and_is_settled(exists: bool, ahead: float) -> None:
+    house = House(ahead=ahead)
+    house.busy_for(500)
+    others = asyncio.create_task(house.stays_busy())
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt) if exists else None
+    await asyncio.sleep(TIMEOUT)
+    async with house.at_work():
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(3)
+        assert call is None or not house.runs(call), "the first scan covers the wait for the answer"
+        await asyncio.sleep(SCAN_AFTER[-1])
+    others.cancel()
+    assert len(house.asked("list")) <= 25
+    assert house.fates() == {"lost": 1, **({"found": 1, "stopped": 1} if exists else {"not-found": 1})}
+    assert await house.live() == set()
+
+
+@in_simulated_time
+async def test_with_10000_running_calls_a_call_that_appears_late_is_found() -> None:
+    house = House(ahead=0.0)
+    house.busy_for(500)
+    others = asyncio.create_task(house.stays_busy())
+    attempt = await house.reserve("lost")
+    async with house.at_work():
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(SCAN_AFTER[2] + 1)
+        call = house.arrives(attempt)
+        await asyncio.sleep(SCAN_AFTER[3] - SCAN_AFTER[2])
+    others.cancel()
+    assert not house.runs(call)
+    assert len(house.asked("list")) <= 25
+
+
+@in_simulated_time
+async def test_with_10000_running_calls_losses_of_some_seconds_share_their_scans() -> None:
+    house = House(ahead=0.0)
+    house.busy_for(500)
+    async with house.at_work():
+        for number in range(30):
+            house.first.reconciler.report_lost(await house.reserve(f"lost-{number}"))
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(SCAN_AFTER[-1])
+    assert house.fates() == {"lost": 30, "not-found": 30}
+    assert len(house.asked("list")) <= 2 * 25, "three seconds, in scans for two seconds each"
+
+
+@in_simulated_time
+async def test_losses_that_share_their_scans_share_the_cost_of_a_burst() -> None:
+    """All calls were created in the second of the POSTs, so each of them may be a lost one."""
+    house = House(ahead=0.0)
+    house.others(10_000, {})
+    async with house.at_work():
+        for number in range(30):
+            house.first.reconciler.report_lost(await house.reserve(f"lost-{number}"))
+        await asyncio.sleep(SCAN_AFTER[-1] + 1)
+    assert house.fates() == {"lost": 30, "not-found": 30}
+    assert len(house.asked("list")) == sum(SCAN_PAGES[:-1]) + 101
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@in_simulated_time
+async def test_with_10000_running_calls_a_dead_processs_start_is_settled(exists: bool) -> None:
+    """Its clock is not known, so more is read."""
+    house = House(ahead=0.0)
+    house.busy_for(500)
+    attempt = await house.reserve("left-behind")
+    call = house.arrives(attempt) if exists else None
+    others = asyncio.create_task(house.stays_busy())
+    await asyncio.sleep(TIMEOUT + 61)
+    others.cancel()
+    async with house.at_work():
+        await house.first.sweep()
+        await asyncio.sleep(SWEEP_SECONDS + 61)
+    assert call is None or not house.runs(call)
+    assert await house.live() == set()
+
+
+@in_simulated_time
+async def test_a_clock_that_is_set_back_meanwhile_hides_no_call() -> None:
+    """By the clock as it is at the last scan, the call would seem to have been created ten minutes later."""
+    house = House(ahead=0.0)
+    house.busy_for(20)
+    attempt = await house.reserve("lost")
+    call = house.arrives(attempt)
+    house.others(3 * PAGE, {})
+    honest, blind = house.oneinbox.list_calls, True
+
+    async def list_calls(**options: Any) -> Any:
+        page = await honest(**options)
+        return page.model_copy(update={"items": [each for each in page.items if not blind or each.id != call.id]})
+
+    house.oneinbox.list_calls = list_calls  # type: ignore[method-assign]
+    async with house.at_work():
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(20)
+        blind = False
+        house.oneinbox._clock = Clock(lambda: house.now() - 100)
+        await asyncio.sleep(41)
+    assert not house.runs(call)
+
+
+@in_simulated_time
+async def test_a_dead_store_keeps_no_other_loss_waiting() -> None:
+    house = House()
+    attempt, stale = await house.reserve("lost", "side"), await house.reserve("left-behind")
+    call = house.arrives(attempt)
+    async with house.at_work():
+        await asyncio.sleep(TIMEOUT + 61)
+        house.first.reconciler.report_stale([stale])
+        await asyncio.sleep(SWEEP_SECONDS)
+        house.store.gone = True
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(2.5)
+        assert not house.runs(call)
+        house.store.gone = False
+        await asyncio.sleep(SCAN_AFTER[-1] + 2 * SCAN_AFTER[0])
+    assert house.fates() == {"lost": 2, "found": 1, "stopped": 1, "not-found": 1}
+
+
+@in_simulated_time
+async def test_a_list_that_takes_long_keeps_no_other_agent_waiting() -> None:
+    house = House()
+    lost = {agent: await house.reserve(agent, agent) for agent in AGENTS}
+    calls = {agent: house.arrives(attempt) for agent, attempt in lost.items()}
+    honest = house.oneinbox.list_calls
+
+    async def list_calls(*, agent_id: str, **options: Any) -> Any:
+        await asyncio.sleep(TIMEOUT if agent_id == AGENTS["main"] else 0)
+        return await honest(agent_id=agent_id, **options)
+
+    house.oneinbox.list_calls = list_calls  # type: ignore[method-assign, assignment]
+    async with house.at_work():
+        house.first.reconciler.report_lost(lost["main"])
+        await asyncio.sleep(1)
+        house.first.reconciler.report_lost(lost["side"])
+        await asyncio.sleep(2.5)
+        assert [house.runs(calls[agent]) for agent in ("main", "side")] == [True, False]
+        await asyncio.sleep(TIMEOUT)
+    assert not house.runs(calls["main"])
 
 
 # --- what can go wrong at OneInbox ---
@@ -524,8 +711,7 @@ async def test_when_the_last_look_failed_the_slot_stays_and_the_sweep_begins_ane
     house = House()
     attempt = await house.reserve("lost")
     call = house.arrives(attempt)
-    every_look = len(SCAN_AFTER) * len(RUNNING) + 1  # the last looks through all calls, too
-    house.emulator.faults.add(Status(operation="list", status=500, times=every_look * TRIES))
+    house.emulator.faults.add(Status(operation="list", status=500, times=len(SCAN_AFTER) * TRIES))
     async with house.at_work():
         house.first.reconciler.report_lost(attempt)
         await asyncio.sleep(61)
@@ -549,6 +735,20 @@ def test_giving_up_is_an_error_in_the_log(logs: Logs) -> None:
 
     run()
     assert [entry["log_level"] for entry in logs if entry["event"] == "lost_call_unresolved"] == ["error"]
+
+
+@in_simulated_time
+async def test_the_slot_of_an_agent_that_is_no_longer_configured_is_not_given_away() -> None:
+    house = House()
+    attempt = await house.reserve("lost")
+    house.arrives(attempt)
+    house.first.reconciler.agent_ids = {"side": AGENTS["side"]}
+    async with house.at_work():
+        house.first.reconciler.report_lost(attempt)
+        await asyncio.sleep(61)
+    assert not house.asked("list")
+    assert await house.live() == {"lost"}
+    assert house.fates() == {"lost": 1, "given-up": 1}
 
 
 @in_simulated_time
