@@ -150,7 +150,7 @@ class MemoryStore(Store):
         return True
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        self._add_member(name, member, self._now(), ttl)
+        self._join(name, member, self._now(), ttl)
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         now = self._now()
@@ -168,7 +168,7 @@ class MemoryStore(Store):
         for value in change.values:
             self._set(value, now)
         for name, member, ttl in change.joins:
-            self._add_member(name, member, now, ttl)
+            self._join(name, member, now, ttl)
         for leave in change.leaves:
             self._leave(leave, now)
         if change.entry is not None:
@@ -246,6 +246,14 @@ class MemoryStore(Store):
         used = self._budgets.of(name).get(name) or UsedTime(now + self._epoch)
         used.advance(now + self._epoch, living, len(living))
         return used
+
+    def _join(self, name: str, member: str, now: float, ttl: float) -> None:
+        if name in self._budgets.of(name):
+            used = self._budget_of(name, now)
+            if member not in self._living(name, now):
+                used.join(member)
+            self._plan_budget(name, used)
+        self._add_member(name, member, now, ttl)
 
     def _join_budget(self, name: str, used: UsedTime, budget: Budget, member: str, now: float) -> None:
         used.limit = budget.seconds if budget.enforced else None

@@ -68,13 +68,41 @@ local function start_of(member)
   return start and math.min(start * 1000, ms) or ms
 end
 
+local function is_in(set, member)
+  local ends = redis.call('ZSCORE', set, member)
+  return ends and tonumber(ends) > now
+end
+
+local function join_budget(b, member)
+  b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1
+end
+
+local function leave_budget(b, member, used)
+  b[4] = b[4] - 1
+  b[2] = b[4] > 0 and math.max(0, b[2] - b[3] + start_of(member)) or 0
+  used = math.min(used, WINDOW)
+  if used <= 0 then return end
+  local size, cell = #b, WINDOW / {GRID}
+  if size > HEAD and math.floor(b[size - 1] / cell) == math.floor(b[3] / cell) then
+    b[size - 1], b[size] = b[3], b[size] + used
+  else
+    b[size + 1], b[size + 2] = b[3], used
+  end
+end
+
+-- Of the members that are in the set still; what has expired leaves it when the budget is saved.
 local function load_budget(set, key)
   local packed, count = redis.call('GET', key), redis.call('ZCARD', set)
   local b = packed and cmsgpack.unpack(packed) or {{-1, 0, ms, 0}}
   if ms > b[3] then b[2], b[3] = b[2] + b[4] * (ms - b[3]), ms end
-  if count ~= b[4] then -- members came or went unseen
-    b[2], b[4] = 0, count
-    for _, each in ipairs(redis.call('ZRANGE', set, 0, -1)) do b[2] = b[2] + b[3] - start_of(each) end
+  if count == b[4] then
+    for _, each in ipairs(redis.call('ZRANGEBYSCORE', set, '-inf', string.format('%.0f', now))) do
+      leave_budget(b, each, 0)
+    end
+  else -- members came or went unseen; reading all of them takes long
+    b[2], b[4] = 0, 0
+    local living = redis.call('ZRANGEBYSCORE', set, string.format('(%.0f', now), '+inf')
+    for _, each in ipairs(living) do join_budget(b, each) end
   end
   local first = HEAD + 1
   while b[first] and b[first] + WINDOW <= b[3] do first = first + 2 end
@@ -111,20 +139,8 @@ local function free_in(b, limit)
   return 0
 end
 
-local function leave_budget(b, member, used)
-  b[4] = b[4] - 1
-  b[2] = b[4] > 0 and math.max(0, b[2] - b[3] + start_of(member)) or 0
-  used = math.min(used, WINDOW)
-  if used <= 0 then return end
-  local size, cell = #b, WINDOW / {GRID}
-  if size > HEAD and math.floor(b[size - 1] / cell) == math.floor(b[3] / cell) then
-    b[size - 1], b[size] = b[3], b[size] + used
-  else
-    b[size + 1], b[size + 2] = b[3], used
-  end
-end
-
-local function save_budget(b, key, due, name)
+local function save_budget(b, set, key, due, name)
+  redis.call('ZREMRANGEBYSCORE', set, '-inf', string.format('%.0f', now))
   if b[1] < 0 or b[4] == 0 then
     redis.call('ZREM', due, name)
   else
@@ -138,6 +154,17 @@ local function save_budget(b, key, due, name)
 end
 """
 )
+
+_JOIN = """
+local function join(set, budget, due, member, lease, name)
+  if redis.call('EXISTS', budget) == 1 then
+    local b = load_budget(set, budget)
+    if not is_in(set, member) then join_budget(b, member) end
+    save_budget(b, set, budget, due, name)
+  end
+  add(set, member, lease)
+end
+"""
 
 DECIDE = Script(
     _NOW
@@ -214,7 +241,6 @@ end
 local times, at = {{}}, 8 + rates + last
 for i = 1, budgets do
   local set = KEYS[rates + 1 + tonumber(ARGV[at])]
-  redis.call('ZREMRANGEBYSCORE', set, '-inf', string.format('%.0f', now))
   times[i] = {{set = set, b = load_budget(set, KEYS[last + i]), seconds = tonumber(ARGV[at + 1]),
     enforced = ARGV[at + 2] == '1', name = ARGV[at + 3]}}
   times[i].refused = cost > 0 and total_of(times[i].b) >= times[i].seconds * 1000
@@ -240,10 +266,8 @@ for i, time in ipairs(times) do
   local b = time.b
   if counted then
     b[1] = time.enforced and time.seconds * 1000 or -1
-    if not redis.call('ZSCORE', time.set, member) then
-      b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1
-    end
-    save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], time.name)
+    if not is_in(time.set, member) then join_budget(b, member) end
+    save_budget(b, time.set, KEYS[last + i], KEYS[last + budgets + 1], time.name)
   end
 end
 for i = rates + 1, last do
@@ -293,8 +317,9 @@ end
 for i = 1, budgets do
   local set = KEYS[rates + 1 + tonumber(ARGV[at])]
   local b = load_budget(set, KEYS[last + i])
-  if redis.call('ZREM', set, ARGV[4]) == 1 then leave_budget(b, ARGV[4], 0) end
-  save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], ARGV[at + 1])
+  if is_in(set, ARGV[4]) then leave_budget(b, ARGV[4], 0) end
+  redis.call('ZREM', set, ARGV[4])
+  save_budget(b, set, KEYS[last + i], KEYS[last + budgets + 1], ARGV[at + 1])
   at = at + 2
 end
 for i = rates + 1, last do redis.call('ZREM', KEYS[i], ARGV[4]) end
@@ -302,7 +327,9 @@ if #KEYS > last + (budgets > 0 and budgets + 1 or 0) then redis.call('DEL', KEYS
 """
 )
 
-ADD_MEMBER = Script(_NOW + _ADD + "add(KEYS[1], ARGV[1], tonumber(ARGV[2]))\n")
+ADD_MEMBER = Script(
+    _NOW + _ADD + _BUDGET + _JOIN + "join(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[2]), ARGV[3])\n"
+)
 
 REMOVE_MEMBER = Script(
     _NOW
@@ -340,10 +367,11 @@ CHANGE = Script(
     _NOW
     + _ADD
     + _BUDGET
+    + _JOIN
     + """
--- KEYS: one for each step, three for `end`: set, budget, index. ARGV: of each step its word and arguments;
+-- KEYS: one for each step, three for `join` and `end`: set, budget, index. ARGV: of each step its word and arguments;
 -- expectations come first.
--- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
+-- is VALUE, none | set VALUE TTL | join MEMBER LEASE NAME, leave MEMBER | push VALUE KEEP TTL
 -- | due MEMBER DELAY, done MEMBER | end MEMBER USED NAME
 local at = 0
 local function take()
@@ -353,7 +381,7 @@ end
 local step_at = 1
 while KEYS[step_at] do
   local key, step = KEYS[step_at], take()
-  step_at = step_at + (step == 'end' and 3 or 1)
+  step_at = step_at + ((step == 'join' or step == 'end') and 3 or 1)
   if step == 'is' then
     if redis.call('GET', key) ~= take() then return 0 end
   elseif step == 'none' then
@@ -362,8 +390,8 @@ while KEYS[step_at] do
     local value = take()
     redis.call('SET', key, value, 'PX', take())
   elseif step == 'join' then
-    local member = take()
-    add(key, member, tonumber(take()))
+    local member, lease, name = take(), tonumber(take()), take()
+    join(key, KEYS[step_at - 2], KEYS[step_at - 1], member, lease, name)
   elseif step == 'leave' or step == 'done' then
     redis.call('ZREM', key, take())
   elseif step == 'due' then
@@ -376,8 +404,9 @@ while KEYS[step_at] do
       redis.call('ZREM', key, member)
     else
       local b = load_budget(key, budget)
-      if redis.call('ZREM', key, member) == 1 then leave_budget(b, member, used) end
-      save_budget(b, budget, due, name)
+      if is_in(key, member) then leave_budget(b, member, used) end
+      redis.call('ZREM', key, member)
+      save_budget(b, key, budget, due, name)
     end
   else
     redis.call('LPUSH', key, take())

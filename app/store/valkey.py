@@ -166,7 +166,8 @@ class ValkeyStore(Store):
         return bool(await self._run(scripts.DELETE, [self._values + name], expected))
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        await self._run(scripts.ADD_MEMBER, [self._slots + name], member, round(ttl * 1e6))
+        keys = [self._slots + name, self._budgets + name, self._due]
+        await self._run(scripts.ADD_MEMBER, keys, member, round(ttl * 1e6), BUDGET + name)
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         return bool(await self._run(scripts.REMOVE_MEMBER, [self._slots + name for name in names], member))
@@ -188,8 +189,8 @@ class ValkeyStore(Store):
             keys.append(self._values + name)
             arguments += ("set", value, _milliseconds(ttl))
         for name, member, ttl in change.joins:
-            keys.append(self._slots + name)
-            arguments += ("join", member, round(ttl * 1e6))
+            keys += (self._slots + name, self._budgets + name, self._due)
+            arguments += ("join", member, round(ttl * 1e6), BUDGET + name)
         for name, member, seconds in change.leaves:
             if seconds is None:
                 keys.append(self._slots + name)
