@@ -139,9 +139,16 @@ class Ledger:
         return [record for record in records if record is not None]
 
     async def move(
-        self, request_id: str, step: Step, guess: StartRecord | None = None, kept: Kept | None = None
+        self,
+        request_id: str,
+        step: Step,
+        guess: StartRecord | None = None,
+        kept: Kept | None = None,
+        *,
+        hangs_up: bool = True,
     ) -> Moved:
         """Apply a step to a record. `guess`: the record, if it is most likely known; `kept`: an answer to keep with it.
+        `hangs_up` False: if the call becomes unwanted, any replica may hang up at once.
 
         A kept answer whose mark is gone is not kept, and nothing is moved.
         """
@@ -162,7 +169,7 @@ class Ledger:
             if written is None and held is not None and before is not None:
                 # What was not confirmed may still be made: let it find another value than it expects.
                 written = before.moved(turn=before.turn + 1)
-            if written is None or await self.store.change(self._change(request_id, before, written, kept)):
+            if written is None or await self.store.change(self._change(request_id, before, written, kept, hangs_up)):
                 self._confirm(request_id, steps)
                 return Moved(before, after)
         return Moved(before, None)
@@ -207,7 +214,9 @@ class Ledger:
         if call_id:
             del self._by_call[call_id]
 
-    def _change(self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None) -> Change:
+    def _change(
+        self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None, hangs_up: bool
+    ) -> Change:
         """Return the write of a move, with everything that hangs on the record."""
         attempt = after.attempt
         left = self.left(attempt)
@@ -237,16 +246,16 @@ class Ledger:
         if kept is not None:
             expected[kept.name] = kept.mark
             values.append(Value(kept.name, kept.value, kept.ttl))
-        return Change(expected, values, joins, leaves, entry, self._due(after, was))
+        return Change(expected, values, joins, leaves, entry, self._due(after, was, hangs_up))
 
-    def _due(self, after: StartRecord, was: str) -> Due | None:
+    def _due(self, after: StartRecord, was: str, hangs_up: bool) -> Due | None:
         """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""
         if after.state == GIVEN and after.attempt.ends > 0:
             return Due(after.attempt.request_id, after.attempt.ends - self.now())
         if after.state == STARTED:
             return Due(after.attempt.request_id, after.due - self.now())
         if after.state == UNWANTED:
-            return Due(after.attempt.request_id, STOP_SECONDS if self.hangs_up else 0)
+            return Due(after.attempt.request_id, STOP_SECONDS if hangs_up and self.hangs_up else 0)
         return Due(after.attempt.request_id, None) if was in (STARTED, GIVEN, UNWANTED) else None
 
 

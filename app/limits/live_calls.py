@@ -343,18 +343,15 @@ class LiveCalls:
         for member in taken:
             work = self._end_budget if member.startswith(BUDGET) else self._end_due
             self._in_background(member, partial(work, member))
-        return len(taken) == places
+        return len(taken) == places or any(each.startswith(BUDGET) for each in self._background)
 
     async def _end_budget(self, budget: str) -> None:
         """End the running calls of a budget that has run out: each is due at once, for any replica."""
         with contextlib.suppress(StoreUnavailable):  # it stays due
             async for page in self.store.pages(budget.removeprefix(BUDGET)):
-                await asyncio.gather(*(self._condemn(attempt.request_id) for attempt in attempts_of(page)))
-
-    async def _condemn(self, request_id: str) -> None:
-        moved = await self.ledger.move(request_id, records.condemn(NO_MINUTES))
-        if (unwanted := _newly_unwanted(moved)) is not None:
-            self._hang_up_soon(unwanted)
+                step = records.condemn(NO_MINUTES)
+                moves = (self.ledger.move(each.request_id, step, hangs_up=False) for each in attempts_of(page))
+                await asyncio.gather(*moves)
 
     async def sweep(self) -> list[CallAttempt]:
         """Check the live calls, unless another replica has just done so; return attempts of unknown outcome.
