@@ -258,7 +258,7 @@ class Store(Protocol):
         """Take a member out of sets; return whether it was in any."""
 
     async def members(self, name: str) -> dict[str, float]:
-        """Return the unexpired members and the seconds each has left."""
+        """Return the unexpired members and the seconds each has left; a large set is read in parts, as by `pages`."""
 
     def pages(self, name: str) -> AsyncIterator[list[str]]:
         """Return a set's members in parts, so that a large one stops nothing else.

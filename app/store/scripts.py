@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import sha1
 
 from app.store.budget import LONGEST_CLAIM, WINDOW
+from app.store.protocol import PAGE
 from app.store.sliding_window import GRID, MOST
 
 _NOW = """
@@ -346,10 +347,18 @@ return left
 
 MEMBERS = Script(
     _NOW
-    + """
-local found = redis.call('ZRANGEBYSCORE', KEYS[1], string.format('(%.0f', now), '+inf', 'WITHSCORES')
-for at = 2, #found, 2 do found[at] = string.format('%.0f', found[at] - now) end
-return found
+    + f"""
+-- KEYS: a set. ARGV: cursor. Returns the next cursor, and of a part of the living members each with what it has left.
+local page = redis.call('ZSCAN', KEYS[1], ARGV[1], 'COUNT', {PAGE})
+local found, living = page[2], {{}}
+for at = 1, #found, 2 do
+  local left = found[at + 1] - now
+  if left > 0 then
+    living[#living + 1] = found[at]
+    living[#living + 1] = string.format('%.0f', left)
+  end
+end
+return {{page[1], living}}
 """
 )
 

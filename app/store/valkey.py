@@ -173,11 +173,16 @@ class ValkeyStore(Store):
         return bool(await self._run(scripts.REMOVE_MEMBER, [self._slots + name for name in names], member))
 
     async def members(self, name: str) -> dict[str, float]:
-        found: list[bytes] = await self._run(scripts.MEMBERS, [self._slots + name])
-        return {
-            member.decode(errors="surrogatepass"): int(left) / 1e6
-            for member, left in zip(found[::2], found[1::2], strict=True)
-        }
+        members: dict[str, float] = {}
+        cursor = b"0"
+        while True:
+            cursor, found = await self._run(scripts.MEMBERS, [self._slots + name], cursor)
+            members |= {
+                member.decode(errors="surrogatepass"): int(left) / 1e6
+                for member, left in zip(found[::2], found[1::2], strict=True)
+            }
+            if cursor == b"0":
+                return members
 
     async def change(self, change: Change) -> bool:
         keys: list[str] = []

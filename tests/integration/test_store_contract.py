@@ -7,7 +7,21 @@ from typing import Any
 
 import pytest
 
-from app.store import Budget, Change, Due, Leave, LimitRequest, ListEntry, Member, Rate, Slot, Store, Value, open_store
+from app.store import (
+    PAGE,
+    Budget,
+    Change,
+    Due,
+    Leave,
+    LimitRequest,
+    ListEntry,
+    Member,
+    Rate,
+    Slot,
+    Store,
+    Value,
+    open_store,
+)
 from app.store.valkey import ValkeyStore
 
 
@@ -411,10 +425,14 @@ async def test_a_claimed_budget_keeps_its_claim_while_it_is_out(store: Store, na
     assert left > 3
 
 
-async def test_pages_hold_every_member(store: Store, name: str) -> None:
-    for number in range(5):
-        await store.add_member(name, f"m{number}", 60)
-    assert {member async for page in pages_of(store, name) for member in page} == {f"m{number}" for number in range(5)}
+@pytest.mark.parametrize("count", [5, 2 * PAGE + 1])
+async def test_every_member_is_read_however_many_there_are(store: Store, name: str, count: int) -> None:
+    expected = {f"m{number}" for number in range(count)}
+    await asyncio.gather(*(store.add_member(name, member, 60) for member in expected))
+    assert {member async for page in pages_of(store, name) for member in page} == expected
+    members = await store.members(name)
+    assert members.keys() == expected
+    assert all(50 < left <= 60 for left in members.values())
 
 
 def pages_of(store: Store, name: str) -> AsyncIterator[list[str]]:
