@@ -301,9 +301,11 @@ class Settings(BaseSettings):
         0, "Seconds a call may stay unjoined before the broker hangs it up. 0: no limit", most=86400
     )
     talk_minutes: int | None = _count(
-        None, "Call minutes per user in any 24 h; once they are used up, sessions are refused. Unset: no limit"
+        None,
+        "Call minutes per user in any 24 h; once they are used up, sessions are refused and running calls are hung up. "
+        "Unset: no limit",
     )
-    global_talk_minutes: int | None = _count(None, "Call minutes in any 24 h, all users together. Unset: no limit")
+    global_talk_minutes: int | None = _count(None, "The same for all users together. Unset: no limit")
     plans_file: Path | None = setting(
         None,
         "TOML file of limits by plan and by organization, chosen by the token's claims; jwt mode only",

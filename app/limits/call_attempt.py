@@ -1,5 +1,6 @@
 """A call's entry in the store from before its POST: enough to find the call again if the process dies."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
@@ -45,15 +46,16 @@ class CallAttempt(NamedTuple):
     @property
     def unwritten(self) -> str:
         """The fields that OneInbox's record does not hold otherwise, for `restored`."""
-        unwritten = f"{self.since} {self.agent} {self.user} {self.ends:.3f}"
-        return f"{unwritten} {self.organization}" if self.organization else unwritten
+        return f"{self.since} {self.agent} {self.user} {self.ends:.3f} {self.organization}".rstrip()
 
     @classmethod
     def restored(cls, unwritten: str, request_id: str, owner: str) -> Self:
         """Return the attempt of OneInbox's record. Raises ValueError."""
         since, agent, user, *rest = unwritten.split(" ")
-        ends, organization = float(rest[0]) if rest else 0, _organization(rest[1:])
-        return cls(request_id, int(since), agent, user, owner, organization, ends)
+        ends = float(rest[0]) if rest else 0
+        if not math.isfinite(ends):
+            raise ValueError("an end that cannot be")
+        return cls(request_id, int(since), agent, user, owner, _organization(rest[1:]), ends)
 
     @property
     def sets(self) -> list[str]:

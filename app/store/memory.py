@@ -86,9 +86,9 @@ class MemoryStore(Store):
             if slot.capacity is not None and needed > slot.capacity:
                 refused.append(index)
             used.append(len(living))
-        times = [self._budget_of(slots[budget.slot].name, now) for budget in budgets]
-        full = [bool(cost) and each.total >= budget.seconds for each, budget in zip(times, budgets, strict=True)]
-        refused += [index for index, each in enumerate(full, len(rates) + len(slots)) if each]
+        times = [self._budget_of(slots[budget.slot].name, now) for budget in budgets] if budgets else []
+        if cost and budgets:
+            refused += _used_up(budgets, times, len(rates) + len(slots))
 
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
@@ -103,10 +103,7 @@ class MemoryStore(Store):
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
             if record is not None and self._value(record.name, now) is None:
                 self._set(record, now)
-        left = tuple(
-            BudgetState(max(0.0, budget.seconds - each.total), each.free_in(budget.seconds))
-            for each, budget in zip(times, budgets, strict=True)
-        )
+        left = _states(budgets, times) if budgets else ()
         return Decision(tuple(refused), tuple(states), tuple(used), counted, budgets=left)
 
     async def give_back(self, request: LimitRequest, decision: Decision) -> bool:
@@ -292,6 +289,19 @@ class MemoryStore(Store):
         if not members.living(now):
             del shard[name]
         return left
+
+
+def _used_up(budgets: Sequence[Budget], times: Sequence[UsedTime], first: int) -> list[int]:
+    """Return the indices of the budgets of which nothing is left; the first one's is `first`."""
+    both = enumerate(zip(budgets, times, strict=True), first)
+    return [index for index, (budget, each) in both if each.total >= budget.seconds]
+
+
+def _states(budgets: Sequence[Budget], times: Sequence[UsedTime]) -> tuple[BudgetState, ...]:
+    return tuple(
+        BudgetState(max(0.0, budget.seconds - each.total), each.free_in(budget.seconds))
+        for budget, each in zip(budgets, times, strict=True)
+    )
 
 
 def _past(kept: tuple[float, object], now: float) -> bool:

@@ -85,7 +85,7 @@ async def test_all_green(environ: dict[str, str]) -> None:
     assert (done.code, done.err) == (0, "")
     *lines, last = done.out.splitlines()
     assert all(line.startswith("✓ ") for line in lines)
-    assert len(lines) == 15
+    assert len(lines) == 16
     assert last == "Nothing is wrong."
 
 
