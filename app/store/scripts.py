@@ -8,7 +8,8 @@ an expiry.
 from dataclasses import dataclass, field
 from hashlib import sha1
 
-from app.store.budget import LONGEST_CLAIM, WINDOW
+from app.store.budget import WINDOW
+from app.store.protocol import BUDGET, BUDGET_CLAIM, PAGE
 from app.store.sliding_window import GRID, MOST
 
 _NOW = """
@@ -59,7 +60,8 @@ _BUDGET = (
     _PLAN
     + f"""
 -- A budget is a list: limit (-1: only counted), running, at, members, then time and used of each cell; all in
--- milliseconds. It is what budget.py's UsedTime is.
+-- milliseconds. It is what budget.py's UsedTime is. Its key may be absent, and members may come or go unseen: then
+-- it is counted anew.
 local WINDOW, HEAD = {WINDOW * 1000}, 4
 local ms = math.floor(now / 1000)
 
@@ -68,20 +70,41 @@ local function start_of(member)
   return start and math.min(start * 1000, ms) or ms
 end
 
-local function load_budget(set, key)
-  local packed, count = redis.call('GET', key), redis.call('ZCARD', set)
+local function leave_budget(b, member, used)
+  b[4] = b[4] - 1
+  b[2] = b[4] > 0 and math.max(0, b[2] - b[3] + start_of(member)) or 0
+  used = math.min(used, WINDOW)
+  if used <= 0 then return end
+  local size, cell = #b, WINDOW / {GRID}
+  if size > HEAD and math.floor(b[size - 1] / cell) == math.floor(b[3] / cell) then
+    b[size - 1], b[size] = b[3], b[size] + used
+  else
+    b[size + 1], b[size + 2] = b[3], used
+  end
+end
+
+local function load_budget(set, key)  -- returns the budget, and whether it must be saved
+  local packed = redis.call('GET', key)
   local b = packed and cmsgpack.unpack(packed) or {{-1, 0, ms, 0}}
   if ms > b[3] then b[2], b[3] = b[2] + b[4] * (ms - b[3]), ms end
-  if count ~= b[4] then -- members came or went unseen
-    b[2], b[4] = 0, count
-    for _, each in ipairs(redis.call('ZRANGE', set, 0, -1)) do b[2] = b[2] + b[3] - start_of(each) end
-  end
   local first = HEAD + 1
   while b[first] and b[first] + WINDOW <= b[3] do first = first + 2 end
-  if first == HEAD + 1 then return b end
-  local kept = {{b[1], b[2], b[3], b[4]}}
-  for at = first, #b do kept[#kept + 1] = b[at] end
-  return kept
+  if first > HEAD + 1 then
+    local kept = {{b[1], b[2], b[3], b[4]}}
+    for at = first, #b do kept[#kept + 1] = b[at] end
+    b = kept
+  end
+  -- Those whose leases have ended: no one saw their ends.
+  local ended = redis.call('ZRANGEBYSCORE', set, '-inf', string.format('%.0f', now), 'LIMIT', 0, {PAGE})
+  for _, each in ipairs(ended) do
+    redis.call('ZREM', set, each)
+    leave_budget(b, each, b[3] - start_of(each))
+  end
+  local count = redis.call('ZCARD', set)
+  if count == b[4] then return b, #ended > 0 end
+  b[2], b[4] = 0, count
+  for _, each in ipairs(redis.call('ZRANGE', set, 0, -1)) do b[2] = b[2] + b[3] - start_of(each) end
+  return b, true
 end
 
 local function total_of(b)
@@ -111,17 +134,8 @@ local function free_in(b, limit)
   return 0
 end
 
-local function leave_budget(b, member, used)
-  b[4] = b[4] - 1
-  b[2] = b[4] > 0 and math.max(0, b[2] - b[3] + start_of(member)) or 0
-  used = math.min(used, WINDOW)
-  if used <= 0 then return end
-  local size, cell = #b, WINDOW / {GRID}
-  if size > HEAD and math.floor(b[size - 1] / cell) == math.floor(b[3] / cell) then
-    b[size - 1], b[size] = b[3], b[size] + used
-  else
-    b[size + 1], b[size + 2] = b[3], used
-  end
+local function join_budget(b, set, member)
+  if not redis.call('ZSCORE', set, member) then b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1 end
 end
 
 local function save_budget(b, key, due, name)
@@ -130,11 +144,17 @@ local function save_budget(b, key, due, name)
   else
     local at, planned = runs_out(b), redis.call('ZSCORE', due, name)
     -- One that has run out already may be claimed: its place in the index is not its time.
-    if at > b[3] or not planned or tonumber(planned) > now + {LONGEST_CLAIM * 1_000_000} then
+    if at > b[3] or not planned or tonumber(planned) > now + {BUDGET_CLAIM * 1e6:.0f} then
       plan(due, name, at * 1000 - now)
     end
   end
-  redis.call('SET', key, cmsgpack.pack(b), 'PX', {DUE_SECONDS * 1000})
+  if b[4] > 0 then
+    redis.call('SET', key, cmsgpack.pack(b), 'PX', {DUE_SECONDS * 1000})
+  elseif #b > HEAD then
+    redis.call('SET', key, cmsgpack.pack(b), 'PX', b[#b - 1] + WINDOW - b[3] + 1)
+  else
+    redis.call('DEL', key)
+  end
 end
 """
 )
@@ -214,10 +234,10 @@ end
 local times, at = {{}}, 8 + rates + last
 for i = 1, budgets do
   local set = KEYS[rates + 1 + tonumber(ARGV[at])]
-  redis.call('ZREMRANGEBYSCORE', set, '-inf', string.format('%.0f', now))
-  times[i] = {{set = set, b = load_budget(set, KEYS[last + i]), seconds = tonumber(ARGV[at + 1]),
-    enforced = ARGV[at + 2] == '1', name = ARGV[at + 3]}}
-  times[i].refused = cost > 0 and total_of(times[i].b) >= times[i].seconds * 1000
+  local b, changed = load_budget(set, KEYS[last + i])
+  times[i] = {{set = set, b = b, changed = changed, limit = tonumber(ARGV[at + 1]) * 1000, name = ARGV[at + 3]}}
+  times[i].refused = cost > 0 and times[i].limit >= 0 and total_of(b) >= times[i].limit
+  if cost > 0 then b[1], times[i].changed = ARGV[at + 2] == '1' and times[i].limit or -1, true end
   free = free and not times[i].refused
   at = at + 4
 end
@@ -237,14 +257,8 @@ for i = 1, rates do
     wait(window, total, target, span), mark)
 end
 for i, time in ipairs(times) do
-  local b = time.b
-  if counted then
-    b[1] = time.enforced and time.seconds * 1000 or -1
-    if not redis.call('ZSCORE', time.set, member) then
-      b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1
-    end
-    save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], time.name)
-  end
+  if counted then join_budget(time.b, time.set, member) end
+  if time.changed then save_budget(time.b, KEYS[last + i], KEYS[last + budgets + 1], time.name) end
 end
 for i = rates + 1, last do
   if counted then add(KEYS[i], member, lease) end
@@ -252,7 +266,7 @@ for i = rates + 1, last do
 end
 for i, time in ipairs(times) do
   answer[#answer + 1] = string.format('%d %.0f %.0f', time.refused and 1 or 0,
-    math.max(0, time.seconds * 1000 - total_of(time.b)), free_in(time.b, time.seconds * 1000))
+    math.max(0, time.limit - total_of(time.b)), time.limit >= 0 and free_in(time.b, time.limit) or 0)
 end
 local records = last + (budgets > 0 and budgets + 1 or 0)
 if counted and #KEYS > records then redis.call('SET', KEYS[#KEYS], ARGV[#ARGV - 1], 'NX', 'PX', ARGV[#ARGV]) end
@@ -341,10 +355,10 @@ CHANGE = Script(
     + _ADD
     + _BUDGET
     + """
--- KEYS: one for each step, three for `end`: set, budget, index. ARGV: of each step its word and arguments;
+-- KEYS: one for each step, three for `enter` and `end`: set, budget, index. ARGV: of each step its word and arguments;
 -- expectations come first.
 -- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
--- | due MEMBER DELAY, done MEMBER | end MEMBER USED NAME
+-- | due MEMBER DELAY, done MEMBER | enter MEMBER LEASE NAME, end MEMBER USED NAME
 local at = 0
 local function take()
   at = at + 1
@@ -353,7 +367,7 @@ end
 local step_at = 1
 while KEYS[step_at] do
   local key, step = KEYS[step_at], take()
-  step_at = step_at + (step == 'end' and 3 or 1)
+  step_at = step_at + ((step == 'enter' or step == 'end') and 3 or 1)
   if step == 'is' then
     if redis.call('GET', key) ~= take() then return 0 end
   elseif step == 'none' then
@@ -369,16 +383,16 @@ while KEYS[step_at] do
   elseif step == 'due' then
     local member = take()
     plan(key, member, tonumber(take()))
-  elseif step == 'end' then
-    local member, used, name = take(), tonumber(take()), take()
-    local budget, due = KEYS[step_at - 2], KEYS[step_at - 1]
-    if redis.call('EXISTS', budget) == 0 then
-      redis.call('ZREM', key, member)
-    else
-      local b = load_budget(key, budget)
-      if redis.call('ZREM', key, member) == 1 then leave_budget(b, member, used) end
-      save_budget(b, budget, due, name)
+  elseif step == 'enter' or step == 'end' then
+    local member, number, name = take(), tonumber(take()), take()
+    local b = load_budget(key, KEYS[step_at - 2])
+    if step == 'enter' then
+      join_budget(b, key, member)
+      add(key, member, number)
+    elseif redis.call('ZREM', key, member) == 1 then
+      leave_budget(b, member, number)
     end
+    save_budget(b, KEYS[step_at - 2], KEYS[step_at - 1], name)
   else
     redis.call('LPUSH', key, take())
     redis.call('LTRIM', key, 0, take() - 1)
@@ -394,13 +408,31 @@ TAKE_DUE = Script(
     + _PLAN
     + """
 -- KEYS: the index of due times. ARGV: most, claim, then the members that are held. Returns the members that are taken.
+-- A budget is claimed for a shorter time.
 local most, claim = tonumber(ARGV[1]), tonumber(ARGV[2])
 for i = 3, #ARGV do
   if redis.call('ZSCORE', KEYS[1], ARGV[i]) then plan(KEYS[1], ARGV[i], claim) end
 end
 local taken = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, most)
-for _, member in ipairs(taken) do plan(KEYS[1], member, claim) end
+for _, member in ipairs(taken) do
+  local is_budget = string.sub(member, 1, BUDGET_SIZE) == 'BUDGET'
+  plan(KEYS[1], member, is_budget and math.min(claim, BUDGET_CLAIM) or claim)
+end
 return taken
+""".replace("BUDGET_SIZE", str(len(BUDGET)))
+    .replace("BUDGET_CLAIM", f"{BUDGET_CLAIM * 1e6:.0f}")
+    .replace("'BUDGET'", f"'{BUDGET}'")
+)
+
+HAS_RUN_OUT = Script(
+    _NOW
+    + _BUDGET
+    + """
+-- KEYS: set, budget, index of due times. ARGV: limit in seconds (-1: none; empty: as it is), name. Returns 1 or 0.
+local b = load_budget(KEYS[1], KEYS[2])
+if ARGV[1] ~= '' then b[1] = math.max(-1, ARGV[1] * 1000) end
+save_budget(b, KEYS[2], KEYS[3], ARGV[2])
+return b[1] >= 0 and b[4] > 0 and total_of(b) >= b[1] and 1 or 0
 """
 )
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from app.store import (
+    KEPT,
     Budget,
     Change,
     Decision,
@@ -17,6 +18,7 @@ from app.store import (
     Leave,
     LimitRequest,
     ListEntry,
+    Member,
     Rate,
     Slot,
     StoreUnavailable,
@@ -143,7 +145,14 @@ async def test_budgets_and_due_times_are_those_of_memory(
         for number in range(600):
             now += chance.choice([0, 1, 8, 80, 800, 8000]) / 8
             client.set("clock", f"{now * 1e6:.0f}")
-            match chance.randrange(8):
+            match chance.randrange(10):
+                case 8:
+                    about, limit = chance.choice(slots).name, chance.choice([KEPT, KEPT, None, 600])
+                    assert await store.has_run_out(about, limit) == await memory.has_run_out(about, limit)
+                case 9:
+                    lease = 10**6
+                    joins = [Member(slot.name, f"j{number} {int(now)} main", lease, timed=True) for slot in slots]
+                    assert await store.change(Change({}, joins=joins)) == await memory.change(Change({}, joins=joins))
                 case 0 | 1 if running:
                     request, *_ = running.pop(chance.randrange(len(running)))
                     used = chance.choice([0, 1.5, 30, 400])
@@ -160,13 +169,11 @@ async def test_budgets_and_due_times_are_those_of_memory(
                     most, claim, held = chance.randrange(4), chance.choice([1, 5]), chance.sample(index, 1)
                     assert await store.take_due(most, claim, held) == await memory.take_due(most, claim, held)
                 case _:
-                    seconds = chance.choice([30, 600, 5000])
+                    seconds = chance.choice([30, 600, 5000, None])
                     enforced = chance.random() < 0.8
                     budgets = [Budget(0, seconds, enforced), Budget(1, 20_000)]
                     member = f"m{number} {int(now) - chance.choice([0, 0, 20])} main"
-                    request = LimitRequest(
-                        [], slots, member, 100_000, chance.choice([0, 1, 1]), enforced, None, budgets
-                    )
+                    request = LimitRequest([], slots, member, 10**6, chance.choice([0, 1, 1]), enforced, None, budgets)
                     shared, own = await store.decide(request), await memory.decide(request)
                     assert (shared.refused, shared.used, shared.counted) == (own.refused, own.used, own.counted)
                     assert [each for s in shared.budgets for each in s] == pytest.approx(
