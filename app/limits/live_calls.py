@@ -355,13 +355,15 @@ class LiveCalls:
         """End the running calls of a budget that has run out."""
         name = budget.removeprefix(BUDGET)
         with contextlib.suppress(StoreUnavailable):  # it stays due
+            if not await self.store.has_run_out(name, self.minutes_of(name)):
+                return
             async for page in self.store.pages(name):
-                if not await self.store.has_run_out(name, self.minutes_of(name)):
-                    return
                 attempts = attempts_of(page)
                 for start in range(0, len(attempts), READ_AT_ONCE):
                     some = attempts[start : start + READ_AT_ONCE]
                     await asyncio.gather(*(self._end_for_minutes(each.request_id) for each in some))
+                if not await self.store.has_run_out(name, self.minutes_of(name)):
+                    return  # calls that ended gave minutes back
 
     async def _end_for_minutes(self, request_id: str) -> None:
         """End a call; any replica may do so, if this one is busy."""
