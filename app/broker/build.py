@@ -23,7 +23,7 @@ from app.calls.service import Calls
 from app.clock import SYSTEM_CLOCK, Clock
 from app.config.agents import Agents, load_agents
 from app.config.loading import secret_lines
-from app.config.plans import load_plans
+from app.config.plans import Plans, load_plans
 from app.config.settings import Settings, SettingsError, is_loopback, takes
 from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
@@ -34,6 +34,7 @@ from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
 from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import Allowance, KillSwitch, Limits, LiveCalls, Reconciler
+from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
@@ -44,7 +45,7 @@ from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
 from app.sessions.policy import Policy
 from app.sessions.service import Sessions
-from app.store import Store, StoreUnavailable, open_store
+from app.store import KEPT, Store, StoreUnavailable, open_store
 from app.store.url import parse_store_url
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
@@ -125,7 +126,7 @@ async def open_broker(
         if isinstance(keys, KeySet):
             stack.push_async_callback(keys.aclose)
             await keys.start()
-        ledger = open_ledger(settings, store)
+        ledger = open_ledger(settings, plans, store)
         limits = open_limits(settings, agents, ledger, metrics=metrics, clock=clock)
         agent_ids = {agent.name: agent.agent_id for agent in agents.by_name.values()}
         live = LiveCalls(
@@ -135,6 +136,7 @@ async def open_broker(
             max_seconds=settings.max_call_seconds,
             join_timeout=settings.join_timeout,
             agent_ids=agent_ids,
+            minutes_of=_minutes_of(settings),
             now=store.now,
             metrics=metrics,
         )
@@ -317,10 +319,27 @@ def open_oneinbox(
     )
 
 
-def open_ledger(settings: Settings, store: Store, *, hangs_up: bool = True) -> Ledger:
+def open_ledger(settings: Settings, plans: Plans, store: Store, *, hangs_up: bool = True) -> Ledger:
     """Return the records of calls in a store. `hangs_up`: this process ends the calls whose records it moves."""
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
-    return Ledger(store, lease=lease, prefix=settings.store_prefix, hangs_up=hangs_up, now=store.now)
+    timed = plans.has_minutes or settings.global_talk_minutes is not None
+    return Ledger(store, lease=lease, prefix=settings.store_prefix, hangs_up=hangs_up, timed=timed, now=store.now)
+
+
+def _minutes_of(settings: Settings) -> Callable[[str], int | None]:
+    """Return what the settings say of a set's minutes, in seconds; plans say it with each session."""
+
+    def seconds(minutes: int | None) -> int | None:
+        return None if minutes is None else minutes * 60
+
+    def minutes_of(name: str) -> int | None:
+        if settings.limits_mode == "observe":
+            return None
+        if name == ALL_CALLS:
+            return seconds(settings.global_talk_minutes)
+        return seconds(settings.talk_minutes) if settings.plans_file is None else KEPT
+
+    return minutes_of
 
 
 def open_limits(

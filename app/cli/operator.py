@@ -18,6 +18,7 @@ from app.cli.process import checked, refuse, say
 from app.cli.status import Status, described, read_status
 from app.config.agents import load_agents
 from app.config.loading import load_settings, secret_lines
+from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
 from app.identity.addresses import limit_key, parse_address
@@ -151,7 +152,7 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[T]]) 
 
     # Without a local store to fall back on: what was not written must not look as if it were.
     async with ValkeyStore(url, timeout=settings.store_timeout, prefix=settings.store_prefix) as store:
-        limits = open_limits(settings, agents, open_ledger(settings, store, hangs_up=False))
+        limits = open_limits(settings, agents, open_ledger(settings, load_plans(settings), store, hangs_up=False))
         return await work(Operator(settings, store, KillSwitch(store), limits))
 
 

@@ -86,6 +86,12 @@ class Plans:
         # Made once per plan, organization and seconds: the limits that are cached by it find the same object.
         self._made = lru_cache(CACHED_ENTITLEMENTS)(self._make)
 
+    @property
+    def has_minutes(self) -> bool:
+        """True when the minutes of any user or organization are limited."""
+        minutes = [each.talk_minutes for each in (self.default, *self.by_name.values())]
+        return any(each is not None for each in (*minutes, self.organization_limits.talk_minutes))
+
     def of(self, claims: Mapping[str, Any]) -> Entitlement:
         """Return the limits of a user. A claim that cannot be used counts as absent, and is logged once per kind."""
         if not self.by_name:

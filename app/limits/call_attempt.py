@@ -8,6 +8,8 @@ import structlog
 
 NEVER = -1.0
 """`ends` of a call that may run without limit."""
+AGENTS = "live:agent:"
+"""Begins the name of an agent's set of live calls."""
 ALL_CALLS = "live:all"
 """The set of all live calls."""
 
@@ -92,7 +94,7 @@ def calls_of_user(user: str) -> str:
 
 def calls_of_agent(agent: str) -> str:
     """Return the name of the set of an agent's live calls."""
-    return f"live:agent:{agent}"
+    return f"{AGENTS}{agent}"
 
 
 def calls_of_organization(organization: str) -> str:

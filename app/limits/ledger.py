@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import structlog
 
-from app.limits.call_attempt import CallAttempt
+from app.limits.call_attempt import AGENTS, CallAttempt
 from app.limits.record import ENDED, GIVEN, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.store import Change, Due, Leave, ListEntry, Member, Store, StoreUnavailable, Value
 
@@ -78,7 +78,8 @@ class Ledger:
 
     `lease`: seconds from the POST after which the slot of a call without an `ends` is free in any case. `prefix`: the
     store's; a call is read back from OneInbox only under the same one. `hangs_up`: this process ends the calls whose
-    records it moves, so others wait before they do. `now`: Unix time.
+    records it moves, so others wait before they do. `timed`: minutes are limited, so the sets of users, organizations
+    and all calls have budgets. `now`: Unix time.
     """
 
     store: Store
@@ -86,6 +87,7 @@ class Ledger:
     lease: float
     prefix: str = ""
     hangs_up: bool = True
+    timed: bool = False
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
     """By request id. They are made as soon as the store answers, before anything is concluded from the record."""
@@ -104,6 +106,15 @@ class Ledger:
     async def plan(self, request_id: str, delay: float | None) -> None:
         """Look at a call `delay` seconds from now; None: never again."""
         await self.store.change(Change({}, due=Due(request_id, delay)))
+
+    async def plan_again(self, record: StartRecord | None) -> None:
+        """Look at a call when its record says that it is due, if it does."""
+        if record is not None:
+            await self.store.change(Change({}, due=self._due(record, record.state)))
+
+    async def is_absent(self, request_id: str) -> bool:
+        """Return whether there is no record, not even one that cannot be read."""
+        return await self.store.get(_name(request_id)) is None
 
     async def ensure_planned(self, request_id: str) -> None:
         """Look at a call now, unless it is known when to look at it."""
@@ -138,6 +149,10 @@ class Ledger:
         records = [StartRecord.from_bytes(value) for value in await self.store.items(f"calls:{user}")]
         return [record for record in records if record is not None]
 
+    async def rejoin(self, record: StartRecord) -> None:
+        """Put a running call back into its sets, unless its record has changed."""
+        await self.store.change(Change({_name(record.attempt.request_id): record.raw}, joins=self._joins(record)))
+
     async def move(
         self,
         request_id: str,
@@ -145,12 +160,12 @@ class Ledger:
         guess: StartRecord | None = None,
         kept: Kept | None = None,
         *,
-        hangs_up: bool = True,
+        for_others: bool = False,
     ) -> Moved:
         """Apply a step to a record. `guess`: the record, if it is most likely known; `kept`: an answer to keep with it.
-        `hangs_up` False: if the call becomes unwanted, any replica may hang up at once.
 
-        A kept answer whose mark is gone is not kept, and nothing is moved.
+        `for_others`: if the call must end, any process may do so at once. A kept answer whose mark is gone is not kept,
+        and nothing is moved.
         """
         steps = [step]
         held = self.unconfirmed.get(request_id)
@@ -169,7 +184,7 @@ class Ledger:
             if written is None and held is not None and before is not None:
                 # What was not confirmed may still be made: let it find another value than it expects.
                 written = before.moved(turn=before.turn + 1)
-            if written is None or await self.store.change(self._change(request_id, before, written, kept, hangs_up)):
+            if written is None or await self.store.change(self._change(before, written, kept, for_others)):
                 self._confirm(request_id, steps)
                 return Moved(before, after)
         return Moved(before, None)
@@ -200,7 +215,7 @@ class Ledger:
 
     async def release_slots(self, record: StartRecord) -> None:
         """Free the slots of a call that has ended."""
-        await self.store.change(Change({}, leaves=_slots(record)))
+        await self.store.change(Change({}, leaves=self._leaves(record)))
 
     def _confirm(self, request_id: str, steps: list[Step]) -> None:
         held = self.unconfirmed.get(request_id)
@@ -214,15 +229,15 @@ class Ledger:
         if call_id:
             del self._by_call[call_id]
 
-    def _change(
-        self, request_id: str, before: StartRecord | None, after: StartRecord, kept: Kept | None, hangs_up: bool
-    ) -> Change:
+    def _change(self, before: StartRecord | None, after: StartRecord, kept: Kept | None, for_others: bool) -> Change:
         """Return the write of a move, with everything that hangs on the record."""
-        attempt = after.attempt
+        attempt, request_id = after.attempt, after.attempt.request_id
         left = self.left(attempt)
         name, value = _name(request_id), after.to_bytes()
         expected: dict[str, bytes | None] = {name: None if before is None else before.raw or before.to_bytes()}
-        values, entry = [Value(name, value, max(left, ENDED_SECONDS))], None
+        # The record of a call that must be ended outlives its slots: until it is seen ended, or an operator is told.
+        ttl = left + UNSTOPPED_SECONDS if after.state in (STARTED, GIVEN, UNWANTED) else max(left, ENDED_SECONDS)
+        values, entry = [Value(name, value, ttl)], None
         joins: list[Member] = []
         leaves: list[Leave] = []
         state, was = after.state, before.state if before is not None else ""
@@ -231,9 +246,9 @@ class Ledger:
             if state != UNWANTED:
                 entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
         if state == ENDED:
-            leaves += _slots(after)
+            leaves += self._leaves(after)
         elif before is None:
-            joins += [Member(each, attempt.key, left) for each in attempt.sets]
+            joins += self._joins(after)
         if after.failed:
             if state == ENDED:
                 leaves.append(Leave(UNSTOPPED, after.call_id))
@@ -246,16 +261,30 @@ class Ledger:
         if kept is not None:
             expected[kept.name] = kept.mark
             values.append(Value(kept.name, kept.value, kept.ttl))
-        return Change(expected, values, joins, leaves, entry, self._due(after, was, hangs_up))
+        due = Due(request_id, 0) if for_others and state == UNWANTED else self._due(after, was)
+        return Change(expected, values, joins, leaves, entry, due)
 
-    def _due(self, after: StartRecord, was: str, hangs_up: bool) -> Due | None:
+    def _joins(self, record: StartRecord) -> list[Member]:
+        member, left = record.attempt.key, self.left(record.attempt)
+        return [Member(name, member, left, self._is_timed(name)) for name in record.attempt.sets]
+
+    def _leaves(self, record: StartRecord) -> list[Leave]:
+        """Return how an ended call leaves its sets: its seconds go over from those of running calls to those used."""
+        member, seconds = record.attempt.key, math.ceil(record.seconds)
+        return [Leave(name, member, seconds if self._is_timed(name) else None) for name in record.attempt.sets]
+
+    def _is_timed(self, name: str) -> bool:
+        return self.timed and not name.startswith(AGENTS)
+
+    def _due(self, after: StartRecord, was: str) -> Due | None:
         """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""
-        if after.state == GIVEN and after.attempt.ends > 0:
-            return Due(after.attempt.request_id, after.attempt.ends - self.now())
+        ends = after.attempt.ends
+        if after.state == GIVEN and ends > 0:
+            return Due(after.attempt.request_id, ends - self.now())
         if after.state == STARTED:
-            return Due(after.attempt.request_id, after.due - self.now())
+            return Due(after.attempt.request_id, (min(after.due, ends) if ends > 0 else after.due) - self.now())
         if after.state == UNWANTED:
-            return Due(after.attempt.request_id, STOP_SECONDS if hangs_up and self.hangs_up else 0)
+            return Due(after.attempt.request_id, STOP_SECONDS if self.hangs_up else 0)
         return Due(after.attempt.request_id, None) if was in (STARTED, GIVEN, UNWANTED) else None
 
 
@@ -265,12 +294,6 @@ def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None
     for step in steps:
         moved = step(moved or found) or moved
     return moved
-
-
-def _slots(record: StartRecord) -> list[Leave]:
-    """Return how an ended call leaves its sets: its seconds go over from those of running calls to those used."""
-    member, seconds = record.attempt.key, math.ceil(record.seconds)
-    return [Leave(name, member, seconds) for name in record.attempt.sets]
 
 
 def _name(request_id: str) -> str:

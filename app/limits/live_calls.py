@@ -20,7 +20,7 @@ from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWAN
 from app.limits.running_calls import running_calls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, OneInboxError
-from app.store import BUDGET, LimitRequest, Rate, Store, StoreUnavailable
+from app.store import BUDGET, KEPT, LimitRequest, Rate, Store, StoreUnavailable
 from app.telemetry.metrics import Metrics
 
 SWEEP_SECONDS = 30
@@ -36,7 +36,7 @@ RETRY_SECONDS = 0.1
 MOST_MISSING = 1000
 AT_ONCE = 8
 """Concurrent look-ups of one sweep."""
-STOPS_AT_ONCE = 64
+STOPS_AT_ONCE = 256
 """Calls in the background that are hung up, or looked at because they are due."""
 STOP_AGAIN_SECONDS = 10
 """A call that could not be stopped is stopped again this much later."""
@@ -103,6 +103,7 @@ class LiveCalls:
     `max_seconds`: longest life of a call; 0: no limit. `join_timeout`: seconds a call may stay unjoined; 0: no limit.
     `agent_ids`: by configured name, to list their calls; the calls of others are looked at singly. `now`: Unix time.
     `metrics`: counts hang-ups.
+    `minutes_of`: seconds of talk that the calls of a set may take; None: no limit; KEPT.
     """
 
     store: Store
@@ -112,6 +113,7 @@ class LiveCalls:
     max_seconds: float
     join_timeout: float
     agent_ids: Mapping[str, str] = field(default_factory=dict)
+    minutes_of: Callable[[str], int | None] = lambda _: KEPT
     now: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
     _missing: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
@@ -145,8 +147,7 @@ class LiveCalls:
         if found is None:
             return (await self.ledger.move(attempt.request_id, records.restore(attempt, call_id))).after is not None
         if found.running:  # its slots and its due time may be lost all the same
-            for name in attempt.sets:
-                await self.store.add_member(name, attempt.key, self.ledger.left(attempt))
+            await self.ledger.rejoin(found)
             if found.state != RESERVED:
                 await self.ledger.ensure_planned(attempt.request_id)
         return False
@@ -337,21 +338,42 @@ class LiveCalls:
         One process takes each. What it is still at stays its own; what it leaves is taken by another, STOP_SECONDS
         later. Raises StoreUnavailable.
         """
-        held = list(dict.fromkeys([*self._stopping, *self._background]))
+        held = [about for about in {**self._stopping, **self._background} if not about.startswith(BUDGET)]
         places = max(0, STOPS_AT_ONCE - len(self._background))
         taken = await self.store.take_due(places, STOP_SECONDS, held)
         for member in taken:
             work = self._end_budget if member.startswith(BUDGET) else self._end_due
             self._in_background(member, partial(work, member))
-        return len(taken) == places or any(each.startswith(BUDGET) for each in self._background)
+        return len(taken) == places
+
+    async def plan_minutes(self) -> None:
+        """Plan when the minutes of all users run out, after calls were put back. Raises StoreUnavailable."""
+        if self.ledger.timed:
+            await self.store.has_run_out(ALL_CALLS, self.minutes_of(ALL_CALLS))
 
     async def _end_budget(self, budget: str) -> None:
-        """End the running calls of a budget that has run out: each is due at once, for any replica."""
+        """End the running calls of a budget that has run out."""
+        name = budget.removeprefix(BUDGET)
         with contextlib.suppress(StoreUnavailable):  # it stays due
-            async for page in self.store.pages(budget.removeprefix(BUDGET)):
-                step = records.condemn(NO_MINUTES)
-                moves = (self.ledger.move(each.request_id, step, hangs_up=False) for each in attempts_of(page))
-                await asyncio.gather(*moves)
+            if not await self.store.has_run_out(name, self.minutes_of(name)):
+                return
+            async for page in self.store.pages(name):
+                attempts = attempts_of(page)
+                for start in range(0, len(attempts), READ_AT_ONCE):
+                    some = attempts[start : start + READ_AT_ONCE]
+                    await asyncio.gather(*(self._end_for_minutes(each.request_id) for each in some))
+                if not await self.store.has_run_out(name, self.minutes_of(name)):
+                    return  # calls that ended gave minutes back
+
+    async def _end_for_minutes(self, request_id: str) -> None:
+        """End a call; any replica may do so, if this one is busy."""
+        found = await self.ledger.find(request_id)
+        if found is None or found.state not in (STARTED, GIVEN) or 0 < self._end_of(found.attempt) <= self.now():
+            return  # whose own end has come is ended for that
+        busy = len(self._background) >= STOPS_AT_ONCE
+        moved = await self.ledger.move(request_id, records.condemn(NO_MINUTES), found, for_others=busy)
+        if not busy and (unwanted := _newly_unwanted(moved)) is not None:
+            self._hang_up_soon(unwanted)
 
     async def sweep(self) -> list[CallAttempt]:
         """Check the live calls, unless another replica has just done so; return attempts of unknown outcome.
@@ -459,18 +481,23 @@ class LiveCalls:
         """End a call if its time has come; otherwise plan when to look again."""
         with contextlib.suppress(StoreUnavailable):  # it stays due
             found = await self.ledger.find(request_id)
-            if found is not None and found.state == STARTED and found.due <= self.now():
-                found = (await self.ledger.move(request_id, records.expire(self.now(), NOT_COLLECTED))).after or found
-            elif found is not None and found.state == GIVEN and 0 < self._end_of(found.attempt) <= self.now():
-                found = (await self.ledger.move(request_id, records.end_given(TOO_LONG))).after or found
-            if found is not None and found.state == UNWANTED:
+            if found is None:
+                if await self.ledger.is_absent(request_id):  # another version's may be read by others
+                    await self.ledger.plan(request_id, None)
+                return
+            if found.state == UNWANTED:
                 await self._hang_up(found)
-            elif found is not None and found.state == STARTED:
-                await self.ledger.plan(request_id, found.due - self.now())
-            elif found is not None and found.state == GIVEN and (ends := self._end_of(found.attempt)) > 0:
-                await self.ledger.plan(request_id, ends - self.now())
-            else:
-                await self.ledger.plan(request_id, None)
+                return
+            step: Step = records.nothing
+            if found.state in (STARTED, GIVEN) and 0 < self._end_of(found.attempt) <= self.now():
+                step = records.condemn(TOO_LONG)
+            elif found.state == STARTED and found.due <= self.now():
+                step = records.expire(self.now(), NOT_COLLECTED)
+            before, after = await self.ledger.move(request_id, step, found)
+            if (unwanted := _newly_unwanted(Moved(before, after))) is not None:
+                await self._hang_up(unwanted)
+            elif before is None or before.state != UNWANTED:  # else who moved it meanwhile ends it
+                await self.ledger.plan_again(before)
 
     async def _check_call(self, attempt: CallAttempt, *, stop: bool = True) -> bool | None:
         """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown.

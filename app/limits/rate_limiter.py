@@ -200,15 +200,16 @@ class Limits:
     async def usage(self) -> list[tuple[str, int, int]]:
         """Return the global limits: name, and sessions (or seconds of talk) counted and allowed."""
         rates = [_rate(limit, "all") for limit in self._global]
-        budgets = [Budget(0, self.talk_minutes_total * 60)] if self.talk_minutes_total is not None else []
+        most = None if self.talk_minutes_total is None else self.talk_minutes_total * 60
+        budgets = [] if most is None else [Budget(0, most)]
         request = LimitRequest(rates, [Slot(ALL_CALLS, None)], cost=0, budgets=budgets)
         decision = await self.store.decide(request)
         counts = [
             (policy_name("global", rate), rate.amount - state.remaining, rate.amount)
             for rate, state in zip(rates, decision.rates, strict=True)
         ]
-        for budget, left in zip(budgets, decision.budgets, strict=True):
-            counts.append((GLOBAL_MINUTES, budget.seconds - math.floor(left.remaining), budget.seconds))
+        if most is not None:
+            counts.append((GLOBAL_MINUTES, most - math.floor(decision.budgets[0].remaining), most))
         return counts
 
     async def _give_back(self, attempt: CallAttempt, request: LimitRequest, decision: Decision) -> None:
@@ -236,9 +237,9 @@ class Limits:
             slot = Slot(calls_of_organization(organization), shared.max_live_calls)
             slots.append(("org", "org", slot, shared.talk_minutes))
         timed = [
-            (owner, f"{prefix}{MINUTES}", Budget(index, minutes * 60, self.enforce))
+            (owner, f"{prefix}{MINUTES}", Budget(index, None if minutes is None else minutes * 60, self.enforce))
             for index, (owner, prefix, _, minutes) in enumerate(slots)
-            if minutes is not None
+            if self.ledger.timed and prefix != "agent"  # counted without a limit, too: a plan may change
         ]
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]

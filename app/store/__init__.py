@@ -4,6 +4,7 @@ from app.clock import SYSTEM_CLOCK, Clock
 from app.store.memory import MemoryStore
 from app.store.protocol import (
     BUDGET,
+    KEPT,
     PAGE,
     Budget,
     BudgetState,
@@ -24,6 +25,7 @@ from app.store.protocol import (
 
 __all__ = [
     "BUDGET",
+    "KEPT",
     "PAGE",
     "Budget",
     "BudgetState",
@@ -57,5 +59,5 @@ def open_store(url: str, clock: Clock = SYSTEM_CLOCK, *, timeout: float = 0.25, 
     from app.store.valkey import ValkeyStore  # noqa: PLC0415
 
     shared = ValkeyStore(url, timeout=timeout, prefix=prefix, clock=clock)
-    local = MemoryStore(clock.monotonic, epoch=clock.now() - clock.monotonic())
+    local = MemoryStore(clock.monotonic, epoch=clock.now() - clock.monotonic(), plans=False)
     return FailoverStore(shared, local, clock.monotonic)

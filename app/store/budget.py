@@ -6,15 +6,14 @@ time. Used seconds lie in a grid of window/64 cells; an entry leaves with its ne
 """
 
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from app.store.sliding_window import GRID
 
 WINDOW = 86_400
 """Seconds of every budget's window."""
-LONGEST_CLAIM = 10
-"""Seconds that a claim of a due budget lasts at most."""
 
 
 def start_of(member: str, now: float) -> float:
@@ -28,32 +27,40 @@ def start_of(member: str, now: float) -> float:
 class UsedTime:
     """One set's time. `at`: Unix time of the last change. `running`: seconds that its `members` had run by then.
 
-    `limit`: None: only counted. `used`: time of the last entry, and seconds, by cell.
+    `limit`: None: only counted. `until`: Unix time at which the last member's lease ends. `used`: time of the last
+    entry and seconds, of each cell: an array, since a list of tuples would take ten times as much.
     """
 
     at: float
     members: int = 0
     running: float = 0
     limit: float | None = None
-    used: list[tuple[float, float]] = field(default_factory=list)
+    until: float = 0
+    used: "array[float]" = field(default_factory=lambda: array("d"))
 
     @property
     def total(self) -> float:
         """Seconds used in the window, running members included."""
-        return self.running + sum(seconds for _, seconds in self.used)
+        return self.running + sum(self.used[1::2])
 
     @property
     def over_at(self) -> float:
-        """Unix time at which its last used seconds leave the window."""
-        return self.used[-1][0] + WINDOW if self.used else self.at
+        """Unix time at which nothing is left of it: members have ended, and used seconds have left the window."""
+        return max(self.until, self.used[-2] + WINDOW if self.used else 0)
 
-    def advance(self, now: float, members: Iterable[str], count: int) -> None:
-        """Bring it up to date; `members`, `count`: of the set. It is counted anew if members came or went unseen."""
+    def advance(self, now: float, members: Collection[str], expired: Iterable[str] = ()) -> None:
+        """Bring it up to date; `members`: of the set. It is counted anew if some came or went unseen.
+
+        `expired`: those whose leases have ended: no one saw their ends.
+        """
         self.running += self.members * max(0.0, now - self.at)
         self.at = max(self.at, now)
-        if count != self.members:
-            self.members, self.running = count, sum(self.at - start_of(each, self.at) for each in members)
-        self.used = [(time, seconds) for time, seconds in self.used if time + WINDOW > self.at]
+        while self.used and self.used[0] + WINDOW <= self.at:
+            del self.used[:2]
+        for each in expired:
+            self.leave(each, self.at - start_of(each, self.at))
+        if len(members) != self.members:
+            self.members, self.running = len(members), sum(self.at - start_of(each, self.at) for each in members)
 
     def join(self, member: str) -> None:
         """Count a member from its start on."""
@@ -68,9 +75,10 @@ class UsedTime:
         if seconds <= 0:
             return
         cell = WINDOW / GRID
-        if self.used and self.used[-1][0] // cell == self.at // cell:
-            seconds += self.used.pop()[1]
-        self.used.append((self.at, seconds))
+        if self.used and self.used[-2] // cell == self.at // cell:
+            self.used[-2:] = array("d", (self.at, self.used[-1] + seconds))
+        else:
+            self.used.extend((self.at, seconds))
 
     def runs_out(self) -> float | None:
         """Return the Unix time at which nothing is left, if only time passes; None: never."""
@@ -79,7 +87,7 @@ class UsedTime:
         left, at = self.limit - self.total, self.at
         if left <= 0:
             return at
-        for time, seconds in self.used:
+        for time, seconds in zip(self.used[::2], self.used[1::2], strict=True):
             leaves = time + WINDOW
             if left < self.members * (leaves - at):
                 break
@@ -91,7 +99,7 @@ class UsedTime:
         left = self.total - self.running - limit
         if left < 0:
             return 0.0
-        for time, seconds in self.used:
+        for time, seconds in zip(self.used[::2], self.used[1::2], strict=True):
             left -= seconds
             if left < 0:
                 return time + WINDOW - self.at

@@ -13,10 +13,10 @@ While the store is down:
   few. Members of the last seconds are also replayed when the store has moved: the new primary may have lagged behind.
 - `publish`: reaches this process's subscribers only. It is a hint, so never an error.
 - `subscribe`: works, and resumes by itself.
-- `get`, `set`, `add`, `replace`, `delete`, `change`, `items`, `take_due`, `due_in`: StoreUnavailable at once. Replicas
-  must agree on these (who answers a repeated key, who polls, what state a call is in, who ends it); a local answer
-  would be a guess, so the caller decides. Only the members of a `change` join and leave the local sets all the same:
-  they are this replica's own calls.
+- `get`, `set`, `add`, `replace`, `delete`, `change`, `items`, `take_due`, `has_run_out`, `due_in`: StoreUnavailable at
+  once. Replicas must agree on these (who answers a repeated key, who polls, what state a call is in, who ends it); a
+  local answer would be a guess, so the caller decides. Only the members of a `change` join and leave the local sets
+  all the same: they are this replica's own calls.
 
 A right that the store's user lacks is no loss, unless the probe needs it.
 """
@@ -185,6 +185,9 @@ class FailoverStore(Store):
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         return await self._ask(self._shared.take_due, most, claim, held)
+
+    async def has_run_out(self, name: str, seconds: int | None) -> bool:
+        return await self._ask(self._shared.has_run_out, name, seconds)
 
     async def due_in(self, members: Sequence[str]) -> list[float | None]:
         return await self._ask(self._shared.due_in, members)

@@ -6,16 +6,19 @@ next dict, so an expired name is gone after about a minute of use, and no step v
 """
 
 import heapq
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
 from app.store import sliding_window as windows
-from app.store.budget import LONGEST_CLAIM, UsedTime
+from app.store.budget import UsedTime
 from app.store.local_pubsub import LocalPubSub
 from app.store.protocol import (
     BUDGET,
+    BUDGET_CLAIM,
+    KEPT,
     PAGE,
     Budget,
     BudgetState,
@@ -38,20 +41,22 @@ _T = TypeVar("_T")
 class MemoryStore(Store):
     """Keep everything in this process's memory.
 
-    `clock`: seconds; it never runs backwards. `epoch`: Unix time at its 0.
+    `clock`: seconds; it never runs backwards. `epoch`: Unix time at its 0. `plans` False: it only counts beside a
+    shared store, which says when budgets run out.
     """
 
     shared = False
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, epoch: float = 0) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, epoch: float = 0, plans: bool = True) -> None:
         self._clock = clock
         self._epoch = epoch
+        self._plans = plans
         self._windows = _ShardedDict[Window](windows.ended)
         self._values = _ShardedDict[tuple[float, bytes]](_past)
         self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
         self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
         self._due = _DueIndex()
-        self._budgets = _ShardedDict[UsedTime](lambda used, now: not used.members and used.over_at <= now + epoch)
+        self._budgets = _ShardedDict[UsedTime](lambda used, now: used.over_at <= now + epoch)
         self._dicts = (self._windows, self._values, self._lists, self._sets, self._budgets)
         self._sweep_at = float("-inf")
         self._next_shard = 0
@@ -89,6 +94,7 @@ class MemoryStore(Store):
         times = [self._budget_of(slots[budget.slot].name, now) for budget in budgets] if budgets else []
         if cost and budgets:
             refused += _used_up(budgets, times, len(rates) + len(slots))
+            self._set_limits(request, times)
 
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
@@ -99,7 +105,7 @@ class MemoryStore(Store):
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             for budget, each in zip(budgets, times, strict=True):
-                self._join_budget(slots[budget.slot].name, each, budget, member, now)
+                self._join_budget(slots[budget.slot].name, each, member, now, lease)
             used = [self._add_member(slot.name, member, now, lease) for slot in slots]
             if record is not None and self._value(record.name, now) is None:
                 self._set(record, now)
@@ -113,8 +119,9 @@ class MemoryStore(Store):
             shard = self._windows.of(rate.name)
             if rate.name in shard:
                 shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, request.cost)
-        for slot in request.slots:
-            self._leave(Leave(slot.name, request.member, 0), self._now())
+        timed = {budget.slot for budget in request.budgets}
+        for index, slot in enumerate(request.slots):
+            self._leave(Leave(slot.name, request.member, 0 if index in timed else None), self._now())
         if request.record is not None:
             self._values.of(request.record.name).pop(request.record.name, None)
         return True
@@ -147,7 +154,7 @@ class MemoryStore(Store):
         return True
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        self._join(name, member, self._now(), ttl)
+        self._add_member(name, member, self._now(), ttl)
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         now = self._now()
@@ -164,8 +171,10 @@ class MemoryStore(Store):
             return False
         for value in change.values:
             self._set(value, now)
-        for name, member, ttl in change.joins:
-            self._join(name, member, now, ttl)
+        for name, member, ttl, timed in change.joins:
+            if timed:
+                self._join_budget(name, self._budget_of(name, now), member, now, ttl)
+            self._add_member(name, member, now, ttl)
         for leave in change.leaves:
             self._leave(leave, now)
         if change.entry is not None:
@@ -187,8 +196,17 @@ class MemoryStore(Store):
                 self._due.plan(member, now + claim)
         taken = self._due.before(now, most)
         for member in taken:
-            self._due.plan(member, now + claim)
+            self._due.plan(member, now + (min(claim, BUDGET_CLAIM) if member.startswith(BUDGET) else claim))
         return taken
+
+    async def has_run_out(self, name: str, seconds: int | None) -> bool:
+        now = self._now()
+        used = self._budget_of(name, now)
+        if seconds != KEPT:
+            used.limit = seconds
+        self._plan_budget(name, used)
+        out = used.runs_out()
+        return out is not None and out <= used.at
 
     async def due_in(self, members: Sequence[str]) -> list[float | None]:
         now = self._now()
@@ -239,40 +257,44 @@ class MemoryStore(Store):
 
     def _budget_of(self, name: str, now: float) -> UsedTime:
         """Return the time that a set's members have used, as of now; it is kept once `_plan_budget` is called."""
-        living = self._living(name, now)
         used = self._budgets.of(name).get(name) or UsedTime(now + self._epoch)
-        used.advance(now + self._epoch, living, len(living))
+        members = self._sets.of(name).get(name)
+        living = members.living(now) if members is not None else {}
+        expired = (members.expired if members is not None else None) or []
+        used.advance(now + self._epoch, living, expired)
+        if members is not None:
+            members.expired = []
         return used
 
-    def _join(self, name: str, member: str, now: float, ttl: float) -> None:
-        if name in self._budgets.of(name):
-            used = self._budget_of(name, now)
-            if member not in self._living(name, now):
-                used.join(member)
-            self._plan_budget(name, used)
-        self._add_member(name, member, now, ttl)
+    def _set_limits(self, request: LimitRequest, times: Sequence[UsedTime]) -> None:
+        for (slot, seconds, enforced), each in zip(request.budgets, times, strict=True):
+            each.limit = seconds if enforced else None
+            self._plan_budget(request.slots[slot].name, each)
 
-    def _join_budget(self, name: str, used: UsedTime, budget: Budget, member: str, now: float) -> None:
-        used.limit = budget.seconds if budget.enforced else None
-        if member not in self._living(name, now):
+    def _join_budget(self, name: str, used: UsedTime, member: str, now: float, ttl: float) -> None:
+        """Count a member that is about to enter a set."""
+        used.until = max(used.until, now + ttl + self._epoch)
+        members = self._sets.of(name).setdefault(name, _ExpiringSet())
+        if members.expired is None:
+            members.expired = []
+        if member not in members.living(now):
             used.join(member)
         self._plan_budget(name, used)
 
     def _plan_budget(self, name: str, used: UsedTime) -> None:
         """Keep a set's time, and plan when its budget runs out."""
-        member, at = BUDGET + name, used.runs_out()
+        self._budgets.of(name)[name] = used
+        member, at = BUDGET + name, used.runs_out() if self._plans else None
+        planned = self._due.at(member)
         if at is None:
             self._due.plan(member, None)
-        else:
-            planned = self._due.at(member)
-            # One that has run out already may be claimed: its place in the index is not its time.
-            if at > used.at or planned is None or planned > used.at - self._epoch + LONGEST_CLAIM:
-                self._due.plan(member, at - self._epoch)
-        self._budgets.of(name)[name] = used
+        # One that has run out already may be claimed: its place in the index is not its time.
+        elif at > used.at or planned is None or planned > used.at - self._epoch + BUDGET_CLAIM:
+            self._due.plan(member, at - self._epoch)
 
     def _leave(self, leave: Leave, now: float) -> None:
         name, member, seconds = leave
-        if seconds is None or name not in self._budgets.of(name):
+        if seconds is None:
             self._remove_member(name, member, now)
             return
         used = self._budget_of(name, now)
@@ -294,12 +316,14 @@ class MemoryStore(Store):
 def _used_up(budgets: Sequence[Budget], times: Sequence[UsedTime], first: int) -> list[int]:
     """Return the indices of the budgets of which nothing is left; the first one's is `first`."""
     both = enumerate(zip(budgets, times, strict=True), first)
-    return [index for index, (budget, each) in both if each.total >= budget.seconds]
+    return [index for index, (budget, each) in both if budget.seconds is not None and each.total >= budget.seconds]
 
 
 def _states(budgets: Sequence[Budget], times: Sequence[UsedTime]) -> tuple[BudgetState, ...]:
     return tuple(
-        BudgetState(max(0.0, budget.seconds - each.total), each.free_in(budget.seconds))
+        BudgetState(math.inf, 0)
+        if budget.seconds is None
+        else BudgetState(max(0.0, budget.seconds - each.total), each.free_in(budget.seconds))
         for budget, each in zip(budgets, times, strict=True)
     )
 
@@ -332,11 +356,13 @@ class _ShardedDict(Generic[_T]):
 class _ExpiringSet:
     """A set whose members expire; `living` costs only the members that ended since the last call."""
 
-    __slots__ = ("_ends", "_queue")
+    __slots__ = ("_ends", "_queue", "expired")
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
         self._queue: list[tuple[float, str]] = []
+        self.expired: list[str] | None = None
+        """Members whose time in the set has ended since this was emptied; None: they are not noted."""
 
     def living(self, now: float) -> dict[str, float]:
         """Return the living members and when each ends."""
@@ -344,6 +370,8 @@ class _ExpiringSet:
             end, member = heapq.heappop(self._queue)
             if self._ends.get(member) == end:
                 del self._ends[member]
+                if self.expired is not None:
+                    self.expired.append(member)
         return self._ends
 
     def add(self, member: str, now: float, ttl: float) -> int:

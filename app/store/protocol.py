@@ -57,19 +57,21 @@ class Slot:
 class Budget(NamedTuple):
     """At most `seconds` of use in any 24 hours by the members of a slot: of those that are in it, and that have left.
 
-    `slot`: its index in the request. A member's second word is the Unix time at which it started. When a budget with
-    running members runs out, `budget:` and the slot's name are due (`take_due`), unless it is not `enforced`.
+    `slot`: its index in the request. `seconds`: None: they are only counted. A member's second word is the Unix time at
+    which it started. When a budget with running members runs out, `budget:` and the slot's name are due (`take_due`),
+    unless it is not `enforced`.
     """
 
     slot: int
-    seconds: int
+    seconds: int | None
     enforced: bool = True
 
 
 class BudgetState(NamedTuple):
     """One budget after a decision.
 
-    `remaining`: seconds. `reset`: seconds until some can be free again; 0: now, or when members leave that run.
+    `remaining`: seconds; infinite without a limit. `reset`: seconds until some can be free again; 0: now, or when
+    members leave that run.
     """
 
     remaining: float
@@ -78,6 +80,10 @@ class BudgetState(NamedTuple):
 
 BUDGET = "budget:"
 """Before a slot's name, in the index of due times: its budget runs out."""
+BUDGET_CLAIM = 1.0
+"""Seconds for which a due budget is claimed at most: members that come meanwhile are not to wait."""
+KEPT = -1
+"""A budget's limit: the one that it has."""
 
 
 class Value(NamedTuple):
@@ -132,11 +138,12 @@ class Decision(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A member of a set, for `ttl` seconds."""
+    """A member of a set, for `ttl` seconds. `timed`: the set has a budget."""
 
     name: str
     member: str
     ttl: float
+    timed: bool = False
 
 
 class Leave(NamedTuple):
@@ -271,9 +278,15 @@ class Store(Protocol):
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         """Return at most `most` members whose time has come, earliest first. None is returned again within `claim`
-        seconds, to any process.
+        seconds (a budget: BUDGET_CLAIM at most), to any process.
 
         `held`: members that this process is still at: their claims start again.
+        """
+
+    async def has_run_out(self, name: str, seconds: int | None) -> bool:
+        """Return whether a set's budget has run out while members run; plan when it does.
+
+        `seconds`: its limit from now on; None: it has none; KEPT.
         """
 
     async def due_in(self, members: Sequence[str]) -> list[float | None]:

@@ -8,8 +8,8 @@ an expiry.
 from dataclasses import dataclass, field
 from hashlib import sha1
 
-from app.store.budget import LONGEST_CLAIM, WINDOW
-from app.store.protocol import PAGE
+from app.store.budget import WINDOW
+from app.store.protocol import BUDGET, BUDGET_CLAIM, PAGE
 from app.store.sliding_window import GRID, MOST
 
 _NOW = """
@@ -60,22 +60,14 @@ _BUDGET = (
     _PLAN
     + f"""
 -- A budget is a list: limit (-1: only counted), running, at, members, then time and used of each cell; all in
--- milliseconds. It is what budget.py's UsedTime is.
+-- milliseconds. It is what budget.py's UsedTime is. Its key may be absent, and members may come or go unseen: then
+-- it is counted anew.
 local WINDOW, HEAD = {WINDOW * 1000}, 4
 local ms = math.floor(now / 1000)
 
 local function start_of(member)
   local start = string.match(member, '^%S+ (%d+)')
   return start and math.min(start * 1000, ms) or ms
-end
-
-local function is_in(set, member)
-  local ends = redis.call('ZSCORE', set, member)
-  return ends and tonumber(ends) > now
-end
-
-local function join_budget(b, member)
-  b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1
 end
 
 local function leave_budget(b, member, used)
@@ -91,26 +83,28 @@ local function leave_budget(b, member, used)
   end
 end
 
--- Of the members that are in the set still; what has expired leaves it when the budget is saved.
-local function load_budget(set, key)
-  local packed, count = redis.call('GET', key), redis.call('ZCARD', set)
+local function load_budget(set, key)  -- returns the budget, and whether it must be saved
+  local packed = redis.call('GET', key)
   local b = packed and cmsgpack.unpack(packed) or {{-1, 0, ms, 0}}
   if ms > b[3] then b[2], b[3] = b[2] + b[4] * (ms - b[3]), ms end
-  if count == b[4] then
-    for _, each in ipairs(redis.call('ZRANGEBYSCORE', set, '-inf', string.format('%.0f', now))) do
-      leave_budget(b, each, 0)
-    end
-  else -- members came or went unseen; reading all of them takes long
-    b[2], b[4] = 0, 0
-    local living = redis.call('ZRANGEBYSCORE', set, string.format('(%.0f', now), '+inf')
-    for _, each in ipairs(living) do join_budget(b, each) end
-  end
   local first = HEAD + 1
   while b[first] and b[first] + WINDOW <= b[3] do first = first + 2 end
-  if first == HEAD + 1 then return b end
-  local kept = {{b[1], b[2], b[3], b[4]}}
-  for at = first, #b do kept[#kept + 1] = b[at] end
-  return kept
+  if first > HEAD + 1 then
+    local kept = {{b[1], b[2], b[3], b[4]}}
+    for at = first, #b do kept[#kept + 1] = b[at] end
+    b = kept
+  end
+  -- Those whose leases have ended: no one saw their ends.
+  local ended = redis.call('ZRANGEBYSCORE', set, '-inf', string.format('%.0f', now), 'LIMIT', 0, {PAGE})
+  for _, each in ipairs(ended) do
+    redis.call('ZREM', set, each)
+    leave_budget(b, each, b[3] - start_of(each))
+  end
+  local count = redis.call('ZCARD', set)
+  if count == b[4] then return b, #ended > 0 end
+  b[2], b[4] = 0, count
+  for _, each in ipairs(redis.call('ZRANGE', set, 0, -1)) do b[2] = b[2] + b[3] - start_of(each) end
+  return b, true
 end
 
 local function total_of(b)
@@ -140,32 +134,30 @@ local function free_in(b, limit)
   return 0
 end
 
-local function save_budget(b, set, key, due, name)
-  redis.call('ZREMRANGEBYSCORE', set, '-inf', string.format('%.0f', now))
+local function join_budget(b, set, member)
+  if not redis.call('ZSCORE', set, member) then b[2], b[4] = b[2] + b[3] - start_of(member), b[4] + 1 end
+end
+
+local function save_budget(b, key, due, name)
   if b[1] < 0 or b[4] == 0 then
     redis.call('ZREM', due, name)
   else
     local at, planned = runs_out(b), redis.call('ZSCORE', due, name)
     -- One that has run out already may be claimed: its place in the index is not its time.
-    if at > b[3] or not planned or tonumber(planned) > now + {LONGEST_CLAIM * 1_000_000} then
+    if at > b[3] or not planned or tonumber(planned) > now + {BUDGET_CLAIM * 1e6:.0f} then
       plan(due, name, at * 1000 - now)
     end
   end
-  redis.call('SET', key, cmsgpack.pack(b), 'PX', {DUE_SECONDS * 1000})
+  if b[4] > 0 then
+    redis.call('SET', key, cmsgpack.pack(b), 'PX', {DUE_SECONDS * 1000})
+  elseif #b > HEAD then
+    redis.call('SET', key, cmsgpack.pack(b), 'PX', b[#b - 1] + WINDOW - b[3] + 1)
+  else
+    redis.call('DEL', key)
+  end
 end
 """
 )
-
-_JOIN = """
-local function join(set, budget, due, member, lease, name)
-  if redis.call('EXISTS', budget) == 1 then
-    local b = load_budget(set, budget)
-    if not is_in(set, member) then join_budget(b, member) end
-    save_budget(b, set, budget, due, name)
-  end
-  add(set, member, lease)
-end
-"""
 
 DECIDE = Script(
     _NOW
@@ -242,9 +234,10 @@ end
 local times, at = {{}}, 8 + rates + last
 for i = 1, budgets do
   local set = KEYS[rates + 1 + tonumber(ARGV[at])]
-  times[i] = {{set = set, b = load_budget(set, KEYS[last + i]), seconds = tonumber(ARGV[at + 1]),
-    enforced = ARGV[at + 2] == '1', name = ARGV[at + 3]}}
-  times[i].refused = cost > 0 and total_of(times[i].b) >= times[i].seconds * 1000
+  local b, changed = load_budget(set, KEYS[last + i])
+  times[i] = {{set = set, b = b, changed = changed, limit = tonumber(ARGV[at + 1]) * 1000, name = ARGV[at + 3]}}
+  times[i].refused = cost > 0 and times[i].limit >= 0 and total_of(b) >= times[i].limit
+  if cost > 0 then b[1], times[i].changed = ARGV[at + 2] == '1' and times[i].limit or -1, true end
   free = free and not times[i].refused
   at = at + 4
 end
@@ -264,12 +257,8 @@ for i = 1, rates do
     wait(window, total, target, span), mark)
 end
 for i, time in ipairs(times) do
-  local b = time.b
-  if counted then
-    b[1] = time.enforced and time.seconds * 1000 or -1
-    if not is_in(time.set, member) then join_budget(b, member) end
-    save_budget(b, time.set, KEYS[last + i], KEYS[last + budgets + 1], time.name)
-  end
+  if counted then join_budget(time.b, time.set, member) end
+  if time.changed then save_budget(time.b, KEYS[last + i], KEYS[last + budgets + 1], time.name) end
 end
 for i = rates + 1, last do
   if counted then add(KEYS[i], member, lease) end
@@ -277,7 +266,7 @@ for i = rates + 1, last do
 end
 for i, time in ipairs(times) do
   answer[#answer + 1] = string.format('%d %.0f %.0f', time.refused and 1 or 0,
-    math.max(0, time.seconds * 1000 - total_of(time.b)), free_in(time.b, time.seconds * 1000))
+    math.max(0, time.limit - total_of(time.b)), time.limit >= 0 and free_in(time.b, time.limit) or 0)
 end
 local records = last + (budgets > 0 and budgets + 1 or 0)
 if counted and #KEYS > records then redis.call('SET', KEYS[#KEYS], ARGV[#ARGV - 1], 'NX', 'PX', ARGV[#ARGV]) end
@@ -318,9 +307,8 @@ end
 for i = 1, budgets do
   local set = KEYS[rates + 1 + tonumber(ARGV[at])]
   local b = load_budget(set, KEYS[last + i])
-  if is_in(set, ARGV[4]) then leave_budget(b, ARGV[4], 0) end
-  redis.call('ZREM', set, ARGV[4])
-  save_budget(b, set, KEYS[last + i], KEYS[last + budgets + 1], ARGV[at + 1])
+  if redis.call('ZREM', set, ARGV[4]) == 1 then leave_budget(b, ARGV[4], 0) end
+  save_budget(b, KEYS[last + i], KEYS[last + budgets + 1], ARGV[at + 1])
   at = at + 2
 end
 for i = rates + 1, last do redis.call('ZREM', KEYS[i], ARGV[4]) end
@@ -328,9 +316,7 @@ if #KEYS > last + (budgets > 0 and budgets + 1 or 0) then redis.call('DEL', KEYS
 """
 )
 
-ADD_MEMBER = Script(
-    _NOW + _ADD + _BUDGET + _JOIN + "join(KEYS[1], KEYS[2], KEYS[3], ARGV[1], tonumber(ARGV[2]), ARGV[3])\n"
-)
+ADD_MEMBER = Script(_NOW + _ADD + "add(KEYS[1], ARGV[1], tonumber(ARGV[2]))\n")
 
 REMOVE_MEMBER = Script(
     _NOW
@@ -376,12 +362,11 @@ CHANGE = Script(
     _NOW
     + _ADD
     + _BUDGET
-    + _JOIN
     + """
--- KEYS: one for each step, three for `join` and `end`: set, budget, index. ARGV: of each step its word and arguments;
+-- KEYS: one for each step, three for `enter` and `end`: set, budget, index. ARGV: of each step its word and arguments;
 -- expectations come first.
--- is VALUE, none | set VALUE TTL | join MEMBER LEASE NAME, leave MEMBER | push VALUE KEEP TTL
--- | due MEMBER DELAY, done MEMBER | end MEMBER USED NAME
+-- is VALUE, none | set VALUE TTL | join MEMBER LEASE, leave MEMBER | push VALUE KEEP TTL
+-- | due MEMBER DELAY, done MEMBER | enter MEMBER LEASE NAME, end MEMBER USED NAME
 local at = 0
 local function take()
   at = at + 1
@@ -390,7 +375,7 @@ end
 local step_at = 1
 while KEYS[step_at] do
   local key, step = KEYS[step_at], take()
-  step_at = step_at + ((step == 'join' or step == 'end') and 3 or 1)
+  step_at = step_at + ((step == 'enter' or step == 'end') and 3 or 1)
   if step == 'is' then
     if redis.call('GET', key) ~= take() then return 0 end
   elseif step == 'none' then
@@ -399,24 +384,23 @@ while KEYS[step_at] do
     local value = take()
     redis.call('SET', key, value, 'PX', take())
   elseif step == 'join' then
-    local member, lease, name = take(), tonumber(take()), take()
-    join(key, KEYS[step_at - 2], KEYS[step_at - 1], member, lease, name)
+    local member = take()
+    add(key, member, tonumber(take()))
   elseif step == 'leave' or step == 'done' then
     redis.call('ZREM', key, take())
   elseif step == 'due' then
     local member = take()
     plan(key, member, tonumber(take()))
-  elseif step == 'end' then
-    local member, used, name = take(), tonumber(take()), take()
-    local budget, due = KEYS[step_at - 2], KEYS[step_at - 1]
-    if redis.call('EXISTS', budget) == 0 then
-      redis.call('ZREM', key, member)
-    else
-      local b = load_budget(key, budget)
-      if is_in(key, member) then leave_budget(b, member, used) end
-      redis.call('ZREM', key, member)
-      save_budget(b, key, budget, due, name)
+  elseif step == 'enter' or step == 'end' then
+    local member, number, name = take(), tonumber(take()), take()
+    local b = load_budget(key, KEYS[step_at - 2])
+    if step == 'enter' then
+      join_budget(b, key, member)
+      add(key, member, number)
+    elseif redis.call('ZREM', key, member) == 1 then
+      leave_budget(b, member, number)
     end
+    save_budget(b, KEYS[step_at - 2], KEYS[step_at - 1], name)
   else
     redis.call('LPUSH', key, take())
     redis.call('LTRIM', key, 0, take() - 1)
@@ -432,13 +416,31 @@ TAKE_DUE = Script(
     + _PLAN
     + """
 -- KEYS: the index of due times. ARGV: most, claim, then the members that are held. Returns the members that are taken.
+-- A budget is claimed for a shorter time.
 local most, claim = tonumber(ARGV[1]), tonumber(ARGV[2])
 for i = 3, #ARGV do
   if redis.call('ZSCORE', KEYS[1], ARGV[i]) then plan(KEYS[1], ARGV[i], claim) end
 end
 local taken = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, most)
-for _, member in ipairs(taken) do plan(KEYS[1], member, claim) end
+for _, member in ipairs(taken) do
+  local is_budget = string.sub(member, 1, BUDGET_SIZE) == 'BUDGET'
+  plan(KEYS[1], member, is_budget and math.min(claim, BUDGET_CLAIM) or claim)
+end
 return taken
+""".replace("BUDGET_SIZE", str(len(BUDGET)))
+    .replace("BUDGET_CLAIM", f"{BUDGET_CLAIM * 1e6:.0f}")
+    .replace("'BUDGET'", f"'{BUDGET}'")
+)
+
+HAS_RUN_OUT = Script(
+    _NOW
+    + _BUDGET
+    + """
+-- KEYS: set, budget, index of due times. ARGV: limit in seconds (-1: none; empty: as it is), name. Returns 1 or 0.
+local b = load_budget(KEYS[1], KEYS[2])
+if ARGV[1] ~= '' then b[1] = math.max(-1, ARGV[1] * 1000) end
+save_budget(b, KEYS[2], KEYS[3], ARGV[2])
+return b[1] >= 0 and b[4] > 0 and total_of(b) >= b[1] and 1 or 0
 """
 )
 

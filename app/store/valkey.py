@@ -33,6 +33,7 @@ from app.store.pipeline import PipelinedConnection
 from app.store.place import FixedPlace, FoundPlace, Nowhere, Place, ask_node, ask_sentinel
 from app.store.protocol import (
     BUDGET,
+    KEPT,
     PAGE,
     BudgetState,
     Change,
@@ -115,7 +116,7 @@ class ValkeyStore(Store):
             arguments += (rate.amount, rate.seconds * 1_000_000)
         arguments += [-1 if slot.capacity is None else slot.capacity for slot in slots]
         for slot, seconds, enforced in budgets:
-            arguments += (slot, seconds, int(enforced), BUDGET + slots[slot].name)
+            arguments += (slot, -1 if seconds is None else seconds, int(enforced), BUDGET + slots[slot].name)
         if record is not None:
             arguments += (record.value, _milliseconds(record.ttl))
         answer: bytes = await self._run(scripts.DECIDE, self._keys(request), *arguments)
@@ -131,7 +132,8 @@ class ValkeyStore(Store):
             used=tuple(numbers[split + 1 : last : 2]),
             counted=numbers[0] == 1,
             budgets=tuple(
-                BudgetState(numbers[at + 1] / 1e3, numbers[at + 2] / 1e3) for at in range(last, len(numbers), 3)
+                BudgetState(math.inf if budget.seconds is None else numbers[at + 1] / 1e3, numbers[at + 2] / 1e3)
+                for at, budget in zip(range(last, len(numbers), 3), budgets, strict=True)
             ),
         )
 
@@ -166,8 +168,7 @@ class ValkeyStore(Store):
         return bool(await self._run(scripts.DELETE, [self._values + name], expected))
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        keys = [self._slots + name, self._budgets + name, self._due]
-        await self._run(scripts.ADD_MEMBER, keys, member, round(ttl * 1e6), BUDGET + name)
+        await self._run(scripts.ADD_MEMBER, [self._slots + name], member, round(ttl * 1e6))
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         return bool(await self._run(scripts.REMOVE_MEMBER, [self._slots + name for name in names], member))
@@ -193,9 +194,13 @@ class ValkeyStore(Store):
         for name, value, ttl in change.values:
             keys.append(self._values + name)
             arguments += ("set", value, _milliseconds(ttl))
-        for name, member, ttl in change.joins:
-            keys += (self._slots + name, self._budgets + name, self._due)
-            arguments += ("join", member, round(ttl * 1e6), BUDGET + name)
+        for name, member, ttl, timed in change.joins:
+            if timed:
+                keys += (self._slots + name, self._budgets + name, self._due)
+                arguments += ("enter", member, round(ttl * 1e6), BUDGET + name)
+            else:
+                keys.append(self._slots + name)
+                arguments += ("join", member, round(ttl * 1e6))
         for name, member, seconds in change.leaves:
             if seconds is None:
                 keys.append(self._slots + name)
@@ -224,6 +229,11 @@ class ValkeyStore(Store):
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         taken: list[bytes] = await self._run(scripts.TAKE_DUE, [self._due], most, round(claim * 1e6), *held)
         return [member.decode(errors="surrogatepass") for member in taken]
+
+    async def has_run_out(self, name: str, seconds: int | None) -> bool:
+        keys = [self._slots + name, self._budgets + name, self._due]
+        limit = "" if seconds == KEPT else -1 if seconds is None else seconds
+        return bool(await self._run(scripts.HAS_RUN_OUT, keys, limit, BUDGET + name))
 
     async def due_in(self, members: Sequence[str]) -> list[float | None]:
         found: list[bytes | None] = await self._run(scripts.DUE_IN, [self._due], *members)

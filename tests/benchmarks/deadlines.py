@@ -89,7 +89,7 @@ class Deployment:
     started: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.store, lease=HOUR + 300, now=self.store.now)
+        self.ledger = Ledger(self.store, lease=HOUR + 300, timed=True, now=self.store.now)
         self.live = LiveCalls(
             self.store,
             self.upstream.client(),

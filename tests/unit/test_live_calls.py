@@ -17,7 +17,7 @@ from app.identity import User
 from app.limits import CallAttempt, KillSwitch, Limits, LiveCalls
 from app.limits.call_attempt import NEVER
 from app.limits.ledger import UNSTOPPED, Ledger
-from app.limits.live_calls import LISTED_SECONDS, MOST_SINGLE, MOST_UNLISTED, STOPS_AT_ONCE, SWEEP_SECONDS
+from app.limits.live_calls import LISTED_SECONDS, MOST_SINGLE, MOST_UNLISTED, SWEEP_SECONDS
 from app.oneinbox import OneInbox
 from app.oneinbox.models import CallRecord
 from app.problems import Problem
@@ -106,13 +106,12 @@ class House:
         await self.limits.release(reservation)
         return True
 
-    async def tick(self, live: LiveCalls | None = None) -> bool:
-        """Do what a second does: end the calls whose time has come; return whether there may be more."""
+    async def tick(self, live: LiveCalls | None = None) -> None:
+        """Do what a second does: end the calls whose time has come."""
         live = live or self.live
         await live.flush()
-        more = await live.take_due()
+        await live.take_due()
         await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_name() == "stop"))
-        return more
 
     def stop(self) -> respx.Route:
         """How OneInbox takes it when a call is to be stopped."""
@@ -263,27 +262,6 @@ async def test_what_ran_too_long_is_hung_up_once_over_all_replicas(house: House)
     assert house.asked() == {"POST c1/stop": 1}
     assert logs == [{"event": "call_stop_requested", "log_level": "warning", "call": "c1", "why": "it ran too long"}]
     assert await house.has_room()
-
-
-async def test_calls_whose_minutes_ran_out_wait_for_any_replica_and_are_stopped_once() -> None:
-    """What waits for its turn is no replica's own: two have twice the turns."""
-    house = House(max_live_calls=200)
-    house.entitlement = house.entitlement._replace(talk_minutes=10)
-    calls = [f"c{number}" for number in range(2 * STOPS_AT_ONCE + 1)]
-    for call in calls:
-        await house.start(call)
-    house.clock.now += 600 / len(calls) + 1
-    first, second = house.replica(), house.replica()
-
-    assert await house.tick(first), "its calls are due as well"
-    assert house.asked() == {}
-    stopped = []
-    for replica in (second, first, second):
-        await house.tick(replica)
-        stopped.append(sum(house.asked().values()))
-
-    assert stopped == [STOPS_AT_ONCE, 2 * STOPS_AT_ONCE, len(calls)]
-    assert house.asked() == Counter(f"POST {call}/stop" for call in calls)
 
 
 @pytest.mark.parametrize("status", ["queued", "initiated"])

@@ -39,7 +39,7 @@ class House:
     def __init__(self, minutes: int | None = 10, minutes_total: int | None = None, **options: Any) -> None:
         self.clock = Clock()
         self.store = MemoryStore(self.clock)
-        self.ledger = Ledger(self.store, lease=2 * DAY, now=self.clock)
+        self.ledger = Ledger(self.store, lease=2 * DAY, timed=True, now=self.clock)
         self.limits = Limits(
             self.store,
             self.ledger,
@@ -57,7 +57,7 @@ class House:
     def live(self, upstream: Upstream) -> LiveCalls:
         """A replica that follows calls."""
         oneinbox = OneInbox(ONEINBOX, SecretStr("oi_sk_x"), upstream, timeout=5, connect_timeout=1)
-        ledger = Ledger(self.store, lease=2 * DAY, now=self.clock)
+        ledger = Ledger(self.store, lease=2 * DAY, timed=True, now=self.clock)
         return LiveCalls(self.store, oneinbox, ledger, max_seconds=0, join_timeout=0, now=self.clock)
 
     async def start(self, user: User = ANN) -> CallAttempt:
