@@ -35,7 +35,7 @@ from app.limits.ledger import Ledger
 from app.limits.rate_limiter import GLOBAL_MINUTES
 from app.limits.sweeper import end_forever
 from app.oneinbox import OneInbox
-from app.store import BUDGET, Store, open_store
+from app.store import BUDGET, Change, Member, Store, open_store
 from app.store.valkey import ValkeyStore
 from tests.benchmarks import rig
 from tests.benchmarks.rig import say
@@ -72,7 +72,7 @@ class Upstream:
         if request.method == "POST":
             self.stops.setdefault(call_id, []).append(time.time())
         await asyncio.sleep(ANSWER_SECONDS)
-        return httpx.Response(200, json={"id": call_id, "status": "completed", "duration_seconds": 1})
+        return httpx.Response(200, json={"id": call_id, "status": "completed"})
 
     def client(self) -> OneInbox:
         """Return a client of it."""
@@ -203,7 +203,8 @@ async def read_all(server: Server, many: Deployment) -> dict[str, Any]:
     after: list[float] = []
     await server.reset()
     for _ in range(ROUNDS):
-        await many.store.add_member(ALL_CALLS, many.attempt(HOUR)[1].key, EXPIRY_SECONDS)
+        short = Member(ALL_CALLS, many.attempt(HOUR)[1].key, EXPIRY_SECONDS, timed=True)
+        await many.store.change(Change({}, joins=[short]))
         await asyncio.sleep(2 * EXPIRY_SECONDS)
         after.append(await many.decide())
     began = time.perf_counter()
