@@ -249,6 +249,12 @@ def minutes_of_ended_calls_are_free() -> Patch:
     return patch.object(UsedTime, "leave", lambda used, member, _: leave(used, member, 0))
 
 
+@plant("T-over")
+def minutes_end_no_calls() -> Patch:
+    """Minutes only refuse the next session."""
+    return patch.object(LiveCalls, "_end_budget", _nothing)
+
+
 @plant("U-stranger")
 def keys_belong_to_no_one() -> Patch:
     """Two users with the same key share an answer."""
