@@ -338,7 +338,7 @@ class LiveCalls:
         One process takes each. What it is still at stays its own; what it leaves is taken by another, STOP_SECONDS
         later. Raises StoreUnavailable.
         """
-        held = [about for about in {**self._stopping, **self._background} if not about.startswith(BUDGET)]
+        held = list({**self._stopping, **self._background})
         places = max(0, STOPS_AT_ONCE - len(self._background))
         taken = await self.store.take_due(places, STOP_SECONDS, held)
         for member in taken:

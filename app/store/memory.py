@@ -191,12 +191,13 @@ class MemoryStore(Store):
 
     async def take_due(self, most: int, claim: float, held: Sequence[str] = ()) -> list[str]:
         now = self._now()
+        short = min(claim, BUDGET_CLAIM)
         for member in held:
             if self._due.at(member) is not None:
-                self._due.plan(member, now + claim)
+                self._due.plan(member, now + (short if member.startswith(BUDGET) else claim))
         taken = self._due.before(now, most)
         for member in taken:
-            self._due.plan(member, now + (min(claim, BUDGET_CLAIM) if member.startswith(BUDGET) else claim))
+            self._due.plan(member, now + (short if member.startswith(BUDGET) else claim))
         return taken
 
     async def has_run_out(self, name: str, seconds: int | None) -> bool:

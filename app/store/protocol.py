@@ -80,7 +80,7 @@ class BudgetState(NamedTuple):
 
 BUDGET = "budget:"
 """Before a slot's name, in the index of due times: its budget runs out."""
-BUDGET_CLAIM = 1.0
+BUDGET_CLAIM = 2.0
 """Seconds for which a due budget is claimed at most: members that come meanwhile are not to wait."""
 KEPT = -1
 """A budget's limit: the one that it has."""

@@ -418,14 +418,15 @@ TAKE_DUE = Script(
 -- KEYS: the index of due times. ARGV: most, claim, then the members that are held. Returns the members that are taken.
 -- A budget is claimed for a shorter time.
 local most, claim = tonumber(ARGV[1]), tonumber(ARGV[2])
-for i = 3, #ARGV do
-  if redis.call('ZSCORE', KEYS[1], ARGV[i]) then plan(KEYS[1], ARGV[i], claim) end
-end
-local taken = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, most)
-for _, member in ipairs(taken) do
+local function take(member)
   local is_budget = string.sub(member, 1, BUDGET_SIZE) == 'BUDGET'
   plan(KEYS[1], member, is_budget and math.min(claim, BUDGET_CLAIM) or claim)
 end
+for i = 3, #ARGV do
+  if redis.call('ZSCORE', KEYS[1], ARGV[i]) then take(ARGV[i]) end
+end
+local taken = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now), 'LIMIT', 0, most)
+for _, member in ipairs(taken) do take(member) end
 return taken
 """.replace("BUDGET_SIZE", str(len(BUDGET)))
     .replace("BUDGET_CLAIM", f"{BUDGET_CLAIM * 1e6:.0f}")
