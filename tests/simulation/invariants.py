@@ -277,8 +277,8 @@ class Invariants:
                 f"G-too-long{self._excuse(call)}", f"{call.id} ran {age:.1f} s; {self.bounds.call_seconds} may be"
             )
         for minutes, who in self._budgets(call):
-            if self.bounds.memory and call.epoch != self.epoch:
-                continue  # the process that knew of it has ended
+            if not call.given or (self.bounds.memory and call.epoch != self.epoch):
+                continue  # it is looked for; the process that knew of it has ended
             calls = [each for each in self.oneinbox.calls.values() if each.epoch == call.epoch]
             mine = [each for each in calls if who in ("", each.user)]
             used = sum(each.lasted(world.now) for each in mine)
