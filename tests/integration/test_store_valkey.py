@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from app.clock import Clock
 from app.store import (
     KEPT,
     Budget,
@@ -182,6 +183,15 @@ async def test_budgets_and_due_times_are_those_of_memory(
                     if own.counted:
                         running.append((request, shared, own))
             assert await store.due_in(index) == pytest.approx(await memory.due_in(index), abs=0.002)
+
+
+@pytest.mark.parametrize("ahead", [-600, 600])
+async def test_the_time_is_the_servers_whatever_the_clock_of_the_process_says(valkey: Valkey, ahead: int) -> None:
+    clock = Clock(lambda: time.time() + ahead, time.monotonic)
+    async with ValkeyStore(valkey.url, clock=clock) as opened:
+        assert abs(opened.now() - time.time() - ahead) < 1
+        await opened.mark("generation", "beat:a", "first", 1, 60)
+        assert abs(opened.now() - time.time()) < 1
 
 
 async def test_a_window_moves_on(store: ValkeyStore) -> None:
