@@ -209,7 +209,7 @@ def _check_reason(reason: str) -> None:
 
 @cli.command(epilog=ending("status", "status --json"))
 def status(as_json: AsJson = False) -> None:
-    """Show the global limits' use, replicas, and what is paused or blocked, until when, why and by whom."""
+    """Show the global limits' use, replicas, pauses and blocks."""
     from app.cli.operator import run_status
 
     run_status(as_json=as_json)
