@@ -108,9 +108,10 @@ class Ledger:
         await self.store.change(Change({}, due=Due(request_id, delay)))
 
     async def plan_again(self, record: StartRecord | None) -> None:
-        """Look at a call when its record says that it is due, if it does."""
+        """Look at a call when its record says that it is due; never again if it does not say so."""
         if record is not None:
-            await self.store.change(Change({}, due=self._due(record, record.state)))
+            due = self._due(record, record.state) or Due(record.attempt.request_id, None)
+            await self.store.change(Change({}, due=due))
 
     async def is_absent(self, request_id: str) -> bool:
         """Return whether there is no record, not even one that cannot be read."""

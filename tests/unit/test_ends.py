@@ -210,6 +210,15 @@ async def test_a_call_that_was_never_recorded_is_due_no_more() -> None:
     assert await world.store.due_in(["unknown"]) == [None]
 
 
+async def test_a_call_that_has_ended_is_due_no_more() -> None:
+    world = World(minutes=None)
+    await world.start()
+    await world.live.ledger.move("r1", records.end(10))
+    await world.live.ledger.plan("r1", 0)
+    await world.wait(1)
+    assert await world.store.due_in(["r1"]) == [None]
+
+
 async def test_a_call_that_ended_is_not_put_back() -> None:
     world = World(minutes=10)
     attempt = await world.reserve()
