@@ -14,7 +14,7 @@ import structlog
 
 from app.identity import User
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
+from app.limits.call_attempt import AGENTS, ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.limits.running_calls import running_calls
@@ -145,7 +145,12 @@ class LiveCalls:
         attempt = attempt._replace(ends=self._end_of(attempt))
         found = await self.ledger.find(attempt.request_id)
         if found is None:
-            return (await self.ledger.move(attempt.request_id, records.restore(attempt, call_id))).after is not None
+            moved = await self.ledger.move(attempt.request_id, records.restore(attempt, call_id))
+            if self.ledger.timed:
+                for name in attempt.sets:
+                    if not name.startswith(AGENTS):
+                        await self.store.has_run_out(name, self.minutes_of(name))
+            return moved.after is not None
         if found.running:  # its slots and its due time may be lost all the same
             await self.ledger.rejoin(found)
             if found.state != RESERVED:
@@ -345,11 +350,6 @@ class LiveCalls:
             work = self._end_budget if member.startswith(BUDGET) else self._end_due
             self._in_background(member, partial(work, member))
         return len(taken) == places
-
-    async def plan_minutes(self) -> None:
-        """Plan when the minutes of all users run out, after calls were put back. Raises StoreUnavailable."""
-        if self.ledger.timed:
-            await self.store.has_run_out(ALL_CALLS, self.minutes_of(ALL_CALLS))
 
     async def _end_budget(self, budget: str) -> None:
         """End the running calls of a budget that has run out."""

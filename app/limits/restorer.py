@@ -77,7 +77,6 @@ class Restorer:
                 # A POST that was under way when the store lost its data may have started a call since.
                 await asyncio.sleep(max(0.0, began + min(self.timeout, LONGEST_WAIT) - self.now()))
                 restored += await self._restore_all()
-            await self.live.plan_minutes()
             if await self.store.complete():
                 log.warning("calls_restored", calls=restored)
         finally:

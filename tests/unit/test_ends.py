@@ -147,6 +147,18 @@ async def test_a_call_that_was_put_back_uses_minutes_again() -> None:
     assert sorted(world.stopped()) == ["c1", "c9"]
 
 
+async def test_a_store_that_lost_all_ends_a_call_that_was_put_back_by_the_settings() -> None:
+    world = World(minutes=1)
+    live = world.replica(lambda _: 60)
+    attempt = CallAttempt("lost", int(world.now) - 10, "main", ANN.store_name, "owner", ends=NEVER)
+    world.upstream.has_call("c9", status="in_progress")
+    await live.restore(attempt, "c9")
+    await world.wait(49, live)
+    assert world.stopped() == []
+    await world.wait(2, live)
+    assert world.stopped() == ["c9"]
+
+
 async def test_many_calls_at_once_are_ended_by_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.limits.live_calls.STOPS_AT_ONCE", 4)
     world = World(minutes=1)
