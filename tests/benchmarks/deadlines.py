@@ -71,7 +71,7 @@ class Upstream:
         call_id = request.url.path.split("/")[3]
         if request.method == "POST":
             self.stops.setdefault(call_id, []).append(time.time())
-        await asyncio.sleep(ANSWER_SECONDS)
+        await asyncio.sleep(ANSWER_SECONDS)  # what OneInbox takes is a part of the measurement
         return httpx.Response(200, json={"id": call_id, "status": "completed"})
 
     def client(self) -> OneInbox:
@@ -205,7 +205,7 @@ async def read_all(server: Server, many: Deployment) -> dict[str, Any]:
     for _ in range(ROUNDS):
         short = Member(ALL_CALLS, many.attempt(HOUR)[1].key, EXPIRY_SECONDS, timed=True)
         await many.store.change(Change({}, joins=[short]))
-        await asyncio.sleep(2 * EXPIRY_SECONDS)
+        await asyncio.sleep(2 * EXPIRY_SECONDS)  # the lease ends by the server's clock
         after.append(await many.decide())
     began = time.perf_counter()
     found = len(await many.store.members(ALL_CALLS))
@@ -226,7 +226,7 @@ async def end_some(server: Server, upstream: Upstream, many: Deployment, count: 
     async with replicas(server, upstream, "many") as stores:
         while time.time() < now + MINUTE + 8:
             decisions.append(await many.decide())
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # the pace of sessions
         losses = sum(store.state != "ok" for store in stores)
     late = [upstream.stops[call][0] - end for call, end in ends.items() if call in upstream.stops]
     return {
@@ -256,10 +256,10 @@ async def end_budget(server: Server, upstream: Upstream, deployment: Deployment,
     async with replicas(server, upstream, "budget") as stores:
         while len(upstream.stops) < count and time.time() < runs_out + 120:
             woke = time.perf_counter()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # how late it wakes is the loop's lag
             lags.append(time.perf_counter() - woke - 0.05)
         losses = sum(store.state != "ok" for store in stores)
-        await asyncio.sleep(3)
+        await asyncio.sleep(3)  # a second stop of the same call would come by now
     times = sorted(first for first, *_ in upstream.stops.values())
     late = [at - runs_out for at in times]
     return {

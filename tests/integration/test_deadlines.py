@@ -91,7 +91,7 @@ class Deployment:
             return all(self.stops(call) for call in calls)
 
         await eventually(are_stopped, within)
-        await asyncio.sleep(LET_GO)
+        await asyncio.sleep(LET_GO)  # so long a second stop could come, from the other replica
         times = [self.stops(call) for call in calls]
         assert [len(each) for each in times] == [1] * len(calls)
         return [each for (each,) in times]

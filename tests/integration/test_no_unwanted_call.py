@@ -715,7 +715,7 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
         house.store.deaf = True
         await asyncio.sleep(COLLECT_SECONDS + 2 * TICK_SECONDS)
         house.store.deaf = False
-        await asyncio.sleep(STOP_SECONDS + 2 * TICK_SECONDS)
+        await asyncio.sleep(STOP_SECONDS + 2 * TICK_SECONDS)  # simulated: the claim ends, and is taken
         assert house.running == []
 
 

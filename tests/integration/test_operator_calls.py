@@ -103,7 +103,7 @@ class Deployment:
                     if (await self.state(name))[0] == "unwanted":
                         await self.ledger.move(f"request-of-{name}", records.end(1))
                         names.remove(name)
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # between questions to the store
 
 
 @pytest.fixture
