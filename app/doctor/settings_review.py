@@ -43,7 +43,7 @@ def memory_store() -> Finding:
     """Return a warning of what memory:// lacks."""
     return warning(
         "store",
-        "memory://: a restart forgets all counts, and the commands pause, block and status cannot work",
+        "memory://: a restart forgets all counts, and the commands pause, block, calls and status cannot work",
         "fine for one process; otherwise set BROKER_STORE_URL to a Valkey or Redis",
     )
 

@@ -98,6 +98,10 @@ class Ledger:
         """Return a new record, for the store to write with the decision about the limits."""
         return Value(_name(attempt.request_id), StartRecord(attempt).to_bytes(), self.left(attempt))
 
+    def is_timed(self, name: str) -> bool:
+        """Return whether a set of live calls has a budget; also one without a limit, since a plan may change."""
+        return self.timed and not name.startswith(AGENTS)
+
     def left(self, attempt: CallAttempt) -> float:
         """Return the seconds until an attempt's slots are free in any case; at least 1."""
         end = attempt.ends + LEASE_GRACE if attempt.ends > 0 else attempt.since + self.lease
@@ -267,15 +271,12 @@ class Ledger:
 
     def _joins(self, record: StartRecord) -> list[Member]:
         member, left = record.attempt.key, self.left(record.attempt)
-        return [Member(name, member, left, self._is_timed(name)) for name in record.attempt.sets]
+        return [Member(name, member, left, self.is_timed(name)) for name in record.attempt.sets]
 
     def _leaves(self, record: StartRecord) -> list[Leave]:
         """Return how an ended call leaves its sets: its seconds go over from those of running calls to those used."""
         member, seconds = record.attempt.key, math.ceil(record.seconds)
-        return [Leave(name, member, seconds if self._is_timed(name) else None) for name in record.attempt.sets]
-
-    def _is_timed(self, name: str) -> bool:
-        return self.timed and not name.startswith(AGENTS)
+        return [Leave(name, member, seconds if self.is_timed(name) else None) for name in record.attempt.sets]
 
     def _due(self, after: StartRecord, was: str) -> Due | None:
         """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""

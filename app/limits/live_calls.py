@@ -14,7 +14,7 @@ import structlog
 
 from app.identity import User
 from app.limits import record as records
-from app.limits.call_attempt import AGENTS, ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.limits.running_calls import running_calls
@@ -146,10 +146,8 @@ class LiveCalls:
         found = await self.ledger.find(attempt.request_id)
         if found is None:
             moved = await self.ledger.move(attempt.request_id, records.restore(attempt, call_id))
-            if self.ledger.timed:
-                for name in attempt.sets:
-                    if not name.startswith(AGENTS):
-                        await self.store.has_run_out(name, self.minutes_of(name))
+            for name in filter(self.ledger.is_timed, attempt.sets):
+                await self.store.has_run_out(name, self.minutes_of(name))
             return moved.after is not None
         if found.running:  # its slots and its due time may be lost all the same
             await self.ledger.rejoin(found)
@@ -541,7 +539,7 @@ class LiveCalls:
         if found.missing_since:
             found = (await self.ledger.move(request_id, records.miss(0))).after or found
         if found.state == GIVEN and (why := self._overdue(found, record)):
-            step = records.end_given(why)
+            step = records.condemn(why)
             try:
                 found = (await self.ledger.move(request_id, step)).after or found
             except StoreUnavailable:  # its time is up, whatever the store says

@@ -238,8 +238,8 @@ class Limits:
             slots.append(("org", "org", slot, shared.talk_minutes))
         timed = [
             (owner, f"{prefix}{MINUTES}", Budget(index, None if minutes is None else minutes * 60, self.enforce))
-            for index, (owner, prefix, _, minutes) in enumerate(slots)
-            if self.ledger.timed and prefix != "agent"  # counted without a limit, too: a plan may change
+            for index, (owner, prefix, slot, minutes) in enumerate(slots)
+            if self.ledger.is_timed(slot.name)
         ]
         prefixes = ["global" if owner == "all" else owner for owner in owners]
         names = [policy_name(prefix, rate) for prefix, rate in zip(prefixes, rates, strict=True)]

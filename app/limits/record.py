@@ -226,13 +226,6 @@ def expire(now: float, why: str) -> Step:
     )
 
 
-def end_given(why: str) -> Step:
-    """A call that was given must end."""
-    return lambda found: (
-        found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state == GIVEN else None
-    )
-
-
 def condemn(why: str) -> Step:
     """A call must end, or has been stopped without the store: no client may get it any more."""
     return lambda found: (

@@ -51,7 +51,7 @@ async def test_a_used_up_allowance_refuses_sessions_unsent(
 
 async def test_the_first_session_is_refused_too(open_broker: OpenBroker, upstream: Upstream) -> None:
     async def slow(_: httpx.Request) -> httpx.Response:
-        for _ in range(50):  # turns of the loop: enough for a start that does not wait
+        for _turn in range(50):  # turns of the loop: enough for a start that does not wait
             await asyncio.sleep(0)
         return httpx.Response(200, json=USED_UP)
 

@@ -75,7 +75,7 @@ class Deployment:
     async def failed(self, name: str, user: User = ANN) -> CallAttempt:
         """A call that could not be stopped."""
         attempt = await self.given(name, user)
-        await self.move(attempt, records.end_given("why"), records.fail)
+        await self.move(attempt, records.condemn("why"), records.fail)
         return attempt
 
     async def unfound(self, name: str) -> CallAttempt:

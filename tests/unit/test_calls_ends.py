@@ -131,7 +131,7 @@ async def test_a_call_that_the_broker_took_for_ended_has_no_end() -> None:
 async def test_a_stopped_call_says_why_and_keeps_saying_it(why: str, told: str) -> None:
     world = CallWorld()
     replica = await started(world, max_seconds=300)
-    await replica.live.ledger.move("request-call_1", records.end_given(why))
+    await replica.live.ledger.move("request-call_1", records.condemn(why))
 
     _, refused = await read(replica)
     assert (refused["status"], refused["ends_at"], refused["stopped_because"]) == ("in_progress", None, told)

@@ -30,7 +30,6 @@ STEPS: dict[str, Callable[[], Step]] = {
     "condemn": lambda: records.condemn("why"),
     "expire": lambda: records.expire(NOW, "why"),
     "expire, later": lambda: records.expire(DUE, "why"),
-    "end what was given": lambda: records.end_given("why"),
     "end": lambda: records.end(60),
     "no call": lambda: records.no_call(ATTEMPT),
     "give up": lambda: records.give_up,
