@@ -24,8 +24,8 @@ from app.problems import Problem
 
 MAX_TOKEN_BYTES = 8 * 1024
 # Clocks differ: a broker a few seconds behind the issuer must not refuse a new token. An expired one gets no leeway, as
-# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway.
-NOT_YET_LEEWAY_SECONDS = 10
+# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway. `doctor` warns of a clock beyond it.
+NOT_YET_LEEWAY_SECONDS = 30
 LATEST_TIME = 1e12  # the year 33658; anything later is not a time, nor are infinity and NaN
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 1024

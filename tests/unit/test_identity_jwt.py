@@ -94,12 +94,13 @@ async def refused(identity: JwtIdentity, *headers: tuple[str, str], challenge: s
 
 # --- what logs in ---
 
+ED_CHOICES: tuple[list[str], ...] = ([], ["EdDSA"], ["Ed25519"], ["EdDSA", "Ed25519"])
 GOOD = [
     *((SECRET, secret_key(SECRET), name) for name in ("HS256", "HS384", "HS512")),
     *((RSA, public_key(pem_of(RSA)), name) for name in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
     *((key, public_key(pem_of(key)), name) for name, key in EC.items()),
-    (ED25519, public_key(pem_of(ED25519)), "EdDSA"),
-    (ED448, public_key(pem_of(ED448)), "EdDSA"),
+    *((ED25519, public_key(pem_of(ED25519), chosen), name) for chosen in ED_CHOICES for name in ("EdDSA", "Ed25519")),
+    *((ED448, public_key(pem_of(ED448)), name) for name in ("EdDSA", "Ed448")),
 ]
 
 
@@ -259,6 +260,8 @@ PEM = pem_of(RSA)
         (public_key(PEM), token_of(EC["ES256"], "ES256")),
         (public_key(pem_of(EC["ES256"])), token_of(EC["ES384"], "ES384")),
         (public_key(pem_of(ED25519)), token_of(ED448, "EdDSA")),
+        (public_key(pem_of(ED25519)), token_of(ED25519, "Ed448")),
+        (public_key(pem_of(ED448)), token_of(ED448, "Ed25519")),
         (secret_key(SECRET), token_of(RSA, "RS256")),
         # The right family, another key.
         (public_key(PEM), token_of(rsa.generate_private_key(65537, 2048), "RS256")),
@@ -462,7 +465,7 @@ def test_algorithms_by_kind_of_key() -> None:
     assert secret_key("x" * 48).algorithms == ("HS256", "HS384")
     assert secret_key("x" * 64).algorithms == ("HS256", "HS384", "HS512")
     assert secret_key("ü" * 32).algorithms == ("HS256", "HS384", "HS512")  # RFC 7518 counts bytes
-    assert public_key(PEM, ["PS256", "RS512"]).algorithms == ("PS256", "RS512")
+    assert public_key(PEM, ["PS256", "RS512"]).algorithms == ("RS512", "PS256")
     assert public_key(pem_of(EC["ES384"])).algorithms == ("ES384",)
     assert public_key(PEM.replace("\n", "\\n")).key == public_key(PEM).key
 
