@@ -91,7 +91,7 @@ class Setup:
         self.keys = KeySet(
             URL, algorithms, transport=httpx.MockTransport(issuer), clock=self.clock, sleep=self.clock.sleep
         )
-        self.identity = JwtIdentity(ClientAddresses([]), self.keys, issuer="i", audience="a", now=lambda: NOW)
+        self.identity = JwtIdentity(ClientAddresses([]), self.keys, issuer="i", audience=["a"], now=lambda: NOW)
 
     async def login(self, key: Any = RSA, algorithm: str = "RS256", kid: str | None = "k1", **more: Any) -> User:
         claims = {"sub": "user-1", "exp": NOW + 600, "iss": "i", "aud": "a"} | more

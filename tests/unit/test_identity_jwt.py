@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, r
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from starlette.requests import Request
 
+from app.config.claims import read_required_claims
 from app.identity import User
 from app.identity.addresses import ClientAddresses
 from app.identity.jwt import MAX_TOKEN_BYTES, NOT_YET_LEEWAY_SECONDS, REMEMBERED_SECONDS, REMEMBERED_TOKENS, JwtIdentity
@@ -153,9 +154,9 @@ async def test_good_claims(changes: dict[str, Any]) -> None:
     assert (await login(identity_of(), bearer(token_of(**changes)))).id == changes.get("sub", "user-1")
 
 
-@pytest.mark.parametrize("audience", ["api", ["api"], ["other", "api"]])
+@pytest.mark.parametrize("audience", ["api", "api-2", ["api"], ["other", "api"], ["api-2", "api"]])
 async def test_issuer_and_audience(audience: Any) -> None:
-    identity = identity_of(issuer="https://issuer.example", audience="api")
+    identity = identity_of(issuer="https://issuer.example", audience=["api", "api-2"])
     user = await login(identity, bearer(token_of(iss="https://issuer.example", aud=audience)))
     assert user.issuer == "https://issuer.example"
 
@@ -239,8 +240,60 @@ async def test_bad_claims(changes: dict[str, Any], detail: str) -> None:
     ],
 )
 async def test_wrong_issuer_or_audience(changes: dict[str, Any], detail: str) -> None:
-    identity = identity_of(issuer="https://issuer.example", audience="api")
+    identity = identity_of(issuer="https://issuer.example", audience=["api", "api-2"])
     assert detail in await refused(identity, bearer(signed({"alg": "HS256"}, claims_of(**changes))))
+
+
+REQUIRED: dict[str, tuple[str, Any, str | None]] = {
+    "one-of": ("app=a|b", "b", None),
+    "one-only": ("app=a", "a", None),
+    "in-a-list": ("app=a|b", ["x", "b"], None),
+    "a-number": ("app=42", 42, None),
+    "a-number-in-a-list": ("app=42", ["x", 42], None),
+    "a-boolean": ("app=true", True, None),
+    "a-boolean-as-text": ("app=true", "true", None),
+    "with-equals-signs": ("app=a=b?c=d", "a=b?c=d", None),
+    "a-pointer": ("/o/id=org_1", {"id": "org_1"}, None),
+    "a-pointer-into-a-list": ("/o/1=org_1", ["x", "org_1"], None),
+    "a-pointer-to-a-list": ("/o/roles=voice", {"roles": ["x", "voice"]}, None),
+    "no-claim": ("app=a", None, "has no app"),
+    "another": ("app=a|b", "c", "for another app"),
+    "part-of-it": ("app=abc", "ab", "for another app"),
+    "more-than-it": ("app=ab", "abc", "for another app"),
+    "both-as-one": ("app=a|b", "a|b", "for another app"),
+    "in-another-case": ("app=a", "A", "for another app"),
+    "with-a-blank": ("app=a", "a ", "for another app"),
+    "an-empty-list": ("app=a", [], "for another app"),
+    "a-list-of-others": ("app=a", ["b", "c"], "for another app"),
+    "a-list-in-a-list": ("app=a", [["a"]], "for another app"),
+    "a-name-in-an-object": ("app=a", {"a": True}, "for another app"),
+    "one-is-not-true": ("app=1", True, "for another app"),
+    "true-is-not-one": ("app=true", 1, "for another app"),
+    "an-unlike-number": ("app=42", 42.0, "for another app"),
+    "nowhere": ("/o/id=org_1", {}, "has no /o/id"),
+    "another-nested": ("/o/id=org_1", {"id": "org_2"}, "for another /o/id"),
+    "top-level-is-no-pointer": ("o=org_1", {"id": "org_1"}, "for another o"),
+}
+
+
+@pytest.mark.parametrize(("setting", "value", "detail"), REQUIRED.values(), ids=REQUIRED.keys())
+async def test_required_claims(setting: str, value: Any, detail: str | None) -> None:
+    identity = identity_of(required_claims=read_required_claims([setting]))
+    name = setting[1] if setting.startswith("/") else setting.partition("=")[0]
+    header = bearer(signed({"alg": "HS256"}, claims_of(**{name: value})))
+    if detail is None:
+        assert (await login(identity, header)).id == "user-1"
+    else:
+        assert detail in await refused(identity, header)
+
+
+async def test_all_required_claims_and_the_audience() -> None:
+    required = read_required_claims(["azp=https://a.example", "token_use=access"])
+    identity = identity_of(audience=["api"], required_claims=required)
+    good: dict[str, Any] = {"aud": "api", "azp": "https://a.example", "token_use": "access"}
+    assert (await login(identity, bearer(token_of(**good)))).id == "user-1"
+    for name in good:
+        await refused(identity, bearer(token_of(**{**good, name: "another"})))
 
 
 # --- what does not: signature and header ---
