@@ -22,6 +22,7 @@ from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.identity.jwks import FETCH_SECONDS, KeySet, KeySetError
+from app.identity.jwt import NOT_YET_LEEWAY_SECONDS
 from app.limits.allowance import NOT_OFFERED
 from app.oneinbox import OneInbox
 from app.oneinbox.errors import Busy, Invalid, OneInboxError
@@ -32,7 +33,6 @@ from app.store.valkey import Refused, ValkeyStore
 
 LONGEST_ANSWER = 8.0
 """Seconds for one answer of OneInbox, even if ONEINBOX_TIMEOUT allows more: there are two in a row."""
-CLOCK_TOLERANCE = 30.0
 AGENTS_ASKED_ABOUT = 20
 OLDEST_STORE = 6
 ONEINBOX_CHECKS = ("oneinbox", "agents", "allowance", "clock")
@@ -266,7 +266,7 @@ def _clock(skew: float | None) -> Finding:
     if skew is None:
         return warning(name, "not checked: OneInbox sent no date")
     distance = f"{round(abs(skew))} s {'ahead of' if skew > 0 else 'behind'} OneInbox's"
-    if abs(skew) > CLOCK_TOLERANCE:
+    if abs(skew) > NOT_YET_LEEWAY_SECONDS:
         detail = f"{distance}: tokens seem expired too early, or stay valid too long"
         return wrong(name, detail, "set this machine's clock by NTP")
     # Date has whole seconds, and may come from a cache: one or two seconds mean nothing.
