@@ -25,7 +25,7 @@ from app.oneinbox.errors import (
     TimedOut,
     Unreachable,
 )
-from app.oneinbox.models import CALL_ID, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
+from app.oneinbox.models import CALL_ID, AgentRecord, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import read_body, surely_not_sent
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
@@ -50,7 +50,7 @@ FREE = nullcontext()
 
 # Paths as metrics and traces name them.
 START, CALL, STOP, CALLS = "/v1/calls/web", "/v1/calls/{call}", "/v1/calls/{call}/stop", "/v1/calls"
-WEBHOOKS, WEBHOOK, USAGE = "/v1/webhooks", "/v1/webhooks/{webhook}", "/v1/usage"
+AGENT, WEBHOOKS, WEBHOOK, USAGE = "/v1/agents/{agent}", "/v1/webhooks", "/v1/webhooks/{webhook}", "/v1/usage"
 
 
 class OneInbox:
@@ -181,6 +181,12 @@ class OneInbox:
         code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
         _raise_for_status(code, answer)
         return _model(CallPage, answer, code)
+
+    async def get_agent(self, agent_id: str) -> AgentRecord:
+        """Return one agent. Raises Misconfigured with status 404 if there is none."""
+        status, answer = await self._send("GET", AGENT, httpx.URL(f"{self._base_url}{AGENT.format(agent=agent_id)}"))
+        _raise_for_status(status, answer)
+        return _model(AgentRecord, answer, status)
 
     async def usage(self) -> Usage:
         """Return how many calls the account has started today, of how many it may. Raises Invalid for another shape."""

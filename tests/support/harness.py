@@ -59,6 +59,8 @@ class Upstream(httpx.AsyncBaseTransport):
         self.stop = self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$")
         self.stop.mock(side_effect=self._stop)
         self.router.get("/v1/calls").respond(json={"items": [], "total": 0, "limit": 20, "offset": 0})
+        self.agent = self.router.get(path__regex=r"^/v1/agents/[^/]+$")
+        self.agent.respond(json={"id": AGENT_ID, "max_duration_seconds": 3600})
         self.usage = self.router.get("/v1/usage").respond(json={"max_calls_per_day": None})
 
     @staticmethod
