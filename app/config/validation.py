@@ -23,8 +23,9 @@ MAX_CALL_SECONDS = 604800
 MAX_VARIABLES = 32
 MAX_VARIABLE = 1000
 
-# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure.
-UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure. Lone
+# surrogates, such as half an emoji, cannot be sent: they are no UTF-8.
+UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_variable_value(value: str | float | bool) -> str | float | bool:

@@ -1,6 +1,8 @@
 """Client of OneInbox's API, as far as the broker uses it."""
 
 import asyncio
+import contextlib
+import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -266,10 +268,7 @@ class OneInbox:
             self.ahead = None if date is None else date - self._clock.now()
         if response.status_code == 429:
             raise Busy(parse_retry_after(response.headers.get("retry-after"), self._clock.now()))
-        try:
-            return response.status_code, from_json(raw)
-        except ValueError:
-            return response.status_code, None
+        return response.status_code, _parse(raw)
 
     def _place(self, method: str, path: str) -> AbstractAsyncContextManager[None]:
         """Return what to hold while a request is under way, so that no kind of request takes the places of starts."""
@@ -316,6 +315,17 @@ class OneInbox:
         if headers is self._headers and self._reread_key is not None:
             await self._reread_key()
         return headers is not self._headers
+
+
+def _parse(raw: bytes) -> Any:
+    """Return an answer's JSON, None if it is not JSON. Half an emoji, as in a text cut to a length, becomes `?`."""
+    with contextlib.suppress(ValueError):
+        return from_json(raw)
+    # RFC 8259, section 8.2, leaves lone surrogates to the reader; one odd text must not hide a whole list of calls.
+    with contextlib.suppress(ValueError, RecursionError):
+        text = json.dumps(json.loads(raw), ensure_ascii=False)
+        return from_json(text.encode(errors="replace"))
+    return None
 
 
 def _model(model: type[M], answer: Any, status: int) -> M:
