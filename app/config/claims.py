@@ -15,6 +15,8 @@ def check_claim_name(name: str) -> str:
     """Return a claim's name. Raises ValueError for one that begins with `/` and is no JSON pointer."""
     if not name:
         raise ValueError("is empty")
+    if not name.isprintable():
+        raise ValueError("has a line break, or another character that does not print")
     if name.startswith("/") and BAD_ESCAPE.search(name):
         raise ValueError("is no JSON pointer: ~ is written ~0, and / in a name ~1")
     return name
