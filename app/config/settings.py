@@ -114,8 +114,8 @@ def split_url(text: str) -> SplitResult:
     if parts.scheme not in ("http", "https"):
         raise ValueError("is not an http(s) URL")
     try:
-        httpx.URL(text)
-    except (httpx.InvalidURL, ValueError):  # such as an invalid internationalized name
+        _ = httpx.URL(text).host
+    except (httpx.InvalidURL, ValueError):  # such as an internationalized name that cannot be decoded
         raise ValueError("is not a URL") from None
     return parts
 

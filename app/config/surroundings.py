@@ -83,9 +83,11 @@ def _named_proxy(scheme: str) -> tuple[str, str]:
 def _proxy(name: str, text: str) -> httpx.Proxy:
     try:
         proxy = httpx.Proxy(text if "://" in text else f"http://{text}")  # as curl reads it
+        _ = proxy.url.host  # an internationalized name is decoded only now
+        usable = proxy.url.scheme in PORTS and is_host(proxy.url.raw_host.decode("ascii"))
     except (httpx.InvalidURL, ValueError):
-        proxy = None
-    if proxy is None or proxy.url.scheme not in PORTS or not is_host(proxy.url.raw_host.decode("ascii", "replace")):
+        usable = False
+    if not usable:
         raise SettingsError([f"{name}: is not the URL of a proxy; takes an http:// or https:// URL"])
     return proxy
 

@@ -125,7 +125,10 @@ def _filled_in(directory: Path, comment: str) -> Path:
     for name in required():
         text = text.replace(f"\n{name}=\n", f"\n{name}=oi_sk_filled_in\n")
     path = directory / ".env"
-    path.write_text(re.sub(rf"^{comment}(?=[A-Z_]+=)(?!BROKER_JWT_|BROKER_USER_HEADER)", "", text, flags=re.MULTILINE), encoding="utf-8")
+    path.write_text(
+        re.sub(rf"^{comment}(?=[A-Z_]+=)(?!BROKER_JWT_|BROKER_USER_HEADER)", "", text, flags=re.MULTILINE),
+        encoding="utf-8",
+    )
     return path
 
 
