@@ -7,7 +7,6 @@ from app.broker.build import refuse_foreign_store
 from app.cli.process import checked, listen, refuse
 from app.cli.startup_banner import announce
 from app.config.loading import load_settings
-from app.config.settings import takes
 from app.server.gc import freeze_gc
 from app.server.server import create_server, serve_with_workers, url_of
 from app.telemetry.logging import configure_logging
@@ -21,7 +20,7 @@ def run_broker(host: str, port: int, workers: int) -> None:
     if workers > 1 and settings.store_url.get_secret_value() == "memory://":
         refuse(
             "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
-            f"takes {takes('BROKER_STORE_URL')}"
+            "takes the URL of a Valkey or Redis that they share, such as redis://localhost:6379"
         )
     configure_logging(settings.log_level, settings.log_format)
     checked(lambda: refuse_foreign_store(settings))
