@@ -56,7 +56,7 @@ LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
 WORKERS_WITHOUT_STORE = (
     "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
-    f"takes {takes('BROKER_STORE_URL')}"
+    "takes the URL of a Valkey or Redis that they share, such as redis://localhost:6379"
 )
 ALLOWANCE_SECONDS = 1
 """Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up."""

@@ -446,7 +446,7 @@ class Settings(BaseSettings):
     store_prefix: str = setting(
         "oib",
         "First part of all names in the shared store. Deployments with different prefixes share nothing in it",
-        "1 to 64 letters, digits, `.`, `_` or `-`",
+        "1 to 64 letters, digits, dots, hyphens and underscores",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     on_store_loss: Literal["local", "refuse"] = setting(
