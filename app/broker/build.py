@@ -39,7 +39,8 @@ from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
-from app.oneinbox.transport import open_transport, proxy_for
+from app.oneinbox.dialer import proxy_for
+from app.oneinbox.transport import open_transport
 from app.problems import KINDS
 from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
@@ -121,6 +122,7 @@ async def open_broker(
             metrics=metrics,
             traces=traces,
             clock=Clock(store.now, clock.monotonic),
+            warm=settings.warm_connections,
         )
         stack.push_async_callback(oneinbox.aclose)
         if isinstance(keys, KeySet):
@@ -300,15 +302,17 @@ def open_oneinbox(
     metrics: Metrics | None = None,
     traces: Traces | None = None,
     clock: Clock = SYSTEM_CLOCK,
+    warm: int = 0,
 ) -> OneInbox:
     """Return a client of the configured account, inside the event loop. The caller closes it.
 
-    `reread_key`: called after a 401, before the request is sent once more.
+    `reread_key`: called after a 401, before the request is sent once more. `warm`: connections kept ready.
     """
+    url, size = settings.oneinbox_base_url, settings.max_waiting
     return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
-        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting),
+        transport or open_transport(url, pool_size=size, warm=warm, metrics=metrics),
         timeout=settings.oneinbox_timeout,
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
