@@ -39,6 +39,7 @@ from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
+from app.oneinbox.client import BESIDE_STARTS
 from app.oneinbox.dialer import proxy_for
 from app.oneinbox.transport import open_transport
 from app.problems import KINDS
@@ -308,7 +309,7 @@ def open_oneinbox(
 
     `reread_key`: called after a 401, before the request is sent once more. `warm`: connections kept ready.
     """
-    url, size = settings.oneinbox_base_url, settings.max_waiting
+    url, size = settings.oneinbox_base_url, settings.max_waiting + BESIDE_STARTS
     return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
@@ -379,7 +380,8 @@ def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
         addresses,
         keys,
         issuer=settings.jwt_issuer or "",
-        audience=settings.jwt_audience or "",
+        audience=settings.jwt_audience or (),
+        required_claims=settings.jwt_required_claims,
         user_claim=settings.jwt_user_claim,
         cookie=settings.jwt_cookie or "",
         now=clock.now,

@@ -50,20 +50,23 @@ class Pool:
         self._in_use += 1
 
     def leave(self, connection: Connection | None = None) -> None:
-        """Give room back, and the connection: it is kept for the next request, or closed if it cannot take one."""
+        """Give room back, and the connection that a request was answered on, if it was."""
         self._room.release()
         self._in_use -= 1
         if connection is None:
             self._changed.set()
-        elif connection.is_reusable:
-            if not connection.has_carried:
-                connection.has_carried = True
-                if (seconds := connection.keep_alive_seconds()) is not None:
-                    self._idle_times[True].hint(seconds)
-            self._keep(connection)
-        else:
-            connection.abort()
-            self._changed.set()
+            return
+        if not connection.has_carried:
+            connection.has_carried = True
+            if (seconds := connection.keep_alive_seconds()) is not None:
+                self._idle_times[True].hint(seconds)
+        connection.idle_since = self._loop.time()
+        self._keep(connection)
+
+    def put_back(self, connection: Connection) -> None:
+        """Keep a connection on which nothing was sent, for the next request."""
+        self._keep(connection)
+        self._idle.sort(key=lambda each: each.idle_since)
 
     def reuse(self) -> Connection | None:
         """Return the connection used last that can surely take a request; None if there is none."""
@@ -89,6 +92,7 @@ class Pool:
         connection = await self._dialer.connect(seconds)
         for idle_time in self._idle_times.values():
             idle_time.connect_seconds = self._loop.time() - begun
+        connection.idle_since = self._loop.time()
         return connection
 
     async def aclose(self) -> None:
@@ -105,7 +109,10 @@ class Pool:
             self._drop(self._idle[0])
 
     def _keep(self, connection: Connection) -> None:
-        connection.idle_since = self._loop.time()
+        if not connection.is_reusable:
+            connection.abort()
+            self._changed.set()
+            return
         connection.on_lost = self._lost
         self._idle.append(connection)
         if self._closing is None and len(self._idle) > self._warm:

@@ -37,8 +37,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
     """Send requests to the host of `url` through its pool, and to no other.
 
     Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no redirect, keeps no cookie
-    and decodes nothing. A request is marked in `request.extensions["sent"]` just before it is written. Only a GET is
-    written twice, if its reused connection had ended. `metrics`: counts POSTs that waited for a handshake.
+    and decodes nothing. Just before a request is written, `before_sending` of its extensions is called, if there is
+    one, and the request is marked as `sent` in them. Only a GET is written twice, if its reused connection had ended.
+    `metrics`: counts POSTs that waited for a handshake.
     """
 
     def __init__(self, url: httpx.URL, pool: Pool, metrics: Metrics | None = None) -> None:
@@ -47,7 +48,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._metrics = metrics
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request. Raises only httpx.TransportError."""
+        """Send one request. Raises only httpx.TransportError, and what `before_sending` raises."""
         url = request.url
         request.extensions["sent"] = False
         if (url.raw_scheme, url.raw_host, url.port) != self._origin:
@@ -75,6 +76,12 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     async def _exchange(self, request: httpx.Request, message: bytes, kept: Connection | None) -> httpx.Response:
         connection = kept or await self._pool.connect(request.extensions.get("timeout", {}).get("connect"))
+        try:
+            if (before_sending := request.extensions.get("before_sending")) is not None:
+                before_sending()
+        except BaseException:
+            self._pool.put_back(connection)
+            raise
         try:
             request.extensions["sent"] = True
             connection.send(message)

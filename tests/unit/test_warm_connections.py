@@ -249,6 +249,20 @@ async def test_a_connection_with_news_in_the_kernel_carries_no_request() -> None
 
 
 @in_simulated_time
+async def test_a_connection_that_was_taken_and_not_used_is_as_old_as_before() -> None:
+    server = IdleServer(20)
+    async with warm_pool(server) as pool:
+        await asyncio.sleep(10)
+        await pool.enter()
+        connection = pool.reuse()
+        assert connection is not None
+        pool.put_back(connection)
+        pool.leave()
+
+        assert asyncio.get_running_loop().time() - connection.idle_since > 9
+
+
+@in_simulated_time
 async def test_metrics_count_handshakes_and_posts_that_waited_for_one() -> None:
     metrics = Metrics()
     server = IdleServer(60)
