@@ -74,6 +74,11 @@ class Connection(asyncio.Protocol):
         )
 
     @property
+    def is_read(self) -> bool:
+        """True when the answer is complete, and all of it was read."""
+        return self._complete and not self._pieces
+
+    @property
     def has_answered(self) -> bool:
         """True when any byte has come since the request was sent."""
         return self._received > 0
