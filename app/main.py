@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app.api.app import create_app
 from app.broker.build import refuse_foreign_store
 from app.config.loading import load_settings

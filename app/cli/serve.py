@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app.api.app import create_app
 from app.broker.build import refuse_foreign_store
 from app.cli.process import checked, listen, refuse
