@@ -148,8 +148,8 @@ def project(record: CallRecord, bounds: Bounds, *, agent: str | None, expose: Co
         "messages": lambda: _utterances(record.messages),
         # Pages show it as a link: no scheme that a browser would run.
         "recording_url": lambda: record.recording_url if WEB_URL.match(record.recording_url or "") else None,
-        "summary": lambda: record.ai_summary,
-        "outcome": lambda: record.outcome,
+        "summary": lambda: record.ai_summary or record.analysis.summary,
+        "outcome": lambda: record.outcome or record.analysis.outcome,
     }
     return ExposedCall(**basic, **{name: value() for name, value in more.items() if name in expose})
 
