@@ -53,7 +53,8 @@ def assert_safe_headers(response: httpx.Response) -> None:
     """Check the headers of every answer."""
     headers = response.headers
     assert REQUEST_ID.fullmatch(headers["x-request-id"])
-    assert headers["cache-control"] == "no-store"
+    streamed = headers.get("content-type") == "text/event-stream"
+    assert headers["cache-control"] == ("no-store, no-transform" if streamed else "no-store")
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert "default-src 'none'" in headers["content-security-policy"]
