@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 
 from app import __version__
 from app.api import calls, errors, health, metrics, openapi, problem_types, sessions, webhooks
+from app.api.client import ClientFiles, load_client_files
 from app.api.docs import routes as docs
 from app.api.middleware.cors import CorsPolicy
 from app.api.middleware.request_log import RequestLog
@@ -42,11 +43,13 @@ def create_app(
     *,
     store_factory: Callable[[], Store] | None = None,
     clock: Clock = SYSTEM_CLOCK,
+    any_host: bool = False,
 ) -> FastAPI:
     """Return the broker as an ASGI application. Raises SettingsError.
 
     Connections open when the server starts the lifespan. `transport` replaces the connection to OneInbox,
-    `store_factory` returns the store to use instead of BROKER_STORE_URL's.
+    `store_factory` returns the store to use instead of BROKER_STORE_URL's. `any_host`: the broker's own origin is
+    whatever Host a request names; for the sandbox, whose key opens nothing.
     """
     check(settings)
 
@@ -69,12 +72,14 @@ def create_app(
         middleware=[
             Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
+            Middleware(ClientFiles, files=load_client_files(settings)),
             *([Middleware(TraceRequests)] if traces_enabled() else []),
             Middleware(SecurityHeaders),
             Middleware(
                 CorsPolicy,
                 allowed=settings.allowed_origins,
                 own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
+                any_host=any_host,
                 credentials=settings.auth == "header" or settings.jwt_cookie is not None,
                 require=settings.require_origin,
                 same_site_posts=settings.auth == "header",

@@ -2,19 +2,23 @@
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
+from app import sandbox
 from app.api.app import create_app
 from app.cli.process import listen, refuse, say
 from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.server import emulator_server, running_emulator
-from app.server.server import Server, create_server, url_of
+from app.server.server import Server, create_server, url_to_open
 from app.telemetry.logging import configure_logging
 
 LIVEKIT_CALL = 600
 """Seconds that the sandbox's calls last when there is a room to talk in."""
+STAND_IN = Path(sandbox.__file__).with_name("livekit-client.js")
+"""Served as livekit-client where there is no LiveKit server: it speaks the emulator's script."""
 LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
 
 
@@ -42,14 +46,15 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
                 "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
+                **({} if livekit_url else {"BROKER_LIVEKIT_CLIENT": str(STAND_IN)}),
             },
             env_file=None,
         )
         try:
-            app = DemoPage(create_app(settings), livekit_url)
+            app = DemoPage(create_app(settings, any_host=True), livekit_url)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
-        url = url_of(listener)
+        url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
             f"Explore the API:  {url}/docs\n"
@@ -65,7 +70,7 @@ def run_emulator(host: str, port: int, api_key: str) -> None:
     configure_logging("info")
     options = EmulatorOptions(api_key=api_key)
     listener = listen(host, port)
-    url = url_of(listener)
+    url = url_to_open(listener)
     say(
         f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
         f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from app.config.env_file import read_env_file
 from app.config.settings import (
-    BLANKS,
     FIELDS,
     KNOWN,
     PREFIXES,
@@ -24,13 +23,14 @@ from app.config.settings import (
     field_of,
     takes,
     trimmed,
-    unquoted,
 )
-from app.config.validation import nearest, what_is_wrong
+from app.config.validation import BLANKS, nearest, unquoted, what_is_wrong
 
 # Kubernetes sets these in every pod for a Service called `broker` or `oneinbox`; they are not settings.
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
 JWT_KEYS = ("BROKER_JWT_JWKS_URL", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY")
+JWT_CHECKS = ("BROKER_JWT_AUDIENCE", "BROKER_JWT_REQUIRED_CLAIMS")
+"""What tells the tokens that are meant for this broker from others of the same issuer."""
 EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
 MODES = ("anonymous", "jwt", "header")
 TOKENS_ONLY = ("BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS")
@@ -200,9 +200,10 @@ def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         if auth != "header" and name == "BROKER_USER_HEADER":
             yield name, "is set, but BROKER_AUTH is not header"
     if auth == "jwt" and JWT_KEYS[0] in keys:
-        for name in ("BROKER_JWT_ISSUER", "BROKER_JWT_AUDIENCE"):
-            if name not in values:
-                yield name, f"is required with {JWT_KEYS[0]}"
+        if "BROKER_JWT_ISSUER" not in values:
+            yield "BROKER_JWT_ISSUER", f"is required with {JWT_KEYS[0]}"
+        if values.keys().isdisjoint(JWT_CHECKS):
+            yield JWT_CHECKS[0], f"is required with {JWT_KEYS[0]} unless {JWT_CHECKS[1]} is set"
     if auth == "header":
         yield from _header_rules(values)
     origins = [unquoted(origin) for origin in values.get("BROKER_ALLOWED_ORIGINS", "").split(",")]

@@ -193,6 +193,10 @@ async def test_doctor_probe_in_the_same_surroundings(oneinbox: RunningEmulator) 
         done = await asyncio.to_thread(invoke, "doctor", "--probe", "https://voice.invalid", environ={name: value})
         assert (done.code, done.err) == (1, "")
         assert done.out.startswith(f"✗ surroundings: {name}: ")
+    done = await asyncio.to_thread(
+        invoke, "doctor", "--probe", "http://voice.invalid", environ={"HTTP_PROXY": "socks5://127.0.0.1:1"}
+    )
+    assert done.out.startswith("✗ surroundings: HTTP_PROXY: ")
     for url in ("https://xn--a.invalid", "https://a..invalid", "https://[::::]"):
         done = await asyncio.to_thread(invoke, "doctor", "--probe", url, environ={})
         assert (done.code, done.out) == (2, "")
