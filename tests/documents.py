@@ -98,7 +98,7 @@ def settings_document() -> str:
         "An unknown `BROKER_…` or `ONEINBOX_…` variable is an error, and so is a setting of another `BROKER_AUTH`.",
         "",
         "In `.env` each line is `NAME=value`, a comment or blank; anything else is an error. `${NAME}` stands for",
-        "another variable. White space, line breaks, a byte order mark and a pair of quotes around a value do not count,",
+        "another variable. White space, line breaks, a byte order mark and quotes around a value do not count,",
         "in a variable as in a file. "
         f"Only {' and '.join(f'`{name}`' for name in sorted(ANY_TEXT))}, which may hold quotes, are refused in quotes.",
         "",
