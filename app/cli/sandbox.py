@@ -8,7 +8,7 @@ from typing import Any
 import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app import sandbox
 from app.api.app import create_app
-from app.cli.process import listen, refuse, say
+from app.cli.process import checked, listen, refuse, say
 from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.options import EmulatorOptions
@@ -52,7 +52,7 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
             env_file=None,
         )
         try:
-            app = DemoPage(create_app(settings, any_host=True), livekit_url)
+            app = DemoPage(checked(lambda: create_app(settings, any_host=True)), livekit_url)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
         url = url_to_open(listener)
