@@ -451,6 +451,16 @@ async def test_an_ended_call_shows_no_end_to_come(broker: httpx.AsyncClient, ups
     assert (call["ends_at"], call["stopped_because"]) == (None, None)
 
 
+async def test_proxies_leave_events_as_they_are(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+    path = await start_call(broker)
+    upstream.has_call("call_1", status="completed")
+
+    response = await broker.get(f"{path}/events")
+
+    assert response.headers.get_list("cache-control") == ["no-store, no-transform"]
+    assert response.headers["x-accel-buffering"] == "no"
+
+
 @pytest.mark.parametrize(("warned", "names"), [({}, ["call", "ending", "call", "end"]), (OFF, ["call", "call", "end"])])
 async def test_the_events_announce_the_end_without_an_id(
     warned: dict[str, str], names: list[str], open_broker: OpenBroker, upstream: Upstream
@@ -547,5 +557,5 @@ async def test_other_methods_are_refused(broker: httpx.AsyncClient, upstream: Up
     for method in ("POST", "PUT", "PATCH", "DELETE"):
         response = await broker.request(method, path)
         assert_problem(response, "method-not-allowed")
-        assert response.headers["allow"] == "GET"
+        assert response.headers["allow"] == "GET, HEAD, OPTIONS"
     assert len(upstream.requests) == 1
