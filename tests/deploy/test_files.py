@@ -105,6 +105,9 @@ def test_what_may_write_packages_runs_no_packages() -> None:
     for job in writing:
         assert [step for step in job["steps"] if "run" in step] == []
         assert job["needs"] == "checks"
+    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert run.index("--require-hashes --only-binary :all: -r .ci/test.lock") < run.index("export PIP_NO_INDEX=1")
+    assert run.index("export PIP_NO_INDEX=1") < run.index("readme_command '")
     images = re.findall(r"\bimage[:=] ?(\S+)", "".join(files))
     assert images
     assert [image for image in images if not re.search(r":[^@]+@sha256:[0-9a-f]{64}$", image)] == []
