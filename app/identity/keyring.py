@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from app.identity.user import User
 
-PSEUDONYMS = 4096
+PSEUDONYMS = 512
 """Users whose pseudonyms are cached."""
 LOGGED = 16
 """Characters of a pseudonym that logs show."""

@@ -37,6 +37,6 @@ class User:
         return _store_name(self.canonical)
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def _store_name(canonical: bytes) -> str:
     return hashlib.sha256(canonical).hexdigest()[:32]

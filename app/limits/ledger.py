@@ -78,8 +78,8 @@ class Ledger:
 
     `lease`: seconds from the POST after which the slot of a call without an `ends` is free in any case. `prefix`: the
     store's; a call is read back from OneInbox only under the same one. `hangs_up`: this process ends the calls whose
-    records it moves, so others wait before they do. `timed`: minutes are limited, so the sets of users, organizations
-    and all calls have budgets. `now`: Unix time.
+    records it moves, so others wait before they do. `listed`: users may ask for their calls of the last day. `timed`:
+    minutes are limited, so the sets of users, organizations and all calls have budgets. `now`: Unix time.
     """
 
     store: Store
@@ -87,6 +87,7 @@ class Ledger:
     lease: float
     prefix: str = ""
     hangs_up: bool = True
+    listed: bool = True
     timed: bool = False
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
@@ -248,7 +249,7 @@ class Ledger:
         state, was = after.state, before.state if before is not None else ""
         if after.call_id and (before is None or not before.call_id):
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
-            if state != UNWANTED:
+            if self.listed and state != UNWANTED:
                 entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
         if state == ENDED:
             leaves += self._leaves(after)

@@ -238,7 +238,7 @@ class OneInbox:
         if response.status_code == 429:
             raise Busy(parse_retry_after(response.headers.get("retry-after"), self._clock.now()))
         try:
-            return response.status_code, from_json(raw)
+            return response.status_code, from_json(raw, cache_strings="keys")
         except ValueError:
             return response.status_code, None
 
