@@ -41,8 +41,8 @@ SPARE_ENTRIES = 64
 SHARDS = 256
 SWEEP_SECONDS = 0.25
 
-_END = struct.Struct("d")
-"""The time at which a value ends, before the value: one object instead of three."""
+_END, _LENGTH = struct.Struct("d"), struct.Struct("I")
+"""The time at which a value or a list ends, before it; the length of each of a list's entries. One object, not five."""
 
 _T = TypeVar("_T")
 
@@ -61,8 +61,8 @@ class MemoryStore(Store):
         self._epoch = epoch
         self._plans = plans
         self._windows = _Windows()
-        self._values = _ShardedDict[bytes](lambda kept, now: _END.unpack_from(kept)[0] <= now)
-        self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
+        self._values = _ShardedDict[bytes](_has_ended)
+        self._lists = _ShardedDict[bytes](_has_ended)
         self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
         self._due = _DueIndex()
         self._budgets = _ShardedDict[UsedTime](lambda used, now: used.over_at <= now + epoch)
@@ -189,7 +189,9 @@ class MemoryStore(Store):
             self._leave(leave, now)
         if change.entry is not None:
             name, entry, keep, ttl = change.entry
-            self._lists.of(name)[name] = (now + ttl, (entry, *self._items(name, now))[:keep])
+            entries = [entry, *self._items(name, now)][:keep]
+            packed = [part for each in entries for part in (_LENGTH.pack(len(each)), each)]
+            self._lists.of(name)[name] = _END.pack(now + ttl) + b"".join(packed)
         if change.due is not None:
             self._due.plan(change.due.member, None if change.due.delay is None else now + change.due.delay)
         return True
@@ -224,7 +226,7 @@ class MemoryStore(Store):
         return [None if (due := self._due.at(member)) is None else due - now for member in members]
 
     async def items(self, name: str) -> list[bytes]:
-        return list(self._items(name, self._now()))
+        return self._items(name, self._now())
 
     async def publish(self, channel: str, message: bytes) -> None:
         self._pubsub.deliver(channel, message)
@@ -246,14 +248,21 @@ class MemoryStore(Store):
 
     def _value(self, name: str, now: float) -> bytes | None:
         kept = self._values.of(name).get(name)
-        return kept[_END.size :] if kept is not None and _END.unpack_from(kept)[0] > now else None
+        return kept[_END.size :] if kept is not None and not _has_ended(kept, now) else None
 
     def _set(self, value: Value, now: float) -> None:
         self._values.of(value.name)[value.name] = _END.pack(now + value.ttl) + value.value
 
-    def _items(self, name: str, now: float) -> tuple[bytes, ...]:
+    def _items(self, name: str, now: float) -> list[bytes]:
         kept = self._lists.of(name).get(name)
-        return kept[1] if kept is not None and kept[0] > now else ()
+        if kept is None or _has_ended(kept, now):
+            return []
+        items, at = [], _END.size
+        while at < len(kept):
+            first = at + _LENGTH.size
+            at = first + _LENGTH.unpack_from(kept, at)[0]
+            items.append(kept[first:at])
+        return items
 
     def _add_member(self, name: str, member: str, now: float, end: float) -> int:
         shard = self._sets.of(name)
@@ -339,8 +348,8 @@ def _states(budgets: Sequence[Budget], times: Sequence[UsedTime]) -> tuple[Budge
     )
 
 
-def _past(kept: tuple[float, object], now: float) -> bool:
-    return kept[0] <= now
+def _has_ended(kept: bytes, now: float) -> bool:
+    return bool(_END.unpack_from(kept)[0] <= now)
 
 
 class _ShardedDict(Generic[_T]):

@@ -69,12 +69,12 @@ class _Body(httpx.AsyncByteStream):
 
 @dataclass
 class Client:
-    """Calls an ASGI application as a server would, from the address `peer`. `headers`: of the last answer."""
+    """Calls an ASGI application as a server would, with `more` headers. `headers`: of the last answer."""
 
     app: ASGIApp
     state: Mapping[str, Any]
     headers: dict[bytes, bytes] = field(default_factory=dict)
-    peer: str = "127.0.0.1"
+    more: tuple[tuple[bytes, bytes], ...] = ()
 
     async def ask(self, method: str, path: str, body: bytes, expect: int) -> None:
         """Send one request. Raises AssertionError if the status is not `expect`."""
@@ -83,7 +83,7 @@ class Client:
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "server": ("127.0.0.1", 8000),
-            "client": (self.peer, 50000),
+            "client": ("127.0.0.1", 50000),
             "scheme": "http",
             "method": method,
             "root_path": "",
@@ -94,6 +94,7 @@ class Client:
                 (b"host", b"127.0.0.1:8000"),
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
+                *self.more,
             ],
             "state": dict(self.state),
         }

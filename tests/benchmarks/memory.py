@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.memory [--users 10000] [--most BYTES]
 
-Each figure is of a process of its own: the broker in process, with its default limits per user and a canned OneInbox.
-The first users fill what is bounded, such as caches; the next ones are measured. Exit status 1: above `--most`.
+Each figure is of a process of its own: the broker in process, with its default limits per user, users that a proxy
+signs in (the most is kept of users who may list their calls), and a canned OneInbox. The first users fill what is
+bounded, such as caches; the next ones are measured. Exit status 1: above `--most`.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def resident() -> int:
 
 
 async def start(client: Client, broker: Broker, user: int, *, ends: bool) -> None:
-    """Have a user of its own address start a call, and end it if it `ends`."""
-    client.peer = f"20.{user >> 16 & 255}.{user >> 8 & 255}.{user & 255}"
+    """Have a user start a call, and end it if it `ends`."""
+    client.more = ((b"sec-fetch-site", b"same-origin"), (b"x-forwarded-user", f"user-{user}".encode()))
     await client.ask("POST", "/session", b"{}", 201)
     if ends:
         call = client.headers[b"location"].decode().rpartition("/")[2].partition(".")[0]
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environ = {name: value for name, value in rig.BROKER.items() if name not in PER_USER}
         with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
             configure_logging("info", "json")
+            environ |= {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "127.0.0.1"}
             environ |= {"BROKER_STORE_URL": options.one, "BROKER_STORE_TIMEOUT": "5"}
             say(str(asyncio.run(measure(environ, options.users, ends=options.ends))))
         return 0
