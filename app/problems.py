@@ -40,8 +40,8 @@ KINDS: Mapping[str, Kind] = {
     "unsupported-media-type": Kind(
         415,
         "The body's type is not JSON",
-        "Content-Type names something other than JSON, or is missing.",
-        "Send Content-Type: application/json, or leave it out when there is no body.",
+        "Content-Type names something other than JSON, or is missing; or the body has a Content-Encoding.",
+        "Send Content-Type: application/json and no Content-Encoding, or leave both out when there is no body.",
     ),
     "invalid-request": Kind(
         422,

@@ -6,11 +6,11 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from aiohappyeyeballs import AddrInfoType, start_connection
 
+from app.config.surroundings import proxy_for, tls_context
 from app.oneinbox.http1 import Connection
 
 IDLE_SECONDS = 15
@@ -33,24 +33,9 @@ def surely_not_sent(request: httpx.Request, error: Exception) -> bool:
 def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
     """Return a transport to the host of a URL. Call it inside the event loop.
 
-    `pool_size`: most connections. For https it respects HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE.
+    `pool_size`: most connections. Raises SettingsError if the surroundings name a proxy that cannot be used.
     """
     return PooledTransport(httpx.URL(base_url), pool_size=pool_size, proxy=proxy_for(base_url))
-
-
-def proxy_for(base_url: str) -> httpx.Proxy | None:
-    """Return the proxy that the environment names for a URL. Raises ValueError if it is not http:// or https://."""
-    url = httpx.URL(base_url)
-    named = getproxies().get(url.scheme) if url.scheme == "https" else None
-    if not named or proxy_bypass(url.host):
-        return None
-    try:
-        proxy = httpx.Proxy(named)
-    except httpx.InvalidURL:
-        raise ValueError("not a URL") from None
-    if proxy.url.scheme not in ("http", "https") or not proxy.url.host:
-        raise ValueError("not an HTTP proxy")
-    return proxy
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
@@ -58,15 +43,16 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     `url`: of the host. `pool_size`: most connections; further requests wait. `proxy`: an HTTP proxy to tunnel through
     (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no
-    redirect, keeps no cookie and decodes nothing. A request is marked in `request.extensions["sent"]` just before it is
-    written. Only a GET is written twice, if its reused connection had ended.
+    redirect, keeps no cookie and decodes nothing. Just before a request is written, `before_sending` of its extensions
+    is called, if there is one, and the request is marked as `sent` in them. Only a GET is written twice, if its reused
+    connection had ended.
     """
 
     def __init__(self, url: httpx.URL, *, pool_size: int, proxy: httpx.Proxy | None = None) -> None:
         self._origin = (url.raw_scheme, url.raw_host, url.port)
         self._host = url.raw_host.decode()
         self._port = url.port or (443 if url.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._tls = tls_context() if url.scheme == "https" else None
         self._proxy = proxy
         self._room = asyncio.Semaphore(pool_size)
         self._idle: list[Connection] = []
@@ -75,7 +61,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._addresses: asyncio.Task[list[AddrInfoType]] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request. Raises only httpx.TransportError."""
+        """Send one request. Raises only httpx.TransportError, and what `before_sending` raises."""
         url = request.url
         request.extensions["sent"] = False
         if (url.raw_scheme, url.raw_host, url.port) != self._origin:
@@ -108,6 +94,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
     def take_back(self, connection: Connection) -> None:
         """Keep a connection for the next request, or close it if it cannot take one."""
         self._room.release()
+        self._keep(connection)
+
+    def _keep(self, connection: Connection) -> None:
         if not connection.is_reusable:
             connection.abort()
             return
@@ -118,6 +107,12 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     async def _exchange(self, request: httpx.Request, message: bytes, kept: Connection | None) -> httpx.Response:
         connection = kept or await self._connect(request.extensions.get("timeout", {}).get("connect"))
+        try:
+            if (before_sending := request.extensions.get("before_sending")) is not None:
+                before_sending()
+        except BaseException:
+            self._keep(connection)
+            raise
         try:
             request.extensions["sent"] = True
             connection.send(message)

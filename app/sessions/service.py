@@ -115,15 +115,22 @@ class Sessions:
             attempt = self._attempt(user, spec, entitlement)
             reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         session_input.answer_headers.update(reservation.headers)
-        if session_input.client.is_closed():
-            await self.limits.release(reservation)
-            raise ClientDisconnect
+        sent = False
+
+        def before_sending() -> None:
+            nonlocal sent
+            sent = False
+            if session_input.client.is_closed():
+                raise ClientDisconnect
+            sent = True
+
         try:
             call = await self.oneinbox.start_web_call(
                 agent_id=spec.agent.agent_id,
                 variables=spec.variables,
                 overrides=spec.overrides,
                 metadata=self._metadata(user, spec, attempt),
+                before_sending=before_sending,
             )
             return StartedCall(attempt, call)
         except OneInboxError as error:
@@ -137,8 +144,11 @@ class Sessions:
             if isinstance(error, Rejected) and (errors := _browser_errors(error.errors, session_input.request, spec)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
-        except BaseException:  # cancelled by a shutdown, or a bug
-            self.reconciler.report_lost(attempt)
+        except BaseException:  # a client that has gone, a shutdown, or a bug
+            if sent:
+                self.reconciler.report_lost(attempt)
+            else:
+                await self.limits.release(reservation)
             raise
 
     def _attempt(self, user: User, spec: CallSpec, entitlement: Entitlement) -> CallAttempt:

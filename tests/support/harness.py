@@ -95,6 +95,8 @@ class Upstream(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer as a real transport does: with a body still to be read, as it came over the wire."""
         await request.aread()
+        if (before_sending := request.extensions.get("before_sending")) is not None:
+            before_sending()
         canned = await self.router.async_handler(request)
         return httpx.Response(canned.status_code, headers=canned.headers, stream=canned.stream)
 

@@ -11,7 +11,8 @@ from app.limits import CallAttempt
 from app.limits import record as records
 from app.limits.ledger import Ledger
 from app.limits.record import ENDED, MOST_RECEIVERS, MOVES, UNWANTED, StartRecord, Step
-from app.store import Change, ListEntry, MemoryStore
+from app.store import Change, ListEntry
+from app.store.memory import MemoryStore
 from tests.conftest import Logs
 
 ATTEMPT = CallAttempt("request-1", 1_800_000_000, "main", "jwt:ann", "owner")
@@ -171,12 +172,12 @@ async def test_a_users_list_is_read_in_the_form_of_any_version(logs: Logs) -> No
     name = f"calls:{ATTEMPT.user}"
     for entry in (StartRecord(ATTEMPT, call_id="call_old").to_bytes(), b"of tomorrow"):
         await store.change(Change({}, entry=ListEntry(name, entry, 50, 60)))
-    await ledger.move(ATTEMPT.request_id, records.give(ATTEMPT, "call_new", "a"))
+    await ledger.move(ATTEMPT.request_id, records.give(ATTEMPT, "call_new", kept=False))
     assert await ledger.of_user(ATTEMPT.user) == [(ATTEMPT.since, "call_new"), (ATTEMPT.since, "call_old")]
     assert [entry["event"] for entry in logs] == ["call_record_unreadable"]
 
 
 async def test_there_is_no_list_where_nobody_can_ask_for_it() -> None:
     store = MemoryStore()
-    await Ledger(store, lease=60, listed=False).move(ATTEMPT.request_id, records.give(ATTEMPT, "call_1", "a"))
+    await Ledger(store, lease=60, listed=False).move(ATTEMPT.request_id, records.give(ATTEMPT, "call_1", kept=False))
     assert await store.items(f"calls:{ATTEMPT.user}") == []
