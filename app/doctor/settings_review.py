@@ -1,14 +1,17 @@
 """Settings that are allowed but risky: `doctor` lists them, `serve` warns about them."""
 
-import resource
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from app.config.settings import Network, Settings, is_loopback
 from app.doctor.findings import Finding, fine, warning, wrong
+from app.identity.addresses import LIST_HEADER
 
 WIDEST_PUBLIC_PREFIX = {4: 8, 6: 16}
 """No one owns a network of public addresses wider than this."""
 FILES_BESIDES = 100
+KINDS_OF_TOKEN = frozenset({"token_use", "typ"})
+"""Claims that say what kind of token it is, and not for which application."""
 
 
 def review(settings: Settings) -> list[Finding]:
@@ -16,6 +19,7 @@ def review(settings: Settings) -> list[Finding]:
     return [
         _origins(settings),
         _proxies(settings),
+        *_tokens(settings),
         _variables(settings),
         _limits(settings),
         _secret(settings),
@@ -91,6 +95,12 @@ def _proxies(settings: Settings) -> Finding:
             f"{', '.join(wide)}: this includes many networks that are not yours",
             "list only your own proxies' networks in BROKER_TRUSTED_PROXIES",
         )
+    if not trusted and settings.client_ip_header.lower() != LIST_HEADER:
+        return warning(
+            name,
+            f"none, although BROKER_CLIENT_IP_HEADER is set: nobody's {settings.client_ip_header} is believed",
+            "list your proxy's network in BROKER_TRUSTED_PROXIES",
+        )
     if not trusted and settings.public_url is not None:
         return warning(
             name,
@@ -102,6 +112,23 @@ def _proxies(settings: Settings) -> Finding:
 
 def _is_wide(network: Network) -> bool:
     return not network.is_private and network.prefixlen < WIDEST_PUBLIC_PREFIX[network.version]
+
+
+def _tokens(settings: Settings) -> list[Finding]:
+    # A shared secret is no one else's; an issuer's key signs the tokens of all its applications.
+    if settings.auth != "jwt" or settings.jwt_secret is not None:
+        return []
+    name, audience, claims = "tokens", settings.jwt_audience or [], settings.jwt_required_claims
+    if not audience and claims.keys() <= KINDS_OF_TOKEN:
+        return [
+            warning(
+                name,
+                "a user of any application of the issuer can log in: nothing says that a token is meant for this one",
+                "set BROKER_JWT_AUDIENCE, or a claim that names your application in BROKER_JWT_REQUIRED_CLAIMS",
+            )
+        ]
+    needed = [f"aud {' or '.join(audience)}"] if audience else []
+    return [fine(name, "need " + ", ".join([*needed, *(f"{claim} {' or '.join(claims[claim])}" for claim in claims)]))]
 
 
 def _variables(settings: Settings) -> Finding:
@@ -135,6 +162,10 @@ def _secret(settings: Settings) -> Finding:
 
 
 def _open_files(settings: Settings) -> Finding:
+    if find_spec("resource") is None:  # Windows has no such bound
+        return fine("open files", "not bounded here")
+    import resource  # noqa: PLC0415
+
     # Two connections per waiting session, one per stream.
     needed = 2 * settings.max_waiting + settings.max_streams_total + FILES_BESIDES
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -9,23 +9,23 @@ import json
 import re
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import jwt
 from starlette.requests import HTTPConnection
 
-from app.config.claims import claim_of
+from app.config.claims import claim_of, is_accepted
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
-from app.identity.user import User
+from app.identity.user import User, user_named
 from app.problems import Problem
 
 MAX_TOKEN_BYTES = 8 * 1024
 # Clocks differ: a broker a few seconds behind the issuer must not refuse a new token. An expired one gets no leeway, as
-# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway.
-NOT_YET_LEEWAY_SECONDS = 10
+# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway. `doctor` warns of a clock beyond it.
+NOT_YET_LEEWAY_SECONDS = 30
 LATEST_TIME = 1e12  # the year 33658; anything later is not a time, nor are infinity and NaN
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 1024
@@ -49,15 +49,16 @@ class Remembered:
 class JwtIdentity(Identity):
     """Identify users by a token from `Authorization: Bearer` or a cookie.
 
-    `issuer`, `audience`: what the token must name; empty: not checked. `user_claim`: the claim with the user's id, or a
-    JSON pointer to it.
-    `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
+    `issuer`: what the token must name; `audience`: of which it must name one; empty: not checked. `required_claims`: by
+    name or JSON pointer, the texts of which each must have one. `user_claim`: name of the claim with the user's id, or
+    a JSON pointer to it. `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
     """
 
     keys: Keys
     _: KW_ONLY
     issuer: str = ""
-    audience: str = ""
+    audience: Sequence[str] = ()
+    required_claims: Mapping[str, Collection[str]] = field(default_factory=dict)
     user_claim: str = "sub"
     cookie: str = ""
     now: Callable[[], float] = time.time
@@ -97,7 +98,7 @@ class JwtIdentity(Identity):
             return None  # such as a staging site's password, which browsers send with every request
         match = BEARER.fullmatch(values[0].strip())
         if match is None:
-            raise InvalidLogin("The Authorization header is not `Bearer` and one token.")
+            raise InvalidLogin("The Authorization header is not 'Bearer' and one token.")
         return match[1]
 
     def _cookie_token(self, request: HTTPConnection) -> str | None:
@@ -178,14 +179,15 @@ class JwtIdentity(Identity):
         for name in ("nbf", "iat"):
             if name in claims and now < _time(claims, name) - NOT_YET_LEEWAY_SECONDS:
                 raise InvalidLogin("The token is not valid yet.")
-        return User(
-            mode="jwt",
-            id=_name(claims, self.user_claim),
-            # The token's own issuer counts only if it was checked; operators block users by the configured one.
-            issuer=self.issuer,
-            claims=claims,
-            expires_at=expires_at,
-        )
+        for name, accepted in self.required_claims.items():
+            claim = claim_of(claims, name)
+            if not is_accepted(claim, accepted):
+                raise InvalidLogin(
+                    f"The token has no {name}." if claim is None else f"The token is for another {name}."
+                )
+        # The token's own issuer counts only if it was checked; operators block users by the configured one.
+        user = user_named("jwt", _name(claims, self.user_claim), self.issuer)
+        return replace(user, claims=claims, expires_at=expires_at)
 
 
 def _unverified_header(token: str) -> Mapping[str, Any]:
