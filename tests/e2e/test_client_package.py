@@ -1,4 +1,4 @@
-"""The browser's side as an npm package: built anew, packed, checked by TypeScript, and bundled by Vite into pages that run."""
+"""The browser's side as an npm package: built, packed, checked by TypeScript, bundled by Vite into pages that run."""
 
 import re
 import shutil
@@ -195,7 +195,7 @@ def test_a_bundle_needs_no_livekit_client(site: Site) -> None:
 def test_an_example_talks(site: Site, open_page: OpenPage, page: str) -> None:
     """The tag's own page has the element from the broker; the others have everything in their bundle."""
     before = len(site.starts())
-    shown = open_page(f"{site.url}/{page}.html", permissions=["microphone"])
+    shown = open_page(f"{site.url}/{page}.html", complaints_expected="favicon", permissions=["microphone"])
 
     shown.get_by_role("button", name="Talk").click()
     hang_up = shown.get_by_role("button", name="Hang up")

@@ -1,4 +1,4 @@
-"""The browser's side as files: what is served and packed. A fresh build is compared in tests/e2e/test_client_package.py."""
+"""The browser's side as files: what is served and packed. tests/e2e/test_client_package.py compares a fresh build."""
 
 import gzip
 import json
