@@ -12,17 +12,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic_core import to_json
 
-from app.broker.build import open_ledger, open_limits, open_oneinbox
+from app.broker.build import load_checked_settings, open_ledger, open_limits, open_oneinbox
 from app.broker.replicas import read_reports
 from app.cli.process import checked, refuse, say
 from app.cli.status import Status, described, read_status
 from app.config.agents import load_agents
-from app.config.loading import load_settings, secret_lines
+from app.config.loading import secret_lines
 from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
-from app.identity.addresses import limit_key, parse_address
+from app.identity.addresses import parse_address
 from app.identity.keyring import LOGGED, Keyring
+from app.identity.user import user_named
 from app.limits import KillSwitch, Limits
 from app.limits.kill_switch import BY_PSEUDONYM, CONTROLS, LONGEST_NAME, Note, printable, read_controls
 from app.oneinbox import OneInbox
@@ -60,12 +61,12 @@ class Operator:
         if self.settings.auth != "anonymous":
             if not name or name.encode(errors="replace").decode() != name:  # it was given in bytes that are no UTF-8
                 raise SettingsError([f"USER {name!r}: is not a user's id"])
-            return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
+            return user_named(self.settings.auth, name, self.settings.jwt_issuer or "")
         address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:
             what = "takes an IPv4 or IPv6 address, or the pseudonym that logs show"
             raise SettingsError([f"USER {name!r}: is not an address; {what}"])
-        return User(mode="anonymous", id=limit_key(str(address)))
+        return user_named("anonymous", str(address))
 
     def users(self, text: str) -> dict[str, str]:
         """Return whom USER means: names as in the set of blocks, each with the pseudonym that logs show.
@@ -277,7 +278,7 @@ def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
 
 
 def _run(operation: Callable[[Settings], Coroutine[Any, Any, T]]) -> T:
-    settings = checked(load_settings)
+    settings = checked(load_checked_settings)
     configure_logging("error", settings.log_format)
     try:
         return checked(lambda: asyncio.run(operation(settings)))

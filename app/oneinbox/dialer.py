@@ -5,11 +5,11 @@ import base64
 import contextlib
 import socket
 import ssl
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from aiohappyeyeballs import AddrInfoType, start_connection
 
+from app.config.surroundings import tls_context
 from app.oneinbox.http1 import Connection
 
 ADDRESS_SECONDS = 10
@@ -22,21 +22,6 @@ NEXT_ADDRESS_SECONDS = 0.25
 """After this long without a connection the next address of a name is tried as well (RFC 8305, section 5)."""
 
 
-def proxy_for(base_url: str) -> httpx.Proxy | None:
-    """Return the proxy that the environment names for a URL. Raises ValueError if it is not http:// or https://."""
-    url = httpx.URL(base_url)
-    named = getproxies().get(url.scheme) if url.scheme == "https" else None
-    if not named or proxy_bypass(url.host):
-        return None
-    try:
-        proxy = httpx.Proxy(named)
-    except httpx.InvalidURL:
-        raise ValueError("not a URL") from None
-    if proxy.url.scheme not in ("http", "https") or not proxy.url.host:
-        raise ValueError("not an HTTP proxy")
-    return proxy
-
-
 class Dialer:
     """Open connections to the host of a URL, directly or through an HTTP proxy (RFC 9110, section 9.3.6).
 
@@ -46,7 +31,7 @@ class Dialer:
     def __init__(self, url: httpx.URL, proxy: httpx.Proxy | None = None) -> None:
         self._host = url.raw_host.decode()
         self._port = url.port or (443 if url.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._tls = tls_context() if url.scheme == "https" else None
         self._proxy = proxy
         self._loop = asyncio.get_running_loop()
         self._found: list[AddrInfoType] = []

@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 
 import httpx
 
-from app.oneinbox.dialer import Dialer, proxy_for
+from app.config.surroundings import proxy_for
+from app.oneinbox.dialer import Dialer
 from app.oneinbox.http1 import Connection, Fields
 from app.oneinbox.pool import Pool
 from app.telemetry.metrics import Metrics
@@ -82,8 +83,8 @@ def open_transport(
 ) -> "PooledTransport":
     """Return a transport to the host of a URL. Call it inside the event loop.
 
-    `pool_size`, `warm`: most connections, and those kept ready. `metrics`: counts handshakes. For https it respects
-    HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE.
+    `pool_size`, `warm`: most connections, and those kept ready. `metrics`: counts handshakes. Raises SettingsError if
+    the surroundings name a proxy that cannot be used.
     """
     url = httpx.URL(base_url)
     pool = Pool(Dialer(url, proxy_for(base_url)), size=pool_size, warm=warm, metrics=metrics)

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.problems import KINDS
+from app.problems import KINDS, problem_body
 from tests.conftest import Logs, OpenBroker
 from tests.support.harness import API_KEY, TOKEN, Upstream, post_session, start_call
 from tests.support.shapes import STATUS, assert_problem, assert_safe_headers, assert_session
@@ -126,6 +126,8 @@ async def test_a_problem_is_explained_to_programs(slug: str, broker: httpx.Async
     assert page["slug"] == slug
     assert page["status"] == STATUS[slug]
     assert all(page[name] for name in ("title", "meaning", "remedy"))
+    assert "`" not in response.text
+    assert "`" not in problem_body(slug, "id")["detail"]
 
 
 @pytest.mark.parametrize("slug", KINDS)

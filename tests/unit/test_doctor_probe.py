@@ -397,10 +397,13 @@ def counting(key_of: Callable[[httpx.Request], str], step: int = 1) -> Answering
     [
         (counting(lambda _: "peer"), "ok"),
         (counting(lambda request: request.headers.get("x-forwarded-for", "peer")), "error"),
+        (counting(lambda request: request.headers.get("fly-client-ip", "peer")), "error"),
+        # Heroku's router in 2016: it appended to the first line, so that the last one was the client's own.
+        (counting(lambda request: "".join(request.headers.get_list("x-forwarded-for")[1:]) or "peer"), "error"),
         (counting(lambda _: "peer", step=0), "warning"),
         (but("/prefix/calls", lambda _, path: problem("not-found")), "warning"),
     ],
-    ids=["one-counter", "by-header", "several-processes", "no-header"],
+    ids=["one-counter", "by-header", "by-another-header", "by-the-second-line", "several-processes", "no-header"],
 )
 async def test_forged_addresses(answer: Answering, level: str) -> None:
     assert (await Server(answer).probed())["forged address header"].level == level
