@@ -178,7 +178,11 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
 
 def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return the document for one broker: with its prefix, enabled routes and logins."""
-    off = {"/metrics": not settings.metrics_token, "/webhooks/oneinbox/{secret}": not settings.webhook_secret}
+    off = {
+        "/calls": settings.auth == "anonymous",  # an address is no identity to list by
+        "/metrics": not settings.metrics_token,
+        "/webhooks/oneinbox/{secret}": not settings.webhook_secret,
+    }
     cookie = {**LOGINS["cookie"], "name": settings.jwt_cookie}
     by_mode: dict[str, dict[str, Any]] = {
         "anonymous": {},
