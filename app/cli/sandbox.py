@@ -4,8 +4,10 @@ import asyncio
 import ipaddress
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
+from app import sandbox
 from app.api.app import create_app
 from app.cli.process import listen, refuse, say
 from app.config.loading import load_settings
@@ -17,6 +19,8 @@ from app.telemetry.logging import configure_logging
 
 LIVEKIT_CALL = 600
 """Seconds that the sandbox's calls last when there is a room to talk in."""
+STAND_IN = Path(sandbox.__file__).with_name("livekit-client.js")
+"""Served as livekit-client where there is no LiveKit server: it speaks the emulator's script."""
 LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
 
 
@@ -44,6 +48,7 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
                 "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
+                **({} if livekit_url else {"BROKER_LIVEKIT_CLIENT": str(STAND_IN)}),
             },
             env_file=None,
         )

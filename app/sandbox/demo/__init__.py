@@ -13,6 +13,7 @@ from app.sandbox.demo.qr import qr_svg
 # LiveKit's own client, to join a real LiveKit server. The hash pins the published file of this version.
 LIVEKIT_CLIENT = "https://cdn.jsdelivr.net/npm/livekit-client@2.23.0/dist/livekit-client.umd.js"
 LIVEKIT_CLIENT_INTEGRITY = "sha384-HkA7rQNo8H04l1p4zoXX1Cy+h9YoYp8LvKt4vfMFhv4KFk07UkrNwIUnyBum8Pw6"
+LIVEKIT = f' data-livekit-client="{LIVEKIT_CLIENT}" data-livekit-client-integrity="{LIVEKIT_CLIENT_INTEGRITY}"'
 
 ASSETS = {
     "demo.css": "text/css",
@@ -20,6 +21,7 @@ ASSETS = {
     "budget.js": "text/javascript",
     "code.js": "text/javascript",
     "inspector.js": "text/javascript",
+    "livekit.js": "text/javascript",
     "page.js": "text/javascript",
     "wire.js": "text/javascript",
     "icon.svg": "image/svg+xml",
@@ -41,7 +43,7 @@ class DemoPage:
 
     def __init__(self, app: ASGIApp, livekit_url: str | None = None, phone_url: str | None = None) -> None:
         self._app = app
-        livekit = f' livekit="{LIVEKIT_CLIENT}" integrity="{LIVEKIT_CLIENT_INTEGRITY}"' if livekit_url else ""
+        livekit = LIVEKIT if livekit_url else ""
         about = (
             f"No agent is in the room on {escape(livekit_url)}: OneInbox is simulated."
             if livekit_url

@@ -3,6 +3,7 @@
 import { Broker } from "/client.js";
 import { readBudget, showBudget } from "./budget.js";
 import { clearEvents, showCode, showEvent, showExchange, showExpiry, showToken } from "./inspector.js";
+import { fromCdn } from "./livekit.js";
 import { $, clock, element, seconds } from "./page.js";
 import { isEvents, isSession, reachedOneInbox, watch } from "./wire.js";
 
@@ -16,7 +17,7 @@ let began = null;
 let ended = null;
 let lostAt = null;
 let retryAt = null;
-let saidAt = 0; // the agent's last word: a simulated agent makes no sound
+let phase = "idle";
 
 // --- What to ask for
 
@@ -41,22 +42,25 @@ $("inputs").addEventListener("submit", (event) => event.preventDefault());
 
 // Refused, this page says so at once, where a shop's page had better wait for its turn.
 caller.broker = new Broker({ patience: 0 });
+if (document.body.dataset.livekitClient) caller.options = { livekit: fromCdn(document.body.dataset) };
 
-caller.addEventListener("phase", ({ detail: phase }) => {
-  document.body.dataset.state = phase;
-  if (phase === "asking") {
-    began = ended = lostAt = null;
-    say("");
-    $("provoked").textContent = "";
-    retryAt = null;
-    lines.clear();
-    showWords();
-    clearEvents();
-  }
+caller.addEventListener("phase", ({ detail }) => {
+  const isNew = LIVE.has(detail) && !LIVE.has(phase) && phase !== "resumable";
+  phase = document.body.dataset.state = detail;
+  if (isNew) clear();
   if (phase === "talking") began ??= Date.now();
   if (phase === "ended") ended ??= Date.now();
   for (const button of [$("too-often"), $("bad-request")]) button.setAttribute("aria-disabled", String(LIVE.has(phase)));
 });
+
+function clear() {
+  began = ended = lostAt = retryAt = null;
+  say("");
+  $("provoked").textContent = "";
+  lines.clear();
+  showWords();
+  clearEvents();
+}
 
 caller.addEventListener("oneinbox-error", ({ detail: error }) => {
   // Here OneInbox is simulated: it needs no microphone. A real call had better not start.
@@ -80,7 +84,6 @@ for (const name of ["change", "ending", "end"]) {
 
 caller.addEventListener("oneinbox-speech", ({ detail: line }) => {
   lines.set(line.id, line);
-  if (line.role === "agent") saidAt = performance.now();
   showWords();
 });
 
@@ -101,9 +104,7 @@ function say(text) {
 
 function draw() {
   const { call } = caller;
-  const word = Math.max(0, 1 - (performance.now() - saidAt) / 500);
-  const level = call && !call.ended ? Math.max(call.level("agent"), word) : 0;
-  $("orb").style.setProperty("--agent", level.toFixed(2));
+  $("orb").style.setProperty("--agent", call && !call.ended ? call.level("agent").toFixed(2) : "0");
   requestAnimationFrame(draw);
 }
 
@@ -153,13 +154,13 @@ function hearBroker(status) {
   if (status !== 0 && status < 500) {
     lostAt = null;
     say("");
-  } else if (caller.phase === "talking") {
+  } else if (phase === "talking") {
     lostAt ??= Date.now();
   }
 }
 
 function showLoss() {
-  if (lostAt === null || caller.phase !== "talking") return;
+  if (lostAt === null || phase !== "talking") return;
   const left = lostAt + GIVEN_UP - Date.now();
   if (left > 0) return say(`The broker does not answer. This call ends in ${seconds(left)} unless it comes back.`);
   lostAt = null;
