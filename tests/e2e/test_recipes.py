@@ -50,7 +50,7 @@ createRoot(document.querySelector("main")).render(<StrictMode><Talk /></StrictMo
 FIRST_PAGE = """
 document.querySelector("main").innerHTML = '<button id="talk">Talk</button>';
 """
-"""What README.md's page needs besides what is printed there."""
+"""What README.md's page needs besides what is printed there. `import` comes first wherever it stands."""
 NAIVE_PAGE = """
 import { createRoot } from "react-dom/client";
 import { TokenSource } from "livekit-client";

@@ -50,7 +50,7 @@ function copyAsCurl({ React: { createElement, useState } }) {
           "div",
           null,
           createElement(Curl, props),
-          createElement("button", { type: "button", className: "btn", onClick: copy }, label),
+          createElement("button", { type: "button", className: "btn copy-curl", onClick: copy }, label),
         );
       },
     },

@@ -8,7 +8,7 @@ import { $, clock, element, seconds } from "./page.js";
 import { isEvents, isSession, reachedOneInbox, watch } from "./wire.js";
 
 const LIVE = new Set(["asking", "connecting", "talking", "hangingUp"]);
-const GIVEN_UP = 15_000; // milliseconds without a broker after which the page ends its call
+const GIVEN_UP = 10_000; // milliseconds without a broker after which the page ends its call
 const MOST_CALLS = 40; // started by "ask too often", in case there is no limit
 
 const caller = $("call");
@@ -42,7 +42,10 @@ $("inputs").addEventListener("submit", (event) => event.preventDefault());
 
 // Refused, this page says so at once, where a shop's page had better wait for its turn.
 caller.broker = new Broker({ patience: 0 });
-if (document.body.dataset.livekitClient) caller.options = { livekit: fromCdn(document.body.dataset) };
+caller.options = {
+  microphone: Boolean(navigator.mediaDevices), // a page of plain http may only listen
+  livekit: document.body.dataset.livekitClient && fromCdn(document.body.dataset),
+};
 
 caller.addEventListener("phase", ({ detail }) => {
   const isNew = LIVE.has(detail) && !LIVE.has(phase) && phase !== "resumable";
@@ -150,12 +153,12 @@ function rest(id, words, isBad = false) {
 }
 
 function hearBroker(status) {
-  if (status === null) return;
-  if (status !== 0 && status < 500) {
-    lostAt = null;
-    say("");
-  } else if (phase === "talking") {
+  if (status === null || phase !== "talking") return;
+  if (status === 0 || status >= 500) {
     lostAt ??= Date.now();
+  } else {
+    lostAt = null;
+    say(status < 400 ? "" : "The broker does not know this call any more.");
   }
 }
 
@@ -164,7 +167,7 @@ function showLoss() {
   const left = lostAt + GIVEN_UP - Date.now();
   if (left > 0) return say(`The broker does not answer. This call ends in ${seconds(left)} unless it comes back.`);
   lostAt = null;
-  say("The broker is gone, and this call with it. Start it again: oneinbox-broker sandbox");
+  say("The broker is gone, and this call with it. Is the sandbox still running?");
   caller.hangUp();
 }
 

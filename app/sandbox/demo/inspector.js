@@ -100,18 +100,18 @@ export function showExchange(exchange) {
   $("answer").textContent = answer
     ? [...SHOWN.map((name) => [name, answer.headers.get(name)]).filter(([, value]) => value !== null).map((header) => header.join(": ")), "", pretty(answer.text)].join("\n")
     : status === 0 ? "No answer." : "…";
-  $("remark").textContent = remark(exchange);
+  $("remark").replaceChildren(...remark(exchange));
   if (!chosen) show("request");
 }
 
 function remark(exchange) {
   const { status } = exchange;
-  if (status === null) return "";
-  if (status === 0) return "The broker does not answer. Is the sandbox still running?";
-  if (!isSession(exchange)) return "";
-  if (status === 201) return "Two fields, and nothing else of OneInbox’s answer. The same key and body would get this answer again, and no second call.";
+  if (status === 0) return ["The broker does not answer. Is the sandbox still running?"];
+  if (status === null || !isSession(exchange)) return [];
+  if (status === 201) return ["Two fields, and nothing else of OneInbox’s answer. The same key and body would get this answer again, and no second call."];
   const asked = reachedOneInbox(exchange) ? "OneInbox was asked." : "Nothing was spent: OneInbox was not asked.";
-  return `${asked} /problems/${slugOf(exchange)} says what this error means.`;
+  const slug = slugOf(exchange);
+  return [asked, " ", element("a", { href: `/problems/${slug}`, textContent: `What ${slug} means` })];
 }
 
 function pretty(text) {
@@ -167,6 +167,7 @@ export function clearEvents() {
   events = 0;
   previous = {};
   $("events").textContent = "";
+  $("count").hidden = true;
 }
 
 /** Adds an event, `at` milliseconds after the call began, with the fields that have changed. */
