@@ -17,7 +17,7 @@ ELEMENT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Parts</
 <style>
   body { margin: 24px; font: 15px/1.4 Inter, sans-serif; color: #1c1b18; background: #fff; }
   main { display: grid; grid-template-columns: 1fr 1fr 1.7fr; gap: 24px; align-items: start; }
-  section { position: relative; min-height: 250px; padding: 16px 20px 20px; border: 1px solid #dfdacf; border-radius: 12px; }
+  section { position: relative; min-height: 250px; padding: 16px 20px; border: 1px solid #dfdacf; border-radius: 12px; }
   h2 { margin: 0 0 16px; font-size: 13px; color: #5f5b53; }
   oneinbox-call { font-family: Inter, sans-serif; }
   #talking oneinbox-call { width: 300px; }

@@ -27,8 +27,8 @@ ASSETS = {
     "icon.svg": "image/svg+xml",
 }
 PHONE = """<details class="phone"><summary>On your phone</summary><div><img src="/demo/phone.svg" alt="QR code of this \
-page’s address" width="112" height="112"><p class="soft">{url}<br>Over plain http a phone gives no page its microphone: \
-listen there, or put TLS in front.</p></div></details>"""
+page’s address" width="112" height="112"><p class="soft">{url}<br>Over plain http a phone gives no page its \
+microphone: listen there, or put TLS in front.</p></div></details>"""
 _HERE = Path(__file__).parent
 # URLs that a Content-Security-Policy can name: no IPv6 address, and no character that would end the source.
 _SERVER = re.compile(r"(wss?)://([A-Za-z0-9.-]+(?::[0-9]{1,5})?)/?", re.ASCII)
