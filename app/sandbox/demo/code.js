@@ -4,8 +4,17 @@ const broker = location.origin;
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`; // for a shell
 const attribute = (text) => text.replaceAll("&", "&amp;").replaceAll("'", "&#39;");
-const json = (value) => JSON.stringify(value).replaceAll('":', '": ').replaceAll(',"', ', "');
-const literal = (value) => json(value).replaceAll(/"([A-Za-z_]\w*)": /g, "$1: ").replaceAll(/^\{(.+)\}$/g, "{ $1 }");
+const named = (name) => (/^[A-Za-z_]\w*$/.test(name) ? name : JSON.stringify(name));
+
+const json = (value) =>
+  value && typeof value === "object"
+    ? `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${json(each)}`).join(", ")}}`
+    : JSON.stringify(value);
+
+const literal = (value) =>
+  value && typeof value === "object"
+    ? `{ ${Object.entries(value).map(([name, each]) => `${named(name)}: ${literal(each)}`).join(", ")} }`
+    : JSON.stringify(value);
 
 const tag = ({ agent, variables }) => {
   const attributes = [
@@ -19,9 +28,8 @@ const tag = ({ agent, variables }) => {
 };
 
 const js = (wanted) => {
-  const options = Object.keys(wanted).length
-    ? `{\n${Object.entries(wanted).map(([name, value]) => `    ${name}: ${typeof value === "string" ? json(value) : literal(value)},\n`).join("")}  }`
-    : "";
+  const lines = Object.entries(wanted).map(([name, value]) => `    ${name}: ${literal(value)},\n`);
+  const options = lines.length ? `{\n${lines.join("")}  }` : "";
   return `import { Broker } from "${broker}/client.js";
 
 const broker = new Broker();

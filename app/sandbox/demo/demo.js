@@ -181,18 +181,15 @@ async function refused(ask) {
     $("provoked").textContent = "It was not refused.";
   } catch (error) {
     retryAt = error.retryAfter ? Date.now() + error.retryAfter * 1000 : null;
-    $("provoked").textContent = error.detail || error.message;
-    showRetry();
+    const next = error.retryAfter ? `Try again in ${error.retryAfter} s.` : "The answer says what is wrong.";
+    $("provoked").textContent = `${error.message}. ${next}`;
   }
 }
 
 function showRetry() {
-  if (retryAt === null) return;
-  const wait = retryAt - Date.now();
-  if (wait <= 0) {
-    retryAt = null;
-    $("provoked").textContent = "You can call again now.";
-  }
+  if (retryAt === null || Date.now() < retryAt) return;
+  retryAt = null;
+  $("provoked").textContent = "You can call again now.";
 }
 
 async function askTooOften() {
