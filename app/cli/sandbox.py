@@ -14,7 +14,7 @@ from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.server import emulator_server, running_emulator
-from app.server.server import Server, create_server, url_of
+from app.server.server import Server, create_server, url_to_open
 from app.telemetry.logging import configure_logging
 
 LIVEKIT_CALL = 600
@@ -53,12 +53,12 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
             env_file=None,
         )
         try:
-            broker = create_app(settings)
+            broker = create_app(settings, any_host=True)
             broker.state.home = "/"  # the explorer's way back
             app = DemoPage(broker, livekit_url, network_url(listener))
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
-        url = url_of(listener)
+        url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
             f"Explore the API:  {url}/docs\n"
@@ -91,7 +91,7 @@ def run_emulator(host: str, port: int, api_key: str) -> None:
     configure_logging("info")
     options = EmulatorOptions(api_key=api_key)
     listener = listen(host, port)
-    url = url_of(listener)
+    url = url_to_open(listener)
     say(
         f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
         f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "
