@@ -52,16 +52,18 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
             },
             env_file=None,
         )
+        network = network_url(listener)
         try:
             broker = create_app(settings, any_host=True)
             broker.state.home = "/"  # the explorer's way back
-            app = DemoPage(broker, livekit_url, network_url(listener))
+            app = DemoPage(broker, livekit_url, network)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
         url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
-            f"Explore the API:  {url}/docs\n"
+            + (f"On the network:   {network}\n" if network else "")
+            + f"Explore the API:  {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
             f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: from the answer's headers)\n\n"
             f"No key or network needed: the sandbox includes a simulated OneInbox on {emulator.url}. Ctrl-C stops both."

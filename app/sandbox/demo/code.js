@@ -36,7 +36,7 @@ const broker = new Broker();
 
 talk.onclick = async () => {
   const call = await broker.talk(${options});
-  call.addEventListener("end", () => console.log("It is over."));
+  call.on("end", () => console.log("It is over."));
   hangUp.onclick = () => call.hangUp();
 };`;
 };
