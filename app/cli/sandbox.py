@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app import sandbox
 from app.api.app import create_app
 from app.cli.process import listen, refuse, say
