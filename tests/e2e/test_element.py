@@ -1,4 +1,4 @@
-"""`<oneinbox-call>` in Chromium: one tag on another origin's page, without a script of its own, under a strict policy."""
+"""`<oneinbox-call>` in Chromium: one tag on a page of another origin, no script of its own, a strict policy."""
 
 import re
 from collections.abc import Callable, Iterator
