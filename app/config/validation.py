@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import re
+import string
 from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
@@ -16,6 +17,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+BLANKS = f"{string.whitespace}\u00a0\ufeff\u200b"
+"""White space, and a file's byte order mark."""
 
 MAX_CALL_SECONDS = 604800
 """The longest bound on a call: a week."""
@@ -63,6 +67,23 @@ def check_limits(text: str) -> str:
         raise ValueError("has a number that is too large")  # for the store's arithmetic
     if len({item.get_expiry() for item in items}) < len(items):
         raise ValueError("has two limits for one period")  # which would be counted as one
+    return text
+
+
+def unquoted(text: str) -> str:
+    """Return a text without white space, byte order mark and one pair of quotes around it."""
+    text = text.strip(BLANKS)
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
+        return text[1:-1].strip(BLANKS)
+    return text
+
+
+def one_line(text: str) -> str:
+    """Return a text if it is one line, and neither empty nor half in quotes; ValueError otherwise."""
+    if not text.isprintable():
+        raise ValueError("has a line break, or another character that does not print")
+    if not text or text[0] in "\"'" or text[-1] in "\"'":
+        raise ValueError("is empty, or has a quote at one end")
     return text
 
 

@@ -315,11 +315,11 @@ class OneInbox:
 def _parse(raw: bytes) -> Any:
     """Return an answer's JSON, None if it is not JSON. Half an emoji, as in a text cut to a length, becomes `?`."""
     with contextlib.suppress(ValueError):
-        return from_json(raw)
+        return from_json(raw, cache_strings="keys")
     # RFC 8259, section 8.2, leaves lone surrogates to the reader; one odd text must not hide a whole list of calls.
     with contextlib.suppress(ValueError, RecursionError):
         text = json.dumps(json.loads(raw), ensure_ascii=False)
-        return from_json(text.encode(errors="replace"))
+        return from_json(text.encode(errors="replace"), cache_strings="keys")
     return None
 
 
