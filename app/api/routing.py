@@ -1,14 +1,16 @@
-"""Routes that call their endpoint directly."""
+"""Routes that call their endpoint directly, and the way to them."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.dependencies import broker_of
+from app.api.middleware.root_path import route_path
 
 
 class FastRoute(APIRoute):
@@ -39,3 +41,35 @@ class FastRoute(APIRoute):
             await response(scope, receive, send)
 
         self.app = app
+
+
+class Routes:
+    """Hand each request to its route: to the fast ones directly, to the others through FastAPI's router."""
+
+    def __init__(self, router: APIRouter) -> None:
+        routes = [route for route in router.routes if isinstance(route, FastRoute)]
+        self._fixed = {
+            (method, route.path): route
+            for route in routes
+            if not route.param_convertors
+            for method in route.methods or ()
+        }
+        self._patterns = [
+            (method, route.path_regex, route)
+            for route in routes
+            if route.param_convertors
+            for method in route.methods or ()
+        ]
+        self._router = AsyncExitStackMiddleware(router)  # FastAPI's own routes need it
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method, path = scope["method"], route_path(scope)
+            if route := self._fixed.get((method, path)):
+                scope["route"], scope["path_params"] = route, {}
+                return await route.app(scope, receive, send)
+            for taken, pattern, route in self._patterns:
+                if taken == method and (match := pattern.match(path)):
+                    scope["route"], scope["path_params"] = route, match.groupdict()
+                    return await route.app(scope, receive, send)
+        return await self._router(scope, receive, send)
