@@ -84,13 +84,15 @@ class MemoryStore(Store):
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[Window] = []
+        found: list[tuple[dict[str, tuple[Any, ...]], Window]] = []
         for index, rate in enumerate(rates):
-            known = self._windows.get(rate)
+            owner = rate.owner or rate.name
+            shard = self._windows.of(owner)
+            known = _window(shard.get(owner), rate)
             window = windows.current(known, now) if known else windows.fresh(rate.seconds)
             if windows.total(window) + cost > rate.amount:
                 refused.append(index)
-            found.append(window)
+            found.append((shard, window))
         used: list[int] = []
         for index, slot in enumerate(slots, len(rates)):
             members = self._sets.of(slot.name).get(slot.name)
@@ -107,10 +109,10 @@ class MemoryStore(Store):
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            window = found[index]
+            shard, window = found[index]
             if counted:
                 window = windows.count(window, rate, now, cost)
-                self._windows.put(rate, window)
+                _set_window(shard, rate, window)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             end = now + lease
@@ -383,25 +385,31 @@ class _Windows(_ShardedDict[tuple[Any, ...]]):
     def get(self, rate: Rate) -> Window | None:
         """Return a rate's window; None if there is none."""
         owner = rate.owner or rate.name
-        group = self.of(owner).get(owner)
-        if group is None:
-            return None
-        first, end = _find(group, rate.kind)
-        return group[first + 2 : end] if first < end else None
+        return _window(self.of(owner).get(owner), rate)
 
     def put(self, rate: Rate, window: Window) -> None:
         """Set a rate's window."""
-        owner = rate.owner or rate.name
-        shard = self.of(owner)
-        group = shard.get(owner, ())
-        first, end = _find(group, rate.kind)
-        shard[owner] = (*group[:first], rate.kind, len(window), *window, *group[end:])
+        _set_window(self.of(rate.owner or rate.name), rate, window)
+
+
+def _window(group: tuple[Any, ...] | None, rate: Rate) -> Window | None:
+    if group is None:
+        return None
+    first, end = _find(group, rate.kind)
+    return group[first + 2 : end] if first < end else None
+
+
+def _set_window(shard: dict[str, tuple[Any, ...]], rate: Rate, window: Window) -> None:
+    owner = rate.owner or rate.name
+    group = shard.get(owner, ())
+    first, end = _find(group, rate.kind)
+    shard[owner] = (*group[:first], rate.kind, len(window), *window, *group[end:])
 
 
 def _find(group: tuple[Any, ...], kind: str) -> tuple[int, int]:
     """Return where the part of a kind of rate begins and ends; twice the end of all if there is none."""
-    at = 0
-    while at < len(group):
+    at, size = 0, len(group)
+    while at < size:
         end = at + 2 + group[at + 1]
         if group[at] == kind:
             return at, end
