@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app import sandbox
 from app.api.app import create_app
 from app.cli.process import checked, listen, refuse, say

@@ -429,7 +429,7 @@ class Settings(BaseSettings):
     store_prefix: str = setting(
         "oib",
         "First part of all names in the shared store. Deployments with different prefixes share nothing in it",
-        "1 to 64 letters, digits, `.`, `_` or `-`",
+        "1 to 64 letters, digits, dots, hyphens and underscores",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     on_store_loss: Literal["local", "refuse"] = setting(
@@ -483,6 +483,13 @@ class Settings(BaseSettings):
     )
     drain_seconds: int = _seconds(
         0, "Seconds to keep accepting requests after SIGTERM while /readyz says draining", most=3600
+    )
+    warm_connections: int = setting(
+        1,
+        "Connections to OneInbox kept open and ready per process, however long no one calls. 0: none",
+        "a whole number, 0 to 100",
+        ge=0,
+        le=100,
     )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(

@@ -98,7 +98,7 @@ class JwtIdentity(Identity):
             return None  # such as a staging site's password, which browsers send with every request
         match = BEARER.fullmatch(values[0].strip())
         if match is None:
-            raise InvalidLogin("The Authorization header is not `Bearer` and one token.")
+            raise InvalidLogin("The Authorization header is not 'Bearer' and one token.")
         return match[1]
 
     def _cookie_token(self, request: HTTPConnection) -> str | None:

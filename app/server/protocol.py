@@ -7,10 +7,12 @@ and the connection closes. httptools itself checks lengths, chunks and line ends
 import asyncio
 import re
 from collections import deque
+from functools import partial
 from typing import Any
 
 import httptools
 import structlog
+from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 log = structlog.get_logger(__name__)
@@ -28,6 +30,8 @@ CHUNK_ALLOWANCE = 16
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 """RFC 3986, section 3.2, without user information; http needs a host that is not empty (RFC 9110, section 4.2.1)."""
 
+DISCONNECTED = "broker.disconnected"
+"""In a scope's extensions: a function that returns whether the client has disconnected."""
 _REFUSALS = {
     status: b"HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n" % (status, reason)
     for status, reason in {
@@ -122,7 +126,11 @@ class GuardedHttp(HttpToolsProtocol):
         if self.pipeline:
             self.flow.resume_reading()  # uvicorn stops reading here, and would miss a disconnect
         self._in_body = True
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
         self._unanswered.append(self.cycle)
+        extensions: Any = {DISCONNECTED: partial(getattr, self.cycle, "disconnected")}  # not as in ASGI: dicts
+        self.cycle.scope["extensions"] = extensions
         # From here on the parser finds trailers, which must not be merged into the head (RFC 9110, section 6.5.1).
         self.headers = []
 
@@ -231,3 +239,24 @@ class GuardedHttp(HttpToolsProtocol):
             self._refuse(408)
         else:
             self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Send:
+    """Return `send` of a request that came as HTTP/1.0, which has no chunks (RFC 9112, section 6.1).
+
+    Content of unknown length ends with the connection: uvicorn closes it after every such request.
+    """
+    send = cycle.send
+    unknown_length = False
+
+    async def send_without_chunks(message: Message) -> None:
+        nonlocal unknown_length
+        if message["type"] == "http.response.start":
+            unknown_length = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            if unknown_length:
+                cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and unknown_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)  # type: ignore[arg-type]
+
+    return send_without_chunks

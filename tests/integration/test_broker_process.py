@@ -446,5 +446,6 @@ async def test_more_workers_need_a_shared_store(environ: dict[str, str], tmp_pat
     done = await asyncio.to_thread(lambda: run("serve", "--workers", "2", cwd=tmp_path, environ=environ))
 
     assert done.code == 2
-    assert done.err.startswith("BROKER_STORE_URL: ")
+    assert done.err.startswith("BROKER_STORE_URL: is memory://")
+    assert "memory://" not in done.err.partition("; takes ")[2]
     assert "Traceback" not in done.err

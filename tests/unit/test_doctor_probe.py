@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from app.api.middleware.security_headers import ALWAYS, API_CSP
+from app.api.middleware.security_headers import ALWAYS, UNLESS_SET
 from app.doctor.findings import Finding, as_text
 from app.doctor.probe import PROBES, probe
 from app.problems import KINDS
@@ -18,7 +18,7 @@ from tests.support.simulated_time import in_simulated_time
 
 URL = "https://voice.example/prefix"
 KNOWN = "/prefix/problems/forbidden-origin"
-HEADERS = {name.decode(): value.decode() for name, value in (API_CSP, *ALWAYS)} | {"x-request-id": "1"}
+HEADERS = {name.decode(): value.decode() for name, value in (*UNLESS_SET, *ALWAYS)} | {"x-request-id": "1"}
 Answering = Callable[[httpx.Request, str], httpx.Response]
 
 
