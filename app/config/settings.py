@@ -265,7 +265,7 @@ def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
 
 
 def _count(default: int | None, meaning: str) -> Any:
-    return setting(default, meaning, "a whole number, at least 1", ge=1)
+    return setting(default, meaning, "a whole number from 1 to 1,000,000,000", ge=1, le=1_000_000_000)
 
 
 def _seconds(default: int, meaning: str, most: int) -> Any:

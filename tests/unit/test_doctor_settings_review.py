@@ -83,7 +83,7 @@ def test_trusting_everyone_means_something_else_in_each_case(changes: dict[str, 
     assert said in finding.detail
 
 
-@pytest.mark.parametrize(("allowed", "expected"), [(102, {"open files": "warning"}), (103, {}), (-1, {})])
+@pytest.mark.parametrize(("allowed", "expected"), [(602, {"open files": "warning"}), (603, {}), (-1, {})])
 def test_open_files(monkeypatch: pytest.MonkeyPatch, allowed: int, expected: dict[str, str]) -> None:
     def limits(_: int) -> tuple[int, int]:
         return allowed, allowed
