@@ -10,7 +10,7 @@ from typing import Any
 import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app import sandbox
 from app.api.app import create_app
-from app.cli.process import listen, refuse, say
+from app.cli.process import checked, listen, refuse, say
 from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.options import EmulatorOptions
@@ -55,7 +55,7 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
         )
         network = network_url(listener)
         try:
-            broker = create_app(settings, any_host=True)
+            broker = checked(lambda: create_app(settings, any_host=True))
             broker.state.home = "/"  # the explorer's way back
             app = DemoPage(broker, livekit_url, network)
         except ValueError as error:
