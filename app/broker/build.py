@@ -357,7 +357,15 @@ def open_ledger(settings: Settings, plans: Plans, store: Store, *, hangs_up: boo
     """Return the records of calls in a store. `hangs_up`: this process ends the calls whose records it moves."""
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     timed = plans.has_minutes or settings.global_talk_minutes is not None
-    return Ledger(store, lease=lease, prefix=settings.store_prefix, hangs_up=hangs_up, timed=timed, now=store.now)
+    return Ledger(
+        store,
+        lease=lease,
+        prefix=settings.store_prefix,
+        hangs_up=hangs_up,
+        listed=settings.auth != "anonymous",
+        timed=timed,
+        now=store.now,
+    )
 
 
 def _minutes_of(settings: Settings) -> Callable[[str], int | None]:

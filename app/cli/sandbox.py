@@ -1,14 +1,16 @@
 """`sandbox` and `emulator`: the simulated OneInbox, with a broker in front of it or alone."""
 
 import asyncio
+import ipaddress
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app import sandbox
 from app.api.app import create_app
-from app.cli.process import listen, refuse, say
+from app.cli.process import checked, listen, refuse, say
 from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.options import EmulatorOptions
@@ -51,19 +53,40 @@ async def _run(host: str, port: int, options: EmulatorOptions, livekit_url: str 
             },
             env_file=None,
         )
+        network = network_url(listener)
         try:
-            app = DemoPage(create_app(settings, any_host=True), livekit_url)
+            broker = checked(lambda: create_app(settings, any_host=True))
+            broker.state.home = "/"  # the explorer's way back
+            app = DemoPage(broker, livekit_url, network)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
         url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
-            f"Explore the API:  {url}/docs\n"
+            + (f"On the network:   {network}\n" if network else "")
+            + f"Explore the API:  {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
             f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: from the answer's headers)\n\n"
             f"No key or network needed: the sandbox includes a simulated OneInbox on {emulator.url}. Ctrl-C stops both."
         )
         await create_server(app).serve(sockets=[listener])
+
+
+def network_url(listener: socket.socket) -> str | None:
+    """Return the listener's URL for other devices on the network; None if it listens on loopback or has no network."""
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host.split("%")[0])
+    if address.is_unspecified:
+        try:
+            with socket.socket(listener.family, socket.SOCK_DGRAM) as probe:
+                # Sends nothing: the system only chooses the address it would send from. TEST-NET-1, RFC 5737.
+                probe.connect(("192.0.2.1", 9) if address.version == 4 else ("2001:db8::1", 9))
+                address = ipaddress.ip_address(probe.getsockname()[0])
+        except OSError:
+            return None
+    if address.is_loopback:
+        return None
+    return f"http://{address}:{port}/" if address.version == 4 else f"http://[{address}]:{port}/"
 
 
 def run_emulator(host: str, port: int, api_key: str) -> None:

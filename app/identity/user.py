@@ -50,6 +50,6 @@ def user_named(mode: Mode, name: str, issuer: str = "", *, address: str = "") ->
     return User(mode, name, issuer if mode == "jwt" else "", address=address)
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def _store_name(canonical: bytes) -> str:
     return hashlib.sha256(canonical).hexdigest()[:32]

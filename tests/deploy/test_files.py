@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from app import __version__
 from app.config.loading import load_settings
@@ -90,6 +91,26 @@ def test_workflows_run_the_same_checks_and_attach_what_the_image_is_made_of() ->
     assert [
         line for line in (checks + release).splitlines() if re.search(r"uses: .*@(?![0-9a-f]{40} # v\d)", line)
     ] == []
+
+
+def test_what_may_write_packages_runs_no_packages() -> None:
+    """Checks install and run packages as root; a job that may write runs pinned actions and images only."""
+    files = [file.read_text(encoding="utf-8") for file in sorted((ROOT / ".github/workflows").iterdir())]
+    workflows = [yaml.safe_load(text) for text in files]
+    jobs = list(chain.from_iterable(workflow["jobs"].values() for workflow in workflows))
+    writing = [job for job in jobs if "write" in job["permissions"].values()]
+
+    assert [workflow["permissions"] for workflow in workflows] == [{}] * len(workflows)
+    assert len(writing) == 1
+    for job in writing:
+        assert [step for step in job["steps"] if "run" in step] == []
+        assert job["needs"] == "checks"
+    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert run.index("--require-hashes --only-binary :all: -r .ci/test.lock") < run.index("export PIP_NO_INDEX=1")
+    assert run.index("export PIP_NO_INDEX=1") < run.index("readme_command '")
+    images = re.findall(r"\bimage[:=] ?(\S+)", "".join(files))
+    assert images
+    assert [image for image in images if not re.search(r":[^@]+@sha256:[0-9a-f]{64}$", image)] == []
 
 
 def test_compose_services_can_do_no_more_than_they_must() -> None:
