@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from app.store import sliding_window as windows
@@ -395,6 +396,7 @@ class _Windows(_ShardedDict[tuple[Any, ...]]):
         shard[owner] = (*group[:first], rate, len(window), *window, *group[end:])
 
 
+@lru_cache(1024)  # a request asks for each of its few names several times
 def _divided(name: str) -> tuple[str, str]:
     """Return whose a window is, and of which rate: of `rate:user:U:60` the user and the rest."""
     kind, _, rest = name.partition(":")
