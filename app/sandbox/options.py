@@ -37,6 +37,20 @@ class EmulatorOptions:
     in_progress: float = 8
     """Time it then stays `in_progress`, unless it is stopped."""
 
+    voice: Literal["none", "rooms", "agent"] = "none"
+    """`rooms`: make each call's room on the LiveKit server at `server_url`, and delete it when the call ends.
+    `agent`: also send an agent there, which needs the extra `voice`. A call's status then follows from who is in the
+    room, not from the three times above."""
+
+    join_timeout: float = 60
+    """With `agent`: time for the caller to join, after which the call has failed."""
+
+    silence_timeout: float = 10
+    """With `agent`: time without a sound from the caller, after which the agent ends the call."""
+
+    max_duration: float = 600
+    """Longest time a call stays `in_progress`."""
+
     max_calls_per_day: int | None = None
     """The account's daily cap, which `/v1/usage` tells; None: no cap. Calls beyond it are started all the same."""
 
