@@ -69,6 +69,7 @@ GROUPS = {
     "BROKER_STORE_URL": "The store",
     "BROKER_EXPOSE": "What a page may set and see",
     "BROKER_SECRET": "Secrets and privacy",
+    "BROKER_CLIENT": "The browser's side",
     "BROKER_DRAIN_SECONDS": "Running it",
 }
 """The chapters of deploy/settings.md, each by the setting that begins it."""

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 
 from app import __version__
 from app.api import calls, errors, health, metrics, openapi, problem_types, sessions, webhooks
+from app.api.client import ClientFiles, load_client_files
 from app.api.docs import routes as docs
 from app.api.middleware.cors import CorsPolicy
 from app.api.middleware.request_log import RequestLog
@@ -69,6 +70,7 @@ def create_app(
         middleware=[
             Middleware(RootPath, prefix=settings.root_path),
             Middleware(RequestLog),
+            Middleware(ClientFiles, files=load_client_files(settings)),
             *([Middleware(TraceRequests)] if traces_enabled() else []),
             Middleware(SecurityHeaders),
             Middleware(

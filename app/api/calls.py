@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from app.api.authentication import authenticate
 from app.api.dependencies import BrokerDep
+from app.api.etags import matches
 from app.api.openapi import UPSTREAM, answer, problems
 from app.api.routing import FastRoute
 from app.broker.context import Broker
@@ -62,7 +63,7 @@ async def get_call(
     """
     user = await _authenticate(request, broker, call)
     _, snapshot = await broker.calls.read(user, call)
-    if if_none_match is not None and _matches(if_none_match, snapshot.etag):
+    if if_none_match is not None and matches(if_none_match, snapshot.etag):
         return Response(status_code=304, headers={"ETag": snapshot.etag})
     return _response(snapshot, call)
 
@@ -126,8 +127,3 @@ async def _authenticate(request: Request, broker: Broker, call: str) -> User:
 
 def _response(snapshot: Snapshot, call: str) -> Response:
     return Response(snapshot.body(call), headers={"ETag": snapshot.etag}, media_type="application/json")
-
-
-def _matches(if_none_match: str, etag: str) -> bool:
-    """True for `*` or if any ETag of the list matches weakly (RFC 9110, section 13.1.2)."""
-    return any(each.strip().removeprefix("W/") in (etag, "*") for each in if_none_match.split(","))

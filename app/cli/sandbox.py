@@ -9,8 +9,10 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
+from app import sandbox
 from app.api.app import create_app
 from app.cli.process import listen, refuse, say
 from app.config.loading import load_settings
@@ -21,6 +23,8 @@ from app.sandbox.server import emulator_server, running_emulator
 from app.server.server import Server, create_server, url_of
 from app.telemetry.logging import configure_logging
 
+STAND_IN = Path(sandbox.__file__).with_name("livekit-client.js")
+"""Served as livekit-client where there is no LiveKit server: it speaks the emulator's script."""
 LOOPBACK_ORIGINS = "http://localhost:*,http://127.0.0.1:*,http://[::1]:*"
 NO_AGENT = (
     "No agent talks in the room: that needs the extra `voice`. In a clone of the repository:\n"
@@ -88,6 +92,7 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
                 "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
+                **({} if livekit_url else {"BROKER_LIVEKIT_CLIENT": str(STAND_IN)}),
             },
             env_file=None,
         )

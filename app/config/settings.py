@@ -378,6 +378,12 @@ class Settings(BaseSettings):
         "Last part of the path where OneInbox delivers webhooks. Unset: the path answers 404",
         "at least 22 URL-safe characters",
     )
+    client: bool = setting(True, "Serve /client.js, /element.js and /react.js", "true or false")
+    livekit_client: Path | None = setting(
+        None,
+        "livekit-client's browser build, to serve as /livekit-client.js: pages then need no other server",
+        "the path of a JavaScript file",
+    )
     drain_seconds: int = _seconds(
         0, "Seconds to keep accepting requests after SIGTERM while /readyz says draining", most=3600
     )

@@ -44,11 +44,15 @@ class Caller:
         self.loudest = 0
         self.gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
-        self.room.on("disconnected", lambda reason: self.gone.done() or self.gone.set_result(reason))
+        self.room.on("disconnected", self._on_disconnected)
         self.room.on("track_subscribed", lambda track, *_: self._spawn(self._listen(track)))
         self.room.register_text_stream_handler(
             "lk.transcription", lambda reader, identity: self._spawn(self._read(reader, identity))
         )
+
+    def _on_disconnected(self, reason: int) -> None:
+        if not self.gone.done():
+            self.gone.set_result(reason)
 
     def _spawn(self, work: Any) -> None:
         self._tasks.append(asyncio.create_task(work))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.client import PATHS as CLIENT_PATHS
 from app.api.middleware.root_path import route_path
 from app.telemetry.metrics import Metrics
 
@@ -16,9 +17,15 @@ log = structlog.get_logger(__name__)
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
 """Logged, as nginx does, if the client disconnected before a response was sent."""
-QUIET_ROUTES = frozenset(
-    {"/healthz", "/readyz", "/metrics", "/docs", "/docs/{asset}", "/openapi.json", "/problems/{slug}"}
-)
+QUIET_ROUTES = CLIENT_PATHS | {
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/docs",
+    "/docs/{asset}",
+    "/openapi.json",
+    "/problems/{slug}",
+}
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
