@@ -35,6 +35,7 @@ _LEAVING = 2.0
 _RETURN = 3.0
 """Seconds for a caller whose connection was lost, or replaced by another with the same token, to be back."""
 _MAX_MESSAGES = 200
+_FINAL = {"lk.transcription_final": "true"}
 
 _logger = logging.getLogger(__name__)
 # It tells URLs and each step of a connection, and calls every room's end an error.
@@ -148,9 +149,14 @@ class Agent:
                 await self._source.capture_frame(frame)
 
     async def _greet(self) -> None:
-        """Play the greeting, and write its words meanwhile: one stream of deltas, as LiveKit's agents do."""
+        """Play the greeting, and publish its words meanwhile.
+
+        As LiveKit's agents do, on two channels whose ids differ: one text stream of deltas, and packets that each hold
+        the whole text so far.
+        """
         segment = self._segment(self._track_sid)
-        text = await self._room.local_participant.stream_text(topic="lk.transcription", attributes=segment)
+        me = self._room.local_participant
+        text = await me.stream_text(topic="lk.transcription", attributes=segment)
         words = self._greeting.split(" ")
         frames = greeting()
         written = 0
@@ -158,9 +164,10 @@ class Agent:
             due = math.ceil(len(words) * (number + 1) / len(frames))
             if due > written:
                 await text.write("".join(f"{word} " for word in words[written:due]))
+                await self._send_packet(segment, me.identity, " ".join(words[:due]), final=due == len(words))
                 written = due
             await self._source.capture_frame(frame)  # waits while the queue is full: the pace of the sound
-        await text.aclose(attributes=segment | {"lk.transcription_final": "true"})
+        await text.aclose(attributes=segment | _FINAL)
         self._tell("agent", self._greeting)
         await self._source.wait_for_playout()
 
@@ -179,22 +186,30 @@ class Agent:
                     self._last_sound = last = now
                     if began is None:
                         began, segment = now, self._segment(track.sid)
-                        self._spawn(self._transcribe("…", segment, identity))
+                        self._spawn(self._transcribe("…", segment, identity, final=False))
                 elif began is not None and now - last > _PAUSE:
                     heard = f"[{last - began:.1f} s of sound]"
-                    self._spawn(self._transcribe(heard, segment | {"lk.transcription_final": "true"}, identity))
+                    self._spawn(self._transcribe(heard, segment, identity, final=True))
                     self._tell("user", heard)
                     began = None
         finally:
             await stream.aclose()
 
-    async def _transcribe(self, text: str, segment: dict[str, str], identity: str) -> None:
-        """Publish what the caller said so far: a new stream each time, with the caller as its sender."""
+    async def _transcribe(self, text: str, segment: dict[str, str], identity: str, *, final: bool) -> None:
+        """Publish what the caller said so far: a new text stream each time, with the caller as its sender."""
         writer = await self._room.local_participant.stream_text(
-            topic="lk.transcription", attributes=segment, sender_identity=identity
+            topic="lk.transcription", attributes=segment | (_FINAL if final else {}), sender_identity=identity
         )
         await writer.write(text)
         await writer.aclose()
+        await self._send_packet(segment, identity, text, final=final)
+
+    async def _send_packet(self, segment: dict[str, str], identity: str, text: str, *, final: bool) -> None:
+        """Publish a transcription packet, which LiveKit's clients know as the event `transcriptionReceived`."""
+        part = rtc.TranscriptionSegment(f"{segment['lk.segment_id']}P", text, 0, 0, "", final)
+        await self._room.local_participant.publish_transcription(
+            rtc.Transcription(identity, segment["lk.transcribed_track_id"], [part])
+        )
 
     async def _end_silence(self) -> None:
         left = self._silence_timeout

@@ -36,11 +36,11 @@ OpenPage = Callable[..., Page]
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(*flags: str) -> Iterator[Browser]:
     """Launch Debian's Chromium."""
     path = program("chromium", "chromium")
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        launched = playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags])
         yield launched
         launched.close()
 

@@ -40,12 +40,15 @@ class Caller:
         self.room = rtc.Room()
         self.source = rtc.AudioSource(RATE, 1)
         self.text: dict[str, str] = {}
-        """What was written, by the sender's kind."""
+        """What was written in text streams, by the sender's kind."""
+        self.packets: list[tuple[str, bool]] = []
+        """Texts of transcription packets, and if each was the last of its segment."""
         self.loudest = 0
         self.gone: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         self.room.on("disconnected", self._on_disconnected)
         self.room.on("track_subscribed", lambda track, *_: self._spawn(self._listen(track)))
+        self.room.on("transcription_received", self._on_packet)
         self.room.register_text_stream_handler(
             "lk.transcription", lambda reader, identity: self._spawn(self._read(reader, identity))
         )
@@ -53,6 +56,9 @@ class Caller:
     def _on_disconnected(self, reason: int) -> None:
         if not self.gone.done():
             self.gone.set_result(reason)
+
+    def _on_packet(self, segments: list[Any], *_: Any) -> None:
+        self.packets += [(segment.text, segment.final) for segment in segments]
 
     def _spawn(self, work: Any) -> None:
         self._tasks.append(asyncio.create_task(work))
@@ -150,6 +156,9 @@ async def test_call_begins_when_its_caller_joins_and_is_greeted(livekit: LiveKit
         call = await oneinbox.wait_for(started, lambda call: call["transcript"])
 
     assert caller.text["agent"].strip() == GREETING
+    assert caller.packets[0] == (GREETING.split(" ")[0], False)
+    assert (GREETING, True) in caller.packets
+    assert caller.packets[-1] == (caller.text["user"].removeprefix("…"), True)
     assert caller.loudest > 3_000
     assert call["transcript"].startswith(f"Agent: {GREETING}\nUser: [0.")
 
