@@ -3,6 +3,7 @@
 `python -m tests.support.livekit` builds it if it is not there, and prints its path.
 """
 
+import asyncio
 import fcntl
 import os
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +24,7 @@ import jwt
 
 from app.sandbox.emulator import EmulatorOptions
 from app.sandbox.livekit_server import KEY, SECRET, running_livekit
+from app.sandbox.server import running_emulator
 from tests.support.needs import cannot, program
 
 VERSION = "1.13.5"
@@ -130,6 +133,28 @@ def running_server() -> Iterator[LiveKit]:
         cannot("livekit is not installed: pip install -e '.[voice]'")
     with running_livekit(str(livekit_server())) as server:
         yield LiveKit(server.url)
+
+
+@contextmanager
+def running_oneinbox(options: EmulatorOptions) -> Iterator[str]:
+    """Run an emulator in a thread of its own, for tests without an event loop; yield its URL."""
+    over = asyncio.Event()
+    url: Future[tuple[str, asyncio.AbstractEventLoop]] = Future()
+
+    async def run() -> None:
+        async with running_emulator(options) as emulator:
+            url.set_result((emulator.url, asyncio.get_running_loop()))
+            await over.wait()
+
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(asyncio.run, run())
+        ended.add_done_callback(lambda done: url.done() or url.set_exception(done.exception() or RuntimeError("ended")))
+        address, loop = url.result()
+        try:
+            yield address
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            ended.result()
 
 
 if __name__ == "__main__":
