@@ -1,5 +1,7 @@
 """The routes of a call."""
 
+import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request
@@ -14,10 +16,19 @@ from app.broker.context import Broker
 from app.calls.schemas import CALLS, ENDED, EVENTS, Call, CallList
 from app.calls.snapshots import Snapshot
 from app.identity import User
+from app.problems import invalid_request
 
 router = APIRouter(prefix="/calls", tags=["calls"], route_class=FastRoute)
 
 CallPath = Annotated[str, Path(description="The call: the last part of the Location that POST /session returned.")]
+MOST_AFTER = 30
+AFTER = {
+    "name": "after",
+    "in": "query",
+    "required": False,
+    "description": "Seconds from now at which to hang up.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MOST_AFTER},
+}
 PROBLEMS = ("unauthenticated", "forbidden-origin", "not-found", "rate-limited", "at-capacity", *UPSTREAM)
 
 
@@ -109,12 +120,22 @@ async def follow_call(
     operation_id="stopCall",
     summary="Hang up",
     response_model=Call,
-    responses={200: answer("The ended call.", "ETag", examples={ENDED: CALLS[ENDED]}), **problems(*PROBLEMS)},
+    responses={
+        200: answer("The ended call; with `after` its current state.", "ETag", examples={ENDED: CALLS[ENDED]}),
+        **problems(*PROBLEMS, "invalid-request"),
+    },
+    openapi_extra={"parameters": [AFTER]},
 )
 async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Response:
-    """End your own call. A call that has already ended gives the same response, so it is safe to repeat."""
+    """End your own call. A call that has already ended gives the same response, so it is safe to repeat.
+
+    With `after` it ends that many seconds from now, unless you read or follow it before: for a page that is being
+    closed or reloaded.
+    """
     user = await _authenticate(request, broker, call)
-    return _response(await broker.calls.stop(user, call), call)
+    after = _seconds(request.query_params.getlist("after"))
+    stopped = broker.calls.stop(user, call) if after is None else broker.calls.stop_later(user, call, after)
+    return _response(await stopped, call)
 
 
 async def _authenticate(request: Request, broker: Broker, call: str) -> User:
@@ -123,6 +144,16 @@ async def _authenticate(request: Request, broker: Broker, call: str) -> User:
     if (call_id := broker.ownership.call_id(call, user)) is not None:
         request.scope["state"]["call"] = call_id
     return user
+
+
+def _seconds(given: Sequence[str]) -> int | None:
+    """Return the seconds of `after`; None without it. Raises `invalid-request`."""
+    if not given:
+        return None
+    if len(given) == 1 and re.fullmatch("[0-9]{1,2}", given[0]) and 1 <= int(given[0]) <= MOST_AFTER:
+        return int(given[0])
+    message = f"Input should be one whole number, 1 to {MOST_AFTER}"
+    raise invalid_request([{"loc": ("query", "after"), "msg": message, "type": "int_parsing"}])
 
 
 def _response(snapshot: Snapshot, call: str) -> Response:

@@ -41,7 +41,12 @@ class Calls:
     now: Callable[[], float] = time.time
 
     async def read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
-        """Return OneInbox's id and the state of a user's call. Raises `not-found`."""
+        """Return OneInbox's id and the state of a user's call; a `stop_later` is taken back. Raises `not-found`."""
+        call_id, snapshot = await self._read(user, public_id)
+        await self.live.keep(call_id)
+        return call_id, snapshot
+
+    async def _read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
         call_id = self.ownership.call_id(public_id, user)
         if call_id is None:
             raise Problem("not-found")
@@ -76,9 +81,20 @@ class Calls:
 
     async def stop(self, user: User, public_id: str) -> Snapshot:
         """Hang up. A call that has already ended is fine. Raises `not-found`, OneInboxError."""
-        call_id, snapshot = await self.read(user, public_id)
-        if snapshot.ended:
+        call_id, snapshot = await self._read(user, public_id)
+        return snapshot if snapshot.ended else await self._stop(call_id)
+
+    async def stop_later(self, user: User, public_id: str, seconds: int) -> Snapshot:
+        """Hang up in some seconds, unless the owner reads or follows the call before. Raises like `stop`.
+
+        A call that the store does not know, or cannot be asked for, is hung up at once: no one could do so later.
+        """
+        call_id, snapshot = await self._read(user, public_id)
+        if snapshot.ended or await self.live.stop_later(call_id, seconds):
             return snapshot
+        return await self._stop(call_id)
+
+    async def _stop(self, call_id: str) -> Snapshot:
         try:
             record = await self.oneinbox.stop_call(call_id)
         except NoSuchCall as error:

@@ -25,6 +25,8 @@ ENDED_SECONDS = KEEP_SECONDS + 300
 UNSTOPPED = "unstopped"
 """The set of calls that could not be hung up, or not be found."""
 UNSTOPPED_SECONDS = 7 * DAY
+RETURN_SECONDS = 600
+"""How long beyond its `stop_at` a call can still be kept by its owner, while no process has stopped it."""
 UNFOUND = "of the request "
 """Stored in UNSTOPPED before the request id of a call that was not found."""
 LEASE_GRACE = 300
@@ -149,6 +151,11 @@ class Ledger:
         value = await self.store.get(f"started:{call_id}")
         return value.decode() if value is not None else None
 
+    async def stops_later(self, call_id: str) -> str | None:
+        """Return the id of the request that started a call which may be stopped soon, as its page has gone; or None."""
+        value = await self.store.get(_stops_later(call_id))
+        return value.decode() if value is not None else None
+
     async def of_user(self, user: str) -> list[StartRecord]:
         """Return a user's calls as they started, newest first. `user`: name in the store."""
         records = [StartRecord.from_bytes(value) for value in await self.store.items(f"calls:{user}")]
@@ -250,6 +257,10 @@ class Ledger:
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
             if state != UNWANTED:
                 entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
+        if after.stop_at and (before is None or after.stop_at != before.stop_at):
+            # One question then tells each read whether there is a stop to take back.
+            lasts = after.stop_at - self.now() + RETURN_SECONDS
+            values.append(Value(_stops_later(after.call_id), request_id.encode(), lasts))
         if state == ENDED:
             leaves += self._leaves(after)
         elif before is None:
@@ -279,12 +290,10 @@ class Ledger:
         return [Leave(name, member, seconds if self.is_timed(name) else None) for name in record.attempt.sets]
 
     def _due(self, after: StartRecord, was: str) -> Due | None:
-        """Return when the call must be looked at: it waits no longer, its end has come, or it was not stopped."""
-        ends = after.attempt.ends
-        if after.state == GIVEN and ends > 0:
-            return Due(after.attempt.request_id, ends - self.now())
-        if after.state == STARTED:
-            return Due(after.attempt.request_id, (min(after.due, ends) if ends > 0 else after.due) - self.now())
+        """Return when the call must be looked at: it or its owner waits no longer, its end has come, or it runs on."""
+        times = [after.attempt.ends, after.stop_at, after.due if after.state == STARTED else 0]
+        if after.state in (STARTED, GIVEN) and (ahead := [time for time in times if time > 0]):
+            return Due(after.attempt.request_id, min(ahead) - self.now())
         if after.state == UNWANTED:
             return Due(after.attempt.request_id, STOP_SECONDS if self.hangs_up else 0)
         return Due(after.attempt.request_id, None) if was in (STARTED, GIVEN, UNWANTED) else None
@@ -300,3 +309,7 @@ def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None
 
 def _name(request_id: str) -> str:
     return f"call:{request_id}"
+
+
+def _stops_later(call_id: str) -> str:
+    return f"stops:{call_id}"

@@ -55,6 +55,7 @@ MOST_SINGLE = 100
 HUNG_UP = "its caller hung up"
 NOT_COLLECTED = "its caller hung up and did not come back"
 NOT_KEPT = "its answer could not be kept"
+LEFT = "its page was closed"
 UNUSABLE = "its answer was not usable"
 LOST = "its answer was lost"
 TOO_LONG = "it ran too long"
@@ -65,6 +66,7 @@ REASONS = {
     HUNG_UP: "caller-gone",
     NOT_COLLECTED: "not-collected",
     NOT_KEPT: "not-kept",
+    LEFT: "page-closed",
     UNUSABLE: "unusable-answer",
     LOST: "lost-answer",
     TOO_LONG: "too-long",
@@ -77,7 +79,7 @@ STOPPED_BECAUSE = {
     NO_MINUTES: "talk-minutes",
     UNJOINED: "not-joined",
     OPERATOR: "operator",
-    **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, UNUSABLE, LOST), "caller-gone"),
+    **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, LEFT, UNUSABLE, LOST), "caller-gone"),
 }
 """What the call's owner is told of the same."""
 
@@ -217,6 +219,22 @@ class LiveCalls:
             unwanted = step(None)
         if unwanted is not None and unwanted.state == UNWANTED:
             await self._hang_up(unwanted)
+
+    async def stop_later(self, call_id: str, seconds: float) -> bool:
+        """Stop a call in some seconds, unless `keep` is called before. False: the store does not know the call."""
+        try:
+            request_id = await self.ledger.request_id(call_id)
+            if request_id is None:
+                return False
+            return (await self.ledger.move(request_id, records.stop_later(self.now() + seconds))).before is not None
+        except StoreUnavailable:
+            return False
+
+    async def keep(self, call_id: str) -> None:
+        """Take a `stop_later` back: the owner of the call is there."""
+        with contextlib.suppress(StoreUnavailable):
+            if (request_id := await self.ledger.stops_later(call_id)) is not None:
+                await self.ledger.move(request_id, records.stop_not)
 
     def stop_soon(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Like `stop`, in the background."""
@@ -469,7 +487,8 @@ class LiveCalls:
         if self.store.shared:
             return
         for attempt in attempts_of(await self.store.members(ALL_CALLS)):
-            await self.ledger.move(attempt.request_id, records.expire(float("inf"), NOT_COLLECTED))
+            await self.ledger.move(attempt.request_id, records.expire(math.inf, NOT_COLLECTED))
+            await self.ledger.move(attempt.request_id, records.desert(math.inf, LEFT))
             found = await self.ledger.find(attempt.request_id)
             if found is not None and found.state == UNWANTED:
                 self._hang_up_soon(found)
@@ -491,6 +510,8 @@ class LiveCalls:
                 step = records.condemn(TOO_LONG)
             elif found.state == STARTED and found.due <= self.now():
                 step = records.expire(self.now(), NOT_COLLECTED)
+            elif 0 < found.stop_at <= self.now():
+                step = records.desert(self.now(), LEFT)
             before, after = await self.ledger.move(request_id, step, found)
             if (unwanted := _newly_unwanted(Moved(before, after))) is not None:
                 await self._hang_up(unwanted)

@@ -60,7 +60,11 @@ MOVES = (
     Move(STARTED, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(GIVEN, STARTED, "the last receiver's request", "the client has gone; the 201 is kept", "waits again"),
     Move(
-        GIVEN, UNWANTED, "the request; any replica", "the client has gone; its end has come; not joined", "is stopped"
+        GIVEN,
+        UNWANTED,
+        "the request; any replica",
+        "the client or its page has gone; its end has come; not joined",
+        "is stopped",
     ),
     Move(GIVEN, ENDED, "any process", "a terminal status, or a 404 that was believed", "frees the slots"),
     Move(UNRESOLVED, UNWANTED, "the reconciler", "the lost call was found", "is stopped"),
@@ -77,7 +81,8 @@ class StartRecord(NamedTuple):
     whose clients got the 201. `kept`: the 201 is kept for repeats. `due`: Unix time at which a started call is stopped.
     `unwanted`: why it must end, or had to. `failed`: it could not be stopped. `missing_since`: Unix time of the first
     404. `seconds`: how long an ended call lasted. `turn`: counts what was settled without a move, so that a late write
-    finds another value. `raw`: as read from the store.
+    finds another value. `stop_at`: Unix time at which the call is stopped, unless its owner comes back; 0: it is not.
+    `raw`: as read from the store.
     """
 
     attempt: CallAttempt
@@ -91,6 +96,7 @@ class StartRecord(NamedTuple):
     missing_since: float = 0
     seconds: float = 0
     turn: int = 0
+    stop_at: float = 0
     raw: bytes = b""
 
     @property
@@ -172,7 +178,7 @@ def collect(receiver: str) -> Step:
             return None
         # The last place is never given back, for those who are not named.
         name = receiver if len(found.given_to) < MOST_RECEIVERS - 1 else ""
-        return found.moved(state=GIVEN, given_to=(*found.given_to, name), due=0)
+        return found.moved(state=GIVEN, given_to=(*found.given_to, name), due=0, stop_at=0)
 
     return step
 
@@ -222,6 +228,25 @@ def expire(now: float, why: str) -> Step:
     return lambda found: (
         found.moved(state=UNWANTED, unwanted=why)
         if found is not None and found.state == STARTED and found.due <= now
+        else None
+    )
+
+
+def stop_later(at: float) -> Step:
+    """The owner's page has gone, and may be reloading: stop the call at `at`."""
+    return lambda found: found.moved(stop_at=at) if found is not None and found.state in (STARTED, GIVEN) else None
+
+
+def stop_not(found: StartRecord | None) -> StartRecord | None:
+    """The owner is back: take a `stop_later` back."""
+    return found.moved(stop_at=0) if found is not None and found.state in (STARTED, GIVEN) and found.stop_at else None
+
+
+def desert(now: float, why: str) -> Step:
+    """The owner did not come back in time."""
+    return lambda found: (
+        found.moved(state=UNWANTED, unwanted=why)
+        if found is not None and found.state in (STARTED, GIVEN) and 0 < found.stop_at <= now
         else None
     )
 

@@ -165,6 +165,38 @@ async def test_a_call_is_hung_up_at_its_end_by_one_replica_once() -> None:
     await asyncio.gather(ends_on_time(1, False), ends_on_time(2, False), ends_on_time(2, True))
 
 
+# --- POST /calls/{call}/stop?after= ---
+
+AFTER = 3
+
+
+async def page_goes(replicas: int, taker_is_killed: bool) -> None:
+    """Of four calls whose pages go, one is read again, one followed, one stopped later, and one not at all."""
+    async with deployment(replicas) as there:
+        first, last = there.brokers[0], there.brokers[-1]
+        calls = await asyncio.gather(*(there.start(first) for _ in range(4)))
+        gone, read, followed, later = calls
+        went = time.time()
+        for call in calls:
+            response = await first.client.post(f"{call.location}/stop?after={15 if call is later else AFTER}")
+            assert (response.status_code, response.json()["ended_at"]) == (200, None)
+        if taker_is_killed:
+            first.process.kill()
+        await there.read(read, last)
+        await there.follow(followed, last)
+
+        [stopped] = await there.stopped([gone], AFTER + 10)
+
+        assert AFTER - 0.1 <= stopped - went <= AFTER + LATE
+        assert (await there.read(gone, last))["stopped_because"] == "caller-gone"
+        assert [there.stops(call) for call in (read, followed, later)] == [[], [], []]
+
+
+async def test_a_call_whose_page_has_gone_is_hung_up_by_one_replica_once() -> None:
+    """In memory, on two replicas, and when the replica that was told was killed."""
+    await asyncio.gather(page_goes(1, False), page_goes(2, False), page_goes(2, True))
+
+
 # --- minutes ---
 
 

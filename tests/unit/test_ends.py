@@ -257,3 +257,116 @@ async def test_a_lost_call_that_is_found_is_stopped_once_over_replicas() -> None
     await world.live.stop(attempt, "c1", LOST)
     await world.wait(20, world.live, world.replica())
     assert world.stopped() == ["c1"]
+
+
+# --- pages that go ---
+
+
+async def test_a_call_whose_page_has_gone_is_stopped_by_any_replica_once() -> None:
+    world = World(minutes=None)
+    await world.start()
+    assert await world.live.stop_later("c1", 10)
+    others = [world.replica(), world.replica()]
+    await world.wait(9, *others)
+    assert world.stopped() == []
+    await world.wait(20, *others)
+    assert world.stopped() == ["c1"]
+    bounds = await world.live.bounds("c1")
+    assert bounds is not None
+    assert bounds.stopped_because == "caller-gone"
+
+
+@pytest.mark.parametrize("seconds", [0, 100], ids=["without-an-end", "with-an-end-of-its-own"])
+@pytest.mark.parametrize("comes_back_after", [0, 9], ids=["at-once", "late"])
+async def test_an_owner_who_comes_back_keeps_the_call(seconds: float, comes_back_after: float) -> None:
+    world = World(minutes=None, seconds=seconds)
+    await world.start()
+    await world.live.stop_later("c1", 10)
+    await world.wait(comes_back_after)
+
+    await world.replica().keep("c1")
+
+    await world.wait(80)
+    assert world.stopped() == []
+    await world.wait(100)
+    assert world.stopped() == (["c1"] if seconds else [])  # its own end stays planned
+
+
+async def test_a_page_may_go_again_and_the_last_time_counts() -> None:
+    world = World(minutes=None)
+    await world.start()
+    await world.live.stop_later("c1", 10)
+    await world.wait(5)
+    await world.live.keep("c1")
+    await world.live.stop_later("c1", 30)
+    await world.wait(20)
+    await world.live.stop_later("c1", 3)
+    await world.wait(4)
+    assert world.stopped() == ["c1"]
+
+
+async def test_an_owner_who_comes_back_too_late_finds_the_call_stopped_once() -> None:
+    world = World(minutes=None)
+    await world.start()
+    await world.live.stop_later("c1", 1)
+    await world.wait(2)
+    await world.live.keep("c1")
+    await world.live.stop_later("c1", 1)
+    await world.wait(20)
+    assert world.stopped() == ["c1"]
+
+
+async def test_who_comes_back_while_the_stop_is_being_taken_wins_or_loses_whole() -> None:
+    """The record moves between the replica's look at it and its write."""
+    world = World(minutes=None)
+    await world.start()
+    await world.live.stop_later("c1", 1)
+    world.now += 2
+    find = world.live.ledger.find
+
+    async def find_and_keep(request_id: str) -> records.StartRecord | None:
+        found = await find(request_id)
+        await world.replica().keep("c1")
+        return found
+
+    world.live.ledger.find = find_and_keep  # type: ignore[method-assign]
+    await world.live.take_due()
+    await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_name() == "stop"))
+    world.live.ledger.find = find  # type: ignore[method-assign]
+    await world.wait(60)
+    assert world.stopped() == []
+
+
+async def test_its_own_end_comes_first() -> None:
+    world = World(minutes=None, seconds=5)
+    await world.start()
+    await world.live.stop_later("c1", 30)
+    await world.wait(7)
+    assert world.stopped() == ["c1"]
+    bounds = await world.live.bounds("c1")
+    assert bounds is not None
+    assert bounds.stopped_because == "max-call-seconds"
+
+
+async def test_a_call_that_has_ended_meanwhile_is_not_stopped() -> None:
+    world = World(minutes=None)
+    await world.start()
+    await world.live.stop_later("c1", 5)
+    await world.live.ledger.move("r1", records.end(3))
+    await world.wait(20)
+    assert world.stopped() == []
+    assert await world.store.due_in(["r1"]) == [None]
+
+
+async def test_the_end_of_the_process_takes_calls_along_that_no_other_would_stop() -> None:
+    world = World(minutes=None)
+    await world.start()
+    await world.start()
+    await world.live.stop_later("c1", 30)
+    await world.live.finish()
+    assert world.stopped() == ["c1"]
+
+
+async def test_a_call_that_the_store_does_not_know_cannot_be_stopped_later() -> None:
+    world = World()
+    assert not await world.live.stop_later("c1", 10)
