@@ -10,12 +10,14 @@ from math import pi, sin
 from pathlib import Path
 from typing import Any
 
+import httpx
+import jwt
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.e2e.conftest import OpenPage, chromium, control, running_broker, running_site
 from tests.support.brokers import environ_of
-from tests.support.livekit import LiveKit, running_oneinbox, running_server
+from tests.support.livekit import LiveKit, running_oneinbox, running_server, signed
 from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import ROOT, run
 from tests.support.valkey import Valkey
@@ -32,13 +34,23 @@ SILENCE = 0.01
 """RMS below which nothing is heard."""
 EMPTY = 3
 """Seconds in which a room must be empty after its call has ended."""
+LIVEKITS_OWN = (
+    r"^could not createOffer with closed peer connection|^DataChannel error|status of 40[14]|^WebSocket|^Abort conn"
+)
+"""What livekit-client logs when a room is closed or refuses a token."""
 SHORT_CALL = 6
 PATIENCE = 30
 RATE = 48_000
+WORDS = {
+    "by me": "The call has ended.",
+    "operator": "The call was ended by the service.",
+    "max-call-seconds": "The call has reached its longest time.",
+}
 CLIENTS = ("recipe", "hook", "element")
 HTML = """<!doctype html><meta charset="utf-8"><title>{0}</title><link rel="icon" href="data:,">
 <main>{1}</main><script type="module" src="{0}.js"></script>"""
 BUTTONS = '<button id="talk">Talk</button><button id="end">Hang up</button><p id="state"></p>'
+THE_ELEMENT = "document.querySelector('oneinbox-call')"
 ELEMENT = "<oneinbox-call transcript></oneinbox-call>"
 
 
@@ -124,8 +136,8 @@ OpenClient = Callable[..., Page]
 def open_client(open_page: OpenPage, site: str) -> OpenClient:
     """Open a client's page, in front of a broker."""
 
-    def opens(name: str, broker: str, **options: Any) -> Page:
-        page = open_page(**options)
+    def opens(name: str, broker: str) -> Page:
+        page = open_page(complaints_expected=LIVEKITS_OWN)
 
         def with_its_address(route: Route) -> None:
             answer = route.fetch()
@@ -203,7 +215,7 @@ def test_hang_up_empties_the_room(  # noqa: PLR0917 - fixtures
     talk(page)
     wait_to_hear(page, GREETING)
     room = room_of(oneinbox)
-    assert len(livekit.participants(room)) == 2
+    assert len(livekit.participants(room) or []) == 2
 
     match by:
         case "page":
@@ -214,6 +226,63 @@ def test_hang_up_empties_the_room(  # noqa: PLR0917 - fixtures
         case "time":
             page.wait_for_timeout(SHORT_CALL * 1000 - 2000)
 
-    said = "The call has ended." if client == "element" else f"ended: {why}"
+    said = WORDS[why] if client == "element" else f"ended: {why}"
     expect(page.locator("body")).to_contain_text(said, timeout=PATIENCE * 1000)
     assert_empty(livekit, room)
+
+
+def expired(started: dict[str, Any]) -> dict[str, Any]:
+    """The answer with a token that was good a minute ago."""
+    claims = jwt.decode(started["participant_token"], options={"verify_signature": False})
+    return {**started, "participant_token": signed(claims | {"nbf": 0, "exp": int(time.time()) - 60})}
+
+
+def ended(started: dict[str, Any], call: str, livekit: LiveKit) -> dict[str, Any]:
+    """The same answer, once the call has ended."""
+    httpx.post(f"{call}/stop", timeout=PATIENCE).raise_for_status()
+    room = jwt.decode(started["participant_token"], options={"verify_signature": False})["video"]["room"]
+    deadline = time.monotonic() + EMPTY
+    while livekit.participants(room) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return started
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("token", ["expired", "ended"])
+def test_refused_token_is_told_in_words(  # noqa: PLR0917 - fixtures
+    client: str, token: str, open_client: OpenClient, broker: str, oneinbox: str, livekit: LiveKit
+) -> None:
+    page = open_client(client, broker)
+    given: list[str] = []
+
+    def spoiled(route: Route) -> None:
+        answer = route.fetch()
+        started = answer.json()
+        call = broker + answer.headers["location"]
+        started = expired(started) if token == "expired" else ended(started, call, livekit)
+        given.append(started["participant_token"])
+        route.fulfill(response=answer, json=started)
+
+    page.route(f"{broker}/session", spoiled)
+    page.get_by_role("button", name="Talk").click()
+
+    expect(page.get_by_text("The call could not be joined.")).to_be_visible(timeout=PATIENCE * 1000)
+    assert given[0] not in page.content()
+    if client == "element":
+        told = page.evaluate(f"(({{ error }}) => [error.message, error.detail, String(error.cause)])({THE_ELEMENT})")
+        assert "eyJ" not in "".join(told)
+    assert_empty(livekit, room_of(oneinbox))
+
+
+def test_token_used_twice_is_told_in_words(open_client: OpenClient, broker: str, oneinbox: str) -> None:
+    first, second = open_client("element", broker), open_client("recipe", broker)
+    talk(first)
+    call = first.evaluate(f"(({{ call }}) => ({{ url: call.serverUrl, token: call.participantToken }}))({THE_ELEMENT})")
+
+    second.evaluate("({ url, token }) => join(url, token)", call)
+
+    expect(first.get_by_text("This call goes on in another window.")).to_be_visible(timeout=PATIENCE * 1000)
+    wait_to_hear(second, SPOKEN)
+    assert call["token"] not in first.content()
+    assert control(oneinbox, "calls")[0]["status"] == "in_progress"

@@ -104,8 +104,8 @@ class LiveKit:
             **{"server_url": self.url, "livekit_key": KEY, "livekit_secret": SECRET, "voice": "agent", **changes}
         )
 
-    def participants(self, room: str) -> list[str]:
-        """The names of those who are in a room now, agents included; none if there is no such room."""
+    def participants(self, room: str) -> list[str] | None:
+        """The names of those who are in a room now, agents included; None if there is no such room."""
         now = int(time.time())
         claims = {"iss": KEY, "nbf": now - 5, "exp": now + 60, "video": {"roomAdmin": True, "room": room}}
         answer = httpx.post(
@@ -115,7 +115,7 @@ class LiveKit:
             trust_env=False,
         )
         if answer.status_code == 404:
-            return []
+            return None
         return [each["name"] for each in answer.raise_for_status().json()["participants"]]
 
 
