@@ -43,11 +43,13 @@ def create_app(
     *,
     store_factory: Callable[[], Store] | None = None,
     clock: Clock = SYSTEM_CLOCK,
+    any_host: bool = False,
 ) -> FastAPI:
     """Return the broker as an ASGI application. Raises SettingsError.
 
     Connections open when the server starts the lifespan. `transport` replaces the connection to OneInbox,
-    `store_factory` returns the store to use instead of BROKER_STORE_URL's.
+    `store_factory` returns the store to use instead of BROKER_STORE_URL's. `any_host`: the broker's own origin is
+    whatever Host a request names; for the sandbox, whose key opens nothing.
     """
     check(settings)
 
@@ -77,6 +79,7 @@ def create_app(
                 CorsPolicy,
                 allowed=settings.allowed_origins,
                 own=origin_of(urlsplit(settings.public_url)) if settings.public_url else None,
+                any_host=any_host,
                 credentials=settings.auth == "header" or settings.jwt_cookie is not None,
                 require=settings.require_origin,
                 same_site_posts=settings.auth == "header",

@@ -50,7 +50,8 @@ def _problem_of(error: Exception, request: Request) -> Problem:
                 # A misconfiguration needs the operator; the rest passes by itself.
                 report = log.error if error.slug == "upstream-misconfigured" else log.warning
                 request_id = request.scope["state"]["request_id"]
-                report("upstream_failed", problem=error.slug, reason=error.reason, request_id=request_id)
+                fields = {"problem": error.slug, "reason": error.reason, "request_id": request_id, **error.log_fields}
+                report("upstream_failed", **fields)
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
             return Problem(error.slug, headers=headers)
     assert isinstance(error, HTTPException)  # noqa: S101 - the last of the registered classes

@@ -39,6 +39,7 @@ from app.limits.ledger import LEASE_GRACE, Ledger
 from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
+from app.oneinbox.client import BESIDE_STARTS
 from app.oneinbox.transport import open_transport, proxy_for
 from app.problems import KINDS
 from app.sessions.challenge import Challenge
@@ -308,7 +309,7 @@ def open_oneinbox(
     return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
-        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting),
+        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting + BESIDE_STARTS),
         timeout=settings.oneinbox_timeout,
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
@@ -375,7 +376,8 @@ def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
         addresses,
         keys,
         issuer=settings.jwt_issuer or "",
-        audience=settings.jwt_audience or "",
+        audience=settings.jwt_audience or (),
+        required_claims=settings.jwt_required_claims,
         user_claim=settings.jwt_user_claim,
         cookie=settings.jwt_cookie or "",
         now=clock.now,

@@ -20,7 +20,7 @@ from app.sandbox.demo import DemoPage
 from app.sandbox.livekit_server import KEY, SECRET, LiveKitError, running_livekit
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.server import emulator_server, running_emulator
-from app.server.server import Server, create_server, url_of
+from app.server.server import Server, create_server, url_to_open
 from app.telemetry.logging import configure_logging
 
 STAND_IN = Path(sandbox.__file__).with_name("livekit-client.js")
@@ -97,10 +97,10 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
             env_file=None,
         )
         try:
-            app = DemoPage(create_app(settings), livekit_url)
+            app = DemoPage(create_app(settings, any_host=True), livekit_url)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
-        url = url_of(listener)
+        url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
             f"Explore the API:  {url}/docs\n"
@@ -120,7 +120,7 @@ def run_emulator(host: str, port: int, api_key: str) -> None:
     configure_logging("info")
     options = EmulatorOptions(api_key=api_key)
     listener = listen(host, port)
-    url = url_of(listener)
+    url = url_to_open(listener)
     say(
         f"The emulated OneInbox listens on {url}; key {api_key}, agent {options.agents[0]}.\n\n"
         f"ONEINBOX_BASE_URL={url} ONEINBOX_API_KEY={api_key} ONEINBOX_AGENT_ID={options.agents[0]} "

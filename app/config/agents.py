@@ -36,7 +36,8 @@ Claim: TypeAlias = str | int | bool
 class Agent:
     """One agent that browsers may ask for.
 
-    `name`: what browsers call it. `agent_id`: what OneInbox calls it. `variables`: names a browser may set; None: any
+    `name`: what browsers call it. `agent_id`: what OneInbox calls it. `set_in`: where the operator wrote that id.
+    `variables`: names a browser may set; None: any
     but the fixed ones. `overrides`: dotted paths of leaves a browser may override. `fixed_variables`,
     `fixed_overrides` (nested): what every call gets, whatever the browser asks. `session_limits`: per user, on top of
     those of all agents. `max_live_calls`: of all users. `max_call_seconds`: instead of BROKER_MAX_CALL_SECONDS, if
@@ -53,6 +54,12 @@ class Agent:
     max_live_calls: int | None = None
     max_call_seconds: int | None = None
     require_claims: Mapping[str, tuple[Claim, ...]] = field(default_factory=dict)
+    set_in: str = field(default="ONEINBOX_AGENT_ID", compare=False)
+
+    @property
+    def table(self) -> str:
+        """Where the operator wrote what is particular to this agent."""
+        return self.set_in.removesuffix(".agent_id")
 
     def admits(self, claims: Mapping[str, Any]) -> bool:
         """Return whether a token's claims meet `require_claims`; of a claim that is a list, one item is enough."""
@@ -200,6 +207,7 @@ def _agent(name: str, table: AgentTable, variables: frozenset[str] | None, overr
         max_live_calls=table.max_live_calls,
         max_call_seconds=table.max_call_seconds,
         require_claims={claim: tuple(accepted) for claim, accepted in table.require_claims.items()},
+        set_in=f"{FILE}: {dotted(('agents', name, 'agent_id'))}",
     )
 
 

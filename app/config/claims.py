@@ -1,7 +1,8 @@
 """Claims of a token by name: a top-level claim, or a JSON pointer into the token."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -40,6 +41,32 @@ def claim_of(claims: Mapping[str, Any], name: str) -> Any:
         else:
             return None
     return value
+
+
+def read_required_claims(pairs: list[str]) -> dict[str, tuple[str, ...]]:
+    """Read pairs such as `azp=https://a.example|https://b.example`. Raises ValueError."""
+    required: dict[str, tuple[str, ...]] = {}
+    for pair in pairs:
+        name, equals, texts = (part.strip() for part in pair.partition("="))
+        accepted = tuple(text.strip() for text in texts.split("|"))
+        if not equals or not all(accepted) or not pair.isprintable():
+            raise ValueError("is not a list of claim=value")
+        if check_claim_name(name) in required:
+            raise ValueError("names a claim twice")
+        required[name] = accepted
+    if not required:
+        raise ValueError("is empty")
+    return required
+
+
+def is_accepted(claim: Any, accepted: Collection[str]) -> bool:
+    """Return whether a claim is one of these texts; of a list, one item is enough.
+
+    Numbers and booleans are compared as JSON writes them: `true`, `42`.
+    """
+    given = claim if isinstance(claim, list) else [claim]
+    texts = [json.dumps(one) if isinstance(one, int | float) else one for one in given]
+    return any(isinstance(text, str) and text in accepted for text in texts)
 
 
 @lru_cache(256)

@@ -20,6 +20,8 @@ from app.config.validation import nearest, what_is_wrong
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
 PREFIXES = ("BROKER_", "ONEINBOX_")
 JWT_KEYS = ("BROKER_JWT_JWKS_URL", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY")
+JWT_CHECKS = ("BROKER_JWT_AUDIENCE", "BROKER_JWT_REQUIRED_CLAIMS")
+"""What tells the tokens that are meant for this broker from others of the same issuer."""
 EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
 NO_KEY = "ONEINBOX_API_KEY: is required (a secret key, oi_sk_…). No key yet? Try `oneinbox-broker sandbox`."
 
@@ -147,13 +149,14 @@ def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if auth == "jwt" and len(keys) > 1:
         yield keys[1], f"is set, and so is {keys[0]}; set only one"
     if auth != "jwt":
-        for name in (*JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS"):
+        for name in (*JWT_CHECKS, *JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS"):
             if name in values:
                 yield name, "is set, but BROKER_AUTH is not jwt"
     if auth == "jwt" and JWT_KEYS[0] in keys:
-        for name in ("BROKER_JWT_ISSUER", "BROKER_JWT_AUDIENCE"):
-            if name not in values:
-                yield name, f"is required with {JWT_KEYS[0]}"
+        if "BROKER_JWT_ISSUER" not in values:
+            yield "BROKER_JWT_ISSUER", f"is required with {JWT_KEYS[0]}"
+        if values.keys().isdisjoint(JWT_CHECKS):
+            yield JWT_CHECKS[0], f"is required with {JWT_KEYS[0]} unless {JWT_CHECKS[1]} is set"
     if auth == "header" and "BROKER_TRUSTED_PROXIES" not in values:
         yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
     if "*" in words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, PrivateAttr, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from app.config.claims import ClaimName, check_claim_name
+from app.config.claims import ClaimName, check_claim_name, read_required_claims
 from app.config.overrides import OVERRIDE_LEAVES, OverridePath
 from app.config.validation import (
     AGENT_ID,
@@ -127,6 +127,16 @@ def _claim_pairs(value: Any) -> Any:
             raise ValueError("is not a list of variable=claim")
         pairs[name] = check_claim_name(claim)
     return pairs
+
+
+def _required_claims(value: Any) -> Any:
+    return read_required_claims(words(value)) if isinstance(value, str) else value
+
+
+def _audiences(names: list[str]) -> list[str]:
+    if not names or not all(name.isprintable() for name in names):
+        raise ValueError("is empty, or has control characters")
+    return names
 
 
 def words(value: Any) -> Any:
@@ -245,8 +255,17 @@ class Settings(BaseSettings):
     jwt_issuer: str | None = setting(
         None, "Issuer (`iss`) that tokens must have. Required with BROKER_JWT_JWKS_URL", "an issuer's name"
     )
-    jwt_audience: str | None = setting(
-        None, "Audience (`aud`) that tokens must have. Required with BROKER_JWT_JWKS_URL", "an audience's name"
+    jwt_audience: Annotated[Words, AfterValidator(_audiences)] | None = setting(
+        None,
+        "Audiences (`aud`) of which tokens must have one. "
+        "BROKER_JWT_JWKS_URL requires this or BROKER_JWT_REQUIRED_CLAIMS",
+        "audiences, comma-separated",
+    )
+    jwt_required_claims: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_required_claims)] = setting(
+        {},
+        "Claims that tokens must have, for those without `aud`. `|`: one of these. Of a claim that is a list, one item "
+        "is enough. A claim that begins with `/` is a JSON pointer",
+        "pairs, comma-separated: azp=https://www.example.com|https://app.example.com,token_use=access",
     )
     jwt_algorithms: Words = setting(
         [], "Accepted signature algorithms. Unset: all that fit the key", "names, comma-separated: ES256,RS256"

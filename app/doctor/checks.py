@@ -15,26 +15,29 @@ import httpx
 
 from app.broker.build import check, open_oneinbox
 from app.broker.replicas import read_reports
-from app.config.agents import Agents, load_agents
+from app.config.agents import Agent, Agents, load_agents
 from app.config.loading import load_settings
 from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError
 from app.doctor import settings_review
+from app.doctor.causes import Cause, cause_of
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.identity.jwks import FETCH_SECONDS, KeySet, KeySetError
+from app.identity.jwt import NOT_YET_LEEWAY_SECONDS
 from app.limits.allowance import NOT_OFFERED
 from app.oneinbox import OneInbox
-from app.oneinbox.errors import Busy, Invalid, OneInboxError
-from app.oneinbox.transport import open_transport
+from app.oneinbox.errors import Busy, Invalid, OneInboxError, Unreachable
+from app.oneinbox.transport import NEVER_SENT, open_transport
 from app.store import LimitRequest, Rate, Slot, StoreUnavailable
 from app.store.review import weaknesses
 from app.store.valkey import Refused, ValkeyStore
 
 LONGEST_ANSWER = 8.0
 """Seconds for one answer of OneInbox, even if ONEINBOX_TIMEOUT allows more: there are two in a row."""
-CLOCK_TOLERANCE = 30.0
-AGENTS_ASKED_ABOUT = 20
+AGENTS_AT_ONCE = 20
 OLDEST_STORE = 6
+NO_SUCH_AGENT = (400, 404, 422)
+"""How OneInbox answers for an agent that it does not have, or whose id has another form than its own."""
 ONEINBOX_CHECKS = ("oneinbox", "agents", "allowance", "clock")
 
 KEY_REMEDIES = {
@@ -47,15 +50,6 @@ MORE_CALLS = "have OneInbox allow more calls a day, or lower BROKER_GLOBAL_SESSI
 SCARCE = 0.1
 """Share of OneInbox's calls of the day; less is worth a warning."""
 UNREACHABLE = "check ONEINBOX_BASE_URL, the firewall, and HTTPS_PROXY if it is set"
-CAUSES = {
-    "gaierror": "its name cannot be resolved",
-    "SSLCertVerificationError": "its certificate is not trusted; a company's proxy needs SSL_CERT_FILE",
-    "SSLError": "the TLS handshake failed",
-    "ConnectTimeout": "no connection in time",
-    "ProxyError": "the proxy in HTTPS_PROXY refuses",
-    "ConnectionRefusedError": "nothing listens there",
-}
-"""Why there is no connection, by an exception's name."""
 
 STORE_REMEDIES = {
     "AuthenticationError": "correct the user and password in BROKER_STORE_URL",
@@ -174,17 +168,19 @@ async def _oneinbox(
             "oneinbox_connect_timeout": min(settings.oneinbox_connect_timeout, LONGEST_ANSWER),
         }
     )
-    dated = _DatedTransport(transport or open_transport(settings.oneinbox_base_url, pool_size=AGENTS_ASKED_ABOUT), now)
+    dated = _DatedTransport(transport or open_transport(settings.oneinbox_base_url, pool_size=AGENTS_AT_ONCE), now)
     oneinbox = open_oneinbox(bounded, dated)
     try:
-        reached = await _reach(oneinbox)
-        known = await asyncio.gather(_agents(agents, oneinbox, reached), _allowance(oneinbox, reached))
-        return [reached, *known, _clock(dated.skew)]
+        reached = await _reach(oneinbox, settings)
+        known, allowance = await asyncio.gather(
+            _agents(settings, agents, oneinbox, reached), _allowance(oneinbox, reached)
+        )
+        return [reached, *known, allowance, _clock(dated.skew)]
     finally:
         await oneinbox.aclose()
 
 
-async def _reach(oneinbox: OneInbox) -> Finding:
+async def _reach(oneinbox: OneInbox, settings: Settings) -> Finding:
     name = "oneinbox"
     try:
         await oneinbox.list_calls(limit=1)
@@ -194,45 +190,53 @@ async def _reach(oneinbox: OneInbox) -> Finding:
     except OneInboxError as error:
         if error.status in KEY_REMEDIES:
             return wrong(name, f"{error.reason}: it does not accept the key", KEY_REMEDIES[error.status])
-        detail = ": ".join([error.reason, *_causes(error)])
-        return wrong(name, detail, UNREACHABLE if error.status is None else "check OneInbox's status, and try again")
+        if cause := _cause(error, settings):
+            return wrong(name, f"cannot be reached: {cause.reason}", cause.remedy)
+        return wrong(
+            name, error.reason, UNREACHABLE if error.status is None else "check OneInbox's status, and try again"
+        )
     return fine(name, "reachable, and accepts the key")
 
 
-def _causes(error: BaseException | None) -> list[str]:
-    """Return why there was no connection, if known. Messages are left out: they may quote a secret."""
-    while error is not None:
-        if type(error).__name__ in CAUSES:
-            return [CAUSES[type(error).__name__]]
-        error = error.__cause__
-    return []
+def _cause(error: OneInboxError, settings: Settings) -> Cause | None:
+    if not isinstance(error, Unreachable):
+        return None
+    return cause_of(error, setting="ONEINBOX_BASE_URL", url=settings.oneinbox_base_url)
 
 
-async def _agents(agents: Agents | None, oneinbox: OneInbox, reached: Finding) -> Finding:
-    """Check each agent's id. Without starting a call, OneInbox says only whether an agent had calls."""
+async def _agents(settings: Settings, agents: Agents | None, oneinbox: OneInbox, reached: Finding) -> list[Finding]:
+    """Ask OneInbox for each agent; return one finding for those that are there, and one per agent that needs a look."""
     name = "agents"
     if agents is None:
-        return warning(name, "not checked: the agents file cannot be read")
+        return [warning(name, "not checked: the agents file cannot be read")]
     if reached.level != "ok":
-        return warning(name, "not checked: OneInbox did not list calls")
+        return [warning(name, "not checked: OneInbox did not list calls")]
+    found = await asyncio.gather(*(_agent(settings, agent, oneinbox) for agent in agents.by_name.values()))
+    odd = [finding for finding in found if finding is not None]
+    known = [agent for agent, finding in zip(agents.by_name, found, strict=True) if finding is None]
+    return [*odd, *([fine(name, f"OneInbox has {_listed(known)}")] if known else [])]
 
-    async def had_calls(agent_id: str) -> bool | None:
-        try:
-            return bool((await oneinbox.list_calls(agent_id=agent_id, limit=1)).items)
-        except OneInboxError as error:
-            return None if error.status in (400, 404, 422) else False
 
-    chosen = list(agents.by_name.values())[:AGENTS_ASKED_ABOUT]
-    answers = await asyncio.gather(*(had_calls(agent.agent_id) for agent in chosen))
-    calls = dict(zip([agent.name for agent in chosen], answers, strict=True))
-    if refused := [agent for agent, had in calls.items() if had is None]:
-        remedy = "compare the ids with those in OneInbox's dashboard"
-        return warning(name, f"OneInbox refuses the id of {_listed(refused)}", remedy)
-    known = [agent for agent in calls if calls[agent]]
-    unknown = [agent for agent in agents.by_name if not calls.get(agent)]
-    parts = [f"{_listed(known)} had calls"] if known else []
-    parts += [f"unverified until a first call: {_listed(unknown)}"] if unknown else []
-    return fine(name, "; ".join(parts))
+async def _agent(settings: Settings, agent: Agent, oneinbox: OneInbox) -> Finding | None:
+    """Return what is odd about an agent; None if nothing is."""
+    name = "agents"
+    shown = f"{agent.name} ({agent.agent_id})"
+    try:
+        record = await oneinbox.get_agent(agent.agent_id)
+    except OneInboxError as error:
+        if error.status in NO_SUCH_AGENT:
+            remedy = f"correct {agent.set_in}; OneInbox's dashboard shows the ids"
+            return wrong(name, f"OneInbox has no agent {shown}: it {error.reason}", remedy)
+        return warning(name, f"{shown} was not checked: OneInbox {error.reason}", "try again")
+    most = settings.max_call_seconds if agent.max_call_seconds is None else agent.max_call_seconds
+    own = record.max_duration_seconds
+    if not own or (most and own >= most):
+        return None
+    bound = "BROKER_MAX_CALL_SECONDS" if agent.max_call_seconds is None else "its max_call_seconds"
+    detail = (
+        f"OneInbox ends calls of {shown} after {own:g} s, before {bound} ({most or 'none'}): pages show a later end"
+    )
+    return warning(name, detail, f"set {bound} to {own:g}, or raise the agent's max_duration_seconds")
 
 
 async def _allowance(oneinbox: OneInbox, reached: Finding) -> Finding:
@@ -266,7 +270,7 @@ def _clock(skew: float | None) -> Finding:
     if skew is None:
         return warning(name, "not checked: OneInbox sent no date")
     distance = f"{round(abs(skew))} s {'ahead of' if skew > 0 else 'behind'} OneInbox's"
-    if abs(skew) > CLOCK_TOLERANCE:
+    if abs(skew) > NOT_YET_LEEWAY_SECONDS:
         detail = f"{distance}: tokens seem expired too early, or stay valid too long"
         return wrong(name, detail, "set this machine's clock by NTP")
     # Date has whole seconds, and may come from a cache: one or two seconds mean nothing.
@@ -291,7 +295,9 @@ async def _store(settings: Settings) -> list[Finding]:
         except Refused:
             return [wrong(name, "its user lacks rights", f"give the user these: {store.rights}")]
         except StoreUnavailable as error:
-            return [wrong(name, f"does not work: {error}", STORE_REMEDIES.get(str(error), STORE_REMEDY))]
+            cause = cause_of(error, setting="BROKER_STORE_URL")
+            reason, remedy = cause or (str(error), STORE_REMEDIES.get(str(error), STORE_REMEDY))
+            return [wrong(name, f"does not work: {reason}", remedy)]
         if milliseconds is None:
             return [wrong(name, "does not answer as a store does", "check what listens at BROKER_STORE_URL")]
         try:
@@ -369,6 +375,11 @@ async def _logins(settings: Settings) -> list[Finding]:
     except ValueError:
         problem = " does not return JSON"
     except httpx.HTTPError as error:
+        cause = None
+        if isinstance(error, NEVER_SENT):
+            cause = cause_of(error, setting="BROKER_JWT_JWKS_URL", url=settings.jwt_jwks_url)
+        if cause is not None:
+            return [wrong(name, f"BROKER_JWT_JWKS_URL cannot be reached: {cause.reason}", cause.remedy)]
         problem = f" cannot be read ({type(error).__name__})"
     else:
         algorithms = sorted({algorithm for key in found for algorithm in key.algorithms})

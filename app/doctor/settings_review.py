@@ -9,6 +9,8 @@ from app.doctor.findings import Finding, fine, warning, wrong
 WIDEST_PUBLIC_PREFIX = {4: 8, 6: 16}
 """No one owns a network of public addresses wider than this."""
 FILES_BESIDES = 100
+KINDS_OF_TOKEN = frozenset({"token_use", "typ"})
+"""Claims that say what kind of token it is, and not for which application."""
 
 
 def review(settings: Settings) -> list[Finding]:
@@ -16,6 +18,7 @@ def review(settings: Settings) -> list[Finding]:
     return [
         _origins(settings),
         _proxies(settings),
+        *_tokens(settings),
         _variables(settings),
         _limits(settings),
         _secret(settings),
@@ -102,6 +105,23 @@ def _proxies(settings: Settings) -> Finding:
 
 def _is_wide(network: Network) -> bool:
     return not network.is_private and network.prefixlen < WIDEST_PUBLIC_PREFIX[network.version]
+
+
+def _tokens(settings: Settings) -> list[Finding]:
+    # A shared secret is no one else's; an issuer's key signs the tokens of all its applications.
+    if settings.auth != "jwt" or settings.jwt_secret is not None:
+        return []
+    name, audience, claims = "tokens", settings.jwt_audience or [], settings.jwt_required_claims
+    if not audience and claims.keys() <= KINDS_OF_TOKEN:
+        return [
+            warning(
+                name,
+                "a user of any application of the issuer can log in: nothing says that a token is meant for this one",
+                "set BROKER_JWT_AUDIENCE, or a claim that names your application in BROKER_JWT_REQUIRED_CLAIMS",
+            )
+        ]
+    needed = [f"aud {' or '.join(audience)}"] if audience else []
+    return [fine(name, "need " + ", ".join([*needed, *(f"{claim} {' or '.join(claims[claim])}" for claim in claims)]))]
 
 
 def _variables(settings: Settings) -> Finding:

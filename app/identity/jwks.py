@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import structlog
 
-from app.identity.keys import PUBLIC_KEY_ALGORITHMS, VerifyingKey, jwk_key
+from app.identity.keys import PUBLIC_KEY_ALGORITHMS, VerifyingKey, all_names, jwk_key
 from app.problems import retry_later
 
 REFRESH_SECONDS = 300
@@ -63,6 +63,7 @@ class KeySet:
         if unfit:
             raise ValueError(f"does not support {', '.join(unfit)}, only public-key algorithms")
         self.algorithms = self.algorithms or PUBLIC_KEY_ALGORITHMS
+        self._names = all_names(self.algorithms)
         # A redirect would let another server choose the keys.
         self._client = httpx.AsyncClient(transport=self.transport, follow_redirects=False, timeout=FETCH_SECONDS)
 
@@ -80,7 +81,7 @@ class KeySet:
 
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key for a token. Raises Problem `at-capacity` while there are no usable keys."""
-        if algorithm not in self.algorithms:
+        if algorithm not in self._names:
             return None
         if self._fetched_at is None:
             await self._wait_for_fetch()

@@ -9,14 +9,14 @@ import json
 import re
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import jwt
 from starlette.requests import HTTPConnection
 
-from app.config.claims import claim_of
+from app.config.claims import claim_of, is_accepted
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
 from app.identity.user import User
@@ -24,8 +24,8 @@ from app.problems import Problem
 
 MAX_TOKEN_BYTES = 8 * 1024
 # Clocks differ: a broker a few seconds behind the issuer must not refuse a new token. An expired one gets no leeway, as
-# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway.
-NOT_YET_LEEWAY_SECONDS = 10
+# in PyJWT, jose and jsonwebtoken: clients fetch a new token in time anyway. `doctor` warns of a clock beyond it.
+NOT_YET_LEEWAY_SECONDS = 30
 LATEST_TIME = 1e12  # the year 33658; anything later is not a time, nor are infinity and NaN
 REMEMBERED_SECONDS = 60
 REMEMBERED_TOKENS = 1024
@@ -49,15 +49,16 @@ class Remembered:
 class JwtIdentity(Identity):
     """Identify users by a token from `Authorization: Bearer` or a cookie.
 
-    `issuer`, `audience`: what the token must name; empty: not checked. `user_claim`: the claim with the user's id, or a
-    JSON pointer to it.
-    `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
+    `issuer`: what the token must name; `audience`: of which it must name one; empty: not checked. `required_claims`: by
+    name or JSON pointer, the texts of which each must have one. `user_claim`: name of the claim with the user's id, or
+    a JSON pointer to it. `cookie`: its name; empty: no cookie is accepted. `now`: Unix time.
     """
 
     keys: Keys
     _: KW_ONLY
     issuer: str = ""
-    audience: str = ""
+    audience: Sequence[str] = ()
+    required_claims: Mapping[str, Collection[str]] = field(default_factory=dict)
     user_claim: str = "sub"
     cookie: str = ""
     now: Callable[[], float] = time.time
@@ -178,6 +179,12 @@ class JwtIdentity(Identity):
         for name in ("nbf", "iat"):
             if name in claims and now < _time(claims, name) - NOT_YET_LEEWAY_SECONDS:
                 raise InvalidLogin("The token is not valid yet.")
+        for name, accepted in self.required_claims.items():
+            claim = claim_of(claims, name)
+            if not is_accepted(claim, accepted):
+                raise InvalidLogin(
+                    f"The token has no {name}." if claim is None else f"The token is for another {name}."
+                )
         return User(
             mode="jwt",
             id=_name(claims, self.user_claim),

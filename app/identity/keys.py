@@ -14,18 +14,23 @@ from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from jwt import PyJWTError
-from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt import PyJWTError, register_algorithm
+from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm, get_default_algorithms
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
 
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # RFC 7518, section 3.4, and RFC 8812: one algorithm for each curve.
 CURVE_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512", "secp256k1": "ES256K"}
+# RFC 9864, section 2.2: names that say the curve too. The old one of RFC 8037 stands for both.
+ED25519_ALGORITHMS, ED448_ALGORITHMS = ("EdDSA", "Ed25519"), ("EdDSA", "Ed448")
 # RFC 7518, section 3.2: the key must be at least as long as the hash.
 SECRET_BYTES = {"HS256": 32, "HS384": 48, "HS512": 64}
-PUBLIC_KEY_ALGORITHMS = frozenset((*RSA_ALGORITHMS, *CURVE_ALGORITHMS.values(), "EdDSA"))
+PUBLIC_KEY_ALGORITHMS = frozenset((*RSA_ALGORITHMS, *CURVE_ALGORITHMS.values(), *ED25519_ALGORITHMS, *ED448_ALGORITHMS))
 MIN_RSA_BITS = 2048
+
+for name in {*ED25519_ALGORITHMS, *ED448_ALGORITHMS} - get_default_algorithms().keys():
+    register_algorithm(name, OKPAlgorithm())
 
 # The parts of a public key (RFC 7518, section 6, and RFC 8037); a private part published by mistake is ignored.
 JWK_PARTS = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
@@ -116,7 +121,11 @@ def jwk_key(jwk: Any, algorithms: Collection[str] = ()) -> VerifyingKey:
     except (PyJWTError, UnsupportedAlgorithm) as error:
         raise ValueError("is malformed") from error
     key = _checked(loaded)
-    chosen = [name for name in _fitting(key) if jwk.get("alg", name) == name and name in (algorithms or (name,))]
+    chosen: Sequence[str] = _fitting(key)
+    if "alg" in jwk:
+        chosen = _named(chosen, (jwk["alg"],))
+    if algorithms:
+        chosen = _named(chosen, algorithms)
     if not chosen:
         raise ValueError("fits none of the algorithms")
     kid = jwk.get("kid")
@@ -138,7 +147,19 @@ def _fitting(key: PublicKey) -> list[str]:
         if key.curve.name not in CURVE_ALGORITHMS:
             raise ValueError("is on a curve that no algorithm uses")
         return [CURVE_ALGORITHMS[key.curve.name]]
-    return ["EdDSA"]  # RFC 8037: both curves
+    return list(ED25519_ALGORITHMS if isinstance(key, Ed25519PublicKey) else ED448_ALGORITHMS)
+
+
+def _named(fitting: Sequence[str], names: Collection[str]) -> Sequence[str]:
+    """Return those of a key's algorithms that are named. An Edwards curve's two names are one algorithm."""
+    named = [name for name in fitting if name in names]
+    return fitting if named and "EdDSA" in fitting else named
+
+
+def all_names(algorithms: Collection[str]) -> frozenset[str]:
+    """Return algorithms by every name they have."""
+    pairs = [pair for pair in (ED25519_ALGORITHMS, ED448_ALGORITHMS) if set(pair) & set(algorithms)]
+    return frozenset(algorithms).union(*pairs)
 
 
 def _all_fitting(wanted: Collection[str], fitting: Sequence[str]) -> Sequence[str]:
@@ -146,4 +167,4 @@ def _all_fitting(wanted: Collection[str], fitting: Sequence[str]) -> Sequence[st
     unfit = sorted(set(wanted) - set(fitting))
     if unfit:
         raise ValueError(f"does not support {', '.join(unfit)}, only {', '.join(fitting)}")
-    return tuple(wanted) or tuple(fitting)
+    return tuple(_named(fitting, wanted) if wanted else fitting)

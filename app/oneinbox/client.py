@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -24,7 +25,7 @@ from app.oneinbox.errors import (
     TimedOut,
     Unreachable,
 )
-from app.oneinbox.models import CALL_ID, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
+from app.oneinbox.models import CALL_ID, AgentRecord, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
 from app.oneinbox.transport import read_body, surely_not_sent
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
@@ -39,10 +40,17 @@ MAX_STARTED = 256 * 1024
 """The same for a started call: a thousand of these may be pending at once."""
 MAX_TOKEN = 16 * 1024
 TOKEN = re.compile(r"[!-~]+")
+READS_AT_ONCE = 200
+OTHERS_AT_ONCE = 300
+"""Most requests under way that are neither reads nor starts: stops, above all."""
+BESIDE_STARTS = READS_AT_ONCE + OTHERS_AT_ONCE
+"""Connections to have beside those for starts, so that a start never waits for another request."""
+
+FREE = nullcontext()
 
 # Paths as metrics and traces name them.
 START, CALL, STOP, CALLS = "/v1/calls/web", "/v1/calls/{call}", "/v1/calls/{call}/stop", "/v1/calls"
-WEBHOOKS, WEBHOOK, USAGE = "/v1/webhooks", "/v1/webhooks/{webhook}", "/v1/usage"
+AGENT, WEBHOOKS, WEBHOOK, USAGE = "/v1/agents/{agent}", "/v1/webhooks", "/v1/webhooks/{webhook}", "/v1/usage"
 
 
 class OneInbox:
@@ -86,6 +94,8 @@ class OneInbox:
         self._transport = transport
         self._timeout = timeout
         self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
+        self._reads = asyncio.Semaphore(READS_AT_ONCE)
+        self._others = asyncio.Semaphore(OTHERS_AT_ONCE)
         self._media_url = re.compile(rf"wss{'?' if insecure_media else ''}://[A-Za-z0-9\[][!-~]{{0,2048}}")
         self.use_key(api_key)
         self._reread_key = reread_key
@@ -105,16 +115,28 @@ class OneInbox:
         self._headers_with_body = httpx.Headers({**headers, "content-type": "application/json"})
 
     async def start_web_call(
-        self, *, agent_id: str, variables: Mapping[str, Any], overrides: Mapping[str, Any], metadata: Mapping[str, Any]
+        self,
+        *,
+        agent_id: str,
+        variables: Mapping[str, Any],
+        overrides: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        before_sending: Callable[[], None] | None = None,
     ) -> WebCall:
-        """Start a billable call. After an error, `may_have_acted` says whether the call may exist anyway."""
+        """Start a billable call. After an error, `may_have_acted` says whether the call may exist anyway.
+
+        `before_sending`: called right before the request is written, each time it is; if it raises, it is not sent. The
+        caller bounds how many are under way.
+        """
         body: dict[str, Any] = {"agent_id": agent_id, "metadata": metadata}
         if variables:
             body["variables"] = variables
         if overrides:
             body["overrides"] = overrides
         with self.breaker.guard():
-            status, answer = await self._send("POST", START, self._web_calls, body, limit=MAX_STARTED)
+            status, answer = await self._send(
+                "POST", START, self._web_calls, body, limit=MAX_STARTED, before_sending=before_sending
+            )
         _raise_for_status(status, answer)
         call_id = answer.get("id") if isinstance(answer, dict) else None
         if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
@@ -160,6 +182,12 @@ class OneInbox:
         _raise_for_status(code, answer)
         return _model(CallPage, answer, code)
 
+    async def get_agent(self, agent_id: str) -> AgentRecord:
+        """Return one agent. Raises Misconfigured with status 404 if there is none."""
+        status, answer = await self._send("GET", AGENT, httpx.URL(f"{self._base_url}{AGENT.format(agent=agent_id)}"))
+        _raise_for_status(status, answer)
+        return _model(AgentRecord, answer, status)
+
     async def usage(self) -> Usage:
         """Return how many calls the account has started today, of how many it may. Raises Invalid for another shape."""
         status, answer = await self._send("GET", USAGE, httpx.URL(self._base_url + USAGE))
@@ -200,7 +228,14 @@ class OneInbox:
         return record
 
     async def _send(
-        self, method: str, path: str, url: httpx.URL, body: Mapping[str, Any] | None = None, *, limit: int = MAX_ANSWER
+        self,
+        method: str,
+        path: str,
+        url: httpx.URL,
+        body: Mapping[str, Any] | None = None,
+        *,
+        limit: int = MAX_ANSWER,
+        before_sending: Callable[[], None] | None = None,
     ) -> tuple[int, Any]:
         """Return the answer's status and JSON (None if it is not JSON), bounded in time and size.
 
@@ -208,14 +243,14 @@ class OneInbox:
         """
         content = None if body is None else to_json(body)
         headers = self._headers
-        request = self._request(method, url, content)
+        request = self._request(method, url, content, before_sending)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout), self._place(method, path):
                 response, raw = await self._exchange(request, path, limit)
                 if response.status_code == 401:
                     request.extensions["sent"] = False  # it was refused, so a POST started no call
                     if await self._has_another_key(headers):
-                        request = self._request(method, url, content)
+                        request = self._request(method, url, content, before_sending)
                         response, raw = await self._exchange(request, path, limit)
         except TimeoutError:
             sent = not surely_not_sent(request, httpx.ReadTimeout(""))
@@ -236,11 +271,22 @@ class OneInbox:
         except ValueError:
             return response.status_code, None
 
-    def _request(self, method: str, url: httpx.URL, content: bytes | None) -> httpx.Request:
+    def _place(self, method: str, path: str) -> AbstractAsyncContextManager[None]:
+        """Return what to hold while a request is under way, so that no kind of request takes the places of starts."""
+        if path == START:
+            return FREE
+        return self._reads if method == "GET" else self._others
+
+    def _request(
+        self, method: str, url: httpx.URL, content: bytes | None, before_sending: Callable[[], None] | None
+    ) -> httpx.Request:
         headers = self._headers if content is None else self._headers_with_body
         # As a stream: for content httpx would make up headers, a tenth of all that a session costs.
         stream = httpx.ByteStream(content or b"")
-        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=dict(self._timeouts))
+        extensions: dict[str, Any] = dict(self._timeouts)
+        if before_sending is not None:
+            extensions["before_sending"] = before_sending
+        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=extensions)
         request.read()
         return request
 

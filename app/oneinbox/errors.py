@@ -9,7 +9,7 @@ class OneInboxError(Exception):
 
     `reason`: continues "OneInbox …". `may_have_acted`: OneInbox may have done what was asked; False only if the request
     was certainly not sent, or was refused (a 4xx other than 408). `status`: OneInbox's, if it answered. `call_id`: of a
-    call that an unusable answer named.
+    call that an unusable answer named. `log_fields`: what the log line says besides, for the operator.
     """
 
     slug: ClassVar[str] = "upstream-error"
@@ -22,6 +22,7 @@ class OneInboxError(Exception):
         self.may_have_acted = may_have_acted
         self.status = status
         self.call_id = call_id
+        self.log_fields: Mapping[str, str] = {}
 
 
 class Unreachable(OneInboxError):

@@ -99,6 +99,15 @@ class CallRecord(BaseModel):
         return self.status in TERMINAL_STATUSES
 
 
+class AgentRecord(BaseModel):
+    """OneInbox's record of an agent. `max_duration_seconds`: OneInbox itself ends its calls after this time."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: Text = None
+    max_duration_seconds: Number = None
+
+
 class Usage(BaseModel):
     """The account's calls of the day, which begins at 00:00 UTC. A cap of an unexpected type or size is an error."""
 

@@ -58,8 +58,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     `url`: of the host. `pool_size`: most connections; further requests wait. `proxy`: an HTTP proxy to tunnel through
     (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no
-    redirect, keeps no cookie and decodes nothing. A request is marked in `request.extensions["sent"]` just before it is
-    written. Only a GET is written twice, if its reused connection had ended.
+    redirect, keeps no cookie and decodes nothing. Just before a request is written, `before_sending` of its extensions
+    is called, if there is one, and the request is marked as `sent` in them. Only a GET is written twice, if its reused
+    connection had ended.
     """
 
     def __init__(self, url: httpx.URL, *, pool_size: int, proxy: httpx.Proxy | None = None) -> None:
@@ -75,7 +76,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._addresses: asyncio.Task[list[AddrInfoType]] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request. Raises only httpx.TransportError."""
+        """Send one request. Raises only httpx.TransportError, and what `before_sending` raises."""
         url = request.url
         request.extensions["sent"] = False
         if (url.raw_scheme, url.raw_host, url.port) != self._origin:
@@ -108,6 +109,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
     def take_back(self, connection: Connection) -> None:
         """Keep a connection for the next request, or close it if it cannot take one."""
         self._room.release()
+        self._keep(connection)
+
+    def _keep(self, connection: Connection) -> None:
         if not connection.is_reusable:
             connection.abort()
             return
@@ -118,6 +122,12 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     async def _exchange(self, request: httpx.Request, message: bytes, kept: Connection | None) -> httpx.Response:
         connection = kept or await self._connect(request.extensions.get("timeout", {}).get("connect"))
+        try:
+            if (before_sending := request.extensions.get("before_sending")) is not None:
+                before_sending()
+        except BaseException:
+            self._keep(connection)
+            raise
         try:
             request.extensions["sent"] = True
             connection.send(message)

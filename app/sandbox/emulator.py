@@ -204,6 +204,24 @@ async def delete_call(call: KnownCall, emulator: State) -> Response:
     return Response(status_code=204)
 
 
+@_api.get("/agents/{agent_id}")
+async def get_agent(agent_id: str, emulator: State) -> JSONResponse:
+    """Return one agent."""
+    if agent_id not in emulator.options.agents:
+        raise HTTPException(404, "Agent not found")
+    return JSONResponse(
+        {
+            "id": agent_id,
+            "name": agent_id,
+            "max_duration_seconds": emulator.options.max_duration_seconds,
+            "silence_timeout_seconds": 10,
+            "enable_recording": True,
+            "language": "en",
+            "first_message": None,
+        }
+    )
+
+
 @_api.get("/usage")
 async def get_usage(emulator: State) -> JSONResponse:
     """Return the calls of the day and the month."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.sandbox.http_exchange import Answer, HttpExchange
 
-Operation = Literal["start", "get", "stop", "list", "usage"]
+Operation = Literal["start", "get", "stop", "list", "usage", "agent"]
 
 LONGEST_SECONDS = 300.0
 """Seconds until an endless fault cuts the connection."""

@@ -26,6 +26,7 @@ _OPERATIONS: tuple[tuple[str, re.Pattern[str], Operation], ...] = (
     ("GET", re.compile(r"/v1/calls(/cursor)?"), "list"),
     ("GET", re.compile(r"/v1/calls/[^/]+"), "get"),
     ("GET", re.compile(r"/v1/usage"), "usage"),
+    ("GET", re.compile(r"/v1/agents/[^/]+"), "agent"),
 )
 
 

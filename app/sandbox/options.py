@@ -16,6 +16,9 @@ class EmulatorOptions:
     agents: tuple[str, ...] = ("agt_sandbox",)
     """Ids of the account's agents; any other is a 404."""
 
+    max_duration_seconds: int = 600
+    """The agents' longest call, as `/v1/agents/{id}` says; calls here end earlier or go on, as the next options say."""
+
     server_url: str = "ws://127.0.0.1:7880"
     """The address participants connect to; by default LiveKit's development address."""
 

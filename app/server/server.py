@@ -84,3 +84,8 @@ def url_of(listener: socket.socket) -> str:
     """Return the http URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def url_to_open(listener: socket.socket) -> str:
+    """Return the http URL by which this machine reaches a listening socket: 0.0.0.0 and :: are no addresses to open."""
+    return url_of(listener).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -28,6 +28,9 @@ from app.sessions.policy import CallSpec, Policy
 from app.sessions.schemas import SessionRequest
 from app.telemetry.metrics import Metrics
 
+ACCOUNT_SETTINGS = {401: "ONEINBOX_API_KEY", 403: "ONEINBOX_API_KEY"}
+"""The setting behind OneInbox's refusal, by its status."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -112,18 +115,26 @@ class Sessions:
             attempt = self._attempt(user, spec, entitlement)
             reservation = await self.limits.reserve(user, spec.agent, attempt, entitlement)
         session_input.answer_headers.update(reservation.headers)
-        if session_input.client.is_closed():
-            await self.limits.release(reservation)
-            raise ClientDisconnect
+        sent = False
+
+        def before_sending() -> None:
+            nonlocal sent
+            sent = False
+            if session_input.client.is_closed():
+                raise ClientDisconnect
+            sent = True
+
         try:
             call = await self.oneinbox.start_web_call(
                 agent_id=spec.agent.agent_id,
                 variables=spec.variables,
                 overrides=spec.overrides,
                 metadata=self._metadata(user, spec, attempt),
+                before_sending=before_sending,
             )
             return StartedCall(attempt, call)
         except OneInboxError as error:
+            error.log_fields = _to_log(error, spec)
             if not error.may_have_acted:
                 await self.limits.release(reservation)
             elif error.call_id is not None:
@@ -133,8 +144,11 @@ class Sessions:
             if isinstance(error, Rejected) and (errors := _browser_errors(error.errors, session_input.request, spec)):
                 raise Problem("upstream-rejected", errors=errors) from error
             raise
-        except BaseException:  # cancelled by a shutdown, or a bug
-            self.reconciler.report_lost(attempt)
+        except BaseException:  # a client that has gone, a shutdown, or a bug
+            if sent:
+                self.reconciler.report_lost(attempt)
+            else:
+                await self.limits.release(reservation)
             raise
 
     def _attempt(self, user: User, spec: CallSpec, entitlement: Entitlement) -> CallAttempt:
@@ -157,6 +171,31 @@ class Sessions:
         if self.share_user_id:
             own[BROKER_USER_ID] = user.id
         return {**spec.metadata, **own}
+
+
+def _to_log(error: OneInboxError, spec: CallSpec) -> dict[str, str]:
+    """Return which agent a failed start was for and, if OneInbox refused something, which setting to look at."""
+    agent = spec.agent
+    setting = agent.set_in if error.status == 404 else ACCOUNT_SETTINGS.get(error.status or 0, "")
+    if isinstance(error, Rejected):
+        settings = [_setting_of(each.get("loc"), spec) for each in error.errors[:20]]
+        setting = ", ".join(filter(None, dict.fromkeys(settings)))
+    return {"agent": agent.name, "agent_id": agent.agent_id} | ({"setting": setting} if setting else {})
+
+
+def _setting_of(loc: Any, spec: CallSpec) -> str:
+    """Return the setting behind a field that OneInbox rejected; empty if none is."""
+    path = [part for part in loc if part != "body"] if isinstance(loc, list) else []
+    match path:
+        case ["agent_id", *_]:
+            return spec.agent.set_in
+        case ["variables", str(name), *_] if name in spec.agent.fixed_variables:
+            return f"{spec.agent.table}.fixed_variables.{name}"
+        case ["variables", str(name), *_] if name in spec.variables and name not in spec.own_variables:
+            return "BROKER_VARIABLES_FROM_CLAIMS"
+        case ["overrides", str(part), *_] if part in spec.agent.fixed_overrides:
+            return f"{spec.agent.table}.fixed_overrides.{part}"
+    return ""
 
 
 def _browser_errors(

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jwt
 import pytest
 
 from tests.conftest import Logs, OpenBroker
@@ -93,6 +95,63 @@ async def test_a_misconfiguration_is_logged_as_an_error(
     assert str(status) in repr(error) or status == 422
     assert response.headers["x-request-id"] in repr(error)
     assert API_KEY not in repr(logs)
+
+
+AGENTS = """
+[agents.support]
+agent_id = "agt_gone"
+fixed_variables = { tier = "gold" }
+fixed_overrides = { tts = { speed = 9.0 } }
+"""
+TABLE = "BROKER_AGENTS_FILE: agents.support"
+BLAMED: dict[str, tuple[int, list[list[Any]], str | None]] = {
+    "key": (401, [], "ONEINBOX_API_KEY"),
+    "rights": (403, [], "ONEINBOX_API_KEY"),
+    "credit": (402, [], None),
+    "agent": (404, [], f"{TABLE}.agent_id"),
+    "form of the agent's id": (422, [["body", "agent_id"]], f"{TABLE}.agent_id"),
+    "fixed variable": (422, [["body", "variables", "tier"]], f"{TABLE}.fixed_variables.tier"),
+    "fixed override": (422, [["body", "overrides", "tts", "speed"]], f"{TABLE}.fixed_overrides.tts"),
+    "trusted variable": (422, [["body", "variables", "plan"]], "BROKER_VARIABLES_FROM_CLAIMS"),
+    "several": (
+        422,
+        [["agent_id"], ["body", "variables", "tier"], ["variables", "tier"]],
+        f"{TABLE}.agent_id, {TABLE}.fixed_variables.tier",
+    ),
+    "nothing of ours": (422, [["body", "kind"], ["body", "variables"], [1], []], None),
+    "outage": (500, [], None),
+}
+
+
+@pytest.mark.parametrize(("status", "locs", "setting"), BLAMED.values(), ids=BLAMED.keys())
+async def test_the_log_names_the_agent_and_the_setting(
+    upstream: Upstream,
+    open_broker: OpenBroker,
+    logs: Logs,
+    tmp_path: Path,
+    *,
+    status: int,
+    locs: list[list[Any]],
+    setting: str | None,
+) -> None:
+    (tmp_path / "agents.toml").write_text(AGENTS)
+    secret = "s" * 32
+    broker = await open_broker(
+        ONEINBOX_AGENT_ID="",
+        BROKER_AGENTS_FILE=str(tmp_path / "agents.toml"),
+        BROKER_AUTH="jwt",
+        BROKER_JWT_SECRET=secret,
+        BROKER_VARIABLES_FROM_CLAIMS="plan=plan",
+    )
+    claims = {"sub": "ada", "exp": int(time.time()) + 60, "plan": "pro"}
+    upstream.start.respond(status, json=rejected(*locs))
+    token = jwt.encode(claims, secret)
+    response = await post_session(broker, {"agent": "support"}, Authorization=f"Bearer {token}")
+    assert response.status_code == 502
+    assert "support" not in response.text
+    (line,) = [entry for entry in logs if entry["event"] == "upstream_failed"]
+    assert (line["agent"], line["agent_id"], line.get("setting")) == ("support", "agt_gone", setting)
+    assert line["reason"] == ("rejected the request" if status == 422 else f"answered {status}")
 
 
 PAUSES: dict[str, tuple[str | None, range]] = {

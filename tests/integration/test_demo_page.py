@@ -60,6 +60,73 @@ def test_sandbox_serves_the_page_and_the_broker(tmp_path: Path) -> None:
         assert process.terminate() == 0
 
 
+HOSTS: dict[str, dict[str, str]] = {
+    "loopback": {"Host": "localhost:{port}", "Origin": "http://localhost:{port}"},
+    "every address": {"Host": "0.0.0.0:{port}", "Origin": "http://0.0.0.0:{port}"},
+    "every IPv6 address": {"Host": "[::]:{port}", "Origin": "http://[::]:{port}"},
+    "an address of the network": {"Host": "192.168.1.20:{port}", "Origin": "http://192.168.1.20:{port}"},
+    "a link-local address": {"Host": "[fe80::1]:{port}", "Origin": "http://[fe80::1]:{port}"},
+    "a name of the network": {"Host": "Laptop.local:{port}", "Origin": "http://laptop.local:{port}"},
+    "a container's name": {"Host": "sandbox", "Origin": "http://sandbox"},
+    "a tunnel that keeps the host": {"Host": "ab12.ngrok.example", "Origin": "https://ab12.ngrok.example"},
+    "a tunnel that says the port": {"Host": "ab12.tunnel.example:443", "Origin": "https://ab12.tunnel.example"},
+    "a forwarder that rewrites the host": {
+        "Host": "localhost:{port}",
+        "X-Forwarded-Host": "name-8000.app.github.example",
+        "Origin": "https://name-8000.app.github.example",
+    },
+}
+OTHER_SITES: dict[str, dict[str, str]] = {
+    "another host": {"Host": "192.168.1.20:{port}", "Origin": "http://192.168.1.21:{port}"},
+    "another port": {"Host": "192.168.1.20:{port}", "Origin": "http://192.168.1.20:1"},
+    "no origin at all": {"Host": "192.168.1.20:{port}", "Origin": "null"},
+    "another scheme": {"Host": "evil.example", "Origin": "chrome-extension://evil.example"},
+    "a part of the name": {"Host": "voice.example", "Origin": "https://evil.voice.example"},
+}
+
+
+def asked_as(url: str, headers: dict[str, str]) -> httpx.Response:
+    """A session that a page at some address asks for; `{port}` is the sandbox's."""
+    port = str(httpx.URL(url).port)
+    given = {name: value.replace("{port}", port) for name, value in headers.items()}
+    return httpx.post(f"{url}session", headers=given, timeout=10)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_the_page_works_under_any_host(host: str, tmp_path: Path) -> None:
+    with running("sandbox", "--host", host, "--port", "0", cwd=tmp_path, environ={}) as process:
+        url = process.wait_for("Open ").split()[1]
+        assert url.startswith("http://127.0.0.1:")
+        for name, headers in HOSTS.items():
+            answer = asked_as(url, headers)
+            assert answer.status_code == 201, name
+            assert answer.headers["access-control-allow-origin"] == headers["Origin"].replace(
+                "{port}", str(httpx.URL(url).port)
+            )
+        for name, headers in OTHER_SITES.items():
+            assert asked_as(url, headers).status_code == 403, name
+
+
+def test_a_broker_does_not_believe_its_host(tmp_path: Path) -> None:
+    settings = {"ONEINBOX_API_KEY": "oi_sk_integration", "ONEINBOX_AGENT_ID": "agt_1"}
+    with serving(tmp_path, settings) as (_, url):
+        for name, headers in HOSTS.items():
+            if name != "loopback":
+                assert asked_as(f"{url}/", headers).status_code == 403, name
+
+
+@pytest.mark.parametrize("command", ["sandbox", "emulator"])
+@pytest.mark.parametrize(("host", "opens"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_what_is_printed_can_be_opened(command: str, host: str, opens: str, tmp_path: Path) -> None:
+    with running(command, "--host", host, "--port", "0", cwd=tmp_path, environ={}) as process:
+        line = process.wait_for("http://")
+        url = re.search(r"http://[^/;. ]+(?:\.[0-9]+){0,3}(?::[0-9]+)?", line)
+        assert url is not None
+        assert url[0].startswith(f"http://{opens}:")
+        path = "/" if command == "sandbox" else "/v1/usage"
+        assert httpx.get(url[0] + path, timeout=10).status_code in (200, 401)
+
+
 def test_broker_alone_has_no_demo_page(tmp_path: Path) -> None:
     settings = {"ONEINBOX_API_KEY": "oi_sk_integration", "ONEINBOX_AGENT_ID": "agt_1"}
     with serving(tmp_path, settings) as (_, url), httpx.Client(base_url=url, timeout=10) as client:

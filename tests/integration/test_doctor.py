@@ -60,6 +60,7 @@ def environ(emulator: RunningEmulator, valkey: Valkey) -> dict[str, str]:
         "BROKER_SECRET": "PLANTEDSECRET-of-more-than-32-characters",
         "BROKER_ALLOWED_ORIGINS": "https://www.example.com",
         "BROKER_ALLOWED_VARIABLES": "customer_name",
+        "BROKER_MAX_CALL_SECONDS": "600",
         "BROKER_MAX_WAITING": "100",
         "BROKER_MAX_STREAMS_TOTAL": "100",
     }
@@ -159,7 +160,7 @@ async def test_clock_skew(environ: dict[str, str]) -> None:
 async def test_dead_store(environ: dict[str, str]) -> None:
     found = await examine(environ | {"BROKER_STORE_URL": f"redis://:{PASSWORD}@127.0.0.1:1"})
     assert [name for name, finding in found.items() if not finding.ok] == ["store"]
-    assert found["store"].detail == "does not work: ConnectionError"
+    assert found["store"].detail == "does not work: nothing listens there"
     assert "BROKER_STORE_URL" in found["store"].remedy
 
 
@@ -276,10 +277,16 @@ async def test_store_that_keeps_nothing(environ: dict[str, str]) -> None:
     assert found["store"].detail == "does not answer as a store does"
 
 
-async def test_agents_that_had_calls(environ: dict[str, str], emulator: RunningEmulator) -> None:
-    found = await examine(environ)
-    assert found["agents"].level == "ok"
-    assert "unverified until a first call" in found["agents"].detail
+async def test_an_agent_that_is_not_there(environ: dict[str, str]) -> None:
+    found = await examine(environ | {"ONEINBOX_AGENT_ID": "agt_gone"})
+    assert [name for name, finding in found.items() if not finding.ok] == ["agents"]
+    assert found["agents"].detail.startswith("OneInbox has no agent default (agt_gone)")
+
+
+async def test_an_agent_whose_calls_end_sooner(environ: dict[str, str]) -> None:
+    found = await examine(environ | {"BROKER_MAX_CALL_SECONDS": "601"})
+    assert found["agents"].level == "warning"
+    assert "set BROKER_MAX_CALL_SECONDS to 600" in found["agents"].remedy
 
 
 @pytest.mark.process

@@ -289,6 +289,42 @@ async def test_who_hangs_up_before_the_post_is_sent_gets_no_call_and_everything_
                 await browser.close()
 
 
+@in_every_way
+async def test_who_hangs_up_while_the_broker_connects_is_not_asked_for(
+    way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connects, go_on = asyncio.Event(), asyncio.Event()
+    create_connection = asyncio.BaseEventLoop.create_connection
+
+    async def slow_to_oneinbox(loop: Any, protocol: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        if oneinbox.url.endswith(f":{port}"):
+            connects.set()
+            await go_on.wait()
+        return await create_connection(loop, protocol, host, port, **options)
+
+    async with running_emulator(LONG_CALLS) as oneinbox:
+        monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", slow_to_oneinbox)
+        settings = settings_of(oneinbox.url, {"BROKER_SESSION_LIMITS": "1/hour", "BROKER_MAX_LIVE_CALLS": "1"})
+        async with served(settings) as url:
+            browser = await Browser.connect(url)
+            browser.post()
+            await asyncio.wait_for(connects.wait(), SOON)
+            await way(browser)
+            async with httpx.AsyncClient(base_url=url) as client:
+                assert (await client.get("/readyz")).status_code == 200  # by now the broker has read the end
+                go_on.set()
+
+                async def gets_the_one_session() -> bool:
+                    return (await client.post("/session")).status_code == 201
+
+                assert await eventually(gets_the_one_session, SOON) < NOTICED_SECONDS
+            assert len(asked(oneinbox.emulator, "start")) == 1
+            assert not asked(oneinbox.emulator, "stop")
+            assert not asked(oneinbox.emulator, "list")
+            if way is Browser.half_close:
+                await browser.close()
+
+
 # --- answers that are lost ---
 
 TIMEOUT = "2"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from app.api.app import create_app
 from app.config.settings import SettingsError
+from app.oneinbox import OneInbox
 from app.oneinbox import transport as module
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
 from tests.support.certificates import Authority
@@ -142,6 +145,29 @@ async def test_there_are_no_more_connections_than_the_pool_has_room_for() -> Non
         assert upstream.connections == 3
 
 
+@pytest.mark.parametrize("connected", [False, True], ids=["on-a-new-connection", "on-a-kept-one"])
+async def test_what_is_not_wanted_any_more_is_not_sent_and_costs_no_connection(connected: bool) -> None:
+    class NotWantedError(Exception):
+        pass
+
+    def refuse() -> None:
+        raise NotWantedError
+
+    async with serving(fine) as (upstream, url), pool(url, size=1) as transport:
+        if connected:
+            await ask(transport, request(url))
+        unwanted = request(url, "POST", b"{}")
+        unwanted.extensions["before_sending"] = refuse
+        for _ in range(3):
+            with pytest.raises(NotWantedError):
+                await ask(transport, unwanted)
+            assert surely_not_sent(unwanted, NotWantedError())
+
+        assert await ask(transport, request(url)) == (200, b"{}")
+        assert [each.split()[0] for each in upstream.requests] == [b"GET"] * (1 + connected)
+        assert upstream.connections == 1
+
+
 async def test_callers_who_were_cancelled_leave_their_places() -> None:
     silent = asyncio.Event()
 
@@ -159,6 +185,42 @@ async def test_callers_who_were_cancelled_leave_their_places() -> None:
         silent.set()
 
         assert await ask(transport, request(url)) == (200, b"{}")
+
+
+NO_STARTS: dict[str, Callable[[OneInbox], Awaitable[object]]] = {
+    "read": lambda client: client.get_call("call_1"),
+    "list": lambda client: client.list_calls(),
+    "usage": lambda client: client.usage(),
+    "webhooks": lambda client: client.list_webhooks(),
+    "stop": lambda client: client.stop_call("call_1"),
+    "register": lambda client: client.register_webhook(name="broker", url="https://broker.example", events=["x"]),
+    "remove": lambda client: client.remove_webhook("wh_1"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_STARTS)
+async def test_requests_that_hang_never_take_the_place_of_a_start(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneInbox answers starts, and nothing else."""
+    monkeypatch.setattr("app.oneinbox.client.READS_AT_ONCE", 2)
+    monkeypatch.setattr("app.oneinbox.client.OTHERS_AT_ONCE", 2)
+    call = json.dumps({"id": "call_2", "server_url": "wss://voice.example", "participant_token": "t"}).encode()
+
+    async def answer(request: bytes, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        if request.startswith(b"POST /v1/calls/web "):
+            writer.write(b"HTTP/1.1 201 Created\r\ncontent-length: %d\r\n\r\n" % len(call) + call)
+        return True
+
+    async with serving(answer) as (_, url), pool(url, size=3) as transport:
+        client = OneInbox(url, SecretStr("key"), transport, timeout=PATIENCE, connect_timeout=PATIENCE)
+        hanging = [asyncio.ensure_future(NO_STARTS[kind](client)) for _ in range(20)]
+        await asyncio.sleep(0)  # each has asked for its place
+        try:
+            start = client.start_web_call(agent_id="agt", variables={}, overrides={}, metadata={})
+            assert (await asyncio.wait_for(start, PATIENCE / 2)).id == "call_2"
+        finally:
+            for each in hanging:
+                each.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
 
 
 async def test_what_is_idle_for_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,8 @@ class Transport(httpx.AsyncBaseTransport):
             await asyncio.sleep(0.05)
             world.note(replica.name, f"→ OneInbox {short}: cannot connect")
             raise httpx.ConnectError("refused")
+        if (before_sending := request.extensions.get("before_sending")) is not None:
+            before_sending()
         request.extensions["sent"] = True
         exchange = _Exchange(
             world,

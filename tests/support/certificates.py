@@ -12,9 +12,9 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """A certificate for 127.0.0.1, and who trusts it."""
+    """A certificate for 127.0.0.1, and who trusts it. `days`: from when until when it is valid, counted from today."""
 
-    def __init__(self, folder: Path, name: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, name: str = "127.0.0.1", *, days: tuple[int, int] = (-1, 1)) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "upstream of the tests")])
         now = datetime.datetime.now(datetime.UTC)
@@ -24,8 +24,8 @@ class Authority:
             .issuer_name(subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now + datetime.timedelta(days=days[0]))
+            .not_valid_after(now + datetime.timedelta(days=days[1]))
             .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(name))]), critical=False)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(key, hashes.SHA256())

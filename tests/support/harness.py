@@ -59,6 +59,8 @@ class Upstream(httpx.AsyncBaseTransport):
         self.stop = self.router.post(path__regex=r"^/v1/calls/[^/]+/stop$")
         self.stop.mock(side_effect=self._stop)
         self.router.get("/v1/calls").respond(json={"items": [], "total": 0, "limit": 20, "offset": 0})
+        self.agent = self.router.get(path__regex=r"^/v1/agents/[^/]+$")
+        self.agent.respond(json={"id": AGENT_ID, "max_duration_seconds": 3600})
         self.usage = self.router.get("/v1/usage").respond(json={"max_calls_per_day": None})
 
     @staticmethod
@@ -93,6 +95,8 @@ class Upstream(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer as a real transport does: with a body still to be read, as it came over the wire."""
         await request.aread()
+        if (before_sending := request.extensions.get("before_sending")) is not None:
+            before_sending()
         canned = await self.router.async_handler(request)
         return httpx.Response(canned.status_code, headers=canned.headers, stream=canned.stream)
 

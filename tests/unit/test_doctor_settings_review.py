@@ -17,6 +17,10 @@ QUIET = {
 }
 
 
+JWT = {"BROKER_AUTH": "jwt"}
+KEY_SET = {"BROKER_JWT_JWKS_URL": "https://login.example/keys", "BROKER_JWT_ISSUER": "https://login.example"}
+
+
 def levels(**changes: str) -> dict[str, str]:
     """What is not ok, by name."""
     return {finding.name: finding.level for finding in review(settings(QUIET | changes)) if finding.level != "ok"}
@@ -41,6 +45,13 @@ def test_nothing_to_say() -> None:
         ({"BROKER_TRUSTED_PROXIES": "2000::/3"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
+        ({**JWT, "BROKER_JWT_SECRET": "x" * 32}, {}),
+        ({**JWT, "BROKER_JWT_PUBLIC_KEY": "k"}, {"tokens": "warning"}),
+        ({**JWT, "BROKER_JWT_PUBLIC_KEY": "k", "BROKER_JWT_AUDIENCE": "voice"}, {}),
+        ({**JWT, "BROKER_JWT_PUBLIC_KEY": "k", "BROKER_JWT_REQUIRED_CLAIMS": "typ=Bearer"}, {"tokens": "warning"}),
+        ({**JWT, **KEY_SET, "BROKER_JWT_REQUIRED_CLAIMS": "token_use=access"}, {"tokens": "warning"}),
+        ({**JWT, **KEY_SET, "BROKER_JWT_REQUIRED_CLAIMS": "token_use=access,client_id=abc"}, {}),
+        ({**JWT, **KEY_SET, "BROKER_JWT_REQUIRED_CLAIMS": "azp=https://www.example.com"}, {}),
         ({"BROKER_ALLOWED_VARIABLES": "*"}, {"variables": "warning"}),
         ({"BROKER_ALLOWED_VARIABLES": ""}, {}),
         ({"BROKER_LIMITS_MODE": "observe"}, {"limits": "warning"}),
@@ -85,6 +96,15 @@ def test_what_it_means_to_trust_everybody() -> None:
     del header["BROKER_AUTH"]
     details = {finding.name: finding.detail for finding in review(settings(QUIET | header))}
     assert "share its limits" in details["trusted proxies"]
+
+
+def test_what_a_token_needs() -> None:
+    changes = {
+        "BROKER_JWT_AUDIENCE": "voice,chat",
+        "BROKER_JWT_REQUIRED_CLAIMS": "azp=https://a.example|https://b.example,/o/id=org_1",
+    }
+    details = {finding.name: finding.detail for finding in review(settings(QUIET | JWT | KEY_SET | changes))}
+    assert details["tokens"] == "need aud voice or chat, azp https://a.example or https://b.example, /o/id org_1"
 
 
 def test_memory_is_a_caution() -> None:

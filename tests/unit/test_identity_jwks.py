@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from starlette.requests import Request
 from structlog.testing import capture_logs
@@ -26,6 +26,7 @@ DAY = 24 * 3600
 URL = "https://issuer.example/.well-known/jwks.json?token=hush"
 RSA, RSA_NEW = (rsa.generate_private_key(65537, 2048) for _ in range(2))
 EC, ED = ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate()
+ED448 = ed448.Ed448PrivateKey.generate()
 HEADERS = {
     "at-capacity": {"Retry-After": "5"},
     "unauthenticated": {"WWW-Authenticate": 'Bearer error="invalid_token"'},
@@ -90,7 +91,7 @@ class Setup:
         self.keys = KeySet(
             URL, algorithms, transport=httpx.MockTransport(issuer), clock=self.clock, sleep=self.clock.sleep
         )
-        self.identity = JwtIdentity(ClientAddresses([]), self.keys, issuer="i", audience="a", now=lambda: NOW)
+        self.identity = JwtIdentity(ClientAddresses([]), self.keys, issuer="i", audience=["a"], now=lambda: NOW)
 
     async def login(self, key: Any = RSA, algorithm: str = "RS256", kid: str | None = "k1", **more: Any) -> User:
         claims = {"sub": "user-1", "exp": NOW + 600, "iss": "i", "aud": "a"} | more
@@ -142,7 +143,7 @@ def failing(reason: Exception) -> Callable[[httpx.Request], httpx.Response]:
 
 @pytest.mark.parametrize(
     ("key", "algorithm"), [*((RSA, f"{kind}{bits}") for kind in ("RS", "PS") for bits in (256, 384, 512)),
-                           (EC, "ES256"), (ED, "EdDSA")]
+                           (EC, "ES256"), (ED, "EdDSA"), (ED, "Ed25519"), (ED448, "EdDSA"), (ED448, "Ed448")]
 )  # fmt: skip
 async def test_every_kind_of_key(begin: MakeSetup, key: Any, algorithm: str) -> None:
     setup = await begin(jwk_of(RSA_NEW, kid="k0"), jwk_of(key, kid="k1"))
@@ -171,6 +172,20 @@ async def test_every_kind_of_key(begin: MakeSetup, key: Any, algorithm: str) -> 
 async def test_choice_of_key(begin: MakeSetup, keys: list[Any], kid: str | None, outcome: str) -> None:
     setup = await begin(*keys)
     assert await setup.slug(kid=kid) == outcome
+
+
+@pytest.mark.parametrize("published", [None, "EdDSA", "Ed25519", "Ed448"])
+@pytest.mark.parametrize("chosen", [None, "EdDSA", "Ed25519", "Ed448", "ES384"])
+@pytest.mark.parametrize(("key", "name"), [(ED, "Ed25519"), (ED448, "Ed448")])
+async def test_an_edwards_curve_goes_by_its_old_and_its_new_name(
+    begin: MakeSetup, key: Any, name: str, chosen: str | None, published: str | None
+) -> None:
+    algorithms = (chosen, "ES256") if chosen else ()
+    setup = await begin(jwk_of(key, kid="k1", alg=published), jwk_of(EC, kid="k2"), algorithms=algorithms)
+    fits = {published, chosen} <= {None, "EdDSA", name}
+    for token in ("EdDSA", "Ed25519", "Ed448"):
+        expected = "in" if fits and token in ("EdDSA", name) else "unauthenticated"
+        assert await setup.slug(key, token) == expected, token
 
 
 OCT = {"kty": "oct", "kid": "k1", "k": urlsafe_b64encode(b"x" * 64).decode()}

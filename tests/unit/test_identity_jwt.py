@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, r
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from starlette.requests import Request
 
+from app.config.claims import read_required_claims
 from app.identity import User
 from app.identity.addresses import ClientAddresses
 from app.identity.jwt import MAX_TOKEN_BYTES, NOT_YET_LEEWAY_SECONDS, REMEMBERED_SECONDS, REMEMBERED_TOKENS, JwtIdentity
@@ -94,12 +95,13 @@ async def refused(identity: JwtIdentity, *headers: tuple[str, str], challenge: s
 
 # --- what logs in ---
 
+ED_CHOICES: tuple[list[str], ...] = ([], ["EdDSA"], ["Ed25519"], ["EdDSA", "Ed25519"])
 GOOD = [
     *((SECRET, secret_key(SECRET), name) for name in ("HS256", "HS384", "HS512")),
     *((RSA, public_key(pem_of(RSA)), name) for name in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
     *((key, public_key(pem_of(key)), name) for name, key in EC.items()),
-    (ED25519, public_key(pem_of(ED25519)), "EdDSA"),
-    (ED448, public_key(pem_of(ED448)), "EdDSA"),
+    *((ED25519, public_key(pem_of(ED25519), chosen), name) for chosen in ED_CHOICES for name in ("EdDSA", "Ed25519")),
+    *((ED448, public_key(pem_of(ED448)), name) for name in ("EdDSA", "Ed448")),
 ]
 
 
@@ -152,9 +154,9 @@ async def test_good_claims(changes: dict[str, Any]) -> None:
     assert (await login(identity_of(), bearer(token_of(**changes)))).id == changes.get("sub", "user-1")
 
 
-@pytest.mark.parametrize("audience", ["api", ["api"], ["other", "api"]])
+@pytest.mark.parametrize("audience", ["api", "api-2", ["api"], ["other", "api"], ["api-2", "api"]])
 async def test_issuer_and_audience(audience: Any) -> None:
-    identity = identity_of(issuer="https://issuer.example", audience="api")
+    identity = identity_of(issuer="https://issuer.example", audience=["api", "api-2"])
     user = await login(identity, bearer(token_of(iss="https://issuer.example", aud=audience)))
     assert user.issuer == "https://issuer.example"
 
@@ -238,8 +240,60 @@ async def test_bad_claims(changes: dict[str, Any], detail: str) -> None:
     ],
 )
 async def test_wrong_issuer_or_audience(changes: dict[str, Any], detail: str) -> None:
-    identity = identity_of(issuer="https://issuer.example", audience="api")
+    identity = identity_of(issuer="https://issuer.example", audience=["api", "api-2"])
     assert detail in await refused(identity, bearer(signed({"alg": "HS256"}, claims_of(**changes))))
+
+
+REQUIRED: dict[str, tuple[str, Any, str | None]] = {
+    "one-of": ("app=a|b", "b", None),
+    "one-only": ("app=a", "a", None),
+    "in-a-list": ("app=a|b", ["x", "b"], None),
+    "a-number": ("app=42", 42, None),
+    "a-number-in-a-list": ("app=42", ["x", 42], None),
+    "a-boolean": ("app=true", True, None),
+    "a-boolean-as-text": ("app=true", "true", None),
+    "with-equals-signs": ("app=a=b?c=d", "a=b?c=d", None),
+    "a-pointer": ("/o/id=org_1", {"id": "org_1"}, None),
+    "a-pointer-into-a-list": ("/o/1=org_1", ["x", "org_1"], None),
+    "a-pointer-to-a-list": ("/o/roles=voice", {"roles": ["x", "voice"]}, None),
+    "no-claim": ("app=a", None, "has no app"),
+    "another": ("app=a|b", "c", "for another app"),
+    "part-of-it": ("app=abc", "ab", "for another app"),
+    "more-than-it": ("app=ab", "abc", "for another app"),
+    "both-as-one": ("app=a|b", "a|b", "for another app"),
+    "in-another-case": ("app=a", "A", "for another app"),
+    "with-a-blank": ("app=a", "a ", "for another app"),
+    "an-empty-list": ("app=a", [], "for another app"),
+    "a-list-of-others": ("app=a", ["b", "c"], "for another app"),
+    "a-list-in-a-list": ("app=a", [["a"]], "for another app"),
+    "a-name-in-an-object": ("app=a", {"a": True}, "for another app"),
+    "one-is-not-true": ("app=1", True, "for another app"),
+    "true-is-not-one": ("app=true", 1, "for another app"),
+    "an-unlike-number": ("app=42", 42.0, "for another app"),
+    "nowhere": ("/o/id=org_1", {}, "has no /o/id"),
+    "another-nested": ("/o/id=org_1", {"id": "org_2"}, "for another /o/id"),
+    "top-level-is-no-pointer": ("o=org_1", {"id": "org_1"}, "for another o"),
+}
+
+
+@pytest.mark.parametrize(("setting", "value", "detail"), REQUIRED.values(), ids=REQUIRED.keys())
+async def test_required_claims(setting: str, value: Any, detail: str | None) -> None:
+    identity = identity_of(required_claims=read_required_claims([setting]))
+    name = setting[1] if setting.startswith("/") else setting.partition("=")[0]
+    header = bearer(signed({"alg": "HS256"}, claims_of(**{name: value})))
+    if detail is None:
+        assert (await login(identity, header)).id == "user-1"
+    else:
+        assert detail in await refused(identity, header)
+
+
+async def test_all_required_claims_and_the_audience() -> None:
+    required = read_required_claims(["azp=https://a.example", "token_use=access"])
+    identity = identity_of(audience=["api"], required_claims=required)
+    good: dict[str, Any] = {"aud": "api", "azp": "https://a.example", "token_use": "access"}
+    assert (await login(identity, bearer(token_of(**good)))).id == "user-1"
+    for name in good:
+        await refused(identity, bearer(token_of(**{**good, name: "another"})))
 
 
 # --- what does not: signature and header ---
@@ -259,6 +313,8 @@ PEM = pem_of(RSA)
         (public_key(PEM), token_of(EC["ES256"], "ES256")),
         (public_key(pem_of(EC["ES256"])), token_of(EC["ES384"], "ES384")),
         (public_key(pem_of(ED25519)), token_of(ED448, "EdDSA")),
+        (public_key(pem_of(ED25519)), token_of(ED25519, "Ed448")),
+        (public_key(pem_of(ED448)), token_of(ED448, "Ed25519")),
         (secret_key(SECRET), token_of(RSA, "RS256")),
         # The right family, another key.
         (public_key(PEM), token_of(rsa.generate_private_key(65537, 2048), "RS256")),
@@ -462,7 +518,7 @@ def test_algorithms_by_kind_of_key() -> None:
     assert secret_key("x" * 48).algorithms == ("HS256", "HS384")
     assert secret_key("x" * 64).algorithms == ("HS256", "HS384", "HS512")
     assert secret_key("ü" * 32).algorithms == ("HS256", "HS384", "HS512")  # RFC 7518 counts bytes
-    assert public_key(PEM, ["PS256", "RS512"]).algorithms == ("PS256", "RS512")
+    assert public_key(PEM, ["PS256", "RS512"]).algorithms == ("RS512", "PS256")
     assert public_key(pem_of(EC["ES384"])).algorithms == ("ES384",)
     assert public_key(PEM.replace("\n", "\\n")).key == public_key(PEM).key
 

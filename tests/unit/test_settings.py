@@ -204,20 +204,82 @@ def test_variables_of_others_are_left_alone() -> None:
     assert load(BROKERAGE="1", MY_BROKER_X="1", PATH="/bin", RATELIMIT_ENABLED="0") == load()
 
 
-def test_a_claim_that_is_no_pointer() -> None:
-    [line] = refusal(
-        {
-            **NEEDED,
-            "BROKER_AUTH": "jwt",
-            "BROKER_JWT_SECRET": SECRET,
-            "BROKER_VARIABLES_FROM_CLAIMS": "team=/o/team,plan=/o/~passphrase",
-        }
+NO_POINTER = "is no JSON pointer: ~ is written ~0, and / in a name ~1"
+NO_AUDIENCE = "is empty, or has control characters"
+NO_PAIRS = "is not a list of claim=value"
+WRONG_OF_TOKENS: dict[str, tuple[str, str, str]] = {
+    "user-claim-no-pointer": ("BROKER_JWT_USER_CLAIM", "/user~passphrase", NO_POINTER),
+    "variable-no-pointer": ("BROKER_VARIABLES_FROM_CLAIMS", "team=/o/team,plan=/o/~passphrase", NO_POINTER),
+    "audience-of-commas": ("BROKER_JWT_AUDIENCE", " , ,", NO_AUDIENCE),
+    "audience-with-a-line-break": ("BROKER_JWT_AUDIENCE", "voice,passphrase\nx", NO_AUDIENCE),
+    "required-claim-alone": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase", NO_PAIRS),
+    "required-claim-of-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase=", NO_PAIRS),
+    "required-claim-of-this-or-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase|", NO_PAIRS),
+    "required-claim-with-a-line-break": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase\nx", NO_PAIRS),
+    "required-claim-without-a-name": ("BROKER_JWT_REQUIRED_CLAIMS", "=passphrase", "is empty"),
+    "required-claims-of-commas": ("BROKER_JWT_REQUIRED_CLAIMS", ", ,", "is empty"),
+    "required-claim-twice": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase,azp=b", "names a claim twice"),
+    "required-claim-no-pointer": ("BROKER_JWT_REQUIRED_CLAIMS", "/user~passphrase=a", NO_POINTER),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "wrong"), WRONG_OF_TOKENS.values(), ids=WRONG_OF_TOKENS.keys())
+def test_what_is_wrong_about_tokens(name: str, value: str, wrong: str) -> None:
+    [line] = refusal({**NEEDED, "BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": SECRET, name: value})
+
+    assert line.startswith(f"{name}: {wrong}; takes ")
+    assert "passphrase" not in line
+
+
+def test_what_is_right_about_tokens() -> None:
+    settings = load(
+        BROKER_AUTH="jwt",
+        BROKER_JWT_SECRET=SECRET,
+        BROKER_JWT_AUDIENCE="voice, https://voice.example.com ,",
+        BROKER_JWT_REQUIRED_CLAIMS="azp = https://a.example | https://b.example, /o/id=org_1,x=a=b",
     )
 
-    assert line.startswith(
-        "BROKER_VARIABLES_FROM_CLAIMS: is no JSON pointer: ~ is written ~0, and / in a name ~1; takes"
-    )
-    assert "passphrase" not in line
+    assert settings.jwt_audience == ["voice", "https://voice.example.com"]
+    assert settings.jwt_required_claims == {
+        "azp": ("https://a.example", "https://b.example"),
+        "/o/id": ("org_1",),
+        "x": ("a=b",),
+    }
+
+
+ISSUER, FOR_US, FOR_THIS = "BROKER_JWT_ISSUER", "BROKER_JWT_AUDIENCE", "BROKER_JWT_REQUIRED_CLAIMS"
+NEEDED_OF_A_KEY_SET: dict[str, tuple[set[str], list[str]]] = {
+    "nothing": (set(), [ISSUER, FOR_US]),
+    "issuer": ({ISSUER}, [FOR_US]),
+    "audience": ({FOR_US}, [ISSUER]),
+    "claims": ({FOR_THIS}, [ISSUER]),
+    "issuer-and-audience": ({ISSUER, FOR_US}, []),
+    "issuer-and-claims": ({ISSUER, FOR_THIS}, []),
+    "all": ({ISSUER, FOR_US, FOR_THIS}, []),
+}
+
+
+@pytest.mark.parametrize(("given", "missing"), NEEDED_OF_A_KEY_SET.values(), ids=NEEDED_OF_A_KEY_SET.keys())
+def test_a_key_set_needs_an_issuer_and_an_audience_or_claims(given: set[str], missing: list[str]) -> None:
+    key_set = {"BROKER_AUTH": "jwt", "BROKER_JWT_JWKS_URL": "https://login.example/keys"}
+    environ = {**NEEDED, **key_set, **dict.fromkeys(given, "azp=a")}
+
+    lines = refusal(environ) if missing else []
+
+    assert [line.partition(": ")[0] for line in lines] == missing
+    assert all("is required with BROKER_JWT_JWKS_URL" in line for line in lines)
+    if not missing:
+        load_settings(environ, env_file=None)
+    if FOR_US in missing:
+        assert f"unless {FOR_THIS} is set" in lines[-1]
+
+
+@pytest.mark.parametrize("name", [FOR_US, FOR_THIS])
+@pytest.mark.parametrize("mode", [{}, {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}])
+def test_what_tokens_need_is_no_use_without_tokens(name: str, mode: dict[str, str]) -> None:
+    [line] = refusal({**NEEDED, **mode, name: "azp=a"})
+
+    assert line.startswith(f"{name}: is set, but BROKER_AUTH is not jwt")
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:

@@ -17,6 +17,7 @@ ALLOWED_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, X-Challenge-Token, X-Request-ID, If-None-Match, Last-Event-ID"
 )
 PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 VARY = (b"vary", b"Origin")
 
 
@@ -26,6 +27,7 @@ class CorsPolicy:
 
     `allowed`: origins as in the settings (`*`: any; a port of `*`: any port of a loopback host). `own`: the broker's
     public origin; None: an Origin equal to a loopback Host is its own. `credentials`: browsers may send cookies.
+    `any_host`: an Origin equal to the Host, or to the forwarder's X-Forwarded-Host, is its own, whatever it is.
     `require`: POST /session needs an Origin. `same_site_posts`: a POST is refused with neither an Origin nor
     `Sec-Fetch-Site: same-origin`, for logins that browsers send by themselves.
     """
@@ -34,6 +36,7 @@ class CorsPolicy:
     _: KW_ONLY
     allowed: InitVar[Sequence[str]]
     own: str | None = None
+    any_host: bool = False
     credentials: bool = False
     require: bool = False
     same_site_posts: bool = False
@@ -72,6 +75,8 @@ class CorsPolicy:
             return True
         if self.any_port and PORT.sub("", origin) in self.any_port:
             return True
+        if self.any_host:
+            return _is_any_host_of(origin, scope)
         return self.own is None and _is_loopback_host_of(origin, scope)
 
     def _needs_origin(self, scope: Scope) -> bool:
@@ -90,6 +95,15 @@ class CorsPolicy:
         if self.credentials:
             headers.append((b"access-control-allow-credentials", b"true"))
         return headers
+
+
+def _is_any_host_of(origin: str, scope: Scope) -> bool:
+    scheme, separator, authority = origin.lower().partition("://")
+    if not separator or scheme not in DEFAULT_PORTS:
+        return False
+    names = (b"host", b"x-forwarded-host")
+    hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name in names]
+    return authority in [host.removesuffix(DEFAULT_PORTS[scheme]) for host in hosts]
 
 
 def _is_loopback_host_of(origin: str, scope: Scope) -> bool:
