@@ -14,7 +14,7 @@ from typing import Literal
 
 from app import sandbox
 from app.api.app import create_app
-from app.cli.process import listen, refuse, say
+from app.cli.process import checked, listen, refuse, say
 from app.config.loading import load_settings
 from app.sandbox.demo import DemoPage
 from app.sandbox.livekit_server import KEY, SECRET, LiveKitError, running_livekit
@@ -92,12 +92,13 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
                 "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
-                **({} if livekit_url else {"BROKER_LIVEKIT_CLIENT": str(STAND_IN)}),
+                "BROKER_LIVEKIT_CLIENT": os.environ.get("BROKER_LIVEKIT_CLIENT", "") if livekit_url else str(STAND_IN),
             },
             env_file=None,
         )
+        broker = checked(lambda: create_app(settings, any_host=True))
         try:
-            app = DemoPage(create_app(settings, any_host=True), livekit_url)
+            app = DemoPage(broker, livekit_url)
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
         url = url_to_open(listener)

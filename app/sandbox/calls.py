@@ -139,14 +139,14 @@ def state_at(call: Call, options: EmulatorOptions, now: float) -> CallState:
         return CallState("queued", call.created_at, next_change=initiated_at)
     if now < started_at:
         return CallState("initiated", initiated_at, next_change=started_at)
-    talked = min(options.in_progress, options.max_duration)
+    talked = min(options.in_progress, options.max_duration_seconds)
     reason = "user_hangup" if talked == options.in_progress else "max_duration"
     return _state_in_progress(started_at, started_at + talked, reason, options, now)
 
 
 def _state_in_room(call: Call, options: EmulatorOptions, now: float) -> CallState:
     if call.met_at is not None:
-        return _state_in_progress(call.met_at, call.met_at + options.max_duration, "max_duration", options, now)
+        return _state_in_progress(call.met_at, call.met_at + options.max_duration_seconds, "max_duration", options, now)
     given_up_at = call.created_at + options.join_timeout
     if now < given_up_at:
         return CallState("initiated", call.created_at, next_change=given_up_at)

@@ -214,7 +214,7 @@ async def get_agent(agent_id: str, emulator: State) -> JSONResponse:
             "id": agent_id,
             "name": agent_id,
             "max_duration_seconds": emulator.options.max_duration_seconds,
-            "silence_timeout_seconds": 10,
+            "silence_timeout_seconds": emulator.options.silence_timeout_seconds,
             "enable_recording": True,
             "language": "en",
             "first_message": None,

@@ -111,7 +111,7 @@ class Rooms:
 
         greeting = call.overrides.get("first_message") or GREETING
         while True:
-            agent = self._agents(greeting, self._options.silence_timeout, met, said)
+            agent = self._agents(greeting, self._options.silence_timeout_seconds, met, said)
             token = agent_token(self._options, call.room_name, self._options.now())
             try:
                 reason = await agent.run(self._options.server_url, token)

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.first_sound [--rounds 10] [--json FILE]
 
-The whole way: client.js, a broker, the emulator, a real LiveKit server and the emulated agent, all on this machine. It needs
-what the tests marked `voice` need. livekit-client is loaded already, as when the pointer has reached the button.
+The whole way: client.js, a broker, the emulator, a real LiveKit server and the emulated agent, all on this machine. It
+needs what the tests marked `voice` need. livekit-client is loaded already, as when the pointer has reached the button.
 """
 
 import argparse
@@ -32,7 +32,8 @@ async (address) => {
   await broker.prepare();
   const click = performance.now();
   let microphone;
-  const call = await broker.talk({ progress: (step) => { if (step === "connecting") microphone = performance.now(); } });
+  const progress = (step) => { if (step === "connecting") microphone = performance.now(); };
+  const call = await broker.talk({ progress });
   const joined = performance.now();
   const [post] = performance.getEntriesByName(`${address}/session`);
   for (;;) {

@@ -22,7 +22,7 @@ from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import ROOT, run
 from tests.support.valkey import Valkey
 
-pytestmark = pytest.mark.voice
+pytestmark = [pytest.mark.voice, pytest.mark.timeout(180, func_only=True)]  # the first test builds the server
 
 HERE = Path(__file__).parent / "voice"
 PRINTED_BROKER = "http://127.0.0.1:8000"

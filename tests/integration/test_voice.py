@@ -15,7 +15,7 @@ from app.sandbox.rooms import GREETING
 from app.sandbox.server import running_emulator
 from tests.support.livekit import LiveKit, running_server
 
-pytestmark = pytest.mark.voice
+pytestmark = [pytest.mark.voice, pytest.mark.timeout(180, func_only=True)]  # the first test builds the server
 
 PATIENCE = 20
 """Seconds for what takes less than one on an idle machine."""
@@ -176,7 +176,7 @@ async def test_call_begins_when_its_caller_joins_and_is_greeted(livekit: LiveKit
 async def test_call_and_room_end_together(
     end: str, reason: str | None, seen: str, livekit: LiveKit, caller: Caller
 ) -> None:
-    limits = {"silence": {"silence_timeout": 0.5}, "time": {"max_duration": 1.5}}.get(end, {})
+    limits = {"silence": {"silence_timeout_seconds": 0.5}, "time": {"max_duration_seconds": 1.5}}.get(end, {})
     async with oneinbox_with(livekit.options(**limits)) as oneinbox:
         started = await oneinbox.start()
         await caller.join(started)
