@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import httpx
 
@@ -59,7 +59,7 @@ def running_livekit(program: str) -> Iterator[LiveKitServer]:
                 process.wait()
 
 
-def config(http_port: int, media_port: int) -> dict[str, object]:
+def config(http_port: int, media_port: int) -> dict[str, Any]:
     """Return the server's configuration (config-sample.yaml of livekit/livekit): loopback, and nothing from a network.
 
     A token makes no room: the emulator makes each call's room, so that the token of an ended call is refused.
