@@ -40,8 +40,8 @@ KINDS: Mapping[str, Kind] = {
     "unsupported-media-type": Kind(
         415,
         "The body's type is not JSON",
-        "Content-Type names something other than JSON, or is missing.",
-        "Send Content-Type: application/json, or leave it out when there is no body.",
+        "Content-Type names something other than JSON, or is missing; or the body has a Content-Encoding.",
+        "Send Content-Type: application/json and no Content-Encoding, or leave both out when there is no body.",
     ),
     "invalid-request": Kind(
         422,
@@ -174,6 +174,11 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+def plain(text: str) -> str:
+    """Return a text of KINDS for JSON, where nothing turns its backticks into code."""
+    return text.replace("`", "'")
+
+
 def problem_body(slug: str, request_id: str, *, detail: str = "", prefix: str = "") -> dict[str, Any]:
     """Return the members of a problem. `detail`: default: the meaning. `prefix`: of the broker's paths."""
     kind = KINDS[slug]
@@ -181,7 +186,7 @@ def problem_body(slug: str, request_id: str, *, detail: str = "", prefix: str = 
         "type": f"{prefix}/problems/{slug}",
         "title": kind.title,
         "status": kind.status,
-        "detail": detail or kind.meaning,
+        "detail": detail or plain(kind.meaning),
         "request_id": request_id,
     }
 

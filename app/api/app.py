@@ -14,6 +14,7 @@ from app.api import calls, errors, health, metrics, openapi, problem_types, sess
 from app.api.client import ClientFiles, load_client_files
 from app.api.docs import routes as docs
 from app.api.middleware.cors import CorsPolicy
+from app.api.middleware.head import HeadAsGet
 from app.api.middleware.request_log import RequestLog
 from app.api.middleware.root_path import RootPath
 from app.api.middleware.security_headers import SecurityHeaders
@@ -85,6 +86,7 @@ def create_app(
                 same_site_posts=settings.auth == "header",
             ),
             Middleware(UnhandledErrors),
+            Middleware(HeadAsGet),
         ],
     )
     errors.install(app)

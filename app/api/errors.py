@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
+from app.api.middleware.head import is_stream
+from app.api.middleware.root_path import route_path
 from app.limits import Refused
 from app.oneinbox.errors import Busy, NoSuchCall, OneInboxError
 from app.problems import MEDIA_TYPE, Problem, invalid_request, problem_body
@@ -31,6 +33,10 @@ def install(app: FastAPI) -> None:
     """Answer the exceptions of all routes with problems."""
 
     async def respond(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and request.method == "OPTIONS":
+            methods = _methods(error, request.scope)
+            if methods:
+                return Response(status_code=204, headers={"Allow": methods})
         return problem_response(request.scope, _problem_of(error, request))
 
     for kind in (Problem, Refused, OneInboxError, RequestValidationError, HTTPException):
@@ -55,5 +61,17 @@ def _problem_of(error: Exception, request: Request) -> Problem:
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
             return Problem(error.slug, headers=headers)
     assert isinstance(error, HTTPException)  # noqa: S101 - the last of the registered classes
-    slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "internal-error")
-    return Problem(slug, headers=error.headers or {})
+    if error.status_code == 405:
+        return Problem("method-not-allowed", headers={"Allow": _methods(error, request.scope)})
+    return Problem("not-found" if error.status_code == 404 else "internal-error", headers=error.headers or {})
+
+
+def _methods(error: HTTPException, scope: Scope) -> str:
+    """Return the methods that a path takes, for Allow; empty for a path that does not exist.
+
+    `*` and `/` stand for the whole server (RFC 9110, section 9.3.7): load balancers ask for them.
+    """
+    if error.status_code == 404:
+        return "GET, HEAD, POST, OPTIONS" if route_path(scope) in ("*", "/", "") else ""
+    taken = (error.headers or {}).get("Allow", "")
+    return f"{taken}, HEAD, OPTIONS" if taken == "GET" and not is_stream(scope) else f"{taken}, OPTIONS"

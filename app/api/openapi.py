@@ -31,6 +31,8 @@ a call's `Location` may follow and stop it), by a signed token (`jwt`), or by a 
 also in the broker's log. An unknown path is 404 `not-found`; a method that a path does not take is 405
 `method-not-allowed`, with `Allow`. Requests that are not valid HTTP are refused without a body.
 
+**HEAD** is answered like GET, except for events. **OPTIONS** without an Origin gives 204 with `Allow`.
+
 **Limits** are reported in `RateLimit-Policy` and `RateLimit`. Once one is reached, `Retry-After` says how many seconds
 to wait.
 """
@@ -95,6 +97,7 @@ RESPONSE_HEADERS: Mapping[str, tuple[str, Any]] = {
         "was refused before it was counted.",
         '"user-minute";r=4;t=60, "user-day";r=49;t=86400',
     ),
+    "Accept-Encoding": ("`identity`, if the body had a Content-Encoding.", "identity"),
     "WWW-Authenticate": ("How to sign in: `Bearer` with a token, `ForwardedUser` through the proxy.", "Bearer"),
 }
 UPSTREAM = (
@@ -102,7 +105,13 @@ UPSTREAM = (
     *("upstream-invalid", "upstream-misconfigured", "upstream-timeout"),
 )
 """Problems of a route that asks OneInbox."""
-PROBLEM_HEADERS = {401: ["WWW-Authenticate"], 409: ["Retry-After"], 429: ["Retry-After"], 503: ["Retry-After"]}
+PROBLEM_HEADERS = {
+    401: ["WWW-Authenticate"],
+    409: ["Retry-After"],
+    415: ["Accept-Encoding"],
+    429: ["Retry-After"],
+    503: ["Retry-After"],
+}
 PROBLEM_ERRORS = {
     "invalid-request": [{"loc": ["body", "room"], "msg": "Extra inputs are not permitted", "type": "extra_forbidden"}],
     "upstream-rejected": [{"loc": ["body", "variables", "plan"], "msg": "Unknown variable", "type": "value_error"}],
@@ -178,7 +187,11 @@ def install(app: FastAPI, *models: type[BaseModel]) -> None:
 
 def of_broker(document: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return the document for one broker: with its prefix, enabled routes and logins."""
-    off = {"/metrics": not settings.metrics_token, "/webhooks/oneinbox/{secret}": not settings.webhook_secret}
+    off = {
+        "/calls": settings.auth == "anonymous",  # an address is no identity to list by
+        "/metrics": not settings.metrics_token,
+        "/webhooks/oneinbox/{secret}": not settings.webhook_secret,
+    }
     cookie = {**LOGINS["cookie"], "name": settings.jwt_cookie}
     by_mode: dict[str, dict[str, Any]] = {
         "anonymous": {},

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from app.api.openapi import answer, problems
-from app.problems import KINDS, Problem
+from app.problems import KINDS, Problem, plain
 
 router = APIRouter(tags=["service"])
 
@@ -26,7 +26,9 @@ class ProblemPage(BaseModel):
 
 
 def _explained(slug: str) -> dict[str, Any]:
-    return {"slug": slug, **asdict(KINDS[slug])}
+    kind = KINDS[slug]
+    about = {"slug": slug, "status": kind.status, "title": kind.title}
+    return about | {"meaning": plain(kind.meaning), "remedy": plain(kind.remedy)}
 
 
 @router.get(
@@ -50,11 +52,10 @@ async def explain_problem(
     """Explain an error and what to do about it: as a page if Accept names HTML, else as JSON."""
     if slug not in KINDS:
         raise Problem("not-found")
-    explained = _explained(slug)
     if "text/html" in request.headers.get("accept", ""):
-        texts = {name: _html(str(value)) for name, value in explained.items()}
+        texts = {"slug": slug} | {name: _html(str(value)) for name, value in asdict(KINDS[slug]).items()}
         return HTMLResponse(_PAGE.format(**texts), headers={"Content-Security-Policy": _PAGE_CSP})
-    return JSONResponse(explained)
+    return JSONResponse(_explained(slug))
 
 
 def _html(text: str) -> str:

@@ -9,15 +9,22 @@ from starlette.requests import Request
 from app.problems import Problem
 
 MAX_DEPTH = 32
+ENCODINGS = {"Accept-Encoding": "identity"}
 
 
 def check_declared(request: Request, limit: int) -> None:
-    """Check the headers. Raises 413 for a declared size over `limit` bytes, 415 for a type that is not JSON."""
+    """Check the headers.
+
+    Raises 413 for a declared size over `limit` bytes, 415 for a type that is not JSON, and for any content coding.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise Problem("body-too-large")
     if not all(_is_json(content_type) for content_type in request.headers.getlist("content-type")):
         raise Problem("unsupported-media-type")
+    if any(coding.strip() for coding in request.headers.getlist("content-encoding")):
+        # RFC 9110, section 12.5.3: says that a coding was refused, not the type.
+        raise Problem("unsupported-media-type", "Send the body without Content-Encoding.", ENCODINGS)
 
 
 def _is_json(content_type: str) -> bool:

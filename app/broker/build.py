@@ -22,9 +22,10 @@ from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.clock import SYSTEM_CLOCK, Clock
 from app.config.agents import Agents, load_agents
-from app.config.loading import secret_lines
+from app.config.loading import load_settings, secret_lines
 from app.config.plans import Plans, load_plans
 from app.config.settings import Settings, SettingsError, is_loopback, takes
+from app.config.surroundings import surroundings_mistakes
 from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
 from app.identity.base import Identity
@@ -40,7 +41,7 @@ from app.limits.restorer import Restorer
 from app.limits.sweeper import end_forever, settle, settle_forever, sweep_forever
 from app.oneinbox import OneInbox
 from app.oneinbox.client import BESIDE_STARTS
-from app.oneinbox.transport import open_transport, proxy_for
+from app.oneinbox.transport import open_transport
 from app.problems import KINDS
 from app.sessions.challenge import Challenge
 from app.sessions.idempotency import Idempotency
@@ -53,24 +54,42 @@ from app.telemetry.traces import Traces, open_traces
 
 LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
+WORKERS_WITHOUT_STORE = (
+    "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
+    "takes the URL of a Valkey or Redis that they share, such as redis://localhost:6379"
+)
 ALLOWANCE_SECONDS = 1
 """Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up."""
 
 
+def load_checked_settings() -> Settings:
+    """Return the settings of the environment and `.env`. Raises SettingsError, with a line for each mistake."""
+    return load_settings(further=mistakes)
+
+
 def check(settings: Settings) -> None:
-    """Check what only the parts can: agents and plans files, keys against algorithms, URLs. Raises SettingsError."""
-    load_agents(settings)
-    load_plans(settings)
-    _keys(settings)
+    """Raise SettingsError if there are `mistakes`."""
+    if lines := mistakes(settings):
+        raise SettingsError(lines)
+
+
+def mistakes(settings: Settings) -> list[str]:
+    """Return what only the parts can tell: of agents and plans files, keys, the store's URL, the surroundings."""
+    lines = surroundings_mistakes()
+    for look_at in (load_agents, load_plans, _keys, _check_store_url):
+        try:
+            look_at(settings)
+        except SettingsError as error:
+            lines += error.lines
+    return list(dict.fromkeys(lines))
+
+
+def _check_store_url(settings: Settings) -> None:
     try:
         if (url := settings.store_url.get_secret_value()) != "memory://":
             parse_store_url(url)
     except ValueError as error:
         raise SettingsError([f"BROKER_STORE_URL: {error}; takes {takes('BROKER_STORE_URL')}"]) from None
-    try:
-        proxy_for(settings.oneinbox_base_url)
-    except ValueError:
-        raise SettingsError(["HTTPS_PROXY: is not the URL of a proxy; takes an http:// or https:// URL"]) from None
 
 
 def refuse_foreign_store(settings: Settings) -> None:
@@ -367,7 +386,7 @@ def open_limits(
 
 
 def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
-    addresses = ClientAddresses(settings.trusted_proxies)
+    addresses = ClientAddresses(settings.trusted_proxies, settings.client_ip_header)
     if settings.auth == "header":
         return HeaderIdentity(addresses, settings.user_header)
     if keys is None:

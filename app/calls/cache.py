@@ -15,7 +15,7 @@ from app.limits import Bounds, LiveCalls
 from app.oneinbox import CallRecord, OneInbox
 from app.oneinbox.errors import NoSuchCall, Rejected
 from app.oneinbox.models import BROKER_USER
-from app.problems import retry_later
+from app.problems import Problem, retry_later
 from app.store import LimitRequest, Rate, Store, StoreUnavailable
 from app.store.memory import MemoryStore
 
@@ -73,17 +73,14 @@ class CallCache:
     _cache: OrderedDict[str, Cached] = field(default_factory=OrderedDict, init=False)
     _cached_bytes: int = field(default=0, init=False)
     _fetching: dict[str, asyncio.Future[Snapshot | None]] = field(default_factory=dict, init=False)
+    _sought: set[str] = field(default_factory=set, init=False)
+    """Calls that `get_if` is looking for."""
+    _refused: OrderedDict[str, float] = field(default_factory=OrderedDict, init=False)
+    """When `get_if` was last asked for a call that was not the asking user's, and answered."""
     _lease: bytes = field(default_factory=lambda: secrets.token_bytes(8), init=False)
 
     def __post_init__(self) -> None:
         self._budgets = MemoryStore(self.clock)
-
-    def remembered(self, call_id: str) -> Snapshot | None:
-        """Return a recent state of the call, enough to know its owner."""
-        cached = self._cache.get(call_id)
-        if cached is None or self.clock() - cached.since > max(REMEMBERED_SECONDS, self._freshness(cached)):
-            return None
-        return cached.snapshot
 
     def latest(self, call_id: str) -> Snapshot | None:
         """Return the last known state of the call, however old."""
@@ -95,11 +92,10 @@ class CallCache:
         cached = self._cache.get(call_id)
         return self.clock() - cached.since if cached is not None else float("inf")
 
-    async def get(self, call_id: str, *, known: bool) -> Snapshot | None:
-        """Return the call's state, at most as old as allowed; None if there is no such call.
+    async def get(self, call_id: str) -> Snapshot | None:
+        """Return the state of a call of the asking user's, at most as old as allowed; None if there is no such call.
 
-        `known`: this deployment certainly started the call. Raises OneInboxError, and `at-capacity` if OneInbox was
-        asked too often and the call is not cached.
+        Raises OneInboxError, and `at-capacity` if OneInbox was asked too often and the call is not cached.
         """
         cached = self._fresh(call_id)
         if cached is None:
@@ -107,19 +103,44 @@ class CallCache:
             cached = self._fresh(call_id)
         if cached is not None and (cached.snapshot is not None or cached.ours):
             return cached.snapshot
-        # A call seen before counts as known, so requests for unknown calls do not affect it.
-        known = known or self.latest(call_id) is not None or await self.live.started_here(call_id)
-        if cached is not None and not known:
+        if call_id not in self._fetching and not await self._may_ask(Rate(f"call:{call_id}", 1, 1), BUDGET):
+            latest = self.latest(call_id)
+            if latest is None:
+                raise _asked_too_often()
+            return latest
+        return await self.fetch(call_id)
+
+    async def get_if(self, owned: Callable[[Snapshot], bool], call_id: str) -> Snapshot | None:
+        """Return the state of a call that may be another user's; None unless it is `owned`.
+
+        Raises OneInboxError and `at-capacity`. So that `at-capacity` says nothing about the call, a question counts
+        against UNKNOWN_BUDGET even if the answer is cached, unless it was refused within REMEMBERED_SECONDS.
+        """
+        cached, asked = self._recent(call_id), self.clock()
+        if cached is not None and asked - self._refused.get(call_id, float("-inf")) < REMEMBERED_SECONDS:
             return None
-        if call_id not in self._fetching:
-            once = Rate(f"call:{known}:{call_id}", 1, 1)
-            rates = [once, BUDGET] if known else [once, BUDGET, UNKNOWN_BUDGET]
-            if not (await self._budgets.decide(LimitRequest(rates))).allowed:
-                latest = self.latest(call_id)
-                if latest is None:
-                    raise retry_later("at-capacity", 1, reason="look-ups")
-                return latest
-        return await self.fetch(call_id, known=known)
+        rates = Rate(f"any:{call_id}", 1, 1), BUDGET, UNKNOWN_BUDGET
+        if call_id not in self._sought and not await self._may_ask(*rates):
+            raise _asked_too_often()
+        self._sought.add(call_id)
+        try:
+            if cached is None:
+                await self.read_shared(call_id)
+                cached = self._recent(call_id)
+            if cached is None:
+                known = self.latest(call_id) is not None or await self.live.started_here(call_id)
+                snapshot = await self.fetch(call_id, known=known)
+            else:
+                snapshot = cached.snapshot
+        finally:
+            self._sought.discard(call_id)
+        if snapshot is not None and owned(snapshot):
+            return snapshot
+        self._refused.pop(call_id, None)
+        self._refused[call_id] = asked
+        if len(self._refused) > CACHED_CALLS:
+            self._refused.popitem(last=False)
+        return None
 
     async def fetch(self, call_id: str, *, known: bool = True) -> Snapshot | None:
         """Ask OneInbox now. Concurrent callers share the answer. None: there is no such call."""
@@ -292,6 +313,16 @@ class CallCache:
             _, dropped = self._cache.popitem(last=False)
             self._cached_bytes -= _size(dropped.snapshot)
 
+    async def _may_ask(self, *rates: Rate) -> bool:
+        return (await self._budgets.decide(LimitRequest(rates))).allowed
+
+    def _recent(self, call_id: str) -> Cached | None:
+        """Return the cached state if it is recent enough to know the owner, or that there is no such call."""
+        cached = self._cache.get(call_id)
+        if cached is None or self.clock() - cached.since > max(REMEMBERED_SECONDS, self._freshness(cached)):
+            return None
+        return cached
+
     def _fresh(self, call_id: str) -> Cached | None:
         """Return the cached state if it is fresh."""
         cached = self._cache.get(call_id)
@@ -308,6 +339,10 @@ class CallCache:
             return FRESH_SECONDS
         settled = cached.since - cached.first_ended >= SETTLING_SECONDS
         return FRESH_SETTLED_SECONDS if settled else FRESH_ENDED_SECONDS
+
+
+def _asked_too_often() -> Problem:
+    return retry_later("at-capacity", 1, reason="look-ups")
 
 
 def _size(snapshot: Snapshot | None) -> int:

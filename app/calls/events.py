@@ -94,8 +94,13 @@ class EventStream(StreamingResponse):
     """A stream that gives its place back however it ends, even before the first byte."""
 
     def __init__(self, content: AsyncIterator[bytes], place: ExitStack) -> None:
-        # The header keeps nginx from buffering events.
-        super().__init__(content, headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+        headers = {
+            "Content-Type": "text/event-stream",
+            # A proxy that compresses would collect events until there are enough (RFC 9111, section 5.2.2.6).
+            "Cache-Control": "no-store, no-transform",
+            "X-Accel-Buffering": "no",  # keeps nginx from buffering
+        }
+        super().__init__(content, headers=headers)
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

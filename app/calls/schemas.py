@@ -141,8 +141,8 @@ def project(record: CallRecord, bounds: Bounds, *, agent: str | None, expose: Co
         "messages": _utterances(record.messages),
         # Pages show it as a link: no scheme that a browser would run.
         "recording_url": record.recording_url if WEB_URL.match(record.recording_url or "") else None,
-        "summary": record.ai_summary,
-        "outcome": record.outcome,
+        "summary": record.ai_summary or record.analysis.summary,
+        "outcome": record.outcome or record.analysis.outcome,
     }
     return ExposedCall(**basic, **{name: more[name] for name in more if name in expose})
 

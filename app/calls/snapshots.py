@@ -97,8 +97,17 @@ def _shown(bounds: Bounds | None, before: Snapshot | None, *, ended: bool) -> Bo
 
 
 def _end_of(record: CallRecord, seen: float, before: Snapshot | None) -> float:
-    """Return the Unix time of a call's end: OneInbox's, limited to what is possible, as its clock may differ."""
+    """Return the Unix time of a call's end: OneInbox's, limited to what is possible, as its clock may differ.
+
+    Without `ended_at` it follows from the start and the length.
+    """
     if before is not None and before.ended_at is not None:
         return before.ended_at
-    said = record.ended_at.timestamp() if record.ended_at else seen
+    started = record.started_at or record.created_at
+    if record.ended_at is not None:
+        said = record.ended_at.timestamp()
+    elif started is not None and record.duration_seconds is not None:
+        said = started.timestamp() + record.duration_seconds
+    else:
+        said = seen
     return min(seen, said if before is None else max(before.seen, said))

@@ -67,14 +67,18 @@ def options(
 
 @cli.command(epilog=ending("serve --host 0.0.0.0 --port 8000"))
 def serve(
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1; with PORT set 0.0.0.0]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0: a free one. [default: PORT or 8000]", min=0, max=65535)
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes; more than one needs a shared store.", min=1)] = 1,
 ) -> None:
     """Run the broker with settings from the environment and .env."""
-    from app.cli.serve import run_broker
+    from app.cli.serve import run_broker, where_to_listen
 
-    run_broker(host, port, workers)
+    run_broker(*where_to_listen(host, port), workers)
 
 
 @cli.command(epilog=ending("sandbox --port 0", "sandbox --livekit"))

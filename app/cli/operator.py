@@ -12,21 +12,22 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic_core import to_json
 
-from app.broker.build import open_ledger, open_limits, open_oneinbox
+from app.broker.build import load_checked_settings, open_ledger, open_limits, open_oneinbox
 from app.broker.replicas import read_reports
 from app.cli.process import checked, refuse, say
 from app.cli.status import Status, described, read_status
 from app.config.agents import load_agents
-from app.config.loading import load_settings, secret_lines
+from app.config.loading import secret_lines
 from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError, takes
 from app.identity import User
-from app.identity.addresses import limit_key, parse_address
+from app.identity.addresses import parse_address
 from app.identity.keyring import LOGGED, Keyring
+from app.identity.user import user_named
 from app.limits import KillSwitch, Limits
 from app.limits.kill_switch import BY_PSEUDONYM, CONTROLS, LONGEST_NAME, Note, printable, read_controls
 from app.oneinbox import OneInbox
-from app.oneinbox.errors import OneInboxError
+from app.oneinbox.errors import OneInboxError, Rejected
 from app.oneinbox.models import Webhook
 from app.store import Store, StoreUnavailable
 from app.telemetry.logging import configure_logging
@@ -60,12 +61,12 @@ class Operator:
         if self.settings.auth != "anonymous":
             if not name or name.encode(errors="replace").decode() != name:  # it was given in bytes that are no UTF-8
                 raise SettingsError([f"USER {name!r}: is not a user's id"])
-            return User(mode=self.settings.auth, id=name, issuer=self.settings.jwt_issuer or "")
+            return user_named(self.settings.auth, name, self.settings.jwt_issuer or "")
         address = parse_address(name)  # reads ::ffff:192.0.2.1 as IPv4, as for requests
         if address is None:
             what = "takes an IPv4 or IPv6 address, or the pseudonym that logs show"
             raise SettingsError([f"USER {name!r}: is not an address; {what}"])
-        return User(mode="anonymous", id=limit_key(str(address)))
+        return user_named("anonymous", str(address))
 
     def users(self, text: str) -> dict[str, str]:
         """Return whom USER means: names as in the set of blocks, each with the pseudonym that logs show.
@@ -156,7 +157,13 @@ async def operate(settings: Settings, work: Callable[[Operator], Awaitable[T]]) 
         return await work(Operator(settings, store, KillSwitch(store), limits))
 
 
-EVENTS = ("call.started", "call.ended", "call.failed", "call.analyzed", "call.recording.available")
+EVENTS = ("call.started", "call.ended", "call.failed", "call.recording.available", "transcript.final")
+ANALYZED = "call.analyzed"
+"""OneInbox's guide has this event, its reference refuses it."""
+HOOK_SECRET = re.compile(r"(/webhooks/oneinbox/)[^/?#\s]+", re.IGNORECASE)
+"""The secret of any broker's webhook, also of a former one."""
+LOGIN_OR_QUERY = re.compile(r"(?<=//)[^/?#@\s]*(?=@)|(?<=\?)\S+")
+"""What may be a secret in the URL of another service's webhook."""
 
 
 class WebhookOperator:
@@ -174,19 +181,26 @@ class WebhookOperator:
                 ]
             )
         self._oneinbox = oneinbox
-        self._prefix = f"{settings.public_url}/webhooks/oneinbox/"
-        self._url = self._prefix + settings.webhook_secret.get_secret_value()
+        secret = settings.webhook_secret.get_secret_value()
+        self._url = f"{settings.public_url}/webhooks/oneinbox/{secret}"
+        # OneInbox may have changed the case of a host, or have escaped a character (RFC 3986, section 6.2.2).
+        anyhow = "".join(f"(?:{re.escape(each)}|%{ord(each):02X})" for each in secret)
+        self._secret = re.compile(anyhow, re.IGNORECASE)
 
     async def register(self) -> str:
         """Register it if it is not registered yet."""
         for webhook in await self._oneinbox.list_webhooks():
             if webhook.url == self._url:
                 return f"Already registered: {self._line(webhook)}"
-        webhook = await self._oneinbox.register_webhook(name="oneinbox-broker", url=self._url, events=EVENTS)
+        register = partial(self._oneinbox.register_webhook, name="oneinbox-broker", url=self._url)
+        try:
+            webhook = await register(events=(*EVENTS, ANALYZED))
+        except Rejected:
+            webhook = await register(events=EVENTS)
         return f"Registered: {self._line(webhook)}"
 
     async def list(self) -> str:
-        """Return the account's webhooks, one per line, without the secrets in our own."""
+        """Return the account's webhooks, one per line, without the secrets in their URLs."""
         webhooks = await self._oneinbox.list_webhooks()
         return "\n".join(self._line(webhook) for webhook in webhooks) or "There are no webhooks."
 
@@ -196,8 +210,8 @@ class WebhookOperator:
         return f"Removed: {webhook_id}"
 
     def _line(self, webhook: Webhook) -> str:
-        shown = f"{self._prefix}…" if webhook.url.startswith(self._prefix) else webhook.url
-        return "  ".join(part for part in (webhook.id, shown, webhook.status) if part)
+        url = LOGIN_OR_QUERY.sub("…", HOOK_SECRET.sub(r"\1…", webhook.url))
+        return self._secret.sub("…", "  ".join(part for part in (webhook.id, url, webhook.status) if part))
 
 
 async def operate_webhooks(settings: Settings, work: Callable[[WebhookOperator], Awaitable[str]]) -> str:
@@ -264,7 +278,7 @@ def run_webhooks(work: Callable[[WebhookOperator], Awaitable[str]]) -> None:
 
 
 def _run(operation: Callable[[Settings], Coroutine[Any, Any, T]]) -> T:
-    settings = checked(load_settings)
+    settings = checked(load_checked_settings)
     configure_logging("error", settings.log_format)
     try:
         return checked(lambda: asyncio.run(operation(settings)))

@@ -16,6 +16,8 @@ def check_claim_name(name: str) -> str:
     """Return a claim's name. Raises ValueError for one that begins with `/` and is no JSON pointer."""
     if not name:
         raise ValueError("is empty")
+    if not name.isprintable():
+        raise ValueError("has a line break, or another character that does not print")
     if name.startswith("/") and BAD_ESCAPE.search(name):
         raise ValueError("is no JSON pointer: ~ is written ~0, and / in a name ~1")
     return name
@@ -49,13 +51,11 @@ def read_required_claims(pairs: list[str]) -> dict[str, tuple[str, ...]]:
     for pair in pairs:
         name, equals, texts = (part.strip() for part in pair.partition("="))
         accepted = tuple(text.strip() for text in texts.split("|"))
-        if not equals or not all(accepted) or not pair.isprintable():
+        if not equals or not all(accepted):
             raise ValueError("is not a list of claim=value")
         if check_claim_name(name) in required:
             raise ValueError("names a claim twice")
         required[name] = accepted
-    if not required:
-        raise ValueError("is empty")
     return required
 
 

@@ -6,41 +6,53 @@ A secret may also be in a file, named by its variable with `_FILE` appended, as 
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
 from pydantic import ValidationError
 
-from app.config.settings import FIELDS, KNOWN, SECRETS, Settings, SettingsError, field_of, takes, words
+from app.config.env_file import read_env_file
+from app.config.settings import (
+    BLANKS,
+    FIELDS,
+    KNOWN,
+    PREFIXES,
+    SECRETS,
+    Settings,
+    SettingsError,
+    field_of,
+    takes,
+    trimmed,
+    unquoted,
+)
 from app.config.validation import nearest, what_is_wrong
 
 # Kubernetes sets these in every pod for a Service called `broker` or `oneinbox`; they are not settings.
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")
-PREFIXES = ("BROKER_", "ONEINBOX_")
 JWT_KEYS = ("BROKER_JWT_JWKS_URL", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY")
 JWT_CHECKS = ("BROKER_JWT_AUDIENCE", "BROKER_JWT_REQUIRED_CLAIMS")
 """What tells the tokens that are meant for this broker from others of the same issuer."""
 EMPTY_MEANS_NONE = frozenset({"BROKER_ALLOWED_VARIABLES"})
+MODES = ("anonymous", "jwt", "header")
+TOKENS_ONLY = ("BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS")
+"""Settings of jwt mode, besides BROKER_JWT_…."""
+STAND_INS = {"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}
 NO_KEY = "ONEINBOX_API_KEY: is required (a secret key, oi_sk_…). No key yet? Try `oneinbox-broker sandbox`."
 
 
-def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env")) -> Settings:
+def load_settings(
+    environ: Mapping[str, str] | None = None,
+    env_file: Path | None = Path(".env"),
+    further: Callable[[Settings], Sequence[str]] = lambda _: (),
+) -> Settings:
     """Read and check all settings.
 
-    `environ`: os.environ by default. `env_file`: read if it exists. Raises SettingsError.
+    `environ`: os.environ by default. `env_file`: read if it exists. `further`: returns a line for each mistake that
+    shows only later; it is asked even if other settings are wrong, so that one start shows all. Raises SettingsError.
     """
-    try:
-        given = _read_variables(os.environ if environ is None else environ, env_file)
-    except UnicodeDecodeError:
-        raise SettingsError([f"{env_file}: is not UTF-8 text"]) from None
     lines: dict[str, str] = {}
-    for name in [name for name, text in given.items() if not _is_text(text)]:
-        lines[name] = f"{name}: is not UTF-8 text; takes {takes(name) if name in KNOWN else 'text'}"
-        del given[name]
-    for name in sorted(given.keys() - KNOWN):
-        lines[name] = f"{name}: is not a setting{nearest(name.upper(), KNOWN)}"
+    given = _read_variables(os.environ if environ is None else environ, env_file, lines)
     values = {name: text for name, text in given.items() if name in FIELDS}
     files = {name: Path(given[f"{name}_FILE"]) for name in sorted(SECRETS) if f"{name}_FILE" in given}
     for name, path in files.items():
@@ -52,7 +64,8 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         except SettingsError as error:
             [lines[name]] = error.lines
     # On their texts, so that they are checked even while another setting is wrong.
-    for name, wrong in (*_agent_rules(values), *_identity_rules(values), *_secret_rules(values, given)):
+    set_at_all = {**{name.removesuffix("_FILE"): "" for name in lines}, **dict.fromkeys(lines, ""), **values}
+    for name, wrong in (*_agent_rules(set_at_all), *_identity_rules(set_at_all), *_secret_rules(set_at_all, given)):
         lines.setdefault(name, _line(name, wrong))
     try:
         settings = Settings.model_validate(values)
@@ -60,14 +73,32 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
         for name, line in _wrong(error):
             lines.setdefault(name, line)
     if lines:
-        raise SettingsError(list(lines.values()))
+        raise SettingsError(list(dict.fromkeys([*lines.values(), *_more(values, lines, further)])))
     settings._secret_files = files
+    if more := further(settings):
+        raise SettingsError(list(more))
     return settings
 
 
+def _more(
+    values: Mapping[str, str], lines: Mapping[str, str], further: Callable[[Settings], Sequence[str]]
+) -> Iterator[str]:
+    """Yield what `further` says of the settings that are right, about those that have no line yet."""
+    if "BROKER_AUTH" in lines:
+        return  # what is right depends on it
+    right = STAND_INS | {name: text for name, text in values.items() if name not in lines}
+    for line in further(Settings.model_validate(right)):
+        if line.partition(":")[0] not in lines:
+            yield line
+
+
 def read_secret(name: str, path: Path) -> str:
-    """Read a secret from its file, without the line break at its end. `name`: its variable. Raises SettingsError."""
-    return read_file(f"{name}_FILE", path, f"the path of a file with {takes(name)}").rstrip("\r\n")
+    """Read a secret from its file, trimmed as a variable's value is. `name`: its variable. Raises SettingsError."""
+    text = read_file(f"{name}_FILE", path, f"the path of a file with {takes(name)}")
+    try:
+        return trimmed(name, text)
+    except ValueError as error:
+        raise SettingsError([_line(name, str(error))]) from None
 
 
 def read_file(name: str, path: Path, takes: str) -> str:
@@ -104,7 +135,7 @@ def secret_lines(settings: Settings) -> list[str]:
     """Return the secrets that keys are derived from, newest first."""
     if settings.secret is None:
         return [settings.oneinbox_api_key.get_secret_value()]
-    return [line for line in settings.secret.get_secret_value().splitlines() if line.strip()]
+    return [line.strip(BLANKS) for line in settings.secret.get_secret_value().splitlines() if line.strip(BLANKS)]
 
 
 def _wrong(error: ValidationError) -> Iterator[tuple[str, str]]:
@@ -119,19 +150,33 @@ def _line(name: str, wrong: str) -> str:
     return f"{name}: {wrong}; takes {takes(name)}"
 
 
-def _read_variables(environ: Mapping[str, str], env_file: Path | None) -> dict[str, str]:
-    """Return the broker's variables from both sources. Empty counts as unset, unless it means none."""
+def _read_variables(environ: Mapping[str, str], env_file: Path | None, lines: dict[str, str]) -> dict[str, str]:
+    """Return the broker's variables from both sources, and add to `lines` what is wrong with them.
+
+    Empty counts as unset, unless it means none.
+    """
     both: dict[str, str] = {}
-    if env_file is not None and env_file.is_file():
-        both.update({name: text or "" for name, text in dotenv_values(env_file, encoding="utf-8").items()})
-    both.update(environ)
-    return {
-        name: text
-        for name, text in both.items()
-        if name.upper().startswith(PREFIXES)
-        and (name in KNOWN or not SERVICE_LINK.search(name))
-        and (text != "" or name in EMPTY_MEANS_NONE)
-    }
+    if env_file is not None:
+        both, mistakes = read_env_file(env_file, environ)
+        lines.update({line: line for line in mistakes})
+    given = {}
+    for name, text in {**both, **environ}.items():
+        if not name.upper().startswith(PREFIXES) or (name not in KNOWN and SERVICE_LINK.search(name)):
+            continue
+        if text == "" and name not in EMPTY_MEANS_NONE:
+            continue
+        if not _is_text(text):
+            lines[name] = f"{name}: is not UTF-8 text; takes {takes(name) if name in KNOWN else 'text'}"
+        elif name not in KNOWN:
+            lines[name] = f"{name}: is not a setting{nearest(name.upper(), KNOWN)}"
+        else:
+            try:
+                given[name] = trimmed(name, text)
+                if text and not given[name]:
+                    raise ValueError("is blank")
+            except ValueError as error:
+                lines[name] = _line(name, str(error))
+    return given
 
 
 def _agent_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -143,25 +188,38 @@ def _agent_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     auth = values.get("BROKER_AUTH", "anonymous")
+    if auth not in MODES:
+        return
     keys = [name for name in JWT_KEYS if name in values]
     if auth == "jwt" and not keys:
         yield JWT_KEYS[0], f"is required in jwt mode unless {' or '.join(JWT_KEYS[1:])} is set"
     if auth == "jwt" and len(keys) > 1:
         yield keys[1], f"is set, and so is {keys[0]}; set only one"
-    if auth != "jwt":
-        for name in (*JWT_CHECKS, *JWT_KEYS, "BROKER_JWT_COOKIE", "BROKER_PLANS_FILE", "BROKER_VARIABLES_FROM_CLAIMS"):
-            if name in values:
-                yield name, "is set, but BROKER_AUTH is not jwt"
+    # Left over from another mode, a setting would seem to be in force.
+    for name in sorted(values.keys() & FIELDS.keys()):
+        if auth != "jwt" and (name.startswith("BROKER_JWT_") or name in TOKENS_ONLY):
+            yield name, "is set, but BROKER_AUTH is not jwt"
+        if auth != "header" and name == "BROKER_USER_HEADER":
+            yield name, "is set, but BROKER_AUTH is not header"
     if auth == "jwt" and JWT_KEYS[0] in keys:
         if "BROKER_JWT_ISSUER" not in values:
             yield "BROKER_JWT_ISSUER", f"is required with {JWT_KEYS[0]}"
         if values.keys().isdisjoint(JWT_CHECKS):
             yield JWT_CHECKS[0], f"is required with {JWT_KEYS[0]} unless {JWT_CHECKS[1]} is set"
-    if auth == "header" and "BROKER_TRUSTED_PROXIES" not in values:
-        yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
-    if "*" in words(values.get("BROKER_ALLOWED_ORIGINS", "")) and (auth == "header" or "BROKER_JWT_COOKIE" in values):
+    if auth == "header":
+        yield from _header_rules(values)
+    origins = [unquoted(origin) for origin in values.get("BROKER_ALLOWED_ORIGINS", "").split(",")]
+    if "*" in origins and (auth == "header" or "BROKER_JWT_COOKIE" in values):
         # The browser sends the login by itself: any site could start calls in a user's name.
         yield "BROKER_ALLOWED_ORIGINS", "must not be * in header mode or with BROKER_JWT_COOKIE"
+
+
+def _header_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if "BROKER_TRUSTED_PROXIES" not in values:
+        yield "BROKER_TRUSTED_PROXIES", "is required in header mode"
+    user = values.get("BROKER_USER_HEADER", FIELDS["BROKER_USER_HEADER"].default)
+    if values.get("BROKER_CLIENT_IP_HEADER", "").lower() == user.lower():
+        yield "BROKER_CLIENT_IP_HEADER", "is the same header as BROKER_USER_HEADER"
 
 
 def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -170,7 +228,7 @@ def _secret_rules(values: Mapping[str, str], given: Mapping[str, str]) -> Iterat
     if "ONEINBOX_API_KEY_FILE" in given:
         # A key in a file may change while the broker runs, and with it everything derived from it.
         yield "BROKER_SECRET", "is required with ONEINBOX_API_KEY_FILE"
-    elif values.get("BROKER_STORE_URL", "memory://") != "memory://":
+    elif values.get("BROKER_STORE_URL", "memory://") not in ("", "memory://"):
         yield "BROKER_SECRET", "is required with a shared BROKER_STORE_URL"
 
 

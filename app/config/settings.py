@@ -1,12 +1,14 @@
 """Every setting, once: its variable, type, default and meaning. The documents get their tables from here."""
 
 import re
+import string
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
+import httpx
 from pydantic import AfterValidator, BeforeValidator, PrivateAttr, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -25,7 +27,26 @@ from app.config.validation import (
 
 Network = IPv4Network | IPv6Network
 
-HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+PREFIXES = ("BROKER_", "ONEINBOX_")
+"""Of the variables that are settings."""
+MULTI_LINE = frozenset({"BROKER_SECRET", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY"})
+ANY_TEXT = frozenset({"BROKER_SECRET", "BROKER_JWT_SECRET"})
+"""Secrets that others make, so that quotes may belong to them."""
+BLANKS = f"{string.whitespace}\u00a0\ufeff\u200b"
+"""White space, and a file's byte order mark."""
+
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+HOST = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
+LONGEST_HOST = 253  # RFC 1035, section 3.1
+
+MAPPED = ip_network("::ffff:0:0/96")
+"""IPv4 addresses in IPv6's form (RFC 4291, section 2.5.5.2)."""
+
+ROUTES = frozenset(
+    {"session", "calls", "webhooks", "healthz", "readyz", "metrics", "docs", "openapi.json", "problems"}
+    | {f"{name}.{kind}" for name in ("client", "element", "react", "livekit-client") for kind in ("js", "d.ts")}
+)
+"""First parts of the broker's own paths."""
 
 
 class SettingsError(Exception):
@@ -47,15 +68,66 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_host(text: str) -> bool:
+    """Return whether this is the name of a host (RFC 1123; `_` is usual in private networks), or an address."""
+    if ":" not in text:
+        return len(text) <= LONGEST_HOST and HOST.fullmatch(text) is not None
+    try:
+        return ip_address(text).version == 6 and "%" not in text
+    except ValueError:
+        return False
+
+
+def unquoted(text: str) -> str:
+    """Return a text without white space, byte order mark and one pair of quotes around it."""
+    text = text.strip(BLANKS)
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
+        return text[1:-1].strip(BLANKS)
+    return text
+
+
+def trimmed(name: str, text: str) -> str:
+    """Return a variable's value, from wherever it comes, without what is around it. ValueError says what is in it.
+
+    Shells, editors and `docker --env-file` leave a CR, a byte order mark or quotes there.
+    """
+    if name not in ANY_TEXT:
+        text = unquoted(text)
+    elif unquoted(text := text.strip(BLANKS)) != text:
+        raise ValueError("is in quotes")
+    if name not in MULTI_LINE and not all(part.strip(BLANKS).isprintable() for part in re.split("[,;]", text)):
+        raise ValueError("has a line break, or another character that does not print")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has a line break, or another character that does not print")
+    if not text or text[0] in "\"'" or text[-1] in "\"'":
+        raise ValueError("is empty, or has a quote at one end")
+    return text
+
+
 def split_url(text: str) -> SplitResult:
     """Split an absolute http(s) URL. ValueError says what is wrong with it, without repeating it."""
+    parts = _split(text)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("is not an http(s) URL")
+    try:
+        _ = httpx.URL(text).host
+    except (httpx.InvalidURL, ValueError):  # such as an internationalized name that cannot be decoded
+        raise ValueError("is not a URL") from None
+    return parts
+
+
+def _split(text: str) -> SplitResult:
     try:
         parts = urlsplit(text)
         _ = parts.port  # ValueError if it is not one
     except ValueError:
         raise ValueError("is not a URL") from None  # the library's message repeats the text
-    if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.hostname or ""):
-        raise ValueError("is not an http(s) URL")
+    if not text.isprintable() or not is_host(parts.hostname or ""):  # urlsplit drops line breaks
+        raise ValueError("is not a URL with a host")
     if parts.username is not None or parts.password is not None:
         raise ValueError("holds a user name or password")
     return parts
@@ -81,8 +153,9 @@ def _origin(text: str) -> str:
         return text
     # Port `*` is for development servers, which pick their own.
     any_port = text.endswith(":*")
-    parts = split_url(text.removesuffix(":*"))
-    if parts.path or parts.query or parts.fragment:
+    # Apps and extensions have schemes of their own (RFC 6454, section 4).
+    parts = split_url(text.removesuffix(":*")) if any_port else _split(text)
+    if parts.path or parts.query or parts.fragment or text[-1] in "?#":
         raise ValueError("has more than scheme, host and port")
     if any_port and (parts.port is not None or not is_loopback(parts.hostname or "")):
         raise ValueError("has port * on a host other than loopback")
@@ -94,7 +167,7 @@ def origin_of(parts: SplitResult) -> str:
     """Return a URL's origin as browsers write it (RFC 6454, section 6.2): lower case, no default port."""
     host = (parts.hostname or "").lower()
     host = f"[{host}]" if ":" in host else host
-    default = 443 if parts.scheme == "https" else 80
+    default = {"https": 443, "http": 80}.get(parts.scheme)
     return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, default) else "")
 
 
@@ -108,13 +181,25 @@ def _public_url(text: str) -> str:
 def _root_path(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", text):
         raise ValueError("is not a path prefix")
+    segments = text.split("/")[1:]
+    if {".", ".."} & set(segments):
+        raise ValueError("has a segment that browsers and proxies resolve")
+    if segments and segments[0] in ROUTES:
+        # Of /calls/x nobody could tell whether the proxy has taken the prefix off.
+        raise ValueError("begins as a path of the broker's own does")
     return text.rstrip("/")
 
 
 def _header_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
         raise ValueError("is not a header name")
-    if text.lower() in ("authorization", "cookie", "host", "origin", "x-forwarded-for"):
+    if text.lower() in ("authorization", "cookie", "host", "origin", "forwarded"):
+        raise ValueError("is a header with another use")
+    return text
+
+
+def _user_header(text: str) -> str:
+    if _header_name(text).lower() == "x-forwarded-for":
         raise ValueError("is a header with another use")
     return text
 
@@ -133,22 +218,25 @@ def _required_claims(value: Any) -> Any:
     return read_required_claims(words(value)) if isinstance(value, str) else value
 
 
-def _audiences(names: list[str]) -> list[str]:
-    if not names or not all(name.isprintable() for name in names):
-        raise ValueError("is empty, or has control characters")
-    return names
-
-
 def words(value: Any) -> Any:
-    """Split a comma-separated text; leave anything else as it is."""
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+    """Split a comma-separated text; leave anything else as it is. ValueError if there is nothing but commas."""
+    if not isinstance(value, str):
+        return value
+    found = [unquoted(word) for word in value.split(",") if word.strip(BLANKS)]
+    if value and not found:
+        raise ValueError("names nothing")
+    return found
 
 
 def _network(text: Any) -> Network:
     try:
-        return ip_network(text)
+        network = ip_network(text)
     except ValueError:
         raise ValueError("is not a network, or has host bits") from None
+    if isinstance(network, IPv6Network) and isinstance(MAPPED, IPv6Network) and network.subnet_of(MAPPED):
+        # Addresses of this kind are read as the IPv4 addresses that they are.
+        return IPv4Network((IPv4Address(int(network.network_address) & 0xFFFFFFFF), network.prefixlen - 96))
+    return network
 
 
 def _secret_rule(fits: Callable[[str], object], wrong: str) -> AfterValidator:
@@ -166,7 +254,8 @@ def _at_least(length: int) -> AfterValidator:
     return _secret_rule(lambda text: len(text) >= length, f"is shorter than {length} characters")
 
 
-Words = Annotated[list[str], BeforeValidator(words)]
+Line = Annotated[str, AfterValidator(_one_line)]
+Words = Annotated[list[Line], BeforeValidator(words)]
 Limits = Annotated[str, AfterValidator(check_limits)]
 Secret = Annotated[SecretStr, _secret_rule(str.strip, "is empty")]
 
@@ -252,10 +341,10 @@ class Settings(BaseSettings):
         None, "Secret shared with the token issuer (HS256, HS384, HS512)", "at least 32 characters"
     )
     jwt_public_key: Secret | None = setting(None, "The token issuer's public key", "a public key in PEM")
-    jwt_issuer: str | None = setting(
+    jwt_issuer: Line | None = setting(
         None, "Issuer (`iss`) that tokens must have. Required with BROKER_JWT_JWKS_URL", "an issuer's name"
     )
-    jwt_audience: Annotated[Words, AfterValidator(_audiences)] | None = setting(
+    jwt_audience: Words | None = setting(
         None,
         "Audiences (`aud`) of which tokens must have one. "
         "BROKER_JWT_JWKS_URL requires this or BROKER_JWT_REQUIRED_CLAIMS",
@@ -276,17 +365,23 @@ class Settings(BaseSettings):
     jwt_cookie: str | None = setting(
         None, "Also accept the token from this cookie", "a cookie's name", pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"
     )
-    user_header: Annotated[str, AfterValidator(_header_name)] = setting(
+    user_header: Annotated[str, AfterValidator(_user_header)] = setting(
         "X-Forwarded-User", "header mode: the header in which the proxy names the user", "a header name"
     )
     trusted_proxies: Annotated[list[Annotated[Any, BeforeValidator(_network)]], BeforeValidator(words)] = setting(
         [],
-        "Networks of your proxies. Only their X-Forwarded-For and user header are trusted",
+        "Networks of your proxies. Only their X-Forwarded-For (or BROKER_CLIENT_IP_HEADER) and user header are trusted",
         "networks, comma-separated: 10.0.0.0/8,fd00::/8",
+    )
+    client_ip_header: Annotated[str, AfterValidator(_header_name)] = setting(
+        "X-Forwarded-For",
+        "The header in which your proxy names the client. Any other than X-Forwarded-For holds exactly one address",
+        "a header name, such as Fly-Client-IP or CF-Connecting-IP",
     )
     allowed_origins: Annotated[list[Annotated[str, AfterValidator(_origin)]], BeforeValidator(words)] = setting(
         [],
-        "Browser origins that may use the broker. `*`: any. A loopback origin may have port `*`",
+        "Origins that may use the broker, as browsers send them; apps and extensions have their own schemes "
+        "(`capacitor://localhost`). `*`: any. A loopback origin may have port `*`",
         "origins, comma-separated: https://a.example,https://b.example",
     )
     public_url: Annotated[str, AfterValidator(_public_url)] | None = setting(
@@ -351,7 +446,7 @@ class Settings(BaseSettings):
     store_prefix: str = setting(
         "oib",
         "First part of all names in the shared store. Deployments with different prefixes share nothing in it",
-        "1 to 64 letters, digits, `.`, `_` or `-`",
+        "1 to 64 letters, digits, dots, hyphens and underscores",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     on_store_loss: Literal["local", "refuse"] = setting(
@@ -408,7 +503,7 @@ class Settings(BaseSettings):
     )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(
-        "", "Path prefix that a proxy in front strips", "a path such as /voice"
+        "", "Path prefix that a proxy in front strips", "a path such as /voice, not one of the broker's own"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Lowest level that is logged", "debug, info, warning or error"

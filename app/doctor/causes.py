@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import httpx
 
-from app.oneinbox.transport import proxy_for
+from app.config.settings import SettingsError
+from app.config.surroundings import proxy_for
 
 PROXY = "HTTPS_PROXY"
 CERTIFICATES = "SSL_CERT_FILE"
@@ -60,7 +61,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _has_proxy(url: str) -> bool:
     try:
         return proxy_for(url) is not None
-    except ValueError:
+    except SettingsError:
         return True
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import httpx
 
-from app.broker.build import check, open_oneinbox
+from app.broker.build import check, mistakes, open_oneinbox
 from app.broker.replicas import read_reports
 from app.config.agents import Agent, Agents, load_agents
 from app.config.loading import load_settings
 from app.config.plans import load_plans
 from app.config.settings import Settings, SettingsError
+from app.config.surroundings import surroundings_mistakes
 from app.doctor import settings_review
 from app.doctor.causes import Cause, cause_of
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
@@ -77,9 +78,10 @@ async def diagnose(
     `environ`, `env_file`: as for `load_settings`. `transport` replaces the connection to OneInbox. `now`: Unix time.
     """
     try:
-        settings = load_settings(environ, env_file)
-    except SettingsError as error:
-        return [*_settings_errors(error), warning("the rest", "not checked: this needs correct settings")]
+        settings = load_settings(environ, env_file, lambda _: surroundings_mistakes())
+    except SettingsError:
+        errors = _settings_errors(_all_mistakes(environ, env_file))
+        return [*errors, warning("the rest", "not checked: this needs correct settings")]
     agents, agents_file = _agents_file(settings)
     findings = [*_parts(settings), *agents_file, *_plans_file(settings), _key_shape(settings)]
     network = await asyncio.gather(
@@ -88,6 +90,15 @@ async def diagnose(
         within(deadline, lambda: _logins(settings), ("logins",)),
     )
     return [*findings, *(finding for group in network for finding in group), *settings_review.review(settings)]
+
+
+def _all_mistakes(environ: Mapping[str, str] | None, env_file: Path | None) -> SettingsError:
+    """Return the error of settings that are wrong, with what the parts say, too."""
+    try:
+        load_settings(environ, env_file, mistakes)
+    except SettingsError as error:
+        return error
+    return SettingsError([])  # corrected meanwhile
 
 
 def _settings_errors(error: SettingsError) -> list[Finding]:

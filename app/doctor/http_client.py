@@ -3,17 +3,20 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from app.config.surroundings import open_client
+
 SECONDS = 5.0
 """For one answer."""
 MAX_ANSWER = 64 * 1024
 AT_ONCE = 6
+ALWAYS = (("Accept", "application/json"), ("Accept-Encoding", "identity"))
 SLUG = re.compile(r"[a-z-]{1,40}")
 
 
@@ -44,11 +47,8 @@ class Client:
     def __init__(self, base_url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.base_url = base_url
         self._prefix = urlsplit(base_url).path
-        self._client = httpx.AsyncClient(
-            transport=transport,
-            timeout=SECONDS,
-            follow_redirects=False,
-            headers={"User-Agent": "oneinbox-broker doctor"},
+        self._client = open_client(
+            base_url, transport=transport, timeout=SECONDS, headers={"User-Agent": "oneinbox-broker doctor"}
         )
         self._room = asyncio.Semaphore(AT_ONCE)
 
@@ -56,7 +56,7 @@ class Client:
         self,
         method: str,
         path: str,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
         content: bytes | None = None,
         *,
         chunked: bool = False,
@@ -64,12 +64,13 @@ class Client:
     ) -> Answer:
         """Send one request, with `path` exactly as given. Never raises.
 
-        `chunked`: the body goes without its length. `base_url`: another one of the same host.
+        `headers`: given as pairs, one may come twice. `chunked`: the body goes without its length. `base_url`: another
+        one of the same host.
         """
         request = self._client.build_request(
             method,
             base_url or self.base_url,
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", **(headers or {})},
+            headers=[*ALWAYS, *(headers.items() if isinstance(headers, Mapping) else headers or ())],
             content=_chunks(content) if chunked and content else content,
             extensions={"target": f"{self._prefix}{path}".encode()},
         )

@@ -20,6 +20,7 @@ import httpx
 import jwt
 
 from app.config.settings import is_loopback
+from app.config.surroundings import surroundings_mistakes
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.doctor.http_client import Answer, Client
 
@@ -33,7 +34,10 @@ USER_HEADERS = (
     *("X-Forwarded-User", "X-Forwarded-Email", "X-Forwarded-Preferred-Username", "X-Auth-Request-User"),
     *("X-Auth-Request-Email", "X-Remote-User", "Remote-User", "X-User", "X-User-Id", "X-WebAuth-User"),
 )
-ADDRESS_HEADERS = ("X-Forwarded-For", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP")
+ADDRESS_HEADERS = (
+    *("X-Forwarded-For", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP", "Fly-Client-IP"),
+    "DO-Connecting-IP",
+)
 ODD_IDS = ("../x", "%2e%2e", "%2e%2e%2fx", "a" * 129, "web", "cursor", "a%00b", "%ff%fe", "x.y", "..;/x")
 ALWAYS_SENT = (
     *("cache-control", "content-security-policy", "referrer-policy", "x-content-type-options", "x-request-id"),
@@ -84,6 +88,8 @@ async def probe(
 
     `url`: the broker's public http(s) URL, with its prefix. `transport` replaces the connection.
     """
+    if lines := surroundings_mistakes():
+        return [wrong("surroundings", line, "correct it in the environment") for line in lines]
     client = Client(url.rstrip("/"), transport)
     try:
         return await within(deadline, lambda: _probe(client, deadline), ["probe"])
@@ -244,27 +250,31 @@ async def _login_works(broker: Deployment, name: str, headers: dict[str, str], r
 
 
 async def _forged_address(broker: Deployment, name: str) -> Finding:
-    """Look at what RateLimit says is left: another X-Forwarded-For must not have its own limits."""
+    """Look at what RateLimit says is left: another address in a header must not have its own limits."""
     if broker.mode != "anonymous":
         return fine(name, "limits are per user here")
 
-    async def left(headers: dict[str, str]) -> int | None:
-        found = REMAINING.search((await broker.get("/calls", headers)).headers.get("ratelimit", ""))
+    async def left(headers: Sequence[tuple[str, str]]) -> int | None:
+        found = REMAINING.search((await broker.client.request("GET", "/calls", headers)).headers.get("ratelimit", ""))
         return int(found[1]) if found else None
 
-    plain = [await left({}) for _ in range(3)]
+    plain = [await left([]) for _ in range(3)]
     addresses = [f"198.51.100.{number}" for number in secrets.SystemRandom().sample(range(1, 255), 3)]
-    spoofed = [
-        await left({**dict.fromkeys(ADDRESS_HEADERS, address), "Forwarded": f"for={address}"}) for address in addresses
+    once = [
+        await left([*((header, address) for header in ADDRESS_HEADERS), ("Forwarded", f"for={address}")])
+        for address in addresses
     ]
-    if _falls(spoofed):
+    # A proxy may append to the first line only, so that the last one is the client's own.
+    twice = [await left([("X-Forwarded-For", address)] * 2) for address in addresses]
+    for spoofed, how in ((once, "an address header"), (twice, "a second X-Forwarded-For line")):
+        if _falls(plain) and None not in spoofed and len(set(spoofed)) == 1:
+            return wrong(
+                name,
+                f"anyone who writes another address into {how} gets fresh limits",
+                f"let the proxy overwrite the header, or append to X-Forwarded-For; {ONLY_THE_PROXY}",
+            )
+    if _falls(once) and _falls(twice):
         return fine(name, "changes nothing: the same limits count on")
-    if _falls(plain) and None not in spoofed and len(set(spoofed)) == 1:
-        return wrong(
-            name,
-            "anyone who writes another address into X-Forwarded-For gets fresh limits",
-            f"let the proxy append to X-Forwarded-For, and {ONLY_THE_PROXY}",
-        )
     return warning(name, "inconclusive: RateLimit is missing, or several processes count separately")
 
 

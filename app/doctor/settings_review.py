@@ -1,10 +1,11 @@
 """Settings that are allowed but risky: `doctor` lists them, `serve` warns about them."""
 
-import resource
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from app.config.settings import Network, Settings, is_loopback
 from app.doctor.findings import Finding, fine, warning, wrong
+from app.identity.addresses import LIST_HEADER
 
 WIDEST_PUBLIC_PREFIX = {4: 8, 6: 16}
 """No one owns a network of public addresses wider than this."""
@@ -94,6 +95,12 @@ def _proxies(settings: Settings) -> Finding:
             f"{', '.join(wide)}: this includes many networks that are not yours",
             "list only your own proxies' networks in BROKER_TRUSTED_PROXIES",
         )
+    if not trusted and settings.client_ip_header.lower() != LIST_HEADER:
+        return warning(
+            name,
+            f"none, although BROKER_CLIENT_IP_HEADER is set: nobody's {settings.client_ip_header} is believed",
+            "list your proxy's network in BROKER_TRUSTED_PROXIES",
+        )
     if not trusted and settings.public_url is not None:
         return warning(
             name,
@@ -155,6 +162,10 @@ def _secret(settings: Settings) -> Finding:
 
 
 def _open_files(settings: Settings) -> Finding:
+    if find_spec("resource") is None:  # Windows has no such bound
+        return fine("open files", "not bounded here")
+    import resource  # noqa: PLC0415
+
     # Two connections per waiting session, one per stream.
     needed = 2 * settings.max_waiting + settings.max_streams_total + FILES_BESIDES
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,7 +1,8 @@
-"""The client's address: the peer's, or the one that a trusted proxy names in X-Forwarded-For.
+"""The client's address: the peer's, or the one that a trusted proxy names in X-Forwarded-For or another header.
 
 Anyone can write X-Forwarded-For, so it is accepted only from a trusted peer, and only as far back as trusted proxies
 wrote it: https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/X-Forwarded-For#selecting_an_ip_address
+Some platforms vouch for a header of their own instead, such as Fly-Client-IP, and always overwrite it.
 """
 
 import re
@@ -17,6 +18,8 @@ from app.config.settings import Network
 
 Address = IPv4Address | IPv6Address
 
+LIST_HEADER = "x-forwarded-for"
+"""The one header that lists hops. Any other names one client."""
 UNIX_SOCKET = "local"
 MAX_HOPS = 100
 MAX_HOP_LENGTH = 64  # the longest address, 45 characters, with brackets, a port and some blanks
@@ -32,8 +35,8 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
     """Return the client's address, normalised: the peer's unless a trusted proxy names another. Never raises.
 
     `peer`: the other end of the connection; None: a Unix socket, which is never trusted, since no network contains it.
-    `forwarded`: all X-Forwarded-For values in the order received. For a trusted peer the client is the right-most hop
-    that is not trusted; if that is malformed, or not within MAX_HOPS, it is the peer.
+    `forwarded`: all X-Forwarded-For values in the order received: one list (RFC 9110, section 5.3). For a trusted peer
+    the client is the right-most hop that is not trusted; if that is malformed, or not within MAX_HOPS, it is the peer.
     """
     if peer is None:
         return UNIX_SOCKET
@@ -48,6 +51,19 @@ def client_address(peer: str | None, forwarded: Sequence[str], trusted: Sequence
             if not is_trusted(hop, trusted):
                 return str(hop)
     return str(connected)
+
+
+def named_client(peer: str | None, named: Sequence[str], trusted: Sequence[Network]) -> str:
+    """Return the client's address: the peer's, unless a trusted proxy names exactly one. Never raises.
+
+    `peer`: as for `client_address`. `named`: all values of the header that names the client.
+    """
+    own = client_address(peer, (), trusted)
+    connected = parse_address(own)
+    if connected is None or not is_trusted(connected, trusted) or len(named) != 1:
+        return own
+    client = parse_hop(named[0])
+    return own if client is None else str(client)
 
 
 @lru_cache(maxsize=CACHED_TEXTS)
@@ -93,23 +109,25 @@ def _hops_from_right(forwarded: Sequence[str]) -> Iterator[str]:
 
 @dataclass(repr=False, eq=False)
 class ClientAddresses:
-    """Find the client address of requests, given the trusted networks."""
+    """Find the client address of requests. `trusted`: the proxies' networks; `header`: where they name the client."""
 
     trusted: Sequence[Network]
+    header: str = LIST_HEADER
     _warned: bool = field(default=False, init=False)
 
     def of(self, request: HTTPConnection) -> str:
-        """Return the client address of a request. Warns once about an X-Forwarded-For from an untrusted peer."""
+        """Return the client address of a request. Warns once about the header from an untrusted peer."""
         peer = request.client.host if request.client else None
-        forwarded = request.headers.getlist("x-forwarded-for")
+        forwarded = request.headers.getlist(self.header)
         if forwarded and not self._warned and not self.is_proxy(request):
             self._warned = True
             log.warning(
                 "forwarded_for_ignored",
                 peer=peer or UNIX_SOCKET,
-                hint="X-Forwarded-For from a peer that is not in BROKER_TRUSTED_PROXIES; logged once",
+                hint=f"{self.header} from a peer that is not in BROKER_TRUSTED_PROXIES; logged once",
             )
-        return client_address(peer, forwarded, self.trusted)
+        find = client_address if self.header.lower() == LIST_HEADER else named_client
+        return find(peer, forwarded, self.trusted)
 
     def is_proxy(self, request: HTTPConnection) -> bool:
         """Return whether the peer itself is a trusted proxy."""

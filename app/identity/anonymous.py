@@ -1,10 +1,11 @@
 """anonymous mode: limits apply per client address. An address is not an identity and owns no calls."""
 
+from dataclasses import replace
+
 from starlette.requests import HTTPConnection
 
-from app.identity.addresses import limit_key
 from app.identity.base import Identity
-from app.identity.user import User
+from app.identity.user import User, user_named
 
 
 class Anonymous(Identity):
@@ -13,4 +14,4 @@ class Anonymous(Identity):
     async def identify(self, request: HTTPConnection) -> User:
         """Return a user for the client address; never refuses."""
         address = self.addresses.of(request)
-        return User(mode="anonymous", id=limit_key(address), address=address)
+        return replace(user_named("anonymous", address), address=address)

@@ -5,11 +5,13 @@ remove the client's own header of that name, and of names that differ only in `-
 them as one (https://nginx.org/en/docs/http/ngx_http_core_module.html#underscores_in_headers).
 """
 
+from dataclasses import replace
+
 from starlette.requests import HTTPConnection
 
 from app.identity.addresses import ClientAddresses
 from app.identity.base import Identity, is_user_id
-from app.identity.user import User
+from app.identity.user import User, user_named
 from app.problems import Problem
 
 
@@ -38,7 +40,7 @@ class HeaderIdentity(Identity):
         # accepted, clients could invent a new user for each request with a line of their own.
         if not is_user_id(user) or "," in user:
             raise _unauthenticated("The user header does not name one user.")
-        return User(mode="header", id=user, address=self.addresses.of(request))
+        return replace(user_named("header", user), address=self.addresses.of(request))
 
 
 def _plain(name: bytes) -> bytes:

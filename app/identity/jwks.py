@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import structlog
 
+from app.config.surroundings import open_client
 from app.identity.keys import PUBLIC_KEY_ALGORITHMS, VerifyingKey, all_names, jwk_key
 from app.problems import retry_later
 
@@ -41,7 +42,7 @@ class KeySetError(Exception):
 class KeySet:
     """The keys behind a JWKS URL. Raises ValueError for algorithms without public keys.
 
-    `algorithms`: only these; empty: all that fit each key. `transport`: default: httpx's own. `clock`: monotonic
+    `algorithms`: only these; empty: all that fit each key. `transport` replaces the connection. `clock`: monotonic
     seconds. `sleep`: waits seconds.
     """
 
@@ -65,7 +66,7 @@ class KeySet:
         self.algorithms = self.algorithms or PUBLIC_KEY_ALGORITHMS
         self._names = all_names(self.algorithms)
         # A redirect would let another server choose the keys.
-        self._client = httpx.AsyncClient(transport=self.transport, follow_redirects=False, timeout=FETCH_SECONDS)
+        self._client = open_client(self.url, transport=self.transport, timeout=FETCH_SECONDS)
 
     async def start(self) -> None:
         """Start to fetch now and every REFRESH_SECONDS, without waiting."""

@@ -19,7 +19,7 @@ from starlette.requests import HTTPConnection
 from app.config.claims import claim_of, is_accepted
 from app.identity.base import Identity, is_user_id
 from app.identity.keys import Keys
-from app.identity.user import User
+from app.identity.user import User, user_named
 from app.problems import Problem
 
 MAX_TOKEN_BYTES = 8 * 1024
@@ -98,7 +98,7 @@ class JwtIdentity(Identity):
             return None  # such as a staging site's password, which browsers send with every request
         match = BEARER.fullmatch(values[0].strip())
         if match is None:
-            raise InvalidLogin("The Authorization header is not `Bearer` and one token.")
+            raise InvalidLogin("The Authorization header is not 'Bearer' and one token.")
         return match[1]
 
     def _cookie_token(self, request: HTTPConnection) -> str | None:
@@ -185,14 +185,9 @@ class JwtIdentity(Identity):
                 raise InvalidLogin(
                     f"The token has no {name}." if claim is None else f"The token is for another {name}."
                 )
-        return User(
-            mode="jwt",
-            id=_name(claims, self.user_claim),
-            # The token's own issuer counts only if it was checked; operators block users by the configured one.
-            issuer=self.issuer,
-            claims=claims,
-            expires_at=expires_at,
-        )
+        # The token's own issuer counts only if it was checked; operators block users by the configured one.
+        user = user_named("jwt", _name(claims, self.user_claim), self.issuer)
+        return replace(user, claims=claims, expires_at=expires_at)
 
 
 def _unverified_header(token: str) -> Mapping[str, Any]:

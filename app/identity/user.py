@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+from app.identity.addresses import limit_key
+
 Mode = Literal["anonymous", "jwt", "header"]
 
 
@@ -35,6 +37,16 @@ class User:
     def store_name(self) -> str:
         """The user's name in the store; unkeyed, so that rotating BROKER_SECRET resets no limits."""
         return _store_name(self.canonical)
+
+
+def user_named(mode: Mode, name: str, issuer: str = "") -> User:
+    """Return the user whom this name means: everyone who names users, requests and operators alike, asks here.
+
+    `name`: the user's id, in anonymous mode the address. `issuer`: of tokens; in other modes it does not count.
+    """
+    if mode == "anonymous":
+        return User(mode, limit_key(name))
+    return User(mode, name, issuer if mode == "jwt" else "")
 
 
 @lru_cache(4096)

@@ -317,6 +317,18 @@ class LiveCalls:
         except StoreUnavailable:
             return False
 
+    async def started_by(self, user: User, call_id: str) -> bool:
+        """Return whether the user started the call, as far as the store remembers: for at least a day, 50 calls."""
+        try:
+            request_id = await self.ledger.request_id(call_id)
+            if request_id is None:
+                return False
+            if (found := await self.ledger.find(request_id)) is not None:
+                return found.attempt.user == user.store_name
+            return any(each.call_id == call_id for each in await self.ledger.of_user(user.store_name))
+        except StoreUnavailable:
+            return False
+
     async def is_live(self, call_id: str) -> bool:
         """Return whether the call counts as running; False while the store cannot tell."""
         found = await self.started(call_id)

@@ -17,6 +17,8 @@ BROKER_CALL = "broker_call"
 CALL_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 TERMINAL_STATUSES = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
 """Statuses of calls that have ended. Any other status, also an unknown one, counts as running."""
+STATUSES = TERMINAL_STATUSES | {"queued", "initiated", "in_progress"}
+"""As OneInbox's documentation spells them, some in two ways."""
 
 
 class WebCall(NamedTuple):
@@ -38,6 +40,15 @@ def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return None
 
 
+def _status(value: Any, handler: ValidatorFunctionWrapHandler) -> str | None:
+    """Return a documented status in its documented spelling, and any other text as it is: `in-progress` is known."""
+    text = _or_none(value, handler)
+    if not isinstance(text, str):
+        return None
+    lower = text.lower()
+    return next((known for known in (lower, lower.replace("-", "_")) if known in STATUSES), text)
+
+
 def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
     moment = _or_none(value, handler)
     if not isinstance(moment, datetime):
@@ -49,9 +60,23 @@ def _utc(value: Any, handler: ValidatorFunctionWrapHandler) -> datetime | None:
 
 
 Text = Annotated[str | None, WrapValidator(_or_none)]
+Status = Annotated[str | None, WrapValidator(_status)]
 Number = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, WrapValidator(_or_none)]
 Moment = Annotated[datetime | None, WrapValidator(_utc)]
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+
+
+class Analysis(BaseModel):
+    """Where some editions have `ai_summary` and `outcome`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    summary: Text = None
+    outcome: Text = None
+
+
+def _analysis(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    return _or_none(value, handler) or Analysis()
 
 
 class CallRecord(BaseModel):
@@ -61,7 +86,7 @@ class CallRecord(BaseModel):
 
     id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")
     agent_id: Text = None
-    status: Text = None
+    status: Status = None
     created_at: Moment = None
     started_at: Moment = None
     ended_at: Moment = None
@@ -72,6 +97,7 @@ class CallRecord(BaseModel):
     recording_url: Text = None
     ai_summary: Text = None
     outcome: Text = None
+    analysis: Annotated[Analysis, WrapValidator(_analysis)] = Analysis()
     metadata: Annotated[Mapping[str, Any] | None, WrapValidator(_or_none)] = None
 
     @property

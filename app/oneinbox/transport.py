@@ -6,11 +6,11 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from aiohappyeyeballs import AddrInfoType, start_connection
 
+from app.config.surroundings import proxy_for, tls_context
 from app.oneinbox.http1 import Connection
 
 IDLE_SECONDS = 15
@@ -33,24 +33,9 @@ def surely_not_sent(request: httpx.Request, error: Exception) -> bool:
 def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
     """Return a transport to the host of a URL. Call it inside the event loop.
 
-    `pool_size`: most connections. For https it respects HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE.
+    `pool_size`: most connections. Raises SettingsError if the surroundings name a proxy that cannot be used.
     """
     return PooledTransport(httpx.URL(base_url), pool_size=pool_size, proxy=proxy_for(base_url))
-
-
-def proxy_for(base_url: str) -> httpx.Proxy | None:
-    """Return the proxy that the environment names for a URL. Raises ValueError if it is not http:// or https://."""
-    url = httpx.URL(base_url)
-    named = getproxies().get(url.scheme) if url.scheme == "https" else None
-    if not named or proxy_bypass(url.host):
-        return None
-    try:
-        proxy = httpx.Proxy(named)
-    except httpx.InvalidURL:
-        raise ValueError("not a URL") from None
-    if proxy.url.scheme not in ("http", "https") or not proxy.url.host:
-        raise ValueError("not an HTTP proxy")
-    return proxy
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
@@ -67,7 +52,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._origin = (url.raw_scheme, url.raw_host, url.port)
         self._host = url.raw_host.decode()
         self._port = url.port or (443 if url.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._tls = tls_context() if url.scheme == "https" else None
         self._proxy = proxy
         self._room = asyncio.Semaphore(pool_size)
         self._idle: list[Connection] = []

@@ -23,7 +23,7 @@ from app.sandbox.options import EmulatorOptions
 from app.sandbox.rooms import Rooms
 from app.sandbox.schemas import CallOverride, RegisterWebhook, StartCall
 from app.sandbox.tokens import participant_token
-from app.sandbox.webhooks import Webhooks, is_loopback_address
+from app.sandbox.webhooks import EVENTS, GUIDE_EVENTS, Webhooks, is_loopback_address
 
 __all__ = ["Emulator", "EmulatorOptions", "create_emulator"]
 
@@ -231,6 +231,13 @@ async def get_usage(emulator: State) -> JSONResponse:
 @_api.post("/webhooks")
 async def register_webhook(body: RegisterWebhook, emulator: State) -> JSONResponse:
     """Register a webhook."""
+    known = GUIDE_EVENTS if emulator.options.edition == "guide" else EVENTS
+    if wrong := [
+        {"type": "enum", "loc": ["body", "events", place], "msg": f"Input should be one of {', '.join(sorted(known))}"}
+        for place, event in enumerate(body.events)
+        if event not in known
+    ]:
+        return JSONResponse({"detail": wrong}, 422)
     webhook = emulator.webhooks.register(body)
     return JSONResponse(webhook.to_json() | {"secret": webhook.secret}, 201)
 

@@ -57,9 +57,9 @@ class StartCall(_UpstreamBody):
 class RegisterWebhook(_UpstreamBody):
     """Body of POST /v1/webhooks."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=255)
     url: Annotated[str, AfterValidator(_is_http_url)]
-    events: list[str]
+    events: list[str] = Field(min_length=1, max_length=20)
 
 
 class CallOverride(BaseModel):

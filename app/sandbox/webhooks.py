@@ -18,6 +18,18 @@ from app.sandbox.calls import Call, Calls, CallState, timestamp
 from app.sandbox.options import EmulatorOptions
 from app.sandbox.schemas import RegisterWebhook
 
+EVENTS = frozenset(
+    {
+        "call.started",
+        "call.ended",
+        "call.failed",
+        "call.recording.available",
+        "transcript.partial",
+        "transcript.final",
+    }
+)
+GUIDE_EVENTS = EVENTS | {"call.analyzed"}
+
 RETRY_DELAYS = (0.5, 1.0, 2.0)
 """Seconds before each repeat of a delivery that got no 2xx."""
 
@@ -46,6 +58,7 @@ class Webhook:
             "events": list(self.events),
             "status": "active",
             "created_at": timestamp(self.created_at),
+            "updated_at": timestamp(self.created_at),
         }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httptools
 import structlog
+from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 log = structlog.get_logger(__name__)
@@ -122,6 +123,8 @@ class GuardedHttp(HttpToolsProtocol):
         if self.pipeline:
             self.flow.resume_reading()  # uvicorn stops reading here, and would miss a disconnect
         self._in_body = True
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
         self._unanswered.append(self.cycle)
         # From here on the parser finds trailers, which must not be merged into the head (RFC 9110, section 6.5.1).
         self.headers = []
@@ -231,3 +234,24 @@ class GuardedHttp(HttpToolsProtocol):
             self._refuse(408)
         else:
             self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Send:
+    """Return `send` of a request that came as HTTP/1.0, which has no chunks (RFC 9112, section 6.1).
+
+    Content of unknown length ends with the connection: uvicorn closes it after every such request.
+    """
+    send = cycle.send
+    unknown_length = False
+
+    async def send_without_chunks(message: Message) -> None:
+        nonlocal unknown_length
+        if message["type"] == "http.response.start":
+            unknown_length = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            if unknown_length:
+                cycle.chunked_encoding = False
+        elif message["type"] == "http.response.body" and unknown_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)  # type: ignore[arg-type]
+
+    return send_without_chunks

@@ -1,5 +1,6 @@
 """uvicorn's server and supervisor, as the broker runs them."""
 
+import multiprocessing
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -40,6 +41,15 @@ class Supervisor(Multiprocess):
         drop_dead_gauges({process.pid for process in self.processes})
 
 
+def workers_of_uvicorn() -> int:
+    """Return how many workers uvicorn runs, this process among them: `--workers` or WEB_CONCURRENCY. 1: none besides.
+
+    Only the parent has read both; it hands its configuration to each worker.
+    """
+    config = getattr(multiprocessing.current_process(), "_kwargs", {}).get("config")
+    return config.workers if isinstance(config, uvicorn.Config) and not config.reload else 1
+
+
 def serve_with_workers(listener: socket.socket, workers: int) -> None:
     """Run several processes on one socket; each builds the app from the environment's settings."""
     Supervisor(_config("app.main:app", workers=workers), sockets=[listener]).run()
@@ -59,7 +69,7 @@ def _config(app: ASGIApp | str, workers: int = 1) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         log_config=None,
-        loop="uvloop",
+        loop="auto",  # uvloop where it is installed
         http=GuardedHttp,
         ws="none",
         backlog=BACKLOG,

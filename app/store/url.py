@@ -12,6 +12,7 @@ Sentinels with another one: `?sentinel_username=…&sentinel_password=…`.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote
@@ -20,7 +21,9 @@ Address = tuple[str, int]
 Kind = Literal["server", "unix", "sentinel", "cluster"]
 
 _SCHEME = re.compile(r"(redis|valkey)(s?)(?:\+(unix|sentinel|cluster))?://(.*)", re.IGNORECASE | re.DOTALL)
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/@?#]+)(?::(\d{1,5}))?")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?)(?::([0-9]{{1,5}}))?")
+_LONGEST_HOST = 253
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _TLS = (*_FILES, "ssl_password", "ssl_cert_reqs", "ssl_check_hostname")
 _SENTINEL = ("sentinel_username", "sentinel_password")
@@ -87,9 +90,18 @@ def _parameters(query: str, *, tls: bool, sentinel: bool) -> dict[str, Any]:
 
 def _address(text: str, port: int) -> Address:
     found = _HOST.fullmatch(text.strip())
-    if not found or (found[2] and not 0 < int(found[2]) < 65536):
+    if not found or (found[2] and not 0 < int(found[2]) < 65536) or len(found[1]) > _LONGEST_HOST:
         raise ValueError("the URL has an invalid host")
+    if found[1].startswith("["):
+        _check_address(found[1].strip("[]"))
     return found[1].strip("[]"), int(found[2] or port)
+
+
+def _check_address(text: str) -> None:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        raise ValueError("the URL has an invalid host") from None
 
 
 def _database(text: str) -> int:

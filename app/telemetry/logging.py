@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import sys
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -12,6 +14,8 @@ from app.telemetry.terminal import has_colour
 
 Level = Literal["debug", "info", "warning", "error"]
 
+QUERY = re.compile(r"""(\b[a-z][a-z0-9+.-]*://[^\s?'"<>]*)\?[^\s'"<>]+""", re.IGNORECASE)
+
 _encoder = json.JSONEncoder(default=repr)
 
 
@@ -20,11 +24,21 @@ def _as_json(event: dict[str, Any], **_: object) -> str:
     return _encoder.encode(event)
 
 
+def _without_queries(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Cut the queries of URLs out of libraries' messages and of tracebacks: they may hold a key."""
+    for name in ("event", "exception"):
+        text = event.get(name)
+        if isinstance(text, str) and "?" in text:
+            event[name] = QUERY.sub(r"\1?…", text)
+    return event
+
+
 def configure_logging(level: Level = "info", log_format: Literal["json", "text"] | None = None) -> None:
     """Send the broker's and the libraries' logs to stderr, in one format.
 
-    `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log is silenced, however the server was
-    started: it prints paths, and paths hold call keys.
+    `level`: the broker's own; of libraries only warnings and errors are logged, as httpx's requests and the server's
+    start add nothing. `log_format` None: text on a terminal, JSON elsewhere. uvicorn's access log is silenced, however
+    the server was started: it prints paths, and paths hold call keys.
     """
     terminal = sys.stderr.isatty()
     as_text = terminal if log_format is None else log_format == "text"
@@ -36,6 +50,7 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
         else structlog.processors.TimeStamper("iso"),
         # Tracebacks without local variables, which may hold secrets.
         structlog.processors.format_exc_info,
+        _without_queries,
     ]
     renderer: Processor = (
         # repr of every text, so that a line break in a value cannot fake a log line
@@ -51,7 +66,9 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    libraries = "ERROR" if level == "error" else "WARNING"
     handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(libraries)  # whatever level a library has given its own logger
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
@@ -60,13 +77,12 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level.upper())
+    root.setLevel(libraries)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(libraries)
     access = logging.getLogger("uvicorn.access")
     access.handlers = []
     access.propagate = False
     access.disabled = True
-    # The broker logs its own start; the server's messages about it add nothing.
-    logging.getLogger("uvicorn.error").setLevel("WARNING" if level == "info" else level.upper())

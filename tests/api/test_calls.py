@@ -143,6 +143,27 @@ async def test_any_status_is_passed_on(status: str, broker: httpx.AsyncClient, u
     assert (await read(broker, upstream, status=status))["status"] == status
 
 
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("in-progress", "in_progress"),
+        ("In-Progress", "in_progress"),
+        ("IN_PROGRESS", "in_progress"),
+        ("Completed", "completed"),
+        ("No-Answer", "no-answer"),
+        ("in progress, maybe", "in progress, maybe"),
+        ("On-Hold", "On-Hold"),
+        ("", "unknown"),
+        (7, "unknown"),
+        (None, "unknown"),
+    ],
+)
+async def test_a_status_is_spelled_as_documented(
+    said: Any, status: str, broker: httpx.AsyncClient, upstream: Upstream
+) -> None:
+    assert (await read(broker, upstream, status=said))["status"] == status
+
+
 async def test_an_agent_that_is_not_configured_has_no_name(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     call = await read(broker, upstream, agent_id="agt_of_somebody_else")
 
@@ -153,7 +174,16 @@ EXPOSED: dict[str, tuple[str, Any, Any]] = {
     "recording_url": ("recording_url", {"recording_url": "https://r.example/1.mp3"}, "https://r.example/1.mp3"),
     "recording_url-missing": ("recording_url", {}, None),
     "summary": ("summary", {"ai_summary": "They agreed.", "summary": "MARKER"}, "They agreed."),
+    "summary-of-the-analysis": ("summary", {"analysis": {"summary": "They agreed.", "x": "MARKER"}}, "They agreed."),
+    "summary-null-but-analyzed": ("summary", {"ai_summary": None, "analysis": {"summary": "Yes."}}, "Yes."),
+    "summary-empty-but-analyzed": ("summary", {"ai_summary": "", "analysis": {"summary": "Yes."}}, "Yes."),
+    "summary-twice": ("summary", {"ai_summary": "They agreed.", "analysis": {"summary": "MARKER"}}, "They agreed."),
+    "summary-odd": ("summary", {"analysis": {"summary": {"x": "MARKER"}}}, None),
+    "analysis-odd": ("summary", {"analysis": ["MARKER"]}, None),
+    "analysis-null": ("summary", {"analysis": None}, None),
     "outcome": ("outcome", {"outcome": "sold"}, "sold"),
+    "outcome-of-the-analysis": ("outcome", {"analysis": {"outcome": "sold", "summary": 7}}, "sold"),
+    "outcome-odd-but-analyzed": ("outcome", {"outcome": ["MARKER"], "analysis": {"outcome": "sold"}}, "sold"),
     "outcome-odd": ("outcome", {"outcome": {"secret": "MARKER"}}, None),
     "transcript-missing": ("transcript", {}, None),
     "transcript-null": ("transcript", {"transcript": None}, None),
@@ -421,6 +451,16 @@ async def test_an_ended_call_shows_no_end_to_come(broker: httpx.AsyncClient, ups
     assert (call["ends_at"], call["stopped_because"]) == (None, None)
 
 
+async def test_proxies_leave_events_as_they_are(broker: httpx.AsyncClient, upstream: Upstream) -> None:
+    path = await start_call(broker)
+    upstream.has_call("call_1", status="completed")
+
+    response = await broker.get(f"{path}/events")
+
+    assert response.headers.get_list("cache-control") == ["no-store, no-transform"]
+    assert response.headers["x-accel-buffering"] == "no"
+
+
 @pytest.mark.parametrize(("warned", "names"), [({}, ["call", "ending", "call", "end"]), (OFF, ["call", "call", "end"])])
 async def test_the_events_announce_the_end_without_an_id(
     warned: dict[str, str], names: list[str], open_broker: OpenBroker, upstream: Upstream
@@ -517,5 +557,5 @@ async def test_other_methods_are_refused(broker: httpx.AsyncClient, upstream: Up
     for method in ("POST", "PUT", "PATCH", "DELETE"):
         response = await broker.request(method, path)
         assert_problem(response, "method-not-allowed")
-        assert response.headers["allow"] == "GET"
+        assert response.headers["allow"] == "GET, HEAD, OPTIONS"
     assert len(upstream.requests) == 1

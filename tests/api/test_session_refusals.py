@@ -1,6 +1,8 @@
 """POST /session: what is refused, before OneInbox or any session limit hears of it."""
 
+import gzip
 import json
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -203,6 +205,40 @@ async def test_one_type_too_many(broker: httpx.AsyncClient, upstream: Upstream) 
 
     assert_problem(await broker.post("/session", content=b"{}", headers=headers), "unsupported-media-type")
     await assert_nothing_was_spent(broker, upstream)
+
+
+CODED = {
+    "gzip": (gzip.compress(b"{}"), ["gzip"]),
+    "x-gzip": (gzip.compress(b"{}"), ["x-gzip"]),
+    "deflate": (zlib.compress(b"{}"), ["deflate"]),
+    "brotli": (b"\x0b\x00\x80{}\x03", ["br"]),
+    "zstd": (b"(\xb5/\xfd", ["zstd"]),
+    "two": (b"{}", ["gzip, br"]),
+    "two-lines": (b"{}", ["", "gzip"]),
+    "identity": (b"{}", ["identity"]),
+    "unknown": (b"{}", ["x-own"]),
+    "empty": (b"", ["gzip"]),
+}
+
+
+@pytest.mark.parametrize(("content", "codings"), CODED.values(), ids=CODED.keys())
+async def test_a_body_with_a_content_coding(
+    content: bytes, codings: list[str], broker: httpx.AsyncClient, upstream: Upstream
+) -> None:
+    headers = [*JSON.items(), *(("Content-Encoding", coding) for coding in codings)]
+
+    response = await broker.post("/session", content=content, headers=headers)
+
+    problem = assert_problem(response, "unsupported-media-type")
+    assert response.headers["accept-encoding"] == "identity"
+    assert "Content-Encoding" in problem["detail"]
+    await assert_nothing_was_spent(broker, upstream)
+
+
+async def test_a_type_that_is_refused_says_nothing_about_codings(broker: httpx.AsyncClient) -> None:
+    response = await broker.post("/session", content=b"{}", headers={"Content-Type": "text/plain"})
+
+    assert "accept-encoding" not in response.headers
 
 
 async def test_a_body_without_a_type(broker: httpx.AsyncClient, upstream: Upstream) -> None:

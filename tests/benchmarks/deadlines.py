@@ -39,6 +39,7 @@ from app.store import BUDGET, Change, Member, Store, open_store
 from app.store.valkey import ValkeyStore
 from tests.benchmarks import rig
 from tests.benchmarks.rig import say
+from tests.support.brokers import running_broker_process
 
 ANSWER_SECONDS = 0.05
 """How long OneInbox takes to stop a call."""
@@ -55,7 +56,7 @@ SLOW_MICROSECONDS = 2000
 EXPIRY_SECONDS = 0.05
 SPARE_SECONDS = 5
 """What is left of a budget, for each call, when the last of them starts."""
-MANY_MINUTES = 10**7
+MANY_MINUTES = 10**6
 AGENT = Agent("default", "agt_benchmark", None, frozenset())
 USER_LIMITS = Entitlement("100000/minute;100000/day", 100, 10**6, HOUR)
 
@@ -198,6 +199,45 @@ async def compare_decisions(server: Server, deployments: dict[str, Deployment]) 
     return report
 
 
+async def compare_posts(url: str, prefixes: dict[str, str]) -> dict[str, Any]:
+    """Measure POST /session over HTTP at brokers whose stores hold more or fewer running calls, in turns.
+
+    `prefixes`: of the stores, by the number of their running calls.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in prefixes}
+    async with AsyncExitStack() as stack:
+        oneinbox = stack.enter_context(rig.oneinbox())
+        brokers = {
+            name: await stack.enter_async_context(
+                running_broker_process(
+                    oneinbox.url,
+                    BROKER_STORE_URL=url,
+                    BROKER_STORE_PREFIX=prefix,
+                    BROKER_GLOBAL_TALK_MINUTES=str(MANY_MINUTES),
+                    BROKER_MAX_CALL_SECONDS=str(HOUR),
+                )
+            )
+            for name, prefix in prefixes.items()
+        }
+        for _ in range(ROUNDS):
+            for name, broker in brokers.items():
+                for _ in range(POSTS):
+                    began = time.perf_counter()
+                    response = await broker.client.post("/session", json={})
+                    seconds[name].append(time.perf_counter() - began)
+                    assert response.status_code == 201, response.text
+        ready = [await broker.readiness() for broker in brokers.values()]
+    none, *others = prefixes
+    report: dict[str, Any] = {
+        f"POST /session with {name} running calls, µs": round(statistics.median(each) * 1e6)
+        for name, each in seconds.items()
+    }
+    for name in others:
+        ratio = statistics.median(seconds[name]) / statistics.median(seconds[none])
+        report[f"POST with {name} / with {none}"] = round(ratio, 2)
+    return report | {"… brokers that took the store for lost": sum(status != "ok" for status in ready)}
+
+
 async def read_all(server: Server, many: Deployment) -> dict[str, Any]:
     """Measure what meets every running call: a read of them all, and a decision after one of them has expired."""
     after: list[float] = []
@@ -294,6 +334,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         report = await compare_decisions(server, {"no": none, f"{options.some:,}": some, f"{options.calls:,}": many})
         reports = [
             report,
+            await compare_posts(valkey.url, {"no": "none", f"{options.some:,}": "some"}),
             await read_all(server, many),
             await end_some(server, upstream, many, options.due),
             await end_budget(server, upstream, budget, options.budget),

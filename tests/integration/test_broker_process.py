@@ -210,6 +210,50 @@ async def test_uvicorn_serves_the_same_app(environ: dict[str, str], tmp_path: Pa
     assert "POST /session" not in "\n".join(process.err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variable"), [((), "3"), (("--workers", "2"), ""), (("--workers=2",), "1")], ids=str
+)
+async def test_uvicorns_workers_cannot_count_each_for_itself(
+    arguments: tuple[str, ...], variable: str, environ: dict[str, str], tmp_path: Path
+) -> None:
+    environ |= {"WEB_CONCURRENCY": variable} if variable else {}
+    arguments = ("app.main:app", "--port", "0", *arguments)
+    done = await asyncio.to_thread(run, *arguments, module="uvicorn", cwd=tmp_path, environ=environ)
+
+    assert done.code != 0
+    said = [line for line in done.err.splitlines() if not line.startswith("INFO:")]
+    assert {line.partition(",")[0] for line in said} == {"BROKER_STORE_URL: is memory://"}
+
+
+async def test_serve_is_one_process_whatever_others_say(environ: dict[str, str], tmp_path: Path) -> None:
+    """Heroku sets WEB_CONCURRENCY by itself."""
+    with serving(tmp_path, {**environ, "WEB_CONCURRENCY": "3"}) as (process, url):
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            assert (await client.get("/readyz")).status_code == 200
+        assert process.terminate() == 0
+
+
+async def test_serve_listens_where_a_platform_says(environ: dict[str, str], tmp_path: Path) -> None:
+    with running("serve", cwd=tmp_path, environ={**environ, "PORT": "0"}) as process:
+        assert process.wait_for_url().startswith("http://0.0.0.0:")
+        assert process.terminate() == 0
+
+
+async def test_serve_without_what_only_unix_has(environ: dict[str, str], tmp_path: Path) -> None:
+    """As on Windows: neither uvloop nor `resource`."""
+    (tmp_path / "elsewhere.py").write_text(
+        "import sys\n"
+        "sys.modules.update({'uvloop': None, 'resource': None})\n"
+        "from app.cli.commands import main\n"
+        "main()\n"
+    )
+    with running("serve", "--port", "0", module="elsewhere", cwd=tmp_path, environ=environ) as process:
+        url = process.wait_for_url()
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            assert_session(await client.post("/session"))
+        assert process.terminate() == 0
+
+
 async def test_uvicorns_access_log_is_silent_even_when_it_is_on(environ: dict[str, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -402,5 +446,6 @@ async def test_more_workers_need_a_shared_store(environ: dict[str, str], tmp_pat
     done = await asyncio.to_thread(lambda: run("serve", "--workers", "2", cwd=tmp_path, environ=environ))
 
     assert done.code == 2
-    assert done.err.startswith("BROKER_STORE_URL: ")
+    assert done.err.startswith("BROKER_STORE_URL: is memory://")
+    assert "memory://" not in done.err.partition("; takes ")[2]
     assert "Traceback" not in done.err

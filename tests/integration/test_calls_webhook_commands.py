@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.support.processes import Finished
 SECRET = "webhook-secret-of-the-tests-0123456789"
 SETTINGS = {"BROKER_PUBLIC_URL": "https://broker.example/voice", "BROKER_WEBHOOK_SECRET": SECRET}
 ADDRESS = "https://broker.example/voice/webhooks/oneinbox/"
+EVENTS = ["call.started", "call.ended", "call.failed", "call.recording.available", "transcript.final"]
 
 
 @pytest.fixture
@@ -52,14 +54,16 @@ async def test_register_list_and_remove(oneinbox: RunningEmulator) -> None:
 
     [kept] = list(oneinbox.emulator.webhooks)
     assert kept.url == ADDRESS + SECRET
-    assert {"call.ended", "call.started", "call.failed"} <= set(kept.events)
+    assert list(kept.events) == EVENTS
+    asked = [request.json["events"] for request in oneinbox.emulator.requests if request.method == "POST"]
+    assert asked == [[*EVENTS, "call.analyzed"], EVENTS], "the reference refuses the first"
     assert (registered.code, registered.err) == (0, "")
     assert registered.out == f"Registered: {kept.id}  {ADDRESS}…  active\n"
     again = await do(oneinbox.url, "register")
     assert again == f"Already registered: {kept.id}  {ADDRESS}…  active"
     assert len(list(oneinbox.emulator.webhooks)) == 1
 
-    oneinbox.emulator.webhooks.register(RegisterWebhook(name="x", url="https://other.example/hook", events=[]))
+    oneinbox.emulator.webhooks.register(RegisterWebhook(name="x", url="https://other.example/hook", events=EVENTS))
     ours, other = (await do(oneinbox.url, "list")).splitlines()
     assert ours == f"{kept.id}  {ADDRESS}…  active"
     assert "https://other.example/hook" in other
@@ -71,6 +75,50 @@ async def test_register_list_and_remove(oneinbox: RunningEmulator) -> None:
     assert [each.url for each in oneinbox.emulator.webhooks] == ["https://other.example/hook"]
     with pytest.raises(OneInboxError):
         await do(oneinbox.url, "remove", kept.id)
+
+
+async def test_the_guides_edition_takes_more_events() -> None:
+    async with running_emulator(replace(LONG_CALLS, edition="guide")) as oneinbox:
+        await do(oneinbox.url, "register")
+
+        [kept] = list(oneinbox.emulator.webhooks)
+        assert list(kept.events) == [*EVENTS, "call.analyzed"]
+        assert len([each for each in oneinbox.emulator.requests if each.method == "POST"]) == 1
+
+
+FORMER = "a-former-secret-0123456789"
+LISTED = {
+    "as-it-is": (ADDRESS + SECRET, f"{ADDRESS}…"),
+    "another-host": (f"https://old.example/webhooks/oneinbox/{SECRET}", "https://old.example/webhooks/oneinbox/…"),
+    "another-prefix": (
+        f"https://broker.example/webhooks/oneinbox/{SECRET}",
+        "https://broker.example/webhooks/oneinbox/…",
+    ),
+    "another-route": (f"https://old.example/hooks/{SECRET}/x", "https://old.example/hooks/…/x"),
+    "a-former-secret": (ADDRESS + FORMER, f"{ADDRESS}…"),
+    "a-former-secret-elsewhere": (
+        f"http://1.2.3.4:8000/webhooks/oneinbox/{FORMER}/",
+        "http://1.2.3.4:8000/webhooks/oneinbox/…/",
+    ),
+    "in-a-query": (f"https://relay.example/?to={ADDRESS}{SECRET}", "https://relay.example/?…"),
+    "in-a-fragment": (f"https://relay.example/#{SECRET}", "https://relay.example/#…"),
+    "in-a-login": (f"https://me:{SECRET}@relay.example/", "https://…@relay.example/"),
+    "in-a-host": (f"https://{SECRET.upper()}.relay.example/", "https://….relay.example/"),
+    "escaped": (f"https://old.example/{SECRET.replace('-', '%2d')}", "https://old.example/…"),
+    "twice": (f"https://old.example/{SECRET}/{SECRET}", "https://old.example/…/…"),
+    "anothers": ("https://me:hush@other.example/hook?key=hush", "https://…@other.example/hook?…"),
+    "harmless": ("https://other.example/hook/1", "https://other.example/hook/1"),
+}
+
+
+@pytest.mark.parametrize(("url", "shown"), LISTED.values(), ids=LISTED.keys())
+async def test_no_secret_of_a_url_is_listed(url: str, shown: str, oneinbox: RunningEmulator) -> None:
+    kept = oneinbox.emulator.webhooks.register(RegisterWebhook(name="x", url=url, events=EVENTS))
+
+    listed = await do(oneinbox.url, "list")
+
+    assert listed == f"{kept.id}  {shown}  active"
+    assert not [secret for secret in (FORMER, "hush") if secret in listed]
 
 
 async def test_no_webhook_at_all(oneinbox: RunningEmulator) -> None:

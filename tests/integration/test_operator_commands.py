@@ -130,6 +130,7 @@ async def test_block_and_unblock_an_address(deployment: Deployment) -> None:
 
 REFUSED = {
     "in-memory": (("pause",), "memory://", 2, "BROKER_STORE_URL: is memory://; a command reaches running brokers only"),
+    "no-store": (("pause",), "redis://h..invalid", 2, "BROKER_STORE_URL: the URL has an invalid host"),
     "dead-store": (("status",), NOWHERE, 1, "BROKER_STORE_URL: the store does not answer; nothing was changed"),
     "no-duration": (("pause", "--for", "soon"), NOWHERE, 2, "--for 'soon': is not a duration; takes a number and"),
     "long-reason": (("pause", "--reason", "x" * 201), NOWHERE, 2, "--reason: takes at most 200 characters on one line"),
@@ -242,6 +243,56 @@ async def test_block_a_user_who_signs_in(open_broker: OpenBroker, issuer: str | 
         assert await operate(settings(modes), block) == "done"
         await eventually(is_blocked, 2)
         assert await post("ben") == 201
+
+
+SIGN_INS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
+    "anonymous": (
+        {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8"},
+        {"X-Forwarded-For": "2001:db8:1:2::9"},
+        "2001:db8:1:2:ffff::1",
+    ),
+    "anonymous-by-another-header": (
+        {"BROKER_TRUSTED_PROXIES": "127.0.0.0/8", "BROKER_CLIENT_IP_HEADER": "Fly-Client-IP"},
+        {"Fly-Client-IP": "::ffff:192.0.2.1"},
+        "192.0.2.1",
+    ),
+    "header": (
+        {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "127.0.0.0/8"},
+        {"X-Forwarded-User": "ann@example.com", "Sec-Fetch-Site": "same-origin"},
+        "ann@example.com",
+    ),
+    "jwt": (
+        {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET},
+        {"Authorization": f"Bearer {jwt.encode({'sub': 'ann', 'exp': 4_000_000_000}, JWT_SECRET, 'HS256')}"},
+        "ann",
+    ),
+    "jwt-of-an-issuer": (
+        {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": JWT_SECRET, "BROKER_JWT_ISSUER": "https://a.example\r"},
+        {
+            "Authorization": "Bearer "
+            + jwt.encode({"sub": "ann", "exp": 4_000_000_000, "iss": "https://a.example"}, JWT_SECRET, "HS256")
+        },
+        "ann",
+    ),
+}
+
+
+@pytest.mark.parametrize("sign_in", SIGN_INS)
+async def test_an_operator_names_a_user_as_requests_do(
+    environ: dict[str, str], open_broker: OpenBroker, logs: Logs, sign_in: str
+) -> None:
+    """In every mode, by the id or by the pseudonym in the log."""
+    mode, login, name = SIGN_INS[sign_in]
+    environ |= mode
+    broker = await open_broker(environ, peer="127.0.0.1")
+    assert (await post_session(broker, **login)).status_code == 201
+    pseudonym = next(entry["user"] for entry in logs if entry["event"] == "request")
+
+    for user, other in ((name, pseudonym), (pseudonym, name)):
+        assert (await command("block", user, **environ)).code == 0
+        assert_problem(await post_session(broker, **login), "blocked")
+        assert (await command("unblock", other, **environ)).out.startswith("Unblocked.")
+        assert (await post_session(broker, **login)).status_code in (201, 429)
 
 
 async def test_two_replicas_share_what_oneinbox_allows_and_status_says_it(

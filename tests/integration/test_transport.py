@@ -475,6 +475,13 @@ async def tunnel(head: bytes, reader: asyncio.StreamReader, writer: asyncio.Stre
     return False
 
 
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loopback, which is never proxied, counts as another machine."""
+    monkeypatch.setattr("app.config.surroundings.is_loopback", lambda host: False)
+
+
+@pytest.mark.usefixtures("far_away")
 async def test_https_goes_through_a_proxy(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     async with serving(fine, authority.server) as (upstream, url), serving(tunnel) as (proxy, proxy_url):
@@ -491,6 +498,7 @@ async def test_https_goes_through_a_proxy(authority: Authority, monkeypatch: pyt
         assert all(b"roxy" not in each and b"Bearer key" in each for each in upstream.requests)
 
 
+@pytest.mark.usefixtures("far_away")
 async def test_no_proxy_where_none_is_wanted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
@@ -499,6 +507,7 @@ async def test_no_proxy_where_none_is_wanted(authority: Authority, monkeypatch: 
         assert await ask(transport, request(url)) == (200, b"{}")
 
 
+@pytest.mark.usefixtures("far_away")
 async def test_a_proxy_that_is_spoken_to_over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     async with serving(fine, authority.server) as (upstream, url), serving(tunnel, authority.server) as (_, proxy_url):

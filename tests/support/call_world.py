@@ -5,7 +5,7 @@ async def test_something() -> None:
     world = CallWorld()
     replica = world.replica()
     world.oneinbox.has("call_1", status="in_progress")
-    await replica.cache.get("call_1", known=True)
+    await replica.cache.get("call_1")
 """
 
 import asyncio

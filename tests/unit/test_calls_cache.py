@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
@@ -30,14 +31,14 @@ async def fetches_after(replica: Replica, *pauses: float, call: str = "call_1", 
     for pause in pauses:
         await asyncio.sleep(pause)
         before = len(replica.world.oneinbox.requests)
-        await replica.cache.get(call, known=known)
+        await (replica.cache.get(call) if known else replica.cache.get_if(bool, call))
         fetches.append(len(replica.world.oneinbox.requests) - before)
     return fetches
 
 
 async def slug_of(replica: Replica, call: str, *, known: bool = False) -> str:
     """The slug of the outcome of reading a call."""
-    found = await outcome(replica.cache.get(call, known=known))
+    found = await outcome(replica.cache.get(call) if known else replica.cache.get_if(bool, call))
     if isinstance(found, Problem):
         return found.slug
     if isinstance(found, OneInboxError):
@@ -88,9 +89,9 @@ async def test_absence_of_a_started_call_is_remembered_for_a_second() -> None:
     replica = world.replica()
     await replica.start_call(ANN)
 
-    assert await fetches_after(replica, 0, 0.9, 0.2, 0.9, known=False) == [1, 0, 1, 0]
-    # In anonymous mode the key says so.
-    assert await fetches_after(replica, 0, 0.9, 0.2, 0.9, call="call_2", known=True) == [1, 0, 1, 0]
+    assert await fetches_after(replica, 0, 0.9, 0.2, 0.9) == [1, 0, 1, 0]
+    # In anonymous mode only the key says so.
+    assert await fetches_after(replica, 0, 0.9, 0.2, 0.9, call="call_2") == [1, 0, 1, 0]
 
 
 @in_simulated_time
@@ -172,11 +173,11 @@ async def test_concurrent_reads_share_one_fetch() -> None:
     world.oneinbox.delay = 2
     replica = world.replica()
 
-    first = asyncio.create_task(replica.cache.get("call_1", known=True))
-    others = [asyncio.create_task(replica.cache.get("call_1", known=True)) for _ in range(200)]
+    first = asyncio.create_task(replica.cache.get("call_1"))
+    others = [asyncio.create_task(replica.cache.get("call_1")) for _ in range(200)]
     await asyncio.sleep(1)
     first.cancel()
-    late = [asyncio.create_task(replica.cache.get("call_1", known=False)) for _ in range(200)]
+    late = [asyncio.create_task(replica.cache.get_if(bool, "call_1")) for _ in range(200)]
     found = await asyncio.gather(*others, *late)
 
     assert len(world.oneinbox.requests) == 2, "the first was cancelled with its fetch; all others share another one"
@@ -191,7 +192,7 @@ async def test_a_fetch_that_fails_after_its_caller_was_cancelled_raises_nothing(
     replica = world.replica()
 
     for call in ("call_1", "call_2"):
-        asking = asyncio.create_task(replica.cache.get(call, known=True))
+        asking = asyncio.create_task(replica.cache.get(call))
         await asyncio.sleep(1)
         asking.cancel()
         await asyncio.sleep(3)
@@ -218,19 +219,71 @@ async def test_a_call_costs_one_fetch_a_second_even_while_fetches_fail() -> None
 async def test_unknown_calls_cost_twenty_fetches_a_second_and_known_ones_are_answered() -> None:
     world = CallWorld()
     replica = world.replica()
-    world.oneinbox.has("mine", status="in_progress")
-    assert await slug_of(replica, "mine", known=True) == "found"
+    world.oneinbox.has("mine", owner=pseudonym(ANN), status="in_progress")
+    await replica.calls.read(ANN, "mine")
     await asyncio.sleep(5)
 
     results = [await slug_of(replica, f"invented-{number}") for number in range(500)]
 
     assert results.count("not-found") == 20
     assert results.count("at-capacity") == 480
-    refused = await outcome(replica.cache.get("invented", known=False))
+    refused = await outcome(replica.cache.get_if(bool, "invented"))
     assert refused.headers == {"Retry-After": "1"}
     before = len(world.oneinbox.requests)
-    assert await slug_of(replica, "mine") == "found"
+    await replica.calls.read(ANN, "mine")
     assert len(world.oneinbox.requests) == before + 1, "known calls have their own budget"
+
+
+SEEN: dict[str, Callable[[Replica], Awaitable[object]]] = {
+    "never": lambda _: asyncio.sleep(0),
+    "just-started": lambda replica: replica.start_call(ANN),
+    "read-by-its-owner": lambda replica: replica.calls.read(ANN, "call_1"),
+    "asked-for-by-a-stranger": lambda replica: outcome(replica.calls.read(BEN, "call_1")),
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("status", ["in_progress", "completed"])
+@pytest.mark.parametrize("pause", [0, 2, 59, 61, 4000])
+@in_simulated_time
+async def test_a_strangers_call_and_no_call_look_the_same(seen: str, status: str, pause: float) -> None:
+    async def answers(*names: str) -> list[str]:
+        found = [await outcome(replica.calls.read(BEN, name)) for name in names]
+        return [each.slug if isinstance(each, Problem) else "found" for each in found]
+
+    world = CallWorld()
+    world.oneinbox.has(owner=pseudonym(ANN), status=status)
+    world.oneinbox.has("call_2", owner=pseudonym(ANN), status=status)
+    replica = world.replica()
+    await SEEN[seen](replica)
+    if seen == "asked-for-by-a-stranger":
+        await answers("no-call")
+    await asyncio.sleep(pause)
+
+    await answers(*(f"invented-{number}" for number in range(20)))
+    used_up = await answers("call_1", "call_2", "no-call", "no-call-2", "call_1", "no-call")
+    owner = await outcome(replica.calls.read(ANN, "call_1"))
+    await asyncio.sleep(1.1)
+    again = await answers("call_1", "no-call", "call_1", "no-call")
+
+    remembered = "not-found" if seen == "asked-for-by-a-stranger" and pause < 60 else "at-capacity"
+    assert used_up == [remembered, "at-capacity", remembered, "at-capacity", remembered, remembered]
+    assert again == ["not-found"] * 4
+    assert isinstance(owner, tuple) or seen in {"never", "asked-for-by-a-stranger"}
+
+
+@in_simulated_time
+async def test_strangers_who_ask_at_once_share_one_fetch_and_its_outcome() -> None:
+    world = CallWorld()
+    world.oneinbox.has(owner=pseudonym(ANN))
+    world.oneinbox.delay = 1
+    replica = world.replica()
+
+    for name in ("call_1", "no-call"):
+        before = len(world.oneinbox.requests)
+        found = await asyncio.gather(*(outcome(replica.calls.read(BEN, name)) for _ in range(50)))
+        assert {each.slug for each in found if isinstance(each, Problem)} == {"not-found"}
+        assert len(world.oneinbox.requests) == before + 1
 
 
 @in_simulated_time
@@ -266,8 +319,8 @@ async def test_memory_is_bounded_by_count() -> None:
         for number in range(25):
             world.oneinbox.has(f"call_{number}")
             await asyncio.sleep(1)
-            await replica.cache.get(f"call_{number}", known=True)
-            await replica.cache.get("call_0", known=True)  # used entries stay
+            await replica.cache.get(f"call_{number}")
+            await replica.cache.get("call_0")  # used entries stay
 
     kept = [number for number in range(25) if replica.cache.latest(f"call_{number}")]
     assert kept == [0, *range(16, 25)]
@@ -288,7 +341,7 @@ async def test_memory_is_bounded_by_bytes_however_calls_come_grow_shrink_and_go(
             else:
                 world.oneinbox.has(call, ai_summary="x" * dice.randrange(9000))
             await asyncio.sleep(2)
-            await replica.cache.get(call, known=True)
+            await replica.cache.get(call)
             kept = [found for n in range(40) if (found := replica.cache.latest(f"call_{n}"))]
             assert sum(len(snapshot.fields) for snapshot in kept) <= most
         # Nor does the count drift upwards until nothing fits.
@@ -364,11 +417,11 @@ async def test_a_large_call_is_not_shared() -> None:
     world = CallWorld(shared=True)
     record = world.oneinbox.has(ai_summary="short")
     one, other = world.replica(expose=("summary",)), world.replica(expose=("summary",))
-    await one.cache.get("call_1", known=True)
+    await one.cache.get("call_1")
 
     record["ai_summary"] = "x" * module.SHARED_BYTES
     await asyncio.sleep(2)
-    await one.cache.get("call_1", known=True)
+    await one.cache.get("call_1")
 
     assert await fetches_after(other, 0) == [1]
     latest = other.cache.latest("call_1")
@@ -386,11 +439,11 @@ async def test_no_replicas_wrong_date_makes_an_old_state_fresh(skew: float) -> N
     for status in ("queued", "initiated", "in_progress", "completed"):
         for reader, before in ((wrong, right), (right, wrong), (wrong, wrong), (right, right)):
             await asyncio.sleep(2.1)
-            await before.cache.get("call_1", known=True)
+            await before.cache.get("call_1")
             # A slightly wrong date makes a state look younger by as much.
             await asyncio.sleep(4.1)
             record["status"] = status
-            snapshot = await reader.cache.get("call_1", known=True)
+            snapshot = await reader.cache.get("call_1")
             assert snapshot is not None
             assert f'"{status}"'.encode() in snapshot.fields
 
@@ -401,11 +454,11 @@ async def test_a_clock_that_is_put_back_or_forward_does_not_stop_updates() -> No
     record = world.oneinbox.has(status="queued")
     replica = world.replica()
     for jump, status in ((-3600.0, "initiated"), (7200.0, "in_progress"), (-10.0, "completed")):
-        await replica.cache.get("call_1", known=True)
+        await replica.cache.get("call_1")
         replica.skew += jump
         record["status"] = status
         await asyncio.sleep(2.1)
-        snapshot = await replica.cache.get("call_1", known=True)
+        snapshot = await replica.cache.get("call_1")
         assert snapshot is not None
         assert f'"{status}"'.encode() in snapshot.fields
 
@@ -449,13 +502,13 @@ async def test_the_end_lies_between_two_fetches_whatever_oneinboxs_clock_says() 
         world = CallWorld()
         record = world.oneinbox.has(status="in_progress", ended_at=None)
         replica = world.replica()
-        await replica.cache.get("call_1", known=True)
+        await replica.cache.get("call_1")
         seen_running = DATE + loop.time()
         await asyncio.sleep(3)
         record |= {"status": "completed", "ended_at": said}
-        ended = await replica.cache.get("call_1", known=True)
+        ended = await replica.cache.get("call_1")
         await asyncio.sleep(10)
-        later = await replica.cache.get("call_1", known=True)
+        later = await replica.cache.get("call_1")
 
         assert ended is not None
         assert ended.ended_at is not None
@@ -471,7 +524,7 @@ async def test_an_unobserved_end_is_when_oneinbox_says() -> None:
     world.oneinbox.has("call_2", status="completed", ended_at="2101-01-01T00:00:00Z")
     replica = world.replica()
 
-    old, new = await replica.cache.get("call_1", known=True), await replica.cache.get("call_2", known=True)
+    old, new = await replica.cache.get("call_1"), await replica.cache.get("call_2")
 
     assert old is not None
     assert old.ended_at == 978307200
@@ -501,12 +554,12 @@ async def test_an_observed_end_frees_the_slot_in_every_mode() -> None:
         replica = world.replica()
         await replica.start_call(user)
         assert await replica.live.is_live("call_1")
-        await replica.cache.get("call_1", known=True)
+        await replica.cache.get("call_1")
         assert await replica.live.is_live("call_1")
 
         record["status"] = "completed"
         await asyncio.sleep(2)
-        await replica.cache.get("call_1", known=True)
+        await replica.cache.get("call_1")
 
         assert not await replica.live.is_live("call_1")
         assert await replica.live.started_here("call_1")

@@ -138,6 +138,30 @@ async def test_the_end_waits_thirty_seconds_for_what_never_comes(said: str) -> N
     assert 27 <= now() - ended <= 32
 
 
+@pytest.mark.parametrize("name", ["summary", "transcript", "messages", "recording_url"])
+@pytest.mark.parametrize("says", ["ended_at", "duration_seconds"])
+@pytest.mark.parametrize("shared", [False, True])
+@in_simulated_time
+async def test_what_an_edition_does_not_have_is_waited_for_once(name: str, says: str, shared: bool) -> None:
+    world = world_with_a_call(shared=shared, status="in_progress", started_at=date(now()))
+    one, other = world.replica(expose=(name,)), world.replica(expose=(name,))
+    started = now()
+    first = follow(one)
+    await advance(world, "completed")
+    ended = now()
+    world.oneinbox.records["call_1"] |= {"ended_at": date(ended)} if says == "ended_at" else {says: ended - started}
+    await asyncio.sleep(20)
+    second = follow(other)
+    await finish([first, second])
+    waited = now() - ended
+    later = [follow(replica) for replica in (one, other, world.replica(expose=(name,)))]
+    await finish(later)
+
+    assert 27 <= waited <= 32
+    assert now() - ended - waited < 2
+    assert all(reader.ended for reader in (first, second, *later))
+
+
 @in_simulated_time
 async def test_a_call_that_ended_long_ago_ends_at_once() -> None:
     world = world_with_a_call(status="completed", ended_at=date(-100))

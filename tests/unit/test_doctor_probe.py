@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from app.api.middleware.security_headers import ALWAYS, API_CSP
+from app.api.middleware.security_headers import ALWAYS, UNLESS_SET
 from app.doctor.findings import Finding, as_text
 from app.doctor.probe import PROBES, probe
 from app.problems import KINDS
@@ -18,7 +18,7 @@ from tests.support.simulated_time import in_simulated_time
 
 URL = "https://voice.example/prefix"
 KNOWN = "/prefix/problems/forbidden-origin"
-HEADERS = {name.decode(): value.decode() for name, value in (API_CSP, *ALWAYS)} | {"x-request-id": "1"}
+HEADERS = {name.decode(): value.decode() for name, value in (*UNLESS_SET, *ALWAYS)} | {"x-request-id": "1"}
 Answering = Callable[[httpx.Request, str], httpx.Response]
 
 
@@ -397,10 +397,13 @@ def counting(key_of: Callable[[httpx.Request], str], step: int = 1) -> Answering
     [
         (counting(lambda _: "peer"), "ok"),
         (counting(lambda request: request.headers.get("x-forwarded-for", "peer")), "error"),
+        (counting(lambda request: request.headers.get("fly-client-ip", "peer")), "error"),
+        # Heroku's router in 2016: it appended to the first line, so that the last one was the client's own.
+        (counting(lambda request: "".join(request.headers.get_list("x-forwarded-for")[1:]) or "peer"), "error"),
         (counting(lambda _: "peer", step=0), "warning"),
         (but("/prefix/calls", lambda _, path: problem("not-found")), "warning"),
     ],
-    ids=["one-counter", "by-header", "several-processes", "no-header"],
+    ids=["one-counter", "by-header", "by-another-header", "by-the-second-line", "several-processes", "no-header"],
 )
 async def test_forged_addresses(answer: Answering, level: str) -> None:
     assert (await Server(answer).probed())["forged address header"].level == level

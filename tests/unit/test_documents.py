@@ -117,12 +117,18 @@ def test_lock_pins_what_pyproject_asks_for(lock: str, place: str) -> None:
 
 
 def _filled_in(directory: Path, comment: str) -> Path:
-    """.env.example with the required settings, and the lines uncommented that start with `comment`."""
+    """.env.example with the required settings, and the lines uncommented that start with `comment`.
+
+    Those of other modes of BROKER_AUTH stay comments: they would be refused.
+    """
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
     for name in required():
         text = text.replace(f"\n{name}=\n", f"\n{name}=oi_sk_filled_in\n")
     path = directory / ".env"
-    path.write_text(re.sub(rf"^{comment}(?=[A-Z_]+=)", "", text, flags=re.MULTILINE), encoding="utf-8")
+    path.write_text(
+        re.sub(rf"^{comment}(?=[A-Z_]+=)(?!BROKER_JWT_|BROKER_USER_HEADER)", "", text, flags=re.MULTILINE),
+        encoding="utf-8",
+    )
     return path
 
 

@@ -347,9 +347,36 @@ async def test_webhooks_are_registered_listed_and_removed(oneinbox: OneInbox) ->
 
 @pytest.mark.parametrize("url", ["", "ftp://127.0.0.1/", "http://", "nonsense"])
 async def test_webhook_url_must_be_http(oneinbox: OneInbox, url: str) -> None:
-    answer = await oneinbox.http.post("/v1/webhooks", json={"name": "n", "url": url, "events": []})
+    answer = await oneinbox.http.post("/v1/webhooks", json={"name": "n", "url": url, "events": ["call.ended"]})
 
     assert answer.status_code == 422
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": ""}, {"name": "n" * 256}, {"events": []}, {"events": ["call.ended"] * 21}, {"events": ["call.rung"]}],
+)
+async def test_a_webhook_has_a_name_and_known_events(oneinbox: OneInbox, change: dict[str, Any]) -> None:
+    body = {"name": "n", "url": "https://example.com", "events": ["call.ended"]} | change
+
+    answer = await oneinbox.http.post("/v1/webhooks", json=body)
+
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"][:2] == ["body", next(iter(change))]
+
+
+async def test_only_the_guide_knows_when_a_call_was_analyzed() -> None:
+    body = {"name": "n", "url": "https://example.com", "events": ["call.ended", "call.analyzed"]}
+    statuses = {}
+    for edition in ("reference", "guide"):
+        oneinbox = connect(edition=edition)
+        async with oneinbox.http:
+            answer = await oneinbox.http.post("/v1/webhooks", json=body)
+        statuses[edition] = answer.status_code
+        if answer.status_code == 422:
+            assert answer.json()["detail"][0]["loc"] == ["body", "events", 1]
+
+    assert statuses == {"reference": 422, "guide": 201}
 
 
 async def test_held_status_ignores_the_clock(oneinbox: OneInbox) -> None:

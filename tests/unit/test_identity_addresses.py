@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from structlog.testing import capture_logs
 
-from app.identity.addresses import MAX_HOPS, ClientAddresses, client_address, limit_key, parse_address
+from app.identity.addresses import (
+    MAX_HOPS,
+    ClientAddresses,
+    client_address,
+    limit_key,
+    named_client,
+    parse_address,
+)
 from app.identity.anonymous import Anonymous
 
 TRUSTED = tuple(ip_network(text) for text in ("10.0.0.0/8", "fd00::/8", "192.0.2.7/32"))
@@ -89,6 +96,50 @@ def request_from(peer: str | None, *forwarded: str) -> Request:
 )
 def test_client_address(peer: str | None, forwarded: Sequence[str], expected: str) -> None:
     assert client_address(peer, forwarded, TRUSTED) == expected
+
+
+@pytest.mark.parametrize(
+    ("peer", "named", "expected"),
+    [
+        (PROXY, ["198.51.100.1"], "198.51.100.1"),
+        (PROXY, ["198.51.100.1:4711"], "198.51.100.1"),
+        (PROXY, [" 2001:db8::1 "], "2001:db8::1"),
+        (PROXY, ["[2001:db8::1]:4711"], "2001:db8::1"),
+        (PROXY, ["::ffff:198.51.100.1"], "198.51.100.1"),
+        ("::ffff:10.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        (PROXY, ["10.0.0.9"], "10.0.0.9"),  # a client in the proxy's own network
+        # Not exactly one address: the peer's counts.
+        (PROXY, [], PROXY),
+        (PROXY, [""], PROXY),
+        (PROXY, ["unknown"], PROXY),
+        (PROXY, ["198.51.100.1, 198.51.100.2"], PROXY),
+        (PROXY, ["198.51.100.1,"], PROXY),
+        (PROXY, ["198.51.100.1", "198.51.100.1"], PROXY),
+        (PROXY, ["198.51.100.1", "198.51.100.2"], PROXY),
+        (PROXY, ["1" * 1_000_000], PROXY),
+        # From nobody else.
+        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),
+        (None, ["198.51.100.1"], "local"),
+        ("testclient", ["198.51.100.1"], "testclient"),
+    ],
+)
+def test_a_header_that_names_one_client(peer: str | None, named: Sequence[str], expected: str) -> None:
+    assert named_client(peer, named, TRUSTED) == expected
+    headers = [(b"fly-client-ip", value.encode()) for value in named] + [(b"x-forwarded-for", b"192.0.2.99")]
+    request = Request({"type": "http", "headers": headers, "client": None if peer is None else (peer, 1234)})
+
+    assert ClientAddresses(TRUSTED, "Fly-Client-IP").of(request) == expected
+
+
+def test_the_header_is_ignored_and_warned_about_from_another_peer() -> None:
+    request = Request({"type": "http", "headers": [(b"fly-client-ip", b"192.0.2.1")], "client": ("203.0.113.9", 1)})
+    with capture_logs() as logs:
+        ClientAddresses(TRUSTED, "Fly-Client-IP").of(request)
+        ClientAddresses(TRUSTED).of(request)
+
+    [entry] = logs
+    assert entry["event"] == "forwarded_for_ignored"
+    assert entry["hint"].startswith("Fly-Client-IP from a peer")
 
 
 def test_mapped_trusted_network_is_matched_by_its_ipv4_form_only() -> None:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+import httpx
 import pytest
 import structlog
 
+from app.identity.jwks import KeySet, KeySetError
 from app.telemetry.logging import Level, configure_logging
 from tests.support.commands import logging_restored
 
@@ -70,5 +72,66 @@ def test_the_servers_access_log_stays_silent(stderr: io.StringIO) -> None:
     configure(stderr, "debug")
 
     logging.getLogger("uvicorn.access").error("GET /calls/call_1.key")
+
+    assert stderr.getvalue() == ""
+
+
+LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
+LIBRARIES = ("httpx", "httpcore.connection", "asyncio", "uvicorn", "uvicorn.error", "opentelemetry.sdk", "some.library")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_speak_from_warning_on(stderr: io.StringIO, level: Level, library: str) -> None:
+    logger = logging.getLogger(library)
+    before = logger.level
+    try:
+        logger.setLevel("DEBUG")  # as some do by a variable of their own
+        configure(stderr, level)
+        for said in ("debug", "info", "warning", "error"):
+            logger.log(logging.getLevelNamesMapping()[said.upper()], said)
+    finally:
+        logger.setLevel(before)
+
+    heard = [json.loads(line)["event"] for line in stderr.getvalue().splitlines()]
+    assert heard == (["error"] if level == "error" else ["warning", "error"])
+
+
+URLS = {
+    "GET https://login.example/keys?token=hush HTTP/1.1": "GET https://login.example/keys?… HTTP/1.1",
+    "url 'HTTPS://login.example?a=hush&b=%20c#d'": "url 'HTTPS://login.example?…'",
+    "(http://[::1]:8000/a?hush) and <redis+unix:///path?password=hush>": "(http://[::1]:8000/a?… and <redis+unix:///path?…>",
+    "two: https://a.example/?x=hush https://b.example/?y=hush": "two: https://a.example/?… https://b.example/?…",
+    "https://a.example/b is all right? yes": "https://a.example/b is all right? yes",
+    "what? no URL": "what? no URL",
+}
+
+
+@pytest.mark.parametrize(("said", "logged"), URLS.items())
+def test_no_query_of_a_url_is_logged(stderr: io.StringIO, said: str, logged: str) -> None:
+    formats: tuple[Literal["json", "text"], ...] = ("json", "text")
+    for log_format in formats:
+        configure(stderr, "debug", log_format)
+        logging.getLogger("some.library").warning("%s", said)
+        try:
+            raise ValueError(said)
+        except ValueError:
+            logging.getLogger("some.library").exception("broken")
+            structlog.get_logger("app").exception("broken")
+
+    assert "hush" not in stderr.getvalue()
+    first = json.loads(stderr.getvalue().splitlines()[0])
+    assert first["event"] == logged
+
+
+async def test_a_fetch_of_keys_by_a_url_with_a_secret(stderr: io.StringIO) -> None:
+    """httpx logs every request's URL at info."""
+    for level in LEVELS:
+        configure(stderr, level)
+        answers = httpx.MockTransport(lambda request: httpx.Response(200, json={"keys": []}, request=request))
+        keys = KeySet("https://login.example/keys?token=hush", transport=answers)
+        with pytest.raises(KeySetError):
+            await keys.fetch()
+        await keys.aclose()
 
     assert stderr.getvalue() == ""

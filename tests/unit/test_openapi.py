@@ -162,11 +162,20 @@ def test_a_broker_offers_the_logins_it_takes(environ: dict[str, str], logins: di
 
 def test_a_broker_describes_the_routes_that_are_switched_on() -> None:
     required = {"ONEINBOX_API_KEY": "oi_sk_x", "ONEINBOX_AGENT_ID": "a"}
-    switched_on = {"BROKER_METRICS_TOKEN": "m" * 16, "BROKER_WEBHOOK_SECRET": "w" * 22}
+    switched_on = {
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_SECRET": "j" * 32,
+        "BROKER_METRICS_TOKEN": "m" * 16,
+        "BROKER_WEBHOOK_SECRET": "w" * 22,
+    }
     least = of_broker(DOCUMENT, load_settings(required, env_file=None))
     most = of_broker(DOCUMENT, load_settings({**required, **switched_on}, env_file=None))
     assert most["paths"] == DOCUMENT["paths"]
-    assert most["paths"].keys() - least["paths"].keys() == {"/metrics", "/webhooks/oneinbox/{secret}"}
+    assert most["paths"].keys() - least["paths"].keys() == {
+        "/calls",
+        "/metrics",
+        "/webhooks/oneinbox/{secret}",
+    }
     assert [tag["name"] for tag in least["tags"]] == ["sessions", "calls", "service"]
     assert "securitySchemes" not in least["components"], "the explorer would have an empty dialog"
 

@@ -168,7 +168,7 @@ async def test_an_invalid_value_is_refused_once(name: str, content: str | bytes,
     assert name in error
     assert "0123456789" not in error
     # A good content is no line, the wrong one after it another, and so is another wrong one.
-    for content_now, lines in ((good, 1), (content, 2), ("  ", 3)):
+    for content_now, lines in ((good, 1), (content, 2), ("x y", 3)):
         files.hold(**{name: content_now})
         await secret_reloader.reload()
         assert len(errors(logs)) == lines

@@ -541,6 +541,27 @@ async def test_an_answer_may_take_its_time(hurried_site: Site, path: str) -> Non
         await client.refused(408)
 
 
+@pytest.mark.parametrize("connection", [b"", b"Connection: keep-alive\r\n"], ids=["plain", "keep-alive"])
+async def test_http_1_0_gets_no_chunks_and_ends_with_the_connection(site: Site, connection: bytes) -> None:
+    async with connected(site) as client:
+        await client.send(b"GET /stream HTTP/1.0\r\n" + connection + b"\r\n")
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        assert await client.reader.readexactly(5) == b"begun"
+        site.go_on.set()
+        assert await client.rest() == b"the end"
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+async def test_http_1_0_is_told_the_length_where_it_is_known(site: Site, method: bytes) -> None:
+    async with connected(site) as client:
+        await client.send(method + b" /early HTTP/1.0\r\n\r\n")
+        head, _, body = (await client.rest()).partition(b"\r\n\r\n")
+        assert b"content-length: 5" in head.lower()
+        assert body == (b"early" if method == b"GET" else b"")
+
+
 async def test_a_stream_whose_request_never_ends_is_cut(hurried_site: Site) -> None:
     async with connected(hurried_site) as client:
         await client.send(post(CHUNKED, path="/stream"))

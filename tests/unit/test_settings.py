@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from app.broker.build import mistakes
 from app.config.loading import load_settings
-from app.config.settings import Settings, SettingsError
+from app.config.settings import SECRETS, Settings, SettingsError, takes
 from tests.support.harness import AGENT_ID, API_KEY
 
 NEEDED = {"ONEINBOX_API_KEY": API_KEY, "ONEINBOX_AGENT_ID": AGENT_ID}
@@ -61,6 +62,22 @@ WRONG: dict[str, tuple[str, str]] = {
     "base-url-fragment": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example/#passphrase"),
     "base-url-odd-host": ("ONEINBOX_BASE_URL", "https://somebody:passphrase\u2100@api.example"),
     "base-url-brackets": ("ONEINBOX_BASE_URL", "https://[passphrase]/"),
+    "base-url-colons": ("ONEINBOX_BASE_URL", "https://[::::]/passphrase"),
+    "base-url-empty-label": ("ONEINBOX_BASE_URL", "https://passphrase..example/"),
+    "base-url-long-label": ("ONEINBOX_BASE_URL", f"https://passphrase{'a' * 60}.example/"),
+    "base-url-long-host": ("ONEINBOX_BASE_URL", f"https://{'passphrase.' * 30}example/"),
+    "base-url-no-international-name": ("ONEINBOX_BASE_URL", "https://xn--a.passphrase.example/"),
+    "base-url-line-break": ("ONEINBOX_BASE_URL", "https://api.oneinbox.example/pass\nphrase"),
+    "verify-url-line-break": ("BROKER_CHALLENGE_VERIFY_URL", "https://verify.example/pass\nphrase"),
+    "limits-line-break": ("BROKER_SESSION_LIMITS", "5/\nminute"),
+    "auth-zero-width": ("BROKER_AUTH", "anony\u200bmous"),
+    "agent-id-blank": ("ONEINBOX_AGENT_ID", " \r"),
+    "challenge-secret-quoted-twice": ("BROKER_CHALLENGE_SECRET", 'passphrase\n"passphrase"'),
+    "secret-in-quotes": ("BROKER_SECRET", f'"{SECRET}"'),
+    "root-path-dots": ("BROKER_ROOT_PATH", "/voice/../passphrase"),
+    "root-path-session": ("BROKER_ROOT_PATH", "/session"),
+    "root-path-calls": ("BROKER_ROOT_PATH", "/calls/"),
+    "root-path-docs": ("BROKER_ROOT_PATH", "/docs/passphrase"),
     "agent-id": ("ONEINBOX_AGENT_ID", "../agents/passphrase"),
     "agent-id-long": ("ONEINBOX_AGENT_ID", "a" * 129),
     "timeout-zero": ("ONEINBOX_TIMEOUT", "0"),
@@ -74,6 +91,11 @@ WRONG: dict[str, tuple[str, str]] = {
     "proxies": ("BROKER_TRUSTED_PROXIES", "proxy.internal.example"),
     "proxies-one-of-two": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8,proxy.internal.example"),
     "proxies-host-bits": ("BROKER_TRUSTED_PROXIES", "10.1.2.3/8"),
+    "proxies-none": ("BROKER_TRUSTED_PROXIES", " , "),
+    "client-ip-header-list": ("BROKER_CLIENT_IP_HEADER", "Forwarded"),
+    "client-ip-header-taken": ("BROKER_CLIENT_IP_HEADER", "Cookie"),
+    "client-ip-header-blank": ("BROKER_CLIENT_IP_HEADER", "Fly Client IP"),
+    "client-ip-header-underscores": ("BROKER_CLIENT_IP_HEADER", "fly_client_ip"),
     "origins-bare": ("BROKER_ALLOWED_ORIGINS", "app.internal.example"),
     "origins-path": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example/path"),
     "origins-slash": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example/"),
@@ -82,6 +104,13 @@ WRONG: dict[str, tuple[str, str]] = {
     "origins-port-wildcard": ("BROKER_ALLOWED_ORIGINS", "https://app.internal.example:*"),
     "origins-two-ports": ("BROKER_ALLOWED_ORIGINS", "http://localhost:3000:*"),
     "origins-user": ("BROKER_ALLOWED_ORIGINS", "https://somebody:passphrase@app.internal.example"),
+    "origins-app-path": ("BROKER_ALLOWED_ORIGINS", "capacitor://localhost/path"),
+    "origins-app-slash": ("BROKER_ALLOWED_ORIGINS", "tauri://localhost/"),
+    "origins-app-query": ("BROKER_ALLOWED_ORIGINS", "tauri://localhost?"),
+    "origins-app-no-host": ("BROKER_ALLOWED_ORIGINS", "file://"),
+    "origins-app-no-slashes": ("BROKER_ALLOWED_ORIGINS", "capacitor:localhost"),
+    "origins-app-any-port": ("BROKER_ALLOWED_ORIGINS", "tauri://localhost:*"),
+    "origins-app-user": ("BROKER_ALLOWED_ORIGINS", "app://somebody:passphrase@host.example"),
     "public-url": ("BROKER_PUBLIC_URL", "voice.internal.example"),
     "public-url-query": ("BROKER_PUBLIC_URL", "https://voice.internal.example/?x"),
     "require-origin": ("BROKER_REQUIRE_ORIGIN", "perhaps"),
@@ -205,19 +234,19 @@ def test_variables_of_others_are_left_alone() -> None:
 
 
 NO_POINTER = "is no JSON pointer: ~ is written ~0, and / in a name ~1"
-NO_AUDIENCE = "is empty, or has control characters"
+LINE_BREAK = "has a line break, or another character that does not print"
 NO_PAIRS = "is not a list of claim=value"
 WRONG_OF_TOKENS: dict[str, tuple[str, str, str]] = {
     "user-claim-no-pointer": ("BROKER_JWT_USER_CLAIM", "/user~passphrase", NO_POINTER),
     "variable-no-pointer": ("BROKER_VARIABLES_FROM_CLAIMS", "team=/o/team,plan=/o/~passphrase", NO_POINTER),
-    "audience-of-commas": ("BROKER_JWT_AUDIENCE", " , ,", NO_AUDIENCE),
-    "audience-with-a-line-break": ("BROKER_JWT_AUDIENCE", "voice,passphrase\nx", NO_AUDIENCE),
+    "audience-of-commas": ("BROKER_JWT_AUDIENCE", " , ,", "names nothing"),
+    "audience-with-a-line-break": ("BROKER_JWT_AUDIENCE", "voice,passphrase\nx", LINE_BREAK),
     "required-claim-alone": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase", NO_PAIRS),
     "required-claim-of-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase=", NO_PAIRS),
     "required-claim-of-this-or-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase|", NO_PAIRS),
-    "required-claim-with-a-line-break": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase\nx", NO_PAIRS),
+    "required-claim-with-a-line-break": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase\nx", LINE_BREAK),
     "required-claim-without-a-name": ("BROKER_JWT_REQUIRED_CLAIMS", "=passphrase", "is empty"),
-    "required-claims-of-commas": ("BROKER_JWT_REQUIRED_CLAIMS", ", ,", "is empty"),
+    "required-claims-of-commas": ("BROKER_JWT_REQUIRED_CLAIMS", ", ,", "names nothing"),
     "required-claim-twice": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase,azp=b", "names a claim twice"),
     "required-claim-no-pointer": ("BROKER_JWT_REQUIRED_CLAIMS", "/user~passphrase=a", NO_POINTER),
 }
@@ -303,6 +332,11 @@ GOOD: dict[str, tuple[str, str]] = {
     "variables": ("BROKER_ALLOWED_VARIABLES", "_a,B2"),
     "root-path": ("BROKER_ROOT_PATH", "/a/b-c"),
     "wildcard": ("BROKER_ALLOWED_ORIGINS", "http://localhost:*,*"),
+    "apps": ("BROKER_ALLOWED_ORIGINS", "capacitor://localhost,tauri://localhost,chrome-extension://abcdefghijklmnop"),
+    "mapped": ("BROKER_TRUSTED_PROXIES", "::ffff:10.0.0.0/104"),
+    "client-ip-header": ("BROKER_CLIENT_IP_HEADER", "Fly-Client-IP"),
+    "lines-of-a-list": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8,\n192.0.2.1\n"),
+    "root-path-like-a-route": ("BROKER_ROOT_PATH", "/sessions/session"),
     "uuid": ("ONEINBOX_AGENT_ID", "7b1d9f7e-0d5c-4b2c-9a35-3f6f0f1a2b3c"),
     "false": ("BROKER_DOCS", "false"),
     "zero": ("BROKER_DOCS", "0"),
@@ -312,6 +346,159 @@ GOOD: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize(("name", "value"), GOOD.values(), ids=GOOD.keys())
 def test_good_settings(name: str, value: str) -> None:
     assert load(**{name: value}) != load() or name == "ONEINBOX_AGENT_ID"
+
+
+WRAPPED = {
+    "cr": "{}\r",
+    "crlf": "{}\r\n",
+    "blanks": " \t{} ",
+    "byte-order-mark": "\ufeff{}",
+    "no-break-space": "{}\u00a0",
+    "double-quotes": '"{}"',
+    "single-quotes": "'{}'",
+    "quotes-and-cr": '"{}"\r\n',
+    "quotes-around-a-cr": '"{}\r"',
+}
+PLAIN = {
+    "ONEINBOX_API_KEY": API_KEY,
+    "ONEINBOX_AGENT_ID": AGENT_ID,
+    "ONEINBOX_BASE_URL": "https://api.example",
+    "ONEINBOX_TIMEOUT": "10",
+    "BROKER_TRUSTED_PROXIES": "10.0.0.0/8",
+    "BROKER_ALLOWED_ORIGINS": "https://a.example",
+    "BROKER_PUBLIC_URL": "https://voice.example",
+    "BROKER_SESSION_LIMITS": "1/minute;2/day",
+    "BROKER_STORE_URL": "redis://valkey.example",
+    "BROKER_WEBHOOK_SECRET": "w" * 32,
+    "BROKER_METRICS_TOKEN": "m" * 32,
+    "BROKER_CHALLENGE_SECRET": "challenge",
+    "BROKER_DOCS": "false",
+    "BROKER_LOG_LEVEL": "error",
+    "BROKER_ALLOWED_VARIABLES": "a",
+    "BROKER_AUTH": "jwt",
+    "BROKER_JWT_SECRET": SECRET,
+    "BROKER_JWT_ISSUER": "https://issuer.example/",
+    "BROKER_JWT_AUDIENCE": "broker",
+    "BROKER_JWT_USER_CLAIM": "uid",
+    "BROKER_JWT_ALGORITHMS": "HS256",
+    "BROKER_JWT_COOKIE": "login",
+    "BROKER_VARIABLES_FROM_CLAIMS": "a=b",
+    "BROKER_SECRET": SECRET,
+}
+"""A value for settings of every kind."""
+ANY_TEXT = ("BROKER_JWT_SECRET", "BROKER_SECRET")
+
+
+@pytest.mark.parametrize("around", WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_stands_around_a_value_is_no_part_of_it(name: str, around: str, tmp_path: Path) -> None:
+    """A variable and a file are read alike; only secrets that may hold quotes are refused in quotes."""
+    wrapped = around.format(PLAIN[name])
+    (tmp_path / "secret").write_bytes(wrapped.encode())
+    others = {key: value for key, value in PLAIN.items() if key != name}
+    ways = [{**PLAIN, name: wrapped}]
+    if name in SECRETS:
+        ways.append({**others, f"{name}_FILE": str(tmp_path / "secret")})
+
+    for environ in ways:
+        if name in ANY_TEXT and around.strip("\r\n")[0] in "\"'":
+            assert refusal(environ) == [f"{name}: is in quotes; takes {takes(name)}"]
+        else:
+            assert load_settings(environ, None).model_dump() == load_settings(PLAIN, None).model_dump()
+
+
+INSIDE = {
+    "issuer-line-break": ("BROKER_JWT_ISSUER", "https://issuer\n.example"),
+    "issuer-half-quoted": ("BROKER_JWT_ISSUER", '"https://issuer.example'),
+    "audience-line-break": ("BROKER_JWT_AUDIENCE", "bro\nker"),
+    "audience-half-quoted": ("BROKER_JWT_AUDIENCE", "broker'"),
+    "audience-mark": ("BROKER_JWT_AUDIENCE", "bro\ufeffker"),
+    "claim-line-break": ("BROKER_JWT_USER_CLAIM", "u\rid"),
+    "algorithm-half-quoted": ("BROKER_JWT_ALGORITHMS", "HS256,HS384'"),
+    "claims": ("BROKER_VARIABLES_FROM_CLAIMS", "a=b\n c=d"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), INSIDE.values(), ids=INSIDE.keys())
+def test_what_cannot_be_inside_a_value(name: str, value: str) -> None:
+    [line] = refusal({**PLAIN, name: value})
+
+    assert line.startswith(f"{name}: ")
+
+
+LEFT_OVER = {
+    **{name: value for name, value in PLAIN.items() if name.startswith("BROKER_JWT_")},
+    "BROKER_JWT_PUBLIC_KEY": "key",
+    "BROKER_JWT_JWKS_URL": "https://issuer.example/keys",
+    "BROKER_PLANS_FILE": "plans.toml",
+    "BROKER_VARIABLES_FROM_CLAIMS": "a=b",
+    "BROKER_USER_HEADER": "X-User",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+@pytest.mark.parametrize("mode", ["anonymous", "jwt", "header"])
+def test_a_setting_of_another_mode_is_refused(mode: str, name: str) -> None:
+    own = {"jwt": {"BROKER_JWT_SECRET": SECRET}, "header": {"BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}}.get(mode, {})
+    belongs_to = "header" if name == "BROKER_USER_HEADER" else "jwt"
+    if mode == belongs_to:
+        return
+    [line] = refusal({**NEEDED, "BROKER_AUTH": mode, **own, name: LEFT_OVER[name]})
+
+    assert line == f"{name}: is set, but BROKER_AUTH is not {belongs_to}; takes {takes(name)}"
+
+
+def test_two_headers_that_would_be_one() -> None:
+    header = {"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "10.0.0.0/8"}
+
+    [line] = refusal({**NEEDED, **header, "BROKER_CLIENT_IP_HEADER": "x-forwarded-user"})
+
+    assert line.startswith("BROKER_CLIENT_IP_HEADER: is the same header as BROKER_USER_HEADER")
+
+
+def test_origins_are_written_as_browsers_send_them() -> None:
+    given = "HTTPS://A.example:443,http://b.example:80,https://c.example:80,Capacitor://LOCALHOST,ionic://localhost:80"
+
+    assert load(BROKER_ALLOWED_ORIGINS=given).allowed_origins == [
+        *("https://a.example", "http://b.example", "https://c.example:80"),
+        *("capacitor://localhost", "ionic://localhost:80"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+        ("::ffff:192.0.2.1", "192.0.2.1/32"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+        ("::ffff:0:0/95", "::fffe:0:0/95"),
+        ("::/0", "::/0"),
+    ],
+)
+def test_networks_of_mapped_addresses_are_ipv4(given: str, read: str) -> None:
+    if given == "::ffff:0:0/95":
+        given = read
+    assert list(map(str, load(BROKER_TRUSTED_PROXIES=given).trusted_proxies)) == [read]
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    """Also what only the parts can tell: files, keys, the store's URL."""
+    (tmp_path / "agents.toml").write_text("[agents.a]\nagent = 1\n")
+    environ = {
+        "BROKER_AGENTS_FILE": str(tmp_path / "agents.toml"),
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_PUBLIC_KEY": "no key",
+        "BROKER_PLANS_FILE": str(tmp_path / "none.toml"),
+        "BROKER_STORE_URL": "redis://valkey.example?nonsense=1",
+        "BROKER_DOCS": "perhaps",
+    }
+    with pytest.raises(SettingsError) as refused:
+        load_settings(environ, None, mistakes)
+
+    assert {line.partition(":")[0] for line in refused.value.lines} == {
+        *("ONEINBOX_API_KEY", "BROKER_SECRET", "BROKER_DOCS", "BROKER_AGENTS_FILE", "BROKER_PLANS_FILE"),
+        *("BROKER_JWT_PUBLIC_KEY", "BROKER_STORE_URL"),
+    }
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:

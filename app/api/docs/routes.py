@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from app.api.dependencies import BrokerDep
 from app.api.openapi import of_broker
@@ -53,10 +54,22 @@ async def document(request: Request, broker: BrokerDep) -> Response:
 async def explorer_asset(asset: str) -> Response:
     """Return a file of Swagger UI or of our own."""
     if asset in OWN:
-        return FileResponse(HERE / asset, media_type=OWN[asset])
+        return WholeFile(HERE / asset, media_type=OWN[asset])
     if asset not in ASSETS:
         raise Problem("not-found")
-    return FileResponse(_assets() / asset, media_type=ASSETS[asset])
+    return WholeFile(_assets() / asset, media_type=ASSETS[asset])
+
+
+class WholeFile(FileResponse):
+    """A file without ranges (RFC 9110, section 14.2): a hundred of them cost more than the file."""
+
+    def __init__(self, path: Path, media_type: str) -> None:
+        super().__init__(path, headers={"Accept-Ranges": "none"}, media_type=media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the whole file, whatever was asked for."""
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
 
 
 @cache

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # An API response is neither a page nor a frame (OWASP REST Security Cheat Sheet); pages set their own policy.
-API_CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
-ALWAYS = [
+UNLESS_SET = [
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
+]
+ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
@@ -15,7 +17,7 @@ ALWAYS = [
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SecurityHeaders:
-    """Add the headers of every response, and the strictest content policy if the response has none.
+    """Add the headers of every response, and the strictest policies unless the response has its own.
 
     Routes put rate-limit headers into `scope["state"]["limit_headers"]`, so that error responses have them too.
     """
@@ -33,8 +35,9 @@ class SecurityHeaders:
             if message["type"] == "http.response.start":
                 headers = message["headers"]
                 own = {name for name, _ in headers}
-                if API_CSP[0] not in own:
-                    headers.append(API_CSP)
+                for header in UNLESS_SET:
+                    if header[0] not in own:
+                        headers.append(header)
                 headers.extend(ALWAYS)
                 for name, value in limit_headers.items():
                     # A refusal already has the headers of the limit that refused.
