@@ -63,9 +63,10 @@ def running_broker(oneinbox: str, **changes: str) -> Iterator[tuple[Process, str
 
 
 @contextmanager
-def running_site(folder: Path) -> Iterator[str]:
-    """Serve the files of a folder; yield the origin."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_QuietFiles, directory=str(folder))) as server:
+def running_site(folder: Path, policy: str = "") -> Iterator[str]:
+    """Serve the files of a folder, under this Content-Security-Policy; yield the origin."""
+    handler = partial(_QuietFiles, directory=str(folder), policy=policy)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -74,6 +75,15 @@ def running_site(folder: Path) -> Iterator[str]:
 
 
 class _QuietFiles(SimpleHTTPRequestHandler):
+    def __init__(self, *given: Any, policy: str, **options: Any) -> None:
+        self.policy = policy
+        super().__init__(*given, **options)
+
+    def end_headers(self) -> None:
+        if self.policy:
+            self.send_header("Content-Security-Policy", self.policy)
+        super().end_headers()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
