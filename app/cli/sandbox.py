@@ -1,11 +1,13 @@
 """`sandbox` and `emulator`: the simulated OneInbox, with a broker in front of it or alone."""
 
 import asyncio
+import ipaddress
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -80,6 +82,7 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
         os._exit(status)
 
     livekit_url = None if options.voice == "none" else options.server_url
+    livekit = os.environ.get("BROKER_LIVEKIT_CLIENT", "") if livekit_url else str(STAND_IN)
     listener = listen(host, port, end=exit_now)
     async with running_emulator(options) as emulator:
         settings = load_settings(
@@ -92,19 +95,22 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
                 "BROKER_SESSION_LIMITS": "10/30 seconds",
                 "BROKER_MAX_LIVE_CALLS": "20",
                 "BROKER_EXPOSE": "transcript,messages,summary,outcome",
-                "BROKER_LIVEKIT_CLIENT": os.environ.get("BROKER_LIVEKIT_CLIENT", "") if livekit_url else str(STAND_IN),
+                "BROKER_LIVEKIT_CLIENT": livekit,
             },
             env_file=None,
         )
+        network = network_url(listener)
         broker = checked(lambda: create_app(settings, any_host=True))
+        broker.state.home = "/"  # the explorer's way back
         try:
-            app = DemoPage(broker, livekit_url)
+            app = DemoPage(broker, livekit_url, network, agent=options.voice == "agent", serves_livekit=bool(livekit))
         except ValueError as error:
             refuse(f"--livekit-url: {error}")
         url = url_to_open(listener)
         say(
             f"Open {url}/ and talk.\n\n"
-            f"Explore the API:  {url}/docs\n"
+            + (f"On the network:   {network}\n" if network else "")
+            + f"Explore the API:  {url}/docs\n"
             f"Start a call:     curl -i -X POST {url}/session\n"
             f"Follow the call:  curl -N {url}LOCATION/events   (LOCATION: from the answer's headers)\n\n"
             f"No key or network needed: the sandbox includes a simulated OneInbox on {emulator.url}. Ctrl-C stops both."
@@ -114,6 +120,23 @@ async def _run(host: str, port: int, options: EmulatorOptions, end: Callable[[],
         elif options.voice == "rooms":
             say(f"\n{NO_AGENT}")
         await create_server(app).serve(sockets=[listener])
+
+
+def network_url(listener: socket.socket) -> str | None:
+    """Return the listener's URL for other devices on the network; None if it listens on loopback or has no network."""
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host.split("%")[0])
+    if address.is_unspecified:
+        try:
+            with socket.socket(listener.family, socket.SOCK_DGRAM) as probe:
+                # Sends nothing: the system only chooses the address it would send from. TEST-NET-1, RFC 5737.
+                probe.connect(("192.0.2.1", 9) if address.version == 4 else ("2001:db8::1", 9))
+                address = ipaddress.ip_address(probe.getsockname()[0])
+        except OSError:
+            return None
+    if address.is_loopback:
+        return None
+    return f"http://{address}:{port}/" if address.version == 4 else f"http://[{address}]:{port}/"
 
 
 def run_emulator(host: str, port: int, api_key: str) -> None:

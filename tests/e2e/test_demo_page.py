@@ -1,9 +1,10 @@
-"""The sandbox's demo page in a real browser."""
+"""The sandbox's page in a real browser."""
 
 import base64
 import hashlib
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,21 @@ from typing import Any
 
 import jwt
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from app.problems import KINDS
 from app.sandbox.demo import LIVEKIT_CLIENT, LIVEKIT_CLIENT_INTEGRITY
 from tests.e2e.conftest import OpenPage, control, running_sandbox, url_in
-from tests.support.needs import NODE_MODULES, node
+from tests.support.needs import NODE_MODULES, node, program
 from tests.support.processes import Process
 
 pytestmark = pytest.mark.browser
 
 PATIENCE = 20_000
 """Milliseconds; enough on a busy machine."""
-REFUSED = r"Failed to load resource: the server responded with a status of 4(04|22|29)"
+REFUSED = r"Failed to load resource: the server responded with a status of 4(03|04|22|29)"
+AMBER = {"light": "rgb(138, 75, 0)", "dark": "rgb(240, 179, 90)"}
+FAILING_MICROPHONE = "navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('', '{}'); }};"
 
 expect.set_options(timeout=PATIENCE)
 
@@ -83,187 +86,309 @@ def assert_accessible(page: Page, axe: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+def button(page: Page, name: str) -> Locator:
+    """Return the button with exactly this name."""
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def talk(page: Page, sandbox: Sandbox) -> dict[str, Any]:
+    """Press Talk and keep the call in progress; return it."""
+    button(page, "Talk").click()
+    expect(button(page, "Hang up")).to_be_visible()
+    return sandbox.hold_call()
+
+
+@pytest.mark.parametrize("width", [280, 360, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_button_works(scheme: str, width: int, sandbox: Sandbox, open_page: OpenPage, axe: str) -> None:
+def test_every_state_is_accessible_and_fits(
+    scheme: str, width: int, sandbox: Sandbox, open_page: OpenPage, axe: str
+) -> None:
     page = open_page(
+        sandbox.url,
         complaints_expected=REFUSED,
         color_scheme=scheme,
         reduced_motion="reduce",  # axe would measure the contrast of a colour in transition
-        viewport={"width": width, "height": 800},
+        viewport={"width": width, "height": 900 if width == 1440 else 800},
     )
-    page.clock.install()
-    page.goto(sandbox.url)
-    state, problem = page.locator("#call-state"), page.get_by_role("article")
-    meter = page.get_by_role("meter", name="Your call limit")
-    talk, hang_up = page.get_by_role("button", name="Talk"), page.get_by_role("button", name="Hang up")
+    screens = {280: 2.5, 360: 2, 1440: 1}[width]
 
-    expect(state).to_have_text("No call yet.")
-    expect(talk).to_be_enabled()
-    expect(hang_up).to_be_disabled()
-    expect(problem).to_be_hidden()
-    assert_accessible(page, axe)
+    def assert_good() -> None:
+        assert_accessible(page, axe)
+        assert page.evaluate("document.documentElement.scrollHeight / innerHeight") <= screens
 
-    talk.click()
-    expect(page.locator("#exchange")).to_be_visible()
-    call = sandbox.hold_call()
-    expect(state).to_have_text("In conversation.")
-    expect(page.get_by_role("button", name="On a call")).to_be_disabled()
-    expect(page.locator("[aria-current=step]")).to_contain_text("In conversation")
-    expect(page.locator("#request")).to_have_text(re.compile(r"^POST /session\s+Idempotency-Key: [0-9a-f]{32}$"))
-    expect(page.locator("#response")).to_contain_text("201 Created")
-    expect(page.locator("#server-url")).to_have_text("ws://127.0.0.1:7880")
+    expect(button(page, "Talk")).to_be_visible()
+    assert_good()
+
+    talk(page, sandbox)
+    expect(page.get_by_role("list", name="Transcript")).to_contain_text("How can I help you?")
+    for tab in ("Token", "Events", "Code", "Request"):
+        page.get_by_role("tab", name=tab).click()
+        assert_good()
+
+    button(page, "Hang up").click()
+    expect(button(page, "Talk again")).to_be_visible()
+    assert_good()
+
+    button(page, "send a bad request").click()
+    expect(page.locator("#provoked")).not_to_be_empty()
+    assert_good()
+
+    button(page, "ask too often").click()
+    expect(page.get_by_role("meter")).to_have_attribute("aria-valuenow", "0")
+    expect(button(page, "ask too often")).to_be_enabled()
+    button(page, "Talk again").click()
+    expect(page.get_by_text("You have called too often")).to_have_css("color", AMBER[scheme])
+    assert_good()
+
+
+def test_call_is_spoken_and_shown_on_the_wire(sandbox: Sandbox, open_page: OpenPage) -> None:
+    page = open_page(sandbox.url)
+    expect(page.locator("#page-knows")).to_have_text("the broker’s address")
+
+    call = talk(page, sandbox)
+
+    words = page.get_by_role("list", name="Transcript").get_by_role("listitem")
+    expect(words).to_have_text([re.compile("^AgentHello, this is")])
+    expect(page.locator("#request")).to_have_text(
+        re.compile(r'^POST /session\n.*Idempotency-Key: [0-9a-f]{32}\n\n{"variables":{"customer_name":"Ada"}}$', re.S)
+    )
+    expect(page.locator("#answer")).to_contain_text('"server_url": "ws://127.0.0.1:7880"')
+    expect(page.locator("#wire-broker")).to_have_text(re.compile(r"^POST /session201 · \d+ ms$"))
+    expect(page.locator("#wire-oneinbox")).to_have_text("POST /v1/calls/web201")
+    expect(page.locator("#page-knows")).to_contain_text("a token for one room")
+    expect(page.locator("#oneinbox-knows")).to_have_text("the agent, and the call: in progress")
+    expect(page.get_by_role("meter", name="Calls left")).to_have_attribute("aria-valuetext", "9 of 10 calls left")
+    assert call["variables"] == {"customer_name": "Ada"}
     token = page.locator("#token").text_content()
     assert token is not None
     assert jwt.decode(token, options={"verify_signature": False})["video"]["room"] == call["room_name"]
     expect(page.locator("#claims")).to_contain_text(call["room_name"])
-    expect(page.locator("#claims")).to_contain_text("HS256")
-    expect(page.locator("#expiry")).to_have_text(re.compile(r"^expires in 14:\d\d$"))
-    expect(meter).to_have_attribute("aria-valuetext", "9 of 10 left")
-    assert_accessible(page, axe)
 
-    hang_up.click()
-    expect(state).to_have_text(re.compile(r"^Ended after \d+ seconds? of talk\.$"))
-    expect(page.locator("#transcript li")).to_have_count(4)
-    expect(page.locator("#transcript")).to_contain_text("We open at nine.")
-    expect(talk).to_be_enabled()
-    expect(hang_up).to_be_disabled()
-    assert_accessible(page, axe)
+    button(page, "Hang up").click()
 
-    page.get_by_role("button", name="Send a bad request").click()
-    expect(problem).to_contain_text("422")
-    expect(problem.get_by_role("heading")).to_have_text(KINDS["invalid-request"].title)
-    expect(problem.get_by_role("listitem")).to_have_count(2)
-    expect(problem).to_contain_text("body › colour")
-    expect(problem).to_contain_text(KINDS["invalid-request"].remedy.replace("`", ""))
-    expect(problem.get_by_role("timer")).to_be_hidden()
-    expect(meter).to_have_attribute("aria-valuemax", "10")  # not the limit of requests, which this answer names
-    assert page.request.get(str(problem.get_by_role("link").evaluate("link => link.href"))).ok
-    assert_accessible(page, axe)
+    expect(button(page, "Talk again")).to_be_visible()
+    expect(page.locator("#request")).to_contain_text("/stop")
+    expect(page.locator("#events")).to_contain_text('status: "completed"')
+    expect(page.locator("#events")).to_contain_text("We open at nine.")  # the transcript, from OneInbox
+    assert [each["running"] for each in sandbox.calls()] == [False]
 
-    page.get_by_role("button", name="Exceed the limit").click()
-    expect(problem.get_by_role("heading")).to_have_text(KINDS["rate-limited"].title)
-    expect(problem).to_contain_text("429")
-    expect(problem.get_by_role("timer")).to_have_text(re.compile(r"^Try again in \d+ s\.$"))
-    expect(page.get_by_role("button", name="Exceed the limit")).to_be_enabled()  # its calls are hung up
-    expect(meter).to_have_attribute("aria-valuetext", "0 of 10 left")
+
+def test_call_that_ends_by_itself_was_spoken_line_by_line(sandbox: Sandbox, open_page: OpenPage) -> None:
+    page = open_page(sandbox.url)
+
+    button(page, "Talk").click()
+
+    expect(button(page, "Talk again")).to_be_visible()
+    lines = ("AgentHello, this is the sandbox. How can I help you?", "YouWhen do you open tomorrow?")
+    words = page.get_by_role("list", name="Transcript").get_by_role("listitem")
+    expect(words).to_have_text([*lines, "AgentWe open at nine.", "YouThank you, goodbye."])
+    expect(page.get_by_role("timer")).to_have_text(re.compile(r"^0:(09|1\d)$"))
+
+
+CODE = {
+    "Tag": ['<oneinbox-call agent="sales"', """variables='{"plan": "it&#39;s"}'"""],
+    "JS": ['agent: "sales"', """variables: { plan: "it's" }""", "broker.talk("],
+    "React": ["""start({ agent: "sales", variables: { plan: "it's" } })""", "useCall(broker)"],
+    "curl": ["""-d '{"agent": "sales", "variables": {"plan": "it'\\''s"}}'""", "/session"],
+}
+
+
+@pytest.mark.parametrize("language", CODE)
+def test_code_follows_the_inputs(sandbox: Sandbox, open_page: OpenPage, language: str) -> None:
+    page = open_page(sandbox.url)
+    button(page, language).click()
+
+    page.get_by_label("Agent", exact=True).fill("sales")
+    page.get_by_label("Variable", exact=True).fill("plan")
+    page.get_by_label("Value", exact=True).fill("it's")
+
+    for part in CODE[language]:
+        expect(page.locator("#code")).to_contain_text(part)
+
+
+@pytest.mark.parametrize("where", ["code", "request"])
+def test_copied_curl_line_starts_a_call(sandbox: Sandbox, open_page: OpenPage, where: str) -> None:
+    program("curl", "curl")
+    page = open_page(sandbox.url, permissions=["clipboard-read", "clipboard-write", "microphone"])
+    if where == "code":
+        button(page, "curl").click()
+        button(page, "Copy").click()
+    else:
+        talk(page, sandbox)
+        button(page, "Copy as curl").click()
+    expect(button(page, "Copied")).to_be_visible()
+
+    line = page.evaluate("navigator.clipboard.readText()")
+
+    done = subprocess.run(["bash", "-c", f"{line} --silent"], capture_output=True, text=True, timeout=30, check=True)
+    assert "HTTP/1.1 201" in done.stdout
+    assert sandbox.calls()[0]["variables"] == {"customer_name": "Ada"}
+
+
+def test_the_demos_code_runs_on_a_page_of_its_own(sandbox: Sandbox, open_page: OpenPage) -> None:
+    """What the Code tab shows as a tag is a whole page's script."""
+    page = open_page(sandbox.url)
+    tag = page.locator("#code").text_content()
+    page.route(
+        "**/mine", lambda route: route.fulfill(content_type="text/html", body=f"<link rel=icon href=data:,>{tag}")
+    )
+
+    page.goto(f"{sandbox.url}/mine")
+    button(page, "Talk").click()
+
+    expect(button(page, "Hang up")).to_be_visible()
+    assert sandbox.calls()[0]["variables"] == {"customer_name": "Ada"}
+
+
+REFUSALS = {
+    "agent": ("Agent", "sales", "403", "agent-not-allowed"),
+    "name": ("Variable", "two words", "422", "invalid-request"),
+    "value": ("Value", "{{secret}}", "422", "invalid-request"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_talk_says_so_beside_its_button(sandbox: Sandbox, open_page: OpenPage, refusal: str) -> None:
+    label, value, status, slug = REFUSALS[refusal]
+    page = open_page(sandbox.url, complaints_expected=REFUSED, color_scheme="light")
+    page.get_by_label(label, exact=True).fill(value)
+
+    button(page, "Talk").click()
+
+    error = page.locator("oneinbox-call").get_by_role("alert")
+    expect(error).not_to_be_empty()
+    expect(error).to_have_css("color", AMBER["light"])
+    expect(button(page, "Talk")).to_be_enabled()
+    expect(page.locator("#status")).to_have_text(status)
+    expect(page.locator("#answer")).to_contain_text(f"/problems/{slug}")
+    expect(page.locator("#wire-oneinbox")).to_contain_text("not asked")
+    assert page.request.get(page.get_by_role("link", name=f"What {slug} means").evaluate("link => link.href")).ok
+    assert sandbox.calls() == []
+
+
+def test_provoked_refusals_are_told_beside_their_buttons(sandbox: Sandbox, open_page: OpenPage) -> None:
+    page = open_page(complaints_expected=REFUSED)
+    page.clock.install()
+    page.goto(sandbox.url)
+    provoked = page.locator("#provoked")
+
+    button(page, "send a bad request").click()
+    expect(provoked).to_have_text(f"{KINDS['invalid-request'].title}. The answer says what is wrong.")
+    expect(page.locator("#status")).to_have_text("422")
+    expect(page.locator("#answer")).to_contain_text("customer_name")
+
+    button(page, "ask too often").click()
+    expect(provoked).to_have_text(re.compile(rf"^{KINDS['rate-limited'].title}\. Try again in \d+ s\.$"))
+    expect(page.locator("#status")).to_have_text("200")  # its calls are hung up
+    expect(page.locator("#budget")).to_have_text(re.compile(r"^0 of 10 calls left · next one back in \d+ s$"))
     calls = sandbox.calls()
     assert len(calls) >= 10
     assert not [each for each in calls if each["running"]]
-    assert_accessible(page, axe)
-
-    talk.click()
-    expect(problem.get_by_role("heading")).to_have_text(KINDS["rate-limited"].title)
-    expect(talk).to_be_enabled()
 
     page.clock.fast_forward(31_000)
-    expect(problem.get_by_role("timer")).to_have_text("You can try again now.")
-    expect(meter).to_have_attribute("aria-valuetext", "10 of 10 left")
+    expect(page.locator("#budget")).to_have_text("10 of 10 calls left in any 30 s")
+    expect(provoked).to_have_text("You can call again now.")
 
 
-def test_ended_call_shows_its_transcript(sandbox: Sandbox, open_page: OpenPage) -> None:
-    page = open_page(sandbox.url)
-
-    page.get_by_role("button", name="Talk").click()
-
-    expect(page.locator("#call-state")).to_have_text("Ended after 8 seconds of talk.")
-    for label in ("In conversation", "Ended"):  # the broker polls about once a second and may miss shorter states
-        expect(page.locator("#timeline .reached").filter(has_text=label)).to_have_count(1)
-    expect(page.locator("#transcript li")).to_have_count(4)
-
-
-def test_unknown_states_are_shown(sandbox: Sandbox, open_page: OpenPage) -> None:
-    page = open_page(sandbox.url)
-    page.get_by_role("button", name="Talk").click()
-    expect(page.locator("#exchange")).to_be_visible()
-    [call] = sandbox.calls()
-
-    sandbox.change_call(call, status="ringing")
-    expect(page.locator("#call-state")).to_have_text("ringing.")
-    expect(page.get_by_role("button", name="Hang up")).to_be_enabled()
-
-    sandbox.change_call(call, status="failed")
-    expect(page.locator("#call-state")).to_have_text(re.compile("^failed after"))
-    expect(page.locator("#timeline li").last).to_contain_text("failed")
-    expect(page.get_by_role("button", name="Talk")).to_be_enabled()
-
-
-def test_next_call_replaces_the_previous_one(sandbox: Sandbox, open_page: OpenPage) -> None:
-    page = open_page(sandbox.url)
-    page.get_by_role("button", name="Talk").click()
-    expect(page.locator("#exchange")).to_be_visible()
-    call = sandbox.hold_call()
-    sandbox.change_call(call, remove=["transcript"])  # the page waits for it
-    page.get_by_role("button", name="Hang up").click()
-    expect(page.locator("#no-transcript")).to_have_text("The transcript is being written …")
-
-    with page.expect_event("requestfailed", lambda request: f"{call['id']}." in request.url):
-        page.get_by_role("button", name="Talk").click()
-
-    expect(page.locator("#no-transcript")).to_have_text("It appears when the call has ended.")
-
-
-def test_user_can_talk_again_after_a_lost_call(sandbox: Sandbox, open_page: OpenPage) -> None:
-    page = open_page(complaints_expected=REFUSED)
-    page.route("**/events", lambda route: route.fulfill(status=404, body=""))
+@pytest.mark.parametrize("failure", ["NotAllowedError", "NotFoundError"])
+def test_without_a_microphone_the_second_press_listens(sandbox: Sandbox, open_page: OpenPage, failure: str) -> None:
+    page = open_page()
+    page.add_init_script(FAILING_MICROPHONE.format(failure))
     page.goto(sandbox.url)
 
-    page.get_by_role("button", name="Talk").click()
+    button(page, "Talk").click()
 
-    expect(page.locator("#call-state")).to_have_text("The call’s state is no longer available.")
-    expect(page.get_by_role("button", name="Talk")).to_be_enabled()
+    expect(page.locator("oneinbox-call").get_by_role("alert")).to_contain_text("microphone")
+    expect(page.locator("#trouble")).to_have_text("Talk again to listen without one.")
+    assert sandbox.calls() == []
+
+    button(page, "Talk").click()
+
+    expect(button(page, "Hang up")).to_be_visible()
+    assert len(sandbox.calls()) == 1
+
+
+def test_lost_broker_is_said_and_ends_the_call(sandbox: Sandbox, open_page: OpenPage, axe: str) -> None:
+    page = open_page(
+        complaints_expected=r"net::ERR_(CONNECTION|INCOMPLETE|EMPTY)|status of 503", reduced_motion="reduce"
+    )
+    page.clock.install()
+    page.goto(sandbox.url)
+    talk(page, sandbox)
+
+    sandbox.process.terminate()
+
+    expect(page.locator("#trouble")).to_have_text(re.compile("does not answer. This call ends in"))
+    page.clock.fast_forward(11_000)
+    expect(page.locator("#trouble")).to_contain_text("The broker is gone")
+    for _ in range(4):  # the client asks again before it gives up
+        page.clock.fast_forward(10_000)
+    expect(button(page, "Talk again")).to_be_visible()
+    assert_accessible(page, axe)
+
+    button(page, "Talk again").click()
+    expect(page.locator("oneinbox-call").get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.locator("#status")).to_have_text("lost")
+
+
+def test_call_that_the_broker_has_forgotten_is_said_and_ends(sandbox: Sandbox, open_page: OpenPage) -> None:
+    page = open_page(complaints_expected=REFUSED)
+    answer = {
+        "status": 404,
+        "content_type": "application/problem+json",
+        "body": '{"type": "/problems/not-found", "title": "Not found"}',
+    }
+    page.route("**/events", lambda route: route.fulfill(**answer))
+    page.goto(sandbox.url)
+
+    button(page, "Talk").click()
+
+    expect(button(page, "Talk again")).to_be_visible()
+
+
+def test_reloaded_page_goes_back_to_its_call(sandbox: Sandbox, open_page: OpenPage) -> None:
+    page = open_page(sandbox.url)
+    call = talk(page, sandbox)
+    expect(page.locator("#oneinbox-knows")).to_contain_text("in progress")
+
+    page.reload()
+    button(page, "Back to the call").click()
+
+    expect(button(page, "Hang up")).to_be_visible()
+    assert [each["id"] for each in sandbox.calls()] == [call["id"]]
 
 
 def test_page_works_with_the_keyboard_alone(sandbox: Sandbox, open_page: OpenPage) -> None:
     page = open_page(sandbox.url, complaints_expected=REFUSED)
 
+    def focused() -> Locator:
+        return page.locator(":focus").last
+
     def tab_to(name: str) -> None:
-        for _ in range(10):
+        for _ in range(20):
             page.keyboard.press("Tab")
-            focused = page.locator(":focus")
-            assert focused.evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
-            if (focused.text_content() or "").strip() == name:
+            assert focused().evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+            if (focused().text_content() or "").strip() == name:
                 return
         raise AssertionError(f"Tab does not lead to {name!r}")
 
-    tab_to("Skip to content")
+    tab_to("Skip to the call")
     page.keyboard.press("Enter")
     tab_to("Talk")
     page.keyboard.press("Enter")
-    expect(page.locator("#exchange")).to_be_visible()
+    expect(button(page, "Hang up")).to_be_focused()  # in place
     sandbox.hold_call()
-    expect(page.locator("#call-state")).to_have_text("In conversation.")
-    expect(page.locator(":focus")).to_have_text("On a call")  # keeps the focus
-    tab_to("Hang up")
     page.keyboard.press("Space")
-    expect(page.locator("#call-state")).to_contain_text("Ended")
-    tab_to("Send a bad request")
+    expect(button(page, "Talk again")).to_be_focused()
+    tab_to("send a bad request")
     page.keyboard.press("Space")
-    expect(page.get_by_role("article")).to_contain_text("422")
-    tab_to("What invalid-request means")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name=KINDS["invalid-request"].title)).to_be_visible()
-    page.go_back()
-    tab_to("Exceed the limit")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("article")).to_contain_text("429")
-    expect(page.locator(":focus")).to_have_text("Exceed the limit")
-
-
-def test_stopped_broker_is_reported(sandbox: Sandbox, open_page: OpenPage, axe: str) -> None:
-    page = open_page(
-        sandbox.url,
-        complaints_expected=r"net::ERR_(CONNECTION|INCOMPLETE|EMPTY)|status of 503",
-        reduced_motion="reduce",
-    )
-    page.get_by_role("button", name="Talk").click()
-    expect(page.locator("#exchange")).to_be_visible()
-
-    sandbox.process.terminate()
-    page.get_by_role("button", name="Send a bad request").click()
-
-    expect(page.get_by_role("article")).to_contain_text("The broker does not answer")
-    assert_accessible(page, axe)
+    expect(page.locator("#provoked")).to_contain_text(KINDS["invalid-request"].title)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("tab", name="Request")).to_be_focused()  # the other tabs are a key of arrows away
+    for key, name in (("End", "Events"), ("Home", "Code"), ("ArrowRight", "Request"), ("ArrowRight", "Token")):
+        page.keyboard.press(key)
+        expect(page.get_by_role("tab", name=name)).to_be_focused()
+        expect(page.get_by_role("tabpanel", name=name)).to_be_visible()
 
 
 def test_livekit_client_is_the_published_file() -> None:
@@ -275,51 +400,43 @@ def test_livekit_client_is_the_published_file() -> None:
     assert f"sha384-{base64.b64encode(digest).decode()}" == LIVEKIT_CLIENT_INTEGRITY
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_join_connects_to_the_livekit_server(width: int, livekit_sandbox: str, open_page: OpenPage, axe: str) -> None:
+def test_call_joins_the_livekit_server(livekit_sandbox: str, open_page: OpenPage, axe: str) -> None:
     """Test up to the connection attempt: nothing listens there."""
     node("livekit-client")
     page = open_page(
         livekit_sandbox,
-        complaints_expected=r"127\.0\.0\.1:1/|^Couldn't connect to server",
+        complaints_expected=r"127\.0\.0\.1:1/|^Couldn't connect to server|livekit-client\.js",
         answered={LIVEKIT_CLIENT: livekit_client()},
         reduced_motion="reduce",
-        viewport={"width": width, "height": 800},
     )
     asked: list[str] = []
     page.on("websocket", lambda socket: asked.append(socket.url))
-    join, state = page.get_by_role("button", name="Join the room"), page.locator("#join-state")
-    expect(join).to_be_disabled()
-    page.get_by_role("button", name="Talk").click()
-    expect(join).to_be_enabled()
 
-    join.click()
+    button(page, "Talk").click()
 
-    expect(state).to_contain_text("Could not join the room")
-    expect(join).to_be_enabled()
+    expect(page.get_by_text("The call could not be joined.")).to_be_visible()
+    expect(button(page, "Talk")).to_be_enabled()
     assert any(address.startswith("ws://127.0.0.1:1/rtc") for address in asked)
     assert_accessible(page, axe)
-    page.get_by_role("button", name="Hang up").click()
-    expect(state).to_have_text("The call has ended.")
-    expect(join).to_be_disabled()
 
 
-def test_join_reports_a_missing_network(livekit_sandbox: str, open_page: OpenPage) -> None:
-    page = open_page(livekit_sandbox, complaints_expected="ERR_INTERNET_DISCONNECTED", answered={LIVEKIT_CLIENT: None})
-    page.get_by_role("button", name="Talk").click()
-    page.get_by_role("button", name="Join the room").click()
-
-    expect(page.locator("#join-state")).to_contain_text("Are you online?")
-
-
-def test_altered_livekit_client_is_not_run(livekit_sandbox: str, open_page: OpenPage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["offline", "altered"])
+def test_livekit_client_that_is_not_the_published_file_costs_no_call(
+    livekit_sandbox: str, open_page: OpenPage, tmp_path: Path, fault: str
+) -> None:
     forged = tmp_path / "forged.js"
     forged.write_text("globalThis.forged = true;")
-    page = open_page(livekit_sandbox, complaints_expected="integrity", answered={LIVEKIT_CLIENT: forged})
-    page.get_by_role("button", name="Talk").click()
-    page.get_by_role("button", name="Join the room").click()
+    page = open_page(
+        livekit_sandbox,
+        complaints_expected=r"ERR_INTERNET_DISCONNECTED|integrity|livekit-client\.js",
+        answered={LIVEKIT_CLIENT: forged if fault == "altered" else None},
+    )
 
-    expect(page.locator("#join-state")).to_contain_text("did not load")
+    button(page, "Talk").click()
+
+    expect(page.get_by_text("The audio software could not be loaded.")).to_be_visible()
+    expect(page.get_by_text("npm install livekit-client")).to_be_visible()
+    expect(page.locator("#wire-broker")).to_contain_text("not asked yet")
     assert page.evaluate("globalThis.forged") is None
 
 

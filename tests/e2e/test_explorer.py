@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.e2e.conftest import OpenPage, running_broker
-from tests.support.needs import program
+from tests.support.needs import NODE_MODULES, node, program
 
 pytestmark = pytest.mark.browser
 
@@ -53,11 +53,37 @@ def test_try_it_out_starts_a_call_and_follows_its_location(open_page: OpenPage, 
     assert body(started).keys() == {"server_url", "participant_token"}
     location = re.search(r"location: (\S+)", started.inner_text())
     assert location is not None
-    reading = opened(page, "getCall")
-    reading.get_by_placeholder("call", exact=True).fill(location[1].removeprefix("/calls/"))
-    read = executed(reading)
+    for operation in ("getCall", "followCall", "stopCall"):  # the call is filled in wherever one is needed
+        expect(opened(page, operation).get_by_placeholder("call", exact=True)).to_have_value(
+            location[1].removeprefix("/calls/")
+        )
+    read = executed(page.locator("[id$='-getCall']"))
     expect(read.locator(".response-col_status")).to_contain_text("200")
     assert body(read)["agent"] == "default"
+
+
+def test_next_call_replaces_the_one_filled_in(open_page: OpenPage, sandbox: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+    session = opened(page, "createSession")
+    field = opened(page, "getCall").get_by_placeholder("call", exact=True)
+    executed(session)
+    expect(field).not_to_have_value("")
+    first = field.input_value()
+
+    session.get_by_role("button", name="Execute").click()
+
+    expect(field).not_to_have_value(first)
+
+
+def test_sandbox_has_a_way_back_and_a_broker_has_none(open_page: OpenPage, sandbox: str, oneinbox: str) -> None:
+    page = open_page(f"{sandbox}/docs")
+    page.get_by_role("link", name="Back to the call").click()
+    expect(page.get_by_role("button", name="Talk")).to_be_visible()
+
+    with running_broker(oneinbox) as (_, url):
+        page = open_page(f"{url}/docs")
+        expect(page.get_by_text("Start a call").first).to_be_visible()
+        expect(page.get_by_role("link", name="Back to the call")).to_have_count(0)
 
 
 @pytest.mark.parametrize("example", ["Values for the agent's prompt", "LiveKit's standard token request"])
@@ -72,12 +98,14 @@ def test_each_request_example_can_be_tried_out(open_page: OpenPage, sandbox: str
 
 def test_curl_line_works_when_pasted(open_page: OpenPage, sandbox: str) -> None:
     program("curl", "curl")
-    page = open_page(f"{sandbox}/docs")
+    page = open_page(f"{sandbox}/docs", permissions=["clipboard-read", "clipboard-write"])
     session = opened(page, "createSession")
     session.locator(EXAMPLES).select_option("Values for the agent's prompt")
     executed(session)
 
-    line = session.locator(".curl-command .curl").inner_text()
+    session.get_by_role("button", name="Copy as curl").click()
+    expect(session.get_by_role("button", name="Copied")).to_be_visible()
+    line = page.evaluate("navigator.clipboard.readText()")
 
     done = subprocess.run(["bash", "-c", f"{line} --silent"], capture_output=True, timeout=30, check=True)
     assert json.loads(done.stdout).keys() == {"server_url", "participant_token"}
@@ -96,14 +124,54 @@ def test_errors_are_collapsed_and_complete(open_page: OpenPage, sandbox: str) ->
     expect(refused.locator(".highlight-code").first).to_contain_text("/problems/blocked")
 
 
+CONTRAST = """axe.run({ runOnly: ["color-contrast"] }).then(({ violations }) =>
+  violations.flatMap(({ nodes }) => nodes.map(({ html }) => html)))"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_explorer_follows_the_colour_scheme(open_page: OpenPage, sandbox: str, scheme: str) -> None:
-    page = open_page(f"{sandbox}/docs", color_scheme=scheme)
+def test_everything_is_readable(open_page: OpenPage, oneinbox: str, scheme: str) -> None:
+    """Light and dark, with all that can be opened and a login's dialog."""
+    node("axe-core")
+    axe = (NODE_MODULES / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+    with running_broker(oneinbox, BROKER_AUTH="jwt", BROKER_JWT_SECRET=SECRET) as (_, url):
+        page = open_page(f"{url}/docs", color_scheme=scheme, complaints_expected="status of 401")
+        session = opened(page, "createSession")
+        expect(executed(session).locator(".response-col_status")).to_contain_text("401")
+        for each in ("listCalls", "getCall"):
+            opened(page, each)
+        for fold in page.locator(".folded > summary").all():
+            if fold.is_visible():
+                fold.click()
+        page.locator("section.models h4").click()
+        for schema in page.locator("section.models .json-schema-2020-12-accordion").all()[:3]:
+            schema.click()
 
-    expect(page.get_by_text("Start a call").first).to_be_visible()
+        page.evaluate(axe)
+        assert page.evaluate(CONTRAST) == []
 
-    letters = page.evaluate("getComputedStyle(document.querySelector('.swagger-ui')).color")
-    assert (min(map(int, re.findall(r"\d+", letters))) > 128) == (scheme == "dark")
+        page.locator(".scheme-container .authorize").click()
+        expect(page.locator(".dialog-ux .modal-ux")).to_be_visible()
+        assert page.evaluate(CONTRAST) == []
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", background))) < 128) == (scheme == "dark")
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [
+        ({}, 0),
+        ({"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": SECRET}, 1),
+        ({"BROKER_AUTH": "header", "BROKER_TRUSTED_PROXIES": "127.0.0.1"}, 1),
+    ],
+    ids=["anonymous", "jwt", "header"],
+)
+def test_list_of_calls_is_offered_where_users_are_known(
+    open_page: OpenPage, oneinbox: str, settings: dict[str, str], offered: int
+) -> None:
+    with running_broker(oneinbox, **settings) as (_, url):
+        page = open_page(f"{url}/docs")
+        expect(page.get_by_text("Start a call").first).to_be_visible()
+        expect(page.locator("[id$='-listCalls']")).to_have_count(offered)
 
 
 def test_explorer_works_under_a_prefix(oneinbox: str, open_page: OpenPage) -> None:

@@ -50,7 +50,7 @@ createRoot(document.querySelector("main")).render(<StrictMode><Talk /></StrictMo
 FIRST_PAGE = """
 document.querySelector("main").innerHTML = '<button id="talk">Talk</button>';
 """
-"""What README.md's page needs besides what is printed there."""
+"""What README.md's page needs besides what is printed there. `import` comes first wherever it stands."""
 NAIVE_PAGE = """
 import { createRoot } from "react-dom/client";
 import { TokenSource } from "livekit-client";
@@ -196,8 +196,11 @@ def starts(oneinbox: str) -> int:
     return sum(each["path"] == "/v1/calls/web" for each in control(oneinbox, "requests"))
 
 
+LIVEKIT_CLIENT = {"BROKER_LIVEKIT_CLIENT": str(NODE_MODULES / "livekit-client/dist/livekit-client.esm.mjs")}
+
+
 def test_the_page_of_the_readme(open_recipes: OpenRecipes) -> None:
-    visit = open_recipes("first", "")
+    visit = open_recipes("first", "", **LIVEKIT_CLIENT)
     assert visit.posts == []
     visit.page.get_by_role("button", name="Talk").click()
     visit.wait_for(lambda: len(visit.rooms) == 1)
@@ -207,7 +210,7 @@ def test_the_page_of_the_readme(open_recipes: OpenRecipes) -> None:
 
 
 def test_the_page_of_the_readme_shows_a_refusal(open_recipes: OpenRecipes) -> None:
-    visit = open_recipes("first", "status of 429", BROKER_SESSION_LIMITS="1/hour")
+    visit = open_recipes("first", "status of 429", BROKER_SESSION_LIMITS="1/hour", **LIVEKIT_CLIENT)
     told: list[str] = []
 
     def on_dialog(dialog: Dialog) -> None:
@@ -219,7 +222,7 @@ def test_the_page_of_the_readme_shows_a_refusal(open_recipes: OpenRecipes) -> No
     talk.click()
     visit.wait_for(lambda: len(visit.rooms) == 1)
     talk.click()
-    visit.wait_for(lambda: told == [KINDS["rate-limited"].title])
+    visit.wait_for(lambda: told[-1:] == [KINDS["rate-limited"].title])  # the first one could not be joined
 
 
 def test_plain_fetch(open_recipes: OpenRecipes) -> None:

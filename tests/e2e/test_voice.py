@@ -1,5 +1,6 @@
 """Calls that are heard: Chromium with a fake microphone, a real LiveKit server, and the emulator's agent."""
 
+import os
 import re
 import subprocess
 import time
@@ -15,9 +16,10 @@ import jwt
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.e2e.conftest import OpenPage, chromium, control, running_broker, running_site
+from app.sandbox.rooms import GREETING as AGENTS_WORDS
+from tests.e2e.conftest import OpenPage, chromium, control, running_broker, running_sandbox, running_site
 from tests.support.brokers import environ_of
-from tests.support.livekit import LiveKit, running_oneinbox, running_server, signed
+from tests.support.livekit import LiveKit, livekit_server, running_oneinbox, running_server, signed
 from tests.support.needs import NODE_MODULES, node
 from tests.support.processes import ROOT, run
 from tests.support.valkey import Valkey
@@ -156,11 +158,17 @@ def talk(page: Page) -> None:
     expect(page.get_by_text(re.compile(r"^(connected|You are connected\.)$"))).to_be_visible(timeout=PATIENCE * 1000)
 
 
+def wait_until(page: Page, condition: str) -> None:
+    """Wait until this expression is true. Playwright's own wait would need `unsafe-eval` of the page's policy."""
+    deadline = time.monotonic() + PATIENCE
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, page.evaluate("JSON.stringify(heard.slice(-20))")
+        page.wait_for_timeout(50)
+
+
 def wait_to_hear(page: Page, hertz: float) -> None:
     """Wait until this tone is heard: a bin of the analyser is 6 Hz wide."""
-    page.wait_for_function(
-        f"heard.some(({{ rms, hertz }}) => rms > {SILENCE} && Math.abs(hertz - {hertz}) < 12)", timeout=PATIENCE * 1000
-    )
+    wait_until(page, f"heard.some(({{ rms, hertz }}) => rms > {SILENCE} && Math.abs(hertz - {hertz}) < 12)")
 
 
 def room_of(oneinbox: str) -> str:
@@ -286,3 +294,39 @@ def test_token_used_twice_is_told_in_words(open_client: OpenClient, broker: str,
     wait_to_hear(second, SPOKEN)
     assert call["token"] not in first.content()
     assert control(oneinbox, "calls")[0]["status"] == "in_progress"
+
+
+@pytest.fixture
+def talking_sandbox(tmp_path: Path, settings: dict[str, str]) -> Iterator[str]:
+    """`sandbox --livekit`, as a newcomer runs it, without a network."""
+    (tmp_path / "livekit-server").symlink_to(livekit_server())
+    environ = {
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+        "BROKER_LIVEKIT_CLIENT": settings["BROKER_LIVEKIT_CLIENT"],
+    }
+    with running_sandbox("--livekit", **environ) as (process, url):
+        yield url
+        assert process.terminate() == 0
+
+
+def test_sandbox_page_talks(talking_sandbox: str, open_page: OpenPage) -> None:
+    page = open_page(complaints_expected=LIVEKITS_OWN)
+    page.add_init_script(path=HERE / "measure.js")
+    page.goto(talking_sandbox)
+    words = page.locator("#words li")
+
+    page.get_by_role("button", name="Talk").click()
+
+    expect(words.first).to_have_text(
+        re.compile(r"^Agent\s*Hello,( this| $)"), timeout=PATIENCE * 1000
+    )  # while it speaks
+    expect(words.first).to_contain_text(AGENTS_WORDS)
+    wait_to_hear(page, SPOKEN)
+    expect(words.nth(1)).to_contain_text("You")
+    page.get_by_role("button", name="Mute").click()
+    wait_until(page, f"heard.slice(-25).every(({{ rms }}) => rms < {SILENCE})")  # the last echo is over
+    page.get_by_role("button", name="Mute").click()
+    page.evaluate("heard.length = 0")
+    wait_to_hear(page, SPOKEN)
+    page.get_by_role("button", name="Hang up").click()
+    expect(page.locator("oneinbox-call")).to_contain_text("The call has ended.")

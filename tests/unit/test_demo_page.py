@@ -1,10 +1,18 @@
 """The demo page in process: what it serves, what it passes on, and its Content-Security-Policy."""
 
+import re
+import socket
+from pathlib import Path
+from typing import cast
+
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
+from app.cli.sandbox import network_url
+from app.sandbox import demo
 from app.sandbox.demo import ASSETS, LIVEKIT_CLIENT, LIVEKIT_CLIENT_INTEGRITY, DemoPage, content_security_policy
+from app.sandbox.demo.qr import qr_svg
 
 
 async def ask(page: DemoPage, method: str, path: str) -> httpx.Response:
@@ -41,7 +49,45 @@ async def test_policy_allows_the_given_livekit_server_and_its_client() -> None:
     policy = answer.headers["content-security-policy"]
     assert f"script-src 'self' {LIVEKIT_CLIENT};" in policy
     assert "connect-src 'self' wss://livekit.example https://livekit.example;" in policy
-    assert LIVEKIT_CLIENT_INTEGRITY in answer.text
+    assert f'data-livekit-client-integrity="{LIVEKIT_CLIENT_INTEGRITY}"' in answer.text
+    assert "livekit.example: OneInbox is simulated" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "from_cdn"),
+    [
+        ({"agent": True}, "its agent, on ws://127.0.0.1:7880, greets you", True),
+        ({"agent": True, "serves_livekit": True}, "its agent, on ws://127.0.0.1:7880, greets you", False),
+        ({"agent": False}, "No agent is in the room on ws://127.0.0.1:7880", True),
+    ],
+)
+async def test_page_says_who_answers(options: dict[str, bool], says: str, from_cdn: bool) -> None:
+    page = DemoPage(PlainTextResponse("the broker"), "ws://127.0.0.1:7880", **options)
+
+    text = (await ask(page, "GET", "/")).text
+
+    assert says in text
+    assert (f'data-livekit-client="{LIVEKIT_CLIENT}"' in text) is from_cdn
+
+
+async def test_page_for_other_devices_has_a_qr_code_of_its_address() -> None:
+    page = DemoPage(PlainTextResponse("the broker"), phone_url="http://192.0.2.7:8000/")
+
+    code = await ask(page, "GET", "/demo/phone.svg")
+
+    assert code.headers["content-type"].startswith("image/svg+xml")
+    assert code.text == qr_svg("http://192.0.2.7:8000/")
+    assert "http://192.0.2.7:8000/" in (await ask(page, "GET", "/")).text
+
+
+async def test_page_on_loopback_has_none(page: DemoPage) -> None:
+    assert "phone" not in (await ask(page, "GET", "/")).text
+    assert (await ask(page, "GET", "/demo/phone.svg")).text == "the broker"
+
+
+def test_every_file_of_the_page_is_served() -> None:
+    names = {path.name for path in Path(demo.__file__).parent.iterdir() if path.suffix in (".js", ".css", ".svg")}
+    assert names == ASSETS.keys()
 
 
 @pytest.mark.parametrize(
@@ -50,3 +96,34 @@ async def test_policy_allows_the_given_livekit_server_and_its_client() -> None:
 def test_invalid_livekit_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="takes ws"):
         content_security_policy(url)
+
+
+class Listener:
+    """A listening socket, as far as its address is asked for."""
+
+    def __init__(self, host: str) -> None:
+        self.family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._host = host
+
+    def getsockname(self) -> tuple[str, int]:
+        return (self._host, 8000)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", None),
+        ("::1", None),
+        ("192.168.1.20", "http://192.168.1.20:8000/"),
+        ("fd00::20", "http://[fd00::20]:8000/"),
+    ],
+)
+def test_address_for_other_devices(host: str, url: str | None) -> None:
+    assert network_url(cast("socket.socket", Listener(host))) == url
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_address_that_the_system_would_send_from(host: str) -> None:
+    """What it is depends on the machine; loopback and the unspecified address would help no phone."""
+    url = network_url(cast("socket.socket", Listener(host)))
+    assert url is None or not re.search(r"127\.|//0\.0|\[::1?\]", url)

@@ -28,16 +28,21 @@ PAGE = """<!doctype html>
 <title>OneInbox token broker: API</title><link rel="icon" href="{prefix}/docs/favicon.png">
 <link rel="stylesheet" href="{prefix}/docs/swagger-ui.css">
 <link rel="stylesheet" href="{prefix}/docs/explorer.css"></head>
-<body><div id="explorer" data-document="{prefix}/openapi.json"></div>
+<body>{home}<div id="explorer" data-document="{prefix}/openapi.json"></div>
 <script src="{prefix}/docs/swagger-ui-bundle.js"></script>
 <script src="{prefix}/docs/explorer.js"></script></body></html>
 """
+HOME = '<nav class="home" aria-label="Other pages"><a href="{}">← Back to the call</a></nav>'
 
 
 @router.get("/docs")
 async def explorer(request: Request) -> Response:
-    """Return the page. The prefix needs no escaping: it is a validated setting."""
-    page = PAGE.format(prefix=request.scope.get("root_path", ""))
+    """Return the page. The prefix needs no escaping: it is a validated setting.
+
+    `app.state.home`: a page to go back to, as the sandbox has one.
+    """
+    home = getattr(request.app.state, "home", None)
+    page = PAGE.format(prefix=request.scope.get("root_path", ""), home=HOME.format(home) if home else "")
     return HTMLResponse(page, headers={"Content-Security-Policy": CSP})
 
 
