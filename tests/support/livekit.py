@@ -148,7 +148,12 @@ def running_oneinbox(options: EmulatorOptions) -> Iterator[str]:
 
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(asyncio.run, run())
-        ended.add_done_callback(lambda done: url.done() or url.set_exception(done.exception() or RuntimeError("ended")))
+
+        def failed(done: Future[None]) -> None:
+            if not url.done():
+                url.set_exception(done.exception() or RuntimeError("ended"))
+
+        ended.add_done_callback(failed)
         address, loop = url.result()
         try:
             yield address
