@@ -1,9 +1,8 @@
-"""Exception handlers: every error of a route, FastAPI's own included, becomes problem details (RFC 9457)."""
+"""Every error of a route, FastAPI's own included, becomes problem details (RFC 9457)."""
 
 import json
 
 import structlog
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -29,21 +28,16 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
     return Response(json.dumps(body), status_code=body["status"], headers=dict(problem.headers), media_type=MEDIA_TYPE)
 
 
-def install(app: FastAPI) -> None:
-    """Answer the exceptions of all routes with problems."""
-
-    async def respond(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException) and request.method == "OPTIONS":
-            methods = _methods(error, request.scope)
-            if methods:
-                return Response(status_code=204, headers={"Allow": methods})
-        return problem_response(request.scope, _problem_of(error, request))
-
-    for kind in (Problem, Refused, OneInboxError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, respond)
+def response_to(error: Exception, scope: Scope) -> Response | None:
+    """Return the response to an exception of a route; None for one that no route should raise."""
+    if not isinstance(error, (Problem, Refused, OneInboxError, RequestValidationError, HTTPException)):
+        return None
+    if isinstance(error, HTTPException) and scope["method"] == "OPTIONS" and (methods := _methods(error, scope)):
+        return Response(status_code=204, headers={"Allow": methods})
+    return problem_response(scope, _problem_of(error, scope))
 
 
-def _problem_of(error: Exception, request: Request) -> Problem:
+def _problem_of(error: Exception, scope: Scope) -> Problem:
     match error:
         case Problem():
             return error
@@ -55,14 +49,14 @@ def _problem_of(error: Exception, request: Request) -> Problem:
             if not isinstance(error, NoSuchCall):
                 # A misconfiguration needs the operator; the rest passes by itself.
                 report = log.error if error.slug == "upstream-misconfigured" else log.warning
-                request_id = request.scope["state"]["request_id"]
+                request_id = scope["state"]["request_id"]
                 fields = {"problem": error.slug, "reason": error.reason, "request_id": request_id, **error.log_fields}
                 report("upstream_failed", **fields)
             headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
             return Problem(error.slug, headers=headers)
     assert isinstance(error, HTTPException)  # noqa: S101 - the last of the registered classes
     if error.status_code == 405:
-        return Problem("method-not-allowed", headers={"Allow": _methods(error, request.scope)})
+        return Problem("method-not-allowed", headers={"Allow": _methods(error, scope)})
     return Problem("not-found" if error.status_code == 404 else "internal-error", headers=error.headers or {})
 
 

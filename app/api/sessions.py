@@ -13,6 +13,7 @@ from app.api.openapi import answer, problems, reads
 from app.api.request_body import check_declared, read_json
 from app.api.routing import FastRoute
 from app.problems import KINDS, invalid_request
+from app.server.protocol import DISCONNECTED
 from app.sessions.disconnect import ClientConnection
 from app.sessions.schemas import ANSWERS, MAX_BODY, REQUESTS, Session, SessionRequest
 from app.sessions.service import SessionInput
@@ -54,7 +55,7 @@ async def create_session(request: Request, broker: BrokerDep) -> Response:
         body=body,
         keys=request.headers.getlist("idempotency-key"),
         challenge_token=request.headers.get("x-challenge-token"),
-        client=ClientConnection(request.receive),
+        client=ClientConnection(request.receive, request.scope.get("extensions", {}).get(DISCONNECTED)),
         answer_headers=state["limit_headers"],
         entitlement=entitlement,
     )

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
@@ -30,10 +31,7 @@ from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
 from app.identity.base import Identity
 from app.identity.header import HeaderIdentity
-from app.identity.jwks import KeySet
-from app.identity.jwt import JwtIdentity
 from app.identity.keyring import Keyring
-from app.identity.keys import FixedKey, Keys, VerifyingKey, public_key, secret_key
 from app.limits import Allowance, KillSwitch, Limits, LiveCalls, Reconciler
 from app.limits.call_attempt import ALL_CALLS
 from app.limits.ledger import LEASE_GRACE, Ledger
@@ -51,6 +49,9 @@ from app.store import KEPT, Store, StoreUnavailable, open_store
 from app.store.url import parse_store_url
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces, open_traces
+
+if TYPE_CHECKING:
+    from app.identity.keys import Keys, VerifyingKey
 
 LONGEST_LEASE = 86400
 """Seconds until a slot is free if calls may run without limit."""
@@ -141,9 +142,12 @@ async def open_broker(
             metrics=metrics,
             traces=traces,
             clock=Clock(store.now, clock.monotonic),
+            warm=settings.warm_connections,
         )
         stack.push_async_callback(oneinbox.aclose)
-        if isinstance(keys, KeySet):
+        if store.shared:
+            keyring.load_ciphers()  # each session needs them
+        if keys is not None:
             stack.push_async_callback(keys.aclose)
             await keys.start()
         ledger = open_ledger(settings, plans, store)
@@ -274,13 +278,13 @@ async def open_broker(
 
 
 def secret_handlers(
-    oneinbox: OneInbox, keyring: Keyring, keys: Keys | None, challenge: Challenge | None, store: Store
+    oneinbox: OneInbox, keyring: Keyring, keys: "Keys | None", challenge: Challenge | None, store: Store
 ) -> Mapping[str, SecretHandler]:
     """Return a handler for each secret whose file may change at run time. Running requests keep the old secret."""
 
     def use_fixed_key(settings: Settings) -> None:
         key = _fixed_key(settings)
-        if isinstance(keys, FixedKey) and key is not None:
+        if keys is not None and key is not None:
             keys.use(key)
 
     def use_challenge_secret(settings: Settings) -> None:
@@ -320,15 +324,17 @@ def open_oneinbox(
     metrics: Metrics | None = None,
     traces: Traces | None = None,
     clock: Clock = SYSTEM_CLOCK,
+    warm: int = 0,
 ) -> OneInbox:
     """Return a client of the configured account, inside the event loop. The caller closes it.
 
-    `reread_key`: called after a 401, before the request is sent once more.
+    `reread_key`: called after a 401, before the request is sent once more. `warm`: connections kept ready.
     """
+    url, size = settings.oneinbox_base_url, settings.max_waiting + BESIDE_STARTS
     return OneInbox(
         settings.oneinbox_base_url,
         settings.oneinbox_api_key,
-        transport or open_transport(settings.oneinbox_base_url, pool_size=settings.max_waiting + BESIDE_STARTS),
+        transport or open_transport(url, pool_size=size, warm=warm, metrics=metrics),
         timeout=settings.oneinbox_timeout,
         connect_timeout=settings.oneinbox_connect_timeout,
         insecure_media=is_loopback(urlsplit(settings.oneinbox_base_url).hostname or ""),
@@ -385,12 +391,14 @@ def open_limits(
     )
 
 
-def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
+def _identity(settings: Settings, keys: "Keys | None", clock: Clock) -> Identity:
     addresses = ClientAddresses(settings.trusted_proxies, settings.client_ip_header)
     if settings.auth == "header":
         return HeaderIdentity(addresses, settings.user_header)
     if keys is None:
         return Anonymous(addresses)
+    from app.identity.jwt import JwtIdentity  # noqa: PLC0415 - as in _keys
+
     return JwtIdentity(
         addresses,
         keys,
@@ -403,10 +411,14 @@ def _identity(settings: Settings, keys: Keys | None, clock: Clock) -> Identity:
     )
 
 
-def _keys(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Keys | None:
+def _keys(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> "Keys | None":
     """Return the keys that verify logins; None in modes without tokens."""
     if settings.auth != "jwt":
         return None
+    # PyJWT and cryptography take 6 MB and 40 ms; only logins by token need them.
+    from app.identity.jwks import KeySet  # noqa: PLC0415
+    from app.identity.keys import FixedKey  # noqa: PLC0415
+
     fixed = _fixed_key(settings)
     if fixed is not None:
         return FixedKey(fixed)
@@ -416,8 +428,10 @@ def _keys(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Keys | None:
         raise SettingsError([f"BROKER_JWT_JWKS_URL: {error}"]) from None
 
 
-def _fixed_key(settings: Settings) -> VerifyingKey | None:
+def _fixed_key(settings: Settings) -> "VerifyingKey | None":
     """Return the configured secret or public key of the issuer, if any. Raises SettingsError."""
+    from app.identity.keys import public_key, secret_key  # noqa: PLC0415 - as in _keys
+
     for name, value, parse in (
         ("BROKER_JWT_SECRET", settings.jwt_secret, secret_key),
         ("BROKER_JWT_PUBLIC_KEY", settings.jwt_public_key, public_key),

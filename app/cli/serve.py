@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 
+import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
 from app.api.app import create_app
 from app.broker.build import WORKERS_WITHOUT_STORE, load_checked_settings, refuse_foreign_store
 from app.cli.process import checked, listen, refuse

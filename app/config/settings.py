@@ -501,6 +501,13 @@ class Settings(BaseSettings):
     drain_seconds: int = _seconds(
         0, "Seconds to keep accepting requests after SIGTERM while /readyz says draining", most=3600
     )
+    warm_connections: int = setting(
+        1,
+        "Connections to OneInbox kept open and ready per process, however long no one calls. 0: none",
+        "a whole number, 0 to 100",
+        ge=0,
+        le=100,
+    )
     docs: bool = setting(True, "Serve /docs and /openapi.json", "true or false")
     root_path: Annotated[str, AfterValidator(_root_path)] = setting(
         "", "Path prefix that a proxy in front strips", "a path such as /voice, not one of the broker's own"

@@ -80,6 +80,9 @@ class KeySet:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
+    def use(self, key: VerifyingKey) -> None:
+        """Only the issuer replaces its keys."""
+
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key for a token. Raises Problem `at-capacity` while there are no usable keys."""
         if algorithm not in self._names:

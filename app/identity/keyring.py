@@ -3,16 +3,14 @@
 import base64
 import hashlib
 import hmac
-import os
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import Literal
-
-from cryptography.exceptions import InvalidTag
-from cryptography.fernet import Fernet, InvalidToken, MultiFernet
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Literal
 
 from app.identity.user import User
+
+if TYPE_CHECKING:
+    from app.identity.ciphers import Ciphers
 
 PSEUDONYMS = 4096
 """Users whose pseudonyms are cached."""
@@ -20,7 +18,6 @@ LOGGED = 16
 """Characters of a pseudonym that logs show."""
 
 Purpose = Literal["call-key", "pseudonym", "stored-answer", "call-record"]
-NONCE = 12
 
 
 class Keyring:
@@ -39,9 +36,18 @@ class Keyring:
         self._keys = {purpose: _derive(secrets, purpose) for purpose in signing}
         # Each request needs its user's pseudonym.
         self._pseudonym = lru_cache(PSEUDONYMS)(partial(_mac, self._keys["pseudonym"][0]))
-        stored = _derive(secrets, "stored-answer")
-        self._sealers = [AESGCM(key) for key in _derive(secrets, "call-record")]
-        self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in stored])
+        self._cipher_keys = _derive(secrets, "call-record"), _derive(secrets, "stored-answer")
+        self.__dict__.pop("_ciphers", None)
+
+    def load_ciphers(self) -> None:
+        """Import cryptography now: 7 MB and 10 ms, which a broker that encrypts nothing does without."""
+        _ = self._ciphers
+
+    @cached_property
+    def _ciphers(self) -> "Ciphers":
+        from app.identity.ciphers import Ciphers  # noqa: PLC0415
+
+        return Ciphers(*self._cipher_keys)
 
     def sign(self, purpose: Purpose, message: bytes) -> str:
         """Return a URL-safe MAC of 43 characters, made with the newest secret."""
@@ -58,34 +64,19 @@ class Keyring:
 
     def seal(self, text: str, context: str) -> str:
         """Encrypt a short text for OneInbox's record (AES-256-GCM, a tenth of Fernet's cost). `context`: to open it."""
-        nonce = os.urandom(NONCE)
-        return base64.urlsafe_b64encode(
-            nonce + self._sealers[0].encrypt(nonce, text.encode(), context.encode())
-        ).decode()
+        return self._ciphers.seal(text, context)
 
     def unseal(self, sealed: str, context: str) -> str | None:
         """Decrypt a text of `seal`; None if no secret fits, or the context differs."""
-        try:
-            value = base64.urlsafe_b64decode(sealed)
-        except ValueError:
-            return None
-        for sealer in self._sealers if len(value) > NONCE else ():
-            try:
-                return sealer.decrypt(value[:NONCE], value[NONCE:], context.encode()).decode()
-            except InvalidTag:
-                continue
-        return None
+        return self._ciphers.unseal(sealed, context)
 
     def encrypt(self, value: bytes) -> bytes:
         """Encrypt a value (Fernet: AES-128-CBC with HMAC-SHA256)."""
-        return self._box.encrypt(value)
+        return self._ciphers.encrypt(value)
 
     def decrypt(self, value: bytes) -> bytes | None:
         """Decrypt a value of `encrypt`; None if no secret fits."""
-        try:
-            return self._box.decrypt(value)
-        except InvalidToken:
-            return None
+        return self._ciphers.decrypt(value)
 
 
 def _derive(secrets: Sequence[str], purpose: Purpose) -> list[bytes]:

@@ -54,6 +54,15 @@ class Keys(Protocol):
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key for a token with this algorithm and key id, if any."""
 
+    async def start(self) -> None:
+        """Begin to keep the keys up to date."""
+
+    async def aclose(self) -> None:
+        """End that."""
+
+    def use(self, key: VerifyingKey) -> None:
+        """Use another key from now on, if the keys are configured ones."""
+
 
 @dataclass(repr=False, eq=False)
 class FixedKey:
@@ -70,6 +79,12 @@ class FixedKey:
     async def find(self, algorithm: str, kid: str | None) -> VerifyingKey | None:
         """Return the key if it fits the algorithm."""
         return self.key if algorithm in self.key.algorithms else None
+
+    async def start(self) -> None:
+        """There is nothing to fetch."""
+
+    async def aclose(self) -> None:
+        """There is nothing to end."""
 
 
 def secret_key(secret: str, algorithms: Collection[str] = ()) -> VerifyingKey:

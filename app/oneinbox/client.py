@@ -26,7 +26,7 @@ from app.oneinbox.errors import (
     Unreachable,
 )
 from app.oneinbox.models import CALL_ID, AgentRecord, CallPage, CallRecord, Usage, WebCall, Webhook, WebhookList
-from app.oneinbox.transport import read_body, surely_not_sent
+from app.oneinbox.transport import Answer, HttpxUpstream, Outgoing, PooledTransport, Upstream, header_lines
 from app.telemetry.metrics import Metrics
 from app.telemetry.traces import Traces
 
@@ -88,12 +88,16 @@ class OneInbox:
         self._traces = traces
         self._clock = clock
         self.breaker = breaker or CircuitBreaker(clock.monotonic, self._metrics)
-        self._base_url = base_url
-        self._web_calls = url = httpx.URL(f"{base_url}{START}")
+        url = httpx.URL(base_url)
+        self._host = url.netloc
+        self._prefix = url.path.rstrip("/")
         self._server = (url.host, url.port or (443 if url.scheme == "https" else 80))
-        self._transport = transport
+        origin = f"{url.scheme}://{url.netloc.decode()}"
+        self._upstream: Upstream = (
+            transport if isinstance(transport, PooledTransport) else HttpxUpstream(origin, transport)
+        )
         self._timeout = timeout
-        self._timeouts = {"timeout": {"connect": connect_timeout, "read": timeout, "write": timeout, "pool": timeout}}
+        self._connect_timeout = connect_timeout
         self._reads = asyncio.Semaphore(READS_AT_ONCE)
         self._others = asyncio.Semaphore(OTHERS_AT_ONCE)
         self._media_url = re.compile(rf"wss{'?' if insecure_media else ''}://[A-Za-z0-9\[][!-~]{{0,2048}}")
@@ -102,17 +106,17 @@ class OneInbox:
 
     def use_key(self, api_key: SecretStr) -> None:
         """Use another key from the next request on. Requests under way keep theirs."""
-        headers = {
-            "host": self._web_calls.netloc.decode(),
-            "authorization": f"Bearer {api_key.get_secret_value()}",
-            "accept": "application/json",
+        fields = [
+            (b"host", self._host),
+            (b"authorization", b"Bearer " + api_key.get_secret_value().encode()),
+            (b"accept", b"application/json"),
             # A compressed answer could unpack to any size, so none is accepted.
-            "accept-encoding": "identity",
-            "user-agent": "oneinbox-broker",
-        }
+            (b"accept-encoding", b"identity"),
+            (b"user-agent", b"oneinbox-broker"),
+        ]
         # Made once, not for each request.
-        self._headers = httpx.Headers(headers)
-        self._headers_with_body = httpx.Headers({**headers, "content-type": "application/json"})
+        self._fields = header_lines(fields)
+        self._fields_with_body = header_lines([*fields, (b"content-type", b"application/json")])
 
     async def start_web_call(
         self,
@@ -135,7 +139,7 @@ class OneInbox:
             body["overrides"] = overrides
         with self.breaker.guard():
             status, answer = await self._send(
-                "POST", START, self._web_calls, body, limit=MAX_STARTED, before_sending=before_sending
+                "POST", START, START, body, limit=MAX_STARTED, before_sending=before_sending
             )
         _raise_for_status(status, answer)
         call_id = answer.get("id") if isinstance(answer, dict) else None
@@ -178,32 +182,32 @@ class OneInbox:
         """Return a page of the account's calls, newest first. `limit`: 1 to 100."""
         filters = {"agent_id": agent_id, "status": status, "limit": limit, "offset": offset}
         query = urlencode({name: value for name, value in filters.items() if value is not None})
-        code, answer = await self._send("GET", CALLS, httpx.URL(f"{self._base_url}{CALLS}?{query}"))
+        code, answer = await self._send("GET", CALLS, f"{CALLS}?{query}")
         _raise_for_status(code, answer)
         return _model(CallPage, answer, code)
 
     async def get_agent(self, agent_id: str) -> AgentRecord:
         """Return one agent. Raises Misconfigured with status 404 if there is none."""
-        status, answer = await self._send("GET", AGENT, httpx.URL(f"{self._base_url}{AGENT.format(agent=agent_id)}"))
+        status, answer = await self._send("GET", AGENT, AGENT.format(agent=agent_id))
         _raise_for_status(status, answer)
         return _model(AgentRecord, answer, status)
 
     async def usage(self) -> Usage:
         """Return how many calls the account has started today, of how many it may. Raises Invalid for another shape."""
-        status, answer = await self._send("GET", USAGE, httpx.URL(self._base_url + USAGE))
+        status, answer = await self._send("GET", USAGE, USAGE)
         _raise_for_status(status, answer)
         return _model(Usage, answer, status)
 
     async def register_webhook(self, *, name: str, url: str, events: Sequence[str]) -> Webhook:
         """Have events delivered to a URL."""
         body = {"name": name, "url": url, "events": list(events)}
-        status, answer = await self._send("POST", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS), body)
+        status, answer = await self._send("POST", WEBHOOKS, WEBHOOKS, body)
         _raise_for_status(status, answer)
         return _model(Webhook, answer, status)
 
     async def list_webhooks(self) -> list[Webhook]:
         """Return all webhooks of the account. The route is undocumented; the answer may be a list or a page."""
-        status, answer = await self._send("GET", WEBHOOKS, httpx.URL(self._base_url + WEBHOOKS))
+        status, answer = await self._send("GET", WEBHOOKS, WEBHOOKS)
         _raise_for_status(status, answer)
         return _model(WebhookList, {"items": answer} if isinstance(answer, list) else answer, status).items
 
@@ -211,16 +215,15 @@ class OneInbox:
         """Remove a webhook. The route is undocumented. Raises Misconfigured for a 404 and an invalid id."""
         if not CALL_ID.fullmatch(webhook_id):
             raise _misconfigured(404)  # such as `..`, which would lead to another route
-        url = httpx.URL(f"{self._base_url}{WEBHOOKS}/{webhook_id}")
-        status, answer = await self._send("DELETE", WEBHOOK, url)
+        status, answer = await self._send("DELETE", WEBHOOK, WEBHOOK.format(webhook=webhook_id))
         _raise_for_status(status, answer)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._transport.aclose()
+        await self._upstream.aclose()
 
     async def _call(self, method: str, path: str, call_id: str) -> CallRecord:
-        status, answer = await self._send(method, path, httpx.URL(self._base_url + path.format(call=call_id)))
+        status, answer = await self._send(method, path, path.format(call=call_id))
         _raise_for_status(status, answer, NoSuchCall)
         record = _model(CallRecord, answer, status)
         if record.id != call_id:
@@ -231,7 +234,7 @@ class OneInbox:
         self,
         method: str,
         path: str,
-        url: httpx.URL,
+        target: str,
         body: Mapping[str, Any] | None = None,
         *,
         limit: int = MAX_ANSWER,
@@ -239,37 +242,36 @@ class OneInbox:
     ) -> tuple[int, Any]:
         """Return the answer's status and JSON (None if it is not JSON), bounded in time and size.
 
-        `path`: the URL's, with placeholders, as metrics and traces name it.
+        `target`: path and query. `path`: the path with placeholders, as metrics and traces name it.
         """
         content = None if body is None else to_json(body)
-        headers = self._headers
-        request = self._request(method, url, content, before_sending)
+        fields = self._fields
+        request = self._request(method, target, content, before_sending)
         try:
             async with asyncio.timeout(self._timeout), self._place(method, path):
-                response, raw = await self._exchange(request, path, limit)
-                if response.status_code == 401:
-                    request.extensions["sent"] = False  # it was refused, so a POST started no call
-                    if await self._has_another_key(headers):
-                        request = self._request(method, url, content, before_sending)
-                        response, raw = await self._exchange(request, path, limit)
+                answer = await self._exchange(request, path, limit)
+                if answer.status == 401:
+                    request.sent = False  # it was refused, so a POST started no call
+                    if await self._has_another_key(fields):
+                        request = self._request(method, target, content, before_sending)
+                        answer = await self._exchange(request, path, limit)
         except TimeoutError:
-            sent = not surely_not_sent(request, httpx.ReadTimeout(""))
-            raise TimedOut("did not answer in time", may_have_acted=sent) from None
+            raise TimedOut("did not answer in time", may_have_acted=request.sent) from None
         except httpx.TransportError as error:
-            if surely_not_sent(request, error):
+            if not request.sent:
                 raise Unreachable(f"cannot be reached ({type(error).__name__})", may_have_acted=False) from error
             if isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout)):
                 raise TimedOut("did not answer in time", may_have_acted=True) from error
             raise Failed(f"connection lost ({type(error).__name__})", may_have_acted=True) from error
         if path == CALLS:
-            date = parse_date(response.headers.get("date"))
+            date = parse_date(answer.field(b"date"))
             self.ahead = None if date is None else date - self._clock.now()
-        if response.status_code == 429:
-            raise Busy(parse_retry_after(response.headers.get("retry-after"), self._clock.now()))
+        if answer.status == 429:
+            raise Busy(parse_retry_after(answer.field(b"retry-after"), self._clock.now()))
         try:
-            return response.status_code, from_json(raw)
+            return answer.status, from_json(answer.body)
         except ValueError:
-            return response.status_code, None
+            return answer.status, None
 
     def _place(self, method: str, path: str) -> AbstractAsyncContextManager[None]:
         """Return what to hold while a request is under way, so that no kind of request takes the places of starts."""
@@ -278,29 +280,22 @@ class OneInbox:
         return self._reads if method == "GET" else self._others
 
     def _request(
-        self, method: str, url: httpx.URL, content: bytes | None, before_sending: Callable[[], None] | None
-    ) -> httpx.Request:
-        headers = self._headers if content is None else self._headers_with_body
-        # As a stream: for content httpx would make up headers, a tenth of all that a session costs.
-        stream = httpx.ByteStream(content or b"")
-        extensions: dict[str, Any] = dict(self._timeouts)
-        if before_sending is not None:
-            extensions["before_sending"] = before_sending
-        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=extensions)
-        request.read()
-        return request
+        self, method: str, target: str, content: bytes | None, before_sending: Callable[[], None] | None
+    ) -> Outgoing:
+        fields = self._fields if content is None else self._fields_with_body
+        return Outgoing(method, self._prefix + target, fields, content, self._connect_timeout, before_sending)
 
-    async def _exchange(self, request: httpx.Request, path: str, limit: int) -> tuple[httpx.Response, bytes]:
+    async def _exchange(self, request: Outgoing, path: str, limit: int) -> Answer:
         begun = time.perf_counter()
         status, failure = None, ""
-        span = self._traces.begin_exchange(request, path, self._server) if self._traces is not None else None
+        span = None
+        if self._traces is not None:
+            span, fields = self._traces.begin_exchange(request.method, path, self._server)
+            request.fields += header_lines((name.encode(), value.encode()) for name, value in fields.items())
         try:
-            response = await self._transport.handle_async_request(request)
-            status = response.status_code
-            try:
-                return response, await read_body(response, limit)
-            finally:
-                await response.aclose()
+            answer = await self._upstream.exchange(request, limit)
+            status = answer.status
+            return answer
         except BaseException as error:
             # That is how asyncio.timeout ends what takes too long.
             failure = "TimeoutError" if isinstance(error, asyncio.CancelledError) else type(error).__name__
@@ -311,11 +306,11 @@ class OneInbox:
             if span is not None:
                 Traces.end_exchange(span, status, failure)
 
-    async def _has_another_key(self, headers: httpx.Headers) -> bool:
-        """Return whether the key has changed since a request with these headers was made."""
-        if headers is self._headers and self._reread_key is not None:
+    async def _has_another_key(self, fields: bytes) -> bool:
+        """Return whether the key has changed since a request with these header fields was made."""
+        if fields is self._fields and self._reread_key is not None:
             await self._reread_key()
-        return headers is not self._headers
+        return fields is not self._fields
 
 
 def _model(model: type[M], answer: Any, status: int) -> M:

@@ -5,6 +5,10 @@ httptools parses, as in the server. A client library's connection costs more per
 """
 
 import asyncio
+import re
+import select
+import socket
+from collections.abc import Callable
 from typing import cast
 
 import httptools
@@ -17,6 +21,9 @@ OVERHEAD_PER_BYTE = 8
 """This many more per byte of the body: a chunk of one byte takes six."""
 MAX_INTERIM = 20
 """Most interim answers (1xx)."""
+KEEP_ALIVE = re.compile(rb"(?:^|,)\s*timeout\s*=\s*([0-9]{1,5})")
+PROBES = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 4), ("TCP_KEEPCNT", 3))
+"""A peer that vanished silently is noticed within 32 s, and NATs keep the connection."""
 BUFFERED = 64 * 1024
 """Bytes of unread body above which reading from the wire pauses."""
 
@@ -27,11 +34,16 @@ class Connection(asyncio.Protocol):
     """A connection for one exchange at a time: `send`, then `head`, then `read` until it is empty. It has no timeouts.
 
     Failures are httpx.ReadError (the connection ended) and httpx.RemoteProtocolError (not a valid answer).
+    `address`: the peer's; empty if it has none. `idle_since`: the event loop's time. `has_carried`: true once a request
+    was answered on it. `on_lost`: called once when the connection ends.
     """
 
     def __init__(self) -> None:
+        self.address = ""
         self.idle_since = 0.0
-        self._loop = asyncio.get_running_loop()
+        self.has_carried = False
+        self.on_lost: Callable[[Connection], None] | None = None
+        self.loop = self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._failure: httpx.TransportError | None = None
@@ -54,7 +66,17 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """True when another request may be sent: open, and the last answer is complete and allows it."""
-        return self._transport is not None and self._failure is None and (self._complete or not self._busy)
+        return (
+            self._transport is not None
+            and self._failure is None
+            and (self._complete or not self._busy)
+            and not self._transport.is_closing()
+        )
+
+    @property
+    def is_read(self) -> bool:
+        """True when the answer is complete, and all of it was read."""
+        return self._complete and not self._pieces
 
     @property
     def has_answered(self) -> bool:
@@ -67,6 +89,21 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             raise self._failure or httpx.ReadError("connection closed")
         return self._transport
+
+    def has_news(self) -> bool:
+        """Return whether the kernel holds something for an idle connection: mostly, that the peer has closed it."""
+        if not hasattr(select, "poll"):  # Windows
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def keep_alive_seconds(self) -> float | None:
+        """Return how long the last answer says that an idle connection is kept (RFC 2068, section 19.7.1)."""
+        for name, value in self._fields:
+            if name.lower() == b"keep-alive" and (stated := KEEP_ALIVE.search(value.lower())):
+                return float(stated[1])
+        return None
 
     def send(self, request: bytes) -> None:
         """Write a whole request. Raises httpx.ReadError, with nothing sent, if the connection has ended."""
@@ -105,6 +142,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):  # not a Unix socket's
+            self.address = str(peer[0])
+            _send_probes(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the answer. That is regular if only the connection's end delimits it (RFC 9112, 6.3)."""
@@ -115,6 +156,9 @@ class Connection(asyncio.Protocol):
             self._wake()
         else:
             self._fail(httpx.ReadError("connection closed"))
+        on_lost, self.on_lost = self.on_lost, None
+        if on_lost is not None:
+            on_lost(self)
 
     def data_received(self, data: bytes) -> None:
         if not self._busy or self._complete:
@@ -191,3 +235,10 @@ class Connection(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _send_probes(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES:
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

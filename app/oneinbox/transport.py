@@ -1,219 +1,213 @@
-"""A connection pool to one upstream, as an httpx transport that marks each request when it is sent."""
+"""Send requests to one host: OneInbox's as bytes made ready beforehand, others' as an httpx transport."""
 
-import asyncio
-import base64
-import socket
-import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import httpx
-from aiohappyeyeballs import AddrInfoType, start_connection
 
-from app.config.surroundings import proxy_for, tls_context
-from app.oneinbox.http1 import Connection
-
-IDLE_SECONDS = 15
-"""An unused connection is closed after this long: before servers close theirs."""
-ADDRESS_SECONDS = 10
-"""A resolved name is not resolved again for this long."""
-NEXT_ADDRESS_SECONDS = 0.25
-"""After this long without a connection the next address of a name is tried as well (RFC 8305, section 5)."""
+from app.config.surroundings import proxy_for
+from app.oneinbox.dialer import Dialer
+from app.oneinbox.http1 import Connection, Fields
+from app.oneinbox.pool import Pool
+from app.telemetry.metrics import Metrics
 
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 
 
-def surely_not_sent(request: httpx.Request, error: Exception) -> bool:
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A request. httpx's own costs more to make than everything that the broker decides about a session.
+
+    `target`: path and query. `fields`: header lines as `header_lines` makes them. `content`: None for a request without
+    a body. `connect_timeout`: seconds. `before_sending`: called right before it is written; if it raises, it is not.
+    `sent`: whether it may have left this machine.
+    """
+
+    method: str
+    target: str
+    fields: bytes
+    content: bytes | None
+    connect_timeout: float | None
+    before_sending: Callable[[], None] | None = None
+    sent: bool = False
+
+    def encode(self) -> bytes:
+        """Return the request as it is written (RFC 9112, section 3)."""
+        content = self.content or b""
+        length = b"" if self.method == "GET" else b"content-length: %d\r\n" % len(content)
+        return b"%b %b HTTP/1.1\r\n%b%b\r\n%b" % (
+            self.method.encode(), self.target.encode(), self.fields, length, content
+        )  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """An answer. `body`: empty, which is not JSON, if it is encoded or larger than asked for."""
+
+    status: int
+    fields: Fields
+    body: bytes
+
+    def field(self, name: bytes) -> str | None:
+        """Return a header field's value. `name`: in lower case."""
+        return _field(self.fields, name)
+
+
+class Upstream(Protocol):
+    """What sends OneInbox's requests."""
+
+    async def exchange(self, request: Outgoing, limit: int) -> Answer:
+        """Send a request; return the answer, with a body of at most `limit` bytes. Raises only httpx.TransportError."""
+
+    async def aclose(self) -> None:
+        """Close all idle connections."""
+
+
+def header_lines(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return header fields as they are written. Raises httpx.LocalProtocolError for a line break in one."""
+    lines = [name + b": " + value + b"\r\n" for name, value in fields]
+    if any(line.count(b"\r") + line.count(b"\n") > 2 for line in lines):
+        raise httpx.LocalProtocolError("a line break in a header field")
+    return b"".join(lines)
+
+
+def surely_not_sent(request: httpx.Request, error: BaseException) -> bool:
     """Return whether a request that failed with `error` certainly never left this machine."""
     if "sent" in request.extensions:
         return not request.extensions["sent"]
     return isinstance(error, NEVER_SENT)
 
 
-def open_transport(base_url: str, *, pool_size: int) -> "PooledTransport":
+def open_transport(
+    base_url: str, *, pool_size: int, warm: int = 0, metrics: Metrics | None = None
+) -> "PooledTransport":
     """Return a transport to the host of a URL. Call it inside the event loop.
 
-    `pool_size`: most connections. Raises SettingsError if the surroundings name a proxy that cannot be used.
+    `pool_size`, `warm`: most connections, and those kept ready. `metrics`: counts handshakes. Raises SettingsError if
+    the surroundings name a proxy that cannot be used.
     """
-    return PooledTransport(httpx.URL(base_url), pool_size=pool_size, proxy=proxy_for(base_url))
+    url = httpx.URL(base_url)
+    pool = Pool(Dialer(url, proxy_for(base_url)), size=pool_size, warm=warm, metrics=metrics)
+    return PooledTransport(url, pool, metrics)
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
-    """Keep connections to one host open between requests, and send requests to no other.
+    """Send requests to the host of `url` through its pool, and to no other.
 
-    `url`: of the host. `pool_size`: most connections; further requests wait. `proxy`: an HTTP proxy to tunnel through
-    (RFC 9110, section 9.3.6). Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no
-    redirect, keeps no cookie and decodes nothing. Just before a request is written, `before_sending` of its extensions
-    is called, if there is one, and the request is marked as `sent` in them. Only a GET is written twice, if its reused
-    connection had ended.
+    Of a request's timeouts only `connect` counts; the caller bounds the whole. It follows no redirect, keeps no cookie
+    and decodes nothing. Just before a request is written, `before_sending` of its extensions is called, if there is
+    one, and the request is marked as `sent` in them. Only a GET is written twice, if its reused connection had ended.
+    `metrics`: counts POSTs that waited for a handshake.
     """
 
-    def __init__(self, url: httpx.URL, *, pool_size: int, proxy: httpx.Proxy | None = None) -> None:
+    def __init__(self, url: httpx.URL, pool: Pool, metrics: Metrics | None = None) -> None:
         self._origin = (url.raw_scheme, url.raw_host, url.port)
-        self._host = url.raw_host.decode()
-        self._port = url.port or (443 if url.scheme == "https" else 80)
-        self._tls = tls_context() if url.scheme == "https" else None
-        self._proxy = proxy
-        self._room = asyncio.Semaphore(pool_size)
-        self._idle: list[Connection] = []
-        self._loop = asyncio.get_running_loop()
-        self._closing: asyncio.TimerHandle | None = None
-        self._addresses: asyncio.Task[list[AddrInfoType]] | None = None
+        self._pool = pool
+        self._metrics = metrics
+
+    async def exchange(self, request: Outgoing, limit: int) -> Answer:
+        """Send a request; return the answer. Raises httpx.TransportError, and what `before_sending` raises."""
+        connection, status, fields = await self._send(request)
+        try:
+            body = await _read(connection, limit)
+        finally:
+            self._pool.leave(connection)
+        return Answer(status, fields, b"" if _is_encoded(fields) else body)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request. Raises only httpx.TransportError, and what `before_sending` raises."""
-        url = request.url
-        request.extensions["sent"] = False
+        """Send one request of httpx. `before_sending` and `sent` are in its extensions."""
+        url, extensions = request.url, request.extensions
+        extensions["sent"] = False
         if (url.raw_scheme, url.raw_host, url.port) != self._origin:
             raise httpx.UnsupportedProtocol("not the host of this transport")
-        content = await request.aread()
-        message = _head(request, len(content)) + content
-        await self._room.acquire()
+        outgoing = Outgoing(
+            request.method,
+            url.raw_path.decode(),
+            header_lines(field for field in request.headers.raw if field[0].lower() != b"content-length"),
+            await request.aread(),
+            extensions.get("timeout", {}).get("connect"),
+            extensions.get("before_sending"),
+        )
         try:
-            kept = self._reuse()
-            try:
-                return await self._exchange(request, message, kept)
-            except httpx.ReadError:
-                if kept is None or kept.has_answered or request.method != "GET":
-                    raise
-                return await self._exchange(request, message, None)
-        except BaseException:
-            self._room.release()
-            raise
+            connection, status, fields = await self._send(outgoing)
+        finally:
+            extensions["sent"] = outgoing.sent
+        return httpx.Response(status, headers=fields, stream=_Body(self._pool, connection))
 
     async def aclose(self) -> None:
         """Close all idle connections."""
-        if self._closing is not None:
-            self._closing.cancel()
-        if self._addresses is not None:
-            self._addresses.cancel()
-        for connection in self._idle:
-            connection.abort()
-        self._idle.clear()
+        await self._pool.aclose()
 
-    def take_back(self, connection: Connection) -> None:
-        """Keep a connection for the next request, or close it if it cannot take one."""
-        self._room.release()
-        self._keep(connection)
-
-    def _keep(self, connection: Connection) -> None:
-        if not connection.is_reusable:
-            connection.abort()
-            return
-        connection.idle_since = self._loop.time()
-        self._idle.append(connection)
-        if self._closing is None:
-            self._closing = self._loop.call_later(IDLE_SECONDS, self._close_idle)
-
-    async def _exchange(self, request: httpx.Request, message: bytes, kept: Connection | None) -> httpx.Response:
-        connection = kept or await self._connect(request.extensions.get("timeout", {}).get("connect"))
+    async def _send(self, request: Outgoing) -> tuple[Connection, int, Fields]:
+        """Return the connection, whose body is to be read, and the answer's status and header fields."""
+        message = request.encode()
+        await self._pool.enter()
         try:
-            if (before_sending := request.extensions.get("before_sending")) is not None:
-                before_sending()
+            kept = self._pool.reuse()
+            if kept is None and request.method == "POST" and self._metrics is not None:
+                self._metrics.count_cold_post()
+            try:
+                return await self._send_on(kept, request, message)
+            except httpx.ReadError:
+                if kept is None or kept.has_answered or request.method != "GET":
+                    raise
+                return await self._send_on(None, request, message)
         except BaseException:
-            self._keep(connection)
+            self._pool.leave()
+            raise
+
+    async def _send_on(
+        self, kept: Connection | None, request: Outgoing, message: bytes
+    ) -> tuple[Connection, int, Fields]:
+        connection = kept or await self._pool.connect(request.connect_timeout)
+        try:
+            if request.before_sending is not None:
+                request.before_sending()
+        except BaseException:
+            self._pool.put_back(connection)
             raise
         try:
-            request.extensions["sent"] = True
+            request.sent = True
             connection.send(message)
-            status, fields = await connection.head()
+            return connection, *await connection.head()
         except BaseException:
             connection.abort()
             raise
-        return httpx.Response(status, headers=fields, stream=_Body(self, connection))
 
-    def _reuse(self) -> Connection | None:
-        """Return the last used connection that can still take a request."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_reusable:
-                return connection
-            connection.abort()
-        return None
 
-    def _close_idle(self) -> None:
-        """Close connections idle for IDLE_SECONDS; the list begins with the oldest."""
-        long_ago = self._loop.time() - IDLE_SECONDS
-        stale = 0
-        while stale < len(self._idle) and self._idle[stale].idle_since <= long_ago:
-            self._idle[stale].abort()
-            stale += 1
-        del self._idle[:stale]
-        self._closing = None
-        if self._idle:
-            self._closing = self._loop.call_later(self._idle[0].idle_since - long_ago, self._close_idle)
+@dataclass(frozen=True, repr=False, eq=False)
+class HttpxUpstream:
+    """Sends OneInbox's requests through any transport of httpx. `origin`: scheme, host and port of the URL."""
 
-    async def _connect(self, seconds: float | None) -> Connection:
+    origin: str
+    transport: httpx.AsyncBaseTransport
+
+    async def exchange(self, request: Outgoing, limit: int) -> Answer:
+        """Send a request; return the answer. Raises httpx.TransportError, and what `before_sending` raises."""
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), request.connect_timeout)
+        extensions = {"timeout": timeouts, "before_sending": request.before_sending}
+        fields = [tuple(line.split(b": ", 1)) for line in request.fields.splitlines()]
+        made = httpx.Request(
+            request.method,
+            self.origin + request.target,
+            headers=fields,  # type: ignore[arg-type]  # tuples of two
+            content=request.content,
+            extensions=extensions,
+        )
         try:
-            async with asyncio.timeout(seconds):
-                if self._proxy is None:
-                    return await self._dial(self._host, self._port, self._tls)
-                return await self._tunnel(self._proxy)
-        except TimeoutError:
-            raise httpx.ConnectTimeout("no connection in time") from None
-        except (OSError, UnicodeError) as error:  # unknown or invalid name, refusal, wrong certificate
-            raise httpx.ConnectError(type(error).__name__) from error
-
-    async def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
-        addresses = await self._resolve(host, port)
-        name = host if tls else None
-        if len(addresses) == 1:  # then the event loop connects at a fraction of the cost
-            ((_, _, _, _, address),) = addresses
-            _, connection = await self._loop.create_connection(
-                Connection, str(address[0]), port, ssl=tls, server_hostname=name
-            )
-            return connection
-        sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, loop=self._loop)
-        _, connection = await self._loop.create_connection(Connection, sock=sock, ssl=tls, server_hostname=name)
-        return connection
-
-    async def _tunnel(self, proxy: httpx.Proxy) -> Connection:
-        """Connect through the proxy, which sees only the host's name."""
-        # An https:// proxy has its own TLS, around that of the upstream.
-        own = self._tls if proxy.url.scheme == "https" else None
-        plain = await self._dial(proxy.url.raw_host.decode(), proxy.url.port or (443 if own else 80), own)
-        try:
-            host = f"[{self._host}]" if ":" in self._host else self._host
-            target = f"{host}:{self._port}"
-            lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-            if proxy.raw_auth is not None:
-                lines.append("Proxy-Authorization: Basic " + base64.b64encode(b":".join(proxy.raw_auth)).decode())
-            plain.send("\r\n".join([*lines, "", ""]).encode())
-            status, _ = await plain.head()
-            if not 200 <= status < 300:
-                raise httpx.ProxyError(f"the proxy answered {status}")
-            assert self._tls is not None  # noqa: S101 - only https goes through a proxy
-            connection = Connection()
-            below = await self._loop.start_tls(plain.transport, connection, self._tls, server_hostname=self._host)
-            assert below is not None  # noqa: S101 - it raises, or there is one
-            connection.connection_made(below)
-        except httpx.ReadError as error:
-            plain.abort()
-            raise httpx.ProxyError("the proxy closed the connection") from error
-        except BaseException:
-            plain.abort()
+            response = await self.transport.handle_async_request(made)
+            request.sent = True
+            try:
+                return Answer(response.status_code, response.headers.raw, await read_body(response, limit))
+            finally:
+                await response.aclose()
+        except BaseException as error:
+            request.sent = not surely_not_sent(made, error)
             raise
-        return connection
 
-    async def _resolve(self, host: str, port: int) -> list[AddrInfoType]:
-        """Return the addresses of a name; concurrent callers share one look-up."""
-        if self._addresses is None:
-            self._addresses = self._loop.create_task(self._look_up(host, port), name="addresses")
-            self._addresses.add_done_callback(self._forget_addresses)
-        return await asyncio.shield(self._addresses)
-
-    async def _look_up(self, host: str, port: int) -> list[AddrInfoType]:
-        found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return list(found)
-
-    def _forget_addresses(self, done: asyncio.Task[list[AddrInfoType]]) -> None:
-        def forget() -> None:
-            self._addresses = None
-
-        if done.cancelled() or done.exception() is not None:
-            forget()
-        else:
-            self._loop.call_later(ADDRESS_SECONDS, forget)
+    async def aclose(self) -> None:
+        """Close the transport."""
+        await self.transport.aclose()
 
 
 async def read_body(response: httpx.Response, limit: int) -> bytes:
@@ -235,7 +229,7 @@ async def read_body(response: httpx.Response, limit: int) -> bytes:
 class _Body(httpx.AsyncByteStream):
     """An answer's body as a stream; closing it gives the connection back."""
 
-    pool: PooledTransport
+    pool: Pool
     connection: Connection | None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -245,16 +239,25 @@ class _Body(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None:
-            self.pool.take_back(connection)
+            self.pool.leave(connection)
 
 
-def _head(request: httpx.Request, length: int) -> bytes:
-    """Return request line and header fields (RFC 9112, section 3). Raises httpx.LocalProtocolError for a line break."""
-    lines = [request.method.encode() + b" " + request.url.raw_path + b" HTTP/1.1"]
-    lines += [name + b": " + value for name, value in request.headers.raw]
-    if request.method != "GET" and "content-length" not in request.headers:
-        lines.append(b"content-length: %d" % length)
-    head = b"\r\n".join([*lines, b"", b""])
-    if head.count(b"\n") > len(lines) + 1:
-        raise httpx.LocalProtocolError("a line break in a header field")
-    return head
+async def _read(connection: Connection, limit: int) -> bytes:
+    """Return the rest of an answer; empty if it is larger than `limit`."""
+    piece = await connection.read()
+    if connection.is_read:
+        return piece if len(piece) <= limit else b""
+    body = bytearray(piece)
+    while piece and len(body) <= limit:
+        piece = await connection.read()
+        body += piece
+    return bytes(body) if len(body) <= limit else b""
+
+
+def _is_encoded(fields: Fields) -> bool:
+    return (_field(fields, b"content-encoding") or "identity") != "identity"
+
+
+def _field(fields: Fields, name: bytes) -> str | None:
+    values = [value.decode("latin-1") for each, value in fields if len(each) == len(name) and each.lower() == name]
+    return ", ".join(values) if values else None

@@ -7,6 +7,7 @@ and the connection closes. httptools itself checks lengths, chunks and line ends
 import asyncio
 import re
 from collections import deque
+from functools import partial
 from typing import Any
 
 import httptools
@@ -29,6 +30,8 @@ CHUNK_ALLOWANCE = 16
 HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
 """RFC 3986, section 3.2, without user information; http needs a host that is not empty (RFC 9110, section 4.2.1)."""
 
+DISCONNECTED = "broker.disconnected"
+"""In a scope's extensions: a function that returns whether the client has disconnected."""
 _REFUSALS = {
     status: b"HTTP/1.1 %d %s\r\nConnection: close\r\nContent-Length: 0\r\n\r\n" % (status, reason)
     for status, reason in {
@@ -126,6 +129,8 @@ class GuardedHttp(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0":
             self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
         self._unanswered.append(self.cycle)
+        extensions: Any = {DISCONNECTED: partial(getattr, self.cycle, "disconnected")}  # not as in ASGI: dicts
+        self.cycle.scope["extensions"] = extensions
         # From here on the parser finds trailers, which must not be merged into the head (RFC 9110, section 6.5.1).
         self.headers = []
 

@@ -4,11 +4,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from app.telemetry.terminal import has_colour
 
@@ -19,12 +19,17 @@ QUERY = re.compile(r"""(\b[a-z][a-z0-9+.-]*://[^\s?'"<>]*)\?[^\s'"<>]+""", re.IG
 _encoder = json.JSONEncoder(default=repr)
 
 
-def _as_json(event: dict[str, Any], **_: object) -> str:
-    """Encode like json.dumps, which would create an encoder for each line."""
+def _as_json(_: Any, level: str, event: EventDict) -> str:
+    """Return a JSON line. It does what a chain of structlog's processors would, at half the cost."""
+    if "exc_info" in event:
+        # Without local variables, which may hold secrets.
+        event = _without_queries(None, level, structlog.processors.format_exc_info(None, level, event))
+    event["level"] = level
+    event["timestamp"] = datetime.now(UTC).isoformat()[:-6] + "Z"
     return _encoder.encode(event)
 
 
-def _without_queries(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _without_queries(_: Any, __: str, event: EventDict) -> EventDict:
     """Cut the queries of URLs out of libraries' messages and of tracebacks: they may hold a key."""
     for name in ("event", "exception"):
         text = event.get(name)
@@ -58,10 +63,10 @@ def configure_logging(level: Level = "info", log_format: Literal["json", "text"]
             colors=has_colour(sys.stderr), repr_native_str=True, pad_event_to=0, pad_level=False
         )
         if as_text
-        else structlog.processors.JSONRenderer(serializer=_as_json)
+        else _as_json
     )
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, renderer] if as_text else [renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,

@@ -107,6 +107,16 @@ class Metrics:
             "Refusals, by the limit reached; enforced is false when BROKER_LIMITS_MODE is `observe`.",
             *("limit", "enforced"),
         )
+        self._handshakes = Counter(
+            "broker_oneinbox_handshakes",
+            "Connections to OneInbox that were begun, to keep one ready or for a request.",
+            registry=registry,
+        )
+        self._cold_posts = Counter(
+            "broker_oneinbox_cold_posts",
+            "POSTs to OneInbox that had to wait for a new connection.",
+            registry=registry,
+        )
         self._pauses = counter(
             "broker_oneinbox_pauses",
             "Times the broker started no calls for a while: `asked-for` (its 429) or `no-answers`.",
@@ -195,6 +205,14 @@ class Metrics:
         """Count a refusal by each of these limits."""
         for limit in limits:
             self._refused[limit, "true" if enforced else "false"].inc()
+
+    def count_handshake(self) -> None:
+        """Count the beginning of a connection to OneInbox."""
+        self._handshakes.inc()
+
+    def count_cold_post(self) -> None:
+        """Count a POST to OneInbox that no open connection was ready for."""
+        self._cold_posts.inc()
 
     def count_pause(self, reason: str) -> None:
         """Count the start of a cool-down."""

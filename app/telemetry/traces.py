@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-import httpx
 import structlog
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
@@ -92,20 +91,21 @@ class Traces:
         ) as span:
             yield span
 
-    def begin_exchange(self, request: httpx.Request, path: str, server: tuple[str, int]) -> Span:
-        """Begin the span of a request to OneInbox, and send its id along in a header.
+    def begin_exchange(self, method: str, path: str, server: tuple[str, int]) -> tuple[Span, dict[str, str]]:
+        """Begin the span of a request to OneInbox; return it, and the header fields that tell its id.
 
-        `path`: the URL's, with placeholders. `server`: OneInbox's host and port.
+        `path`: with placeholders. `server`: OneInbox's host and port.
         """
         attributes: dict[str, str | int] = {
-            "http.request.method": request.method,
+            "http.request.method": method,
             "url.template": path,
             "server.address": server[0],
             "server.port": server[1],
         }
-        span = self._tracer.start_span(f"{request.method} {path}", kind=SpanKind.CLIENT, attributes=attributes)
-        self._w3c.inject(request.headers, set_span_in_context(span))
-        return span
+        span = self._tracer.start_span(f"{method} {path}", kind=SpanKind.CLIENT, attributes=attributes)
+        fields: dict[str, str] = {}
+        self._w3c.inject(fields, set_span_in_context(span))
+        return span, fields
 
     @staticmethod
     def end_exchange(span: Span, status: int | None, error: str) -> None:

@@ -11,17 +11,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import httpx
 from starlette.types import ASGIApp, Message
 
 from app.api.app import create_app
 from app.config.loading import load_settings
+from app.oneinbox.transport import Answer, Outgoing, PooledTransport
 from app.server.gc import freeze_gc
 from app.telemetry.logging import configure_logging
 from tests.benchmarks import rig
@@ -35,14 +35,15 @@ ROUNDS = 7
 Ask = Callable[[], Awaitable[None]]
 
 
-class Canned(httpx.AsyncBaseTransport):
+class Canned(PooledTransport):
     """A OneInbox that answers at once."""
 
     def __init__(self) -> None:
         self._calls = 0
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def exchange(self, request: Outgoing, limit: int) -> Answer:
         """Start a call or return one."""
+        request.encode()
         if request.method == "POST":
             self._calls += 1
             call = {
@@ -50,21 +51,12 @@ class Canned(httpx.AsyncBaseTransport):
                 "server_url": "wss://voice.oneinbox.ai",
                 "participant_token": rig.TOKEN,
             }
-            return self._answer(201, call)
-        call = {"id": request.url.path.rpartition("/")[2], "agent_id": "agt_benchmark", "status": "in_progress"}
-        return self._answer(200, call)
+            return Answer(201, [], json.dumps(call).encode())
+        call = {"id": request.target.rpartition("/")[2], "agent_id": "agt_benchmark", "status": "in_progress"}
+        return Answer(200, [], json.dumps(call).encode())
 
-    @staticmethod
-    def _answer(status: int, body: Mapping[str, Any]) -> httpx.Response:
-        return httpx.Response(status, stream=_Body(json.dumps(body).encode()))
-
-
-@dataclass(frozen=True)
-class _Body(httpx.AsyncByteStream):
-    content: bytes
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self.content
+    async def aclose(self) -> None:
+        """Nothing is open."""
 
 
 @dataclass

@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import re
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +20,7 @@ from pydantic import SecretStr
 from app.api.app import create_app
 from app.config.settings import SettingsError
 from app.oneinbox import OneInbox
-from app.oneinbox import transport as module
+from app.oneinbox import pool as pools
 from app.oneinbox.transport import PooledTransport, open_transport, surely_not_sent
 from tests.support.certificates import Authority
 from tests.support.harness import settings
@@ -24,6 +28,8 @@ from tests.support.harness import settings
 pytestmark = pytest.mark.every_loop
 
 PATIENCE = 10
+HELD: list[socket.socket] = []
+"""Connections that a server holds and never answers."""
 Answer = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -88,8 +94,8 @@ async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIte
 
 
 @asynccontextmanager
-async def pool(url: str, *, size: int = 10) -> AsyncIterator[PooledTransport]:
-    transport = open_transport(url, pool_size=size)
+async def pool(url: str, *, size: int = 10, warm: int = 0) -> AsyncIterator[PooledTransport]:
+    transport = open_transport(url, pool_size=size, warm=warm)
     try:
         yield transport
     finally:
@@ -224,7 +230,7 @@ async def test_requests_that_hang_never_take_the_place_of_a_start(kind: str, mon
 
 
 async def test_what_is_idle_for_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(pools, "IDLE_SECONDS", 0.05)
     async with serving(fine) as (upstream, url), pool(url) as transport:
         await ask(transport, request(url))
         await until(lambda: upstream.open == 0)
@@ -517,6 +523,106 @@ async def test_a_proxy_that_is_spoken_to_over_tls(authority: Authority, monkeypa
                 assert await ask(transport, request(url, "POST", b"{}")) == (200, b"{}")
 
         assert len(upstream.requests) == 2
+
+
+# --- warm connections; tests/unit/test_warm_connections.py shows how long they last
+
+
+async def test_a_warm_connection_is_there_before_the_first_request(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    async with serving(fine, authority.server) as (upstream, url), pool(url, warm=1) as transport:
+        await until(lambda: upstream.open == 1)
+
+        assert await ask(transport, request(url, "POST", b"{}")) == (200, b"{}")
+        assert upstream.connections == 1
+
+
+async def test_a_proxys_tunnel_is_kept_warm_too(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    async with serving(fine, authority.server) as (upstream, url), serving(tunnel) as (proxy, proxy_url):
+        monkeypatch.setenv("HTTPS_PROXY", proxy_url)
+        async with pool(url, warm=1) as transport:
+            await until(lambda: upstream.open == 1)
+
+            assert await ask(transport, request(url, "POST", b"{}")) == (200, b"{}")
+            assert len(proxy.requests) == upstream.connections == 1
+
+
+async def test_a_post_does_not_go_out_on_a_connection_whose_end_has_reached_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pools, "LOOK_SECONDS", 0.0)
+    writers: list[asyncio.StreamWriter] = []
+
+    async def answer(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writers.append(writer)
+        writer.write(OK)
+        return True
+
+    async with serving(answer) as (upstream, url), pool(url) as transport:
+        await ask(transport, request(url, "POST", b"{}"))
+        shut_down(writers[0])  # without a turn of the event loop, which is not told
+
+        assert await ask(transport, request(url, "POST", b"{}")) == (200, b"{}")
+        assert (upstream.connections, len(upstream.requests)) == (2, 2)
+
+
+def shut_down(writer: asyncio.StreamWriter) -> None:
+    """Send the end of a connection at once, which closing it would leave to the event loop."""
+    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as copy:
+        copy.shutdown(socket.SHUT_WR)
+
+
+@asynccontextmanager
+async def accepting(treat: Callable[[socket.socket], None]) -> AsyncIterator[tuple[list[float], str]]:
+    """Accept connections and treat each in some bad way. Yield the times of connects, and the URL."""
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+
+        async def accept() -> None:
+            while True:
+                connection, _ = await loop.sock_accept(listener)
+                times.append(loop.time())
+                treat(connection)
+
+        task = asyncio.create_task(accept())
+        yield times, f"https://127.0.0.1:{listener.getsockname()[1]}"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def say_no_tls(connection: socket.socket) -> None:
+    connection.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "treat", [socket.socket.close, reset, say_no_tls, HELD.append], ids=["closes", "resets", "no TLS", "is silent"]
+)
+async def test_a_server_that_never_speaks_tls_meets_no_storm(
+    treat: Callable[[socket.socket], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_PAUSE", "CONNECT_SECONDS"):
+        monkeypatch.setattr(pools, name, 0.05)
+    async with accepting(treat) as (times, url), pool(url, warm=1):
+        await until(lambda: len(times) >= 4)
+    for connection in HELD:
+        connection.close()
+    HELD.clear()
+    pauses = [b - a for a, b in itertools.pairwise(times)]
+
+    assert pauses[0] >= 0.05
+    assert pauses[1] >= 0.1
+    assert pauses[2] >= 0.2
 
 
 @pytest.mark.parametrize("named", ["socks5://127.0.0.1:9", "http://", "http://[::1", "ftp://127.0.0.1"])

@@ -70,6 +70,15 @@ async def test_a_disconnect_that_the_loop_has_yet_to_read_is_known_before_a_resp
     assert await ClientConnection(server.receive).poll_is_closed()
 
 
+async def test_a_server_that_can_be_asked_is_asked() -> None:
+    server = Server()
+    caller = ClientConnection(server.receive, lambda: server.gone)
+    assert not caller.is_closed()
+    asyncio.get_running_loop().call_soon(server.hang_up)
+
+    assert await caller.poll_is_closed()
+
+
 async def test_a_client_that_is_gone_stays_gone() -> None:
     server = Server()
     caller = ClientConnection(server.receive)

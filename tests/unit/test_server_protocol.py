@@ -7,13 +7,14 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from app.server.protocol import MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
+from app.server.protocol import DISCONNECTED, MAX_FIELDS, MAX_FRAMING, MAX_WAITING, PIECE, GuardedHttp
 from tests.conftest import Logs
 
 ARRIVAL, LINGER, KEEP_ALIVE = 0.2, 0.2, 0.5
@@ -47,6 +48,7 @@ class Site:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.paths.append(scope["path"])
+        self.disconnected = cast("Callable[[], bool]", cast("Any", scope["extensions"])[DISCONNECTED])
         try:
             await self._answer(scope, receive, send)
         except BaseException as error:
@@ -679,7 +681,9 @@ async def test_a_hang_up_is_seen_whatever_waits_behind(site: Site, path: str, at
         await client.send(get(path) + at_once)
         await until(lambda: site.paths)
         await client.send(later)
+        assert not site.disconnected()
     await until(site.gone.is_set)
+    assert site.disconnected()
     # An answer to a client that is gone is no error, and nothing behind it is begun.
     site.go_on.set()
     await until(lambda: not site.state.tasks)

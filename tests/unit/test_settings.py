@@ -128,6 +128,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "secret-short": ("BROKER_SECRET", "too-short-for-a-secret"),
     "secret-one-line-short": ("BROKER_SECRET", f"{SECRET}\ntoo-short-for-a-secret"),
     "secret-blank": ("BROKER_SECRET", "  \n "),
+    "warm-negative": ("BROKER_WARM_CONNECTIONS", "-1"),
+    "warm-many": ("BROKER_WARM_CONNECTIONS", "101"),
     "docs": ("BROKER_DOCS", "sometimes"),
     "root-path-bare": ("BROKER_ROOT_PATH", "voice-prefix"),
     "root-path-url": ("BROKER_ROOT_PATH", "https://voice.internal.example"),

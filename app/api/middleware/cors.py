@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from urllib.parse import urlsplit
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import problem_response
+from app.api.middleware.response_head import head_of
 from app.api.middleware.root_path import route_path
 from app.config.settings import is_loopback
 from app.problems import Problem
@@ -60,12 +61,8 @@ class CorsPolicy:
             if scope["method"] == "OPTIONS" and b"access-control-request-method" in dict(scope["headers"]):
                 return await _answer_preflight(headers, send)
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"].extend(headers)
-            await send(message)
-
-        return await self.app(scope, receive, send_with_headers)
+        head_of(scope).edits.append(lambda own: own.extend(headers))
+        return await self.app(scope, receive, send)
 
     def allows(self, origin: str, scope: Scope) -> bool:
         """True for an origin that is allowed or the broker's own, never for `null` or an empty one."""

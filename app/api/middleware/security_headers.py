@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.middleware.response_head import RawHeaders, head_of
 
 # An API response is neither a page nor a frame (OWASP REST Security Cheat Sheet); pages set their own policy.
 UNLESS_SET = [
@@ -31,18 +33,16 @@ class SecurityHeaders:
         limit_headers: dict[str, str] = {}
         scope["state"]["limit_headers"] = limit_headers
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = message["headers"]
-                own = {name for name, _ in headers}
-                for header in UNLESS_SET:
-                    if header[0] not in own:
-                        headers.append(header)
-                headers.extend(ALWAYS)
-                for name, value in limit_headers.items():
-                    # A refusal already has the headers of the limit that refused.
-                    if (key := name.lower().encode()) not in own:
-                        headers.append((key, value.encode()))
-            await send(message)
+        def add(headers: RawHeaders) -> None:
+            own = {name for name, _ in headers}
+            for header in UNLESS_SET:
+                if header[0] not in own:
+                    headers.append(header)
+            headers.extend(ALWAYS)
+            for name, value in limit_headers.items():
+                # A refusal already has the headers of the limit that refused.
+                if (key := name.lower().encode()) not in own:
+                    headers.append((key, value.encode()))
 
-        return await self.app(scope, receive, send_with_headers)
+        head_of(scope).edits.append(add)
+        return await self.app(scope, receive, send)
