@@ -134,16 +134,8 @@ export class Broker {
     check("start", options, START_OPTIONS);
     const { signal, challenge, ...request } = options;
     signal?.throwIfAborted();
-    const asked = this.#ask(JSON.stringify(request), challenge, signal);
-    if (!signal) return asked;
-    return new Promise((resolve, reject) => {
-      const abort = () => {
-        reject(signal.reason);
-        asked.then((call) => call.hangUp()).catch(() => {}); // the answer names the call to stop
-      };
-      signal.addEventListener("abort", abort, { once: true });
-      asked.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-    });
+    // The request itself goes on: its answer names the call to stop.
+    return abortable(this.#ask(JSON.stringify(request), challenge, signal), signal, (call) => call.hangUp());
   }
 
   /** @param {string} body @param {StartOptions["challenge"]} challenge @param {AbortSignal | undefined} signal */
@@ -178,13 +170,13 @@ export class Broker {
   async talk(options = {}) {
     check("talk", options, [...START_OPTIONS, ...JOIN_OPTIONS]);
     const { livekit, microphone, progress, ...start } = options;
-    start.signal?.throwIfAborted();
-    const media = await openMedia({ livekit, microphone, progress }, this.url);
+    const { signal } = start;
+    signal?.throwIfAborted();
+    const media = await abortable(openMedia({ livekit, microphone, progress }, this.url), signal, closeMedia);
     /** @type {Call | undefined} */ let call;
     try {
       call = await this.start(start);
-      await call.join(media);
-      start.signal?.throwIfAborted();
+      await abortable(call.join(media), signal, () => {});
       return call;
     } catch (error) {
       closeMedia(media);
@@ -351,6 +343,7 @@ export class Call extends EventTarget {
 
   /** @internal @param {Media} media */
   async join(media) {
+    if (this.ended) throw new BrokerError("The call has ended.", { slug: "not-joined" });
     this.#media = media;
     const room = (this.room = new media.client.Room({ disconnectOnPageLeave: false }));
     room.on("trackSubscribed", (/** @type {any} */ track) => {
@@ -607,6 +600,20 @@ async function ownLiveKit() {
   } catch {
     return null;
   }
+}
+
+/** Return what work gives, or reject once the signal aborts, and discard what it gives then.
+ * @template T @param {Promise<T>} work @param {AbortSignal | undefined} signal @param {(late: T) => unknown} discard @returns {Promise<T>} */
+function abortable(work, signal, discard) {
+  if (!signal) return work;
+  return new Promise((resolve, reject) => {
+    const abort = () => {
+      reject(signal.reason);
+      work.then(discard).catch(() => {});
+    };
+    signal.addEventListener("abort", abort, { once: true });
+    work.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
 }
 
 /** @param {string | undefined | (() => string | Promise<string>)} given @param {string} words @param {string} slug the error's, if it throws */

@@ -81,18 +81,18 @@ button {
 }
 .main { background: var(--a); color: var(--on); border-color: transparent; font-weight: 650 }
 [data-live] .main { background: transparent; color: inherit; border-color: currentcolor }
-.mute[aria-pressed=true] { border-color: var(--warn); color: var(--warn) }
-.mute[aria-pressed=true]::before { content: ""; width: .5rem; height: .5rem; border-radius: 50%; background: currentcolor }
+.mute[aria-pressed=true] { border-color: var(--warn) }
+.mute[aria-pressed=true]::before { content: ""; width: .5rem; height: .5rem; border-radius: 50%; background: var(--warn) }
 button:focus-visible, ol:focus-visible { outline: 3px solid var(--a); outline-offset: 2px }
 .orb { width: .75rem; height: .75rem; border-radius: 50%; background: currentcolor; transform: scale(calc(.7 + .6 * var(--agent, 0))) }
 [data-live] .orb { background: var(--a) }
 .bar { flex: 1; min-width: 3rem; height: .375rem; border-radius: 9px; background: var(--line); overflow: hidden }
 .bar::before { content: ""; display: block; height: 100%; background: var(--a); transform: scaleX(var(--user, 0)); transform-origin: left }
 .bar:dir(rtl)::before { transform-origin: right }
-.time { font-variant-numeric: tabular-nums; color: var(--warn) }
+.time { font-variant-numeric: tabular-nums; font-weight: 650 }
 p, ol { margin: 0; padding: 0; overflow-wrap: anywhere }
 .status { color: var(--soft) }
-.error { color: var(--warn) }
+.error { padding-inline-start: .5rem; border-inline-start: .25rem solid var(--warn) }
 p:empty { display: none }
 ol { list-style: none; display: grid; gap: .25rem; max-height: 12rem; overflow: auto; width: 100% }
 b { font-weight: 600; color: var(--soft) }
@@ -111,6 +111,9 @@ button[hidden] { display: none }
 
 /** Seconds before the end from which the time left is shown. */
 const SOON = 60;
+
+/** Seconds of asking again before the visitor is told that there is no room, and when there may be. */
+const PATIENCE = 5;
 
 /** @type {CSSStyleSheet | undefined} */ let sheet;
 const Base = globalThis.HTMLElement ?? /** @type {typeof HTMLElement} */ (/** @type {unknown} */ (class {})); // no page, on a server
@@ -272,7 +275,7 @@ export class OneInboxCallElement extends Base {
   /** @param {boolean} [strict] raise what is wrong with the address */
   #findBroker(strict) {
     try {
-      return (this.#broker ??= new Broker({ url: this.getAttribute("broker") ?? undefined }));
+      return (this.#broker ??= new Broker({ url: this.getAttribute("broker") ?? undefined, patience: PATIENCE }));
     } catch (error) {
       if (strict) throw error;
       return null;
