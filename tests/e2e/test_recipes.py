@@ -196,6 +196,21 @@ def starts(oneinbox: str) -> int:
     return sum(each["path"] == "/v1/calls/web" for each in control(oneinbox, "requests"))
 
 
+@pytest.mark.parametrize("document", ["README.md", "app/client/README.md"])
+def test_the_tag_talks_in_the_sandbox(document: str, open_page: OpenPage, sandbox: str, tmp_path: Path) -> None:
+    """It is a whole page, of another origin than the broker's, as app/client/README.md has it in three steps."""
+    [tag] = blocks((ROOT / document).read_text(encoding="utf-8"), "html")
+    icon = '<link rel="icon" href="data:,">'  # else the browser asks for one, and complains
+    page_text = tag.replace(PRINTED_BROKER, sandbox).replace("<script", f"{icon}<script", 1)
+    (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
+    with running_site(tmp_path) as origin:
+        page = open_page(f"{origin}/page.html")
+        page.get_by_role("button", name="Talk").click()
+        expect(page.get_by_role("button", name="Hang up")).to_be_visible(timeout=20_000)
+        page.get_by_role("button", name="Hang up").click()
+        expect(page.get_by_role("button", name="Talk again")).to_be_visible(timeout=20_000)
+
+
 LIVEKIT_CLIENT = {"BROKER_LIVEKIT_CLIENT": str(NODE_MODULES / "livekit-client/dist/livekit-client.esm.mjs")}
 
 
