@@ -71,7 +71,11 @@ def _run_with_livekit(host: str, port: int) -> None:
 
 def _talking(url: str, key: str, secret: str) -> EmulatorOptions:
     """Return options for calls on a LiveKit server: with an agent if its SDK is installed."""
-    voice: Literal["agent", "rooms"] = "agent" if find_spec("livekit") else "rooms"
+    try:
+        has_sdk = find_spec("livekit.rtc") is not None
+    except ModuleNotFoundError:  # not even the namespace, which LiveKit's other packages share
+        has_sdk = False
+    voice: Literal["agent", "rooms"] = "agent" if has_sdk else "rooms"
     return EmulatorOptions(server_url=url, livekit_key=key, livekit_secret=secret, voice=voice, in_progress=math.inf)
 
 
