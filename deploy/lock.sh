@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes deploy/requirements.lock (what the broker runs on), deploy/sandbox.lock (the same, and what the sandbox's agent
-# needs to talk) and deploy/build.lock (what builds the broker's wheel): every package with one version and the hashes of
-# all its files, for every Python from 3.11 on. No address of an index is recorded.
+# needs to talk), deploy/build.lock (what builds the broker's wheel) and .ci/test.lock (all that .ci/run installs): every
+# package with one version and the hashes of all its files, for every Python from 3.11 on. No address of an index is recorded.
 #   bash deploy/lock.sh              refresh after a change of pyproject.toml; pins that still fit stay
 #   bash deploy/lock.sh --upgrade    move every pin to the newest version
 set -euo pipefail
@@ -24,3 +24,6 @@ compile pyproject.toml deploy/sandbox.lock --extra otel --extra voice --constrai
 sed -nE '/^\[build-system\]/,/^\[project\]/s/^requires = \["(.*)"\]$/\1/p' pyproject.toml |
   sed 's/", "/\n/g' >"$tools/build.in"
 compile "$tools/build.in" deploy/build.lock --no-annotate "$@"
+echo editables >>"$tools/build.in" # hatchling's own need for `pip install -e`
+compile pyproject.toml .ci/test.lock "$tools/build.in" --extra test --extra bench --no-annotate \
+  --constraints deploy/requirements.lock --constraints deploy/build.lock "$@"

@@ -20,7 +20,7 @@ from typer.main import get_group
 from app.api.app import create_app
 from app.cli.commands import cli
 from app.config.loading import EMPTY_MEANS_NONE, load_settings
-from app.config.settings import FIELDS, SECRETS, SettingsError
+from app.config.settings import ANY_TEXT, FIELDS, SECRETS, SettingsError
 from app.limits.record import MOVES
 from app.problems import KINDS
 from app.telemetry.metrics import Metrics
@@ -95,7 +95,12 @@ def settings_document() -> str:
         "Settings come from the environment, or from `.env` in the working directory; the environment wins.",
         "[.env.example](../.env.example) is a template. An empty variable counts as unset, except "
         f"{' and '.join(f'`{name}`' for name in sorted(EMPTY_MEANS_NONE))}: empty allows none.",
-        "An unknown `BROKER_…` or `ONEINBOX_…` variable is an error.",
+        "An unknown `BROKER_…` or `ONEINBOX_…` variable is an error, and so is a setting of another `BROKER_AUTH`.",
+        "",
+        "In `.env` each line is `NAME=value`, a comment or blank; anything else is an error. `${NAME}` stands for",
+        "another variable. White space, line breaks, a byte order mark and quotes around a value do not count,",
+        "in a variable as in a file. "
+        f"Only {' and '.join(f'`{name}`' for name in sorted(ANY_TEXT))}, which may hold quotes, are refused in quotes.",
         "",
         "A secret may also come from a file: append `_FILE` to its name and give the path. The secrets are "
         f"{', '.join(f'`{name}`' for name in FIELDS if name in SECRETS)}.",

@@ -44,20 +44,32 @@ class FastRoute(APIRoute):
 
 
 class Routes:
-    """Hand each request to its route. Fast routes of a fixed path are found in a dict, the others by the router."""
+    """Hand each request to its route: to the fast ones directly, to the others through FastAPI's router."""
 
     def __init__(self, router: APIRouter) -> None:
+        routes = [route for route in router.routes if isinstance(route, FastRoute)]
         self._fixed = {
             (method, route.path): route
-            for route in router.routes
-            if isinstance(route, FastRoute) and not route.param_convertors
+            for route in routes
+            if not route.param_convertors
             for method in route.methods or ()
         }
+        self._patterns = [
+            (method, route.path_regex, route)
+            for route in routes
+            if route.param_convertors
+            for method in route.methods or ()
+        ]
         self._router = AsyncExitStackMiddleware(router)  # FastAPI's own routes need it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._fixed.get((scope["method"], route_path(scope))) if scope["type"] == "http" else None
-        if route is None:
-            return await self._router(scope, receive, send)
-        scope["route"], scope["path_params"] = route, {}
-        return await route.app(scope, receive, send)
+        if scope["type"] == "http":
+            method, path = scope["method"], route_path(scope)
+            if route := self._fixed.get((method, path)):
+                scope["route"], scope["path_params"] = route, {}
+                return await route.app(scope, receive, send)
+            for taken, pattern, route in self._patterns:
+                if taken == method and (match := pattern.match(path)):
+                    scope["route"], scope["path_params"] = route, match.groupdict()
+                    return await route.app(scope, receive, send)
+        return await self._router(scope, receive, send)

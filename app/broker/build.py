@@ -59,8 +59,9 @@ WORKERS_WITHOUT_STORE = (
     "BROKER_STORE_URL: is memory://, where each of several workers would count for itself; "
     "takes the URL of a Valkey or Redis that they share, such as redis://localhost:6379"
 )
-ALLOWANCE_SECONDS = 1
-"""Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up."""
+START_SECONDS = 1
+"""Seconds that a start waits for OneInbox's allowance, so that the first session is refused too if it is used up, and
+for the issuer's keys, so that the first login need not."""
 
 
 def load_checked_settings() -> Settings:
@@ -256,8 +257,7 @@ async def open_broker(
             secret_reloader.run(),
         ):
             stack.push_async_callback(_cancel, asyncio.create_task(work))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(allowance.ready.wait(), ALLOWANCE_SECONDS)
+        await _wait_until_ready(allowance, keys)
         yield Broker(
             identity=identity,
             limits=limits,
@@ -275,6 +275,14 @@ async def open_broker(
             gauges=gauges,
             traces=traces,
         )
+
+
+async def _wait_until_ready(allowance: Allowance, keys: "Keys | None") -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_SECONDS):
+            await allowance.ready.wait()
+            if keys is not None:
+                await keys.ready()
 
 
 def secret_handlers(
@@ -349,7 +357,15 @@ def open_ledger(settings: Settings, plans: Plans, store: Store, *, hangs_up: boo
     """Return the records of calls in a store. `hangs_up`: this process ends the calls whose records it moves."""
     lease = settings.max_call_seconds + LEASE_GRACE if settings.max_call_seconds else LONGEST_LEASE
     timed = plans.has_minutes or settings.global_talk_minutes is not None
-    return Ledger(store, lease=lease, prefix=settings.store_prefix, hangs_up=hangs_up, timed=timed, now=store.now)
+    return Ledger(
+        store,
+        lease=lease,
+        prefix=settings.store_prefix,
+        hangs_up=hangs_up,
+        listed=settings.auth != "anonymous",
+        timed=timed,
+        now=store.now,
+    )
 
 
 def _minutes_of(settings: Settings) -> Callable[[str], int | None]:

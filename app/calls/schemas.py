@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from io import StringIO
+from itertools import islice
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -15,6 +17,8 @@ Role = Literal["agent", "user"]
 ROLES: dict[str, Role] = {"agent": "agent", "assistant": "agent", "bot": "agent", "user": "user", "customer": "user"}
 UNSPOKEN = frozenset({"tool", "tool_call", "tool_result", "function", "system"})
 """Roles whose lines or messages were not spoken."""
+MAX_LINES = 10_000
+"""Lines of a transcript or messages that are shown, the first ones: hours of talk."""
 LINE = re.compile(r"^\s*([A-Za-z_]{2,12})\s*:\s?(.*)$")
 
 
@@ -51,7 +55,9 @@ class BasicCall(BaseModel):
 class ExposedCall(BasicCall):
     """A call with the fields that BROKER_EXPOSE may add."""
 
-    transcript: list[Utterance] | None = Field(default=None, description="Who said what; 2 to 3 seconds after the end.")
+    transcript: list[Utterance] | None = Field(
+        default=None, description="Who said what, at most 10,000 lines; 2 to 3 seconds after the end."
+    )
     messages: list[Utterance] | None = Field(default=None, description="As `transcript`, from OneInbox's message list.")
     recording_url: str | None = Field(default=None, description="URL of the recording.")
     summary: str | None = Field(default=None, description="OneInbox's summary of the call.")
@@ -136,22 +142,24 @@ def project(record: CallRecord, bounds: Bounds, *, agent: str | None, expose: Co
     }
     if not expose:
         return BasicCall(**basic)
-    more = {
-        "transcript": _transcript(record),
-        "messages": _utterances(record.messages),
+    # Only what is exposed is worked on: a transcript may be large.
+    more: Mapping[str, Callable[[], Any]] = {
+        "transcript": lambda: _transcript(record),
+        "messages": lambda: _utterances(record.messages),
         # Pages show it as a link: no scheme that a browser would run.
-        "recording_url": record.recording_url if WEB_URL.match(record.recording_url or "") else None,
-        "summary": record.ai_summary or record.analysis.summary,
-        "outcome": record.outcome or record.analysis.outcome,
+        "recording_url": lambda: record.recording_url if WEB_URL.match(record.recording_url or "") else None,
+        "summary": lambda: record.ai_summary or record.analysis.summary,
+        "outcome": lambda: record.outcome or record.analysis.outcome,
     }
-    return ExposedCall(**basic, **{name: more[name] for name in more if name in expose})
+    return ExposedCall(**basic, **{name: value() for name, value in more.items() if name in expose})
 
 
 def _utterances(items: Any) -> list[Utterance] | None:
     """Return what was said in a list of messages, without tool calls and their results."""
     if not isinstance(items, list):
         return None
-    said = [item for item in items if isinstance(item, dict) and isinstance(item.get("content"), str)]
+    first = items[:MAX_LINES]
+    said = [item for item in first if isinstance(item, dict) and isinstance(item.get("content"), str)]
     return [
         Utterance(role=ROLES[item["role"]], content=item["content"])
         for item in said
@@ -169,18 +177,18 @@ def _transcript(record: CallRecord) -> list[Utterance] | None:
         return _utterances(record.transcript)
     if not isinstance(record.transcript, str) or not record.transcript.strip():
         return None
-    said: list[Utterance] = []
+    said: list[tuple[Role, list[str]]] = []
     unspoken = False
-    for line in record.transcript.splitlines():
+    for line in islice(StringIO(record.transcript, newline=None), MAX_LINES):
         match = LINE.match(line)
         name = match[1].lower() if match else ""
         if match and (role := ROLES.get(name)):
-            said.append(Utterance(role=role, content=match[2]))
+            said.append((role, [match[2]]))
             unspoken = False
         elif unspoken or name in UNSPOKEN:
             unspoken = True
         elif said:
-            said[-1].content += f"\n{line}"
+            said[-1][1].append(line.removesuffix("\n"))
         else:
             return _utterances(record.messages)
-    return said
+    return [Utterance(role=role, content="\n".join(lines)) for role, lines in said]

@@ -16,13 +16,13 @@ from app.cli.operator import Operator, Said, reach_store, run_operator
 from app.cli.status import rfc3339
 from app.identity.keyring import LOGGED
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of
 from app.limits.kill_switch import printable
 from app.limits.ledger import UNFOUND, UNSTOPPED
 from app.limits.live_calls import OPERATOR
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord
 from app.oneinbox.models import CALL_ID
-from app.store import BUDGET, PAGE, StoreUnavailable
+from app.store import StoreUnavailable
 
 AT_ONCE = 64
 """Records read or moved at once."""
@@ -106,24 +106,6 @@ class Running(NamedTuple):
         )
 
 
-async def _ends(operator: Operator, attempts: Sequence[CallAttempt]) -> Mapping[str, float]:
-    """Return the Unix time at which each bounded call is hung up, by request id. Raises StoreUnavailable."""
-    store, longest = operator.store, operator.settings.max_call_seconds
-    names = list(dict.fromkeys(BUDGET + name for attempt in attempts for name in attempt.sets))
-    pages = [names[at : at + PAGE] for at in range(0, len(names), PAGE)]
-    left = dict(zip(names, [each for page in pages for each in await store.due_in(page)], strict=True))
-    ends: dict[str, float] = {}
-    for attempt in attempts:
-        outs = [out for name in attempt.sets if (out := left[BUDGET + name]) is not None]
-        times = [store.now() + max(0.0, out) for out in outs]
-        end = attempt.ends or (attempt.since + longest if longest else NEVER)
-        if end > 0:
-            times.append(end)
-        if times:
-            ends[attempt.request_id] = min(times)
-    return ends
-
-
 async def running_calls(operator: Operator, user: str = "", agent: str = "") -> list[Running]:
     """Return all running calls, those of USER or those of an agent, oldest first.
 
@@ -153,8 +135,10 @@ async def running_calls(operator: Operator, user: str = "", agent: str = "") -> 
                 None,
             )
         )
-    ends = await _ends(operator, [each.attempt for each in found if each.attempt is not None])
-    found = [each._replace(ends_at=ends.get(each.request_id)) for each in found]
+    known = [each.attempt for each in found if each.attempt is not None]
+    ends = await ledger.ends(known, operator.settings.max_call_seconds)
+    ends_at = {attempt.request_id: at for attempt, (at, _) in zip(known, ends, strict=True)}
+    found = [each._replace(ends_at=ends_at.get(each.request_id)) for each in found]
     of_agent = [each for each in found if not agent or (each.attempt is not None and each.attempt.agent == agent)]
     chosen = [each for each in of_agent if not user or _is_of(each, users)]
     return sorted(chosen, key=lambda each: each.attempt.since if each.attempt is not None else 0)

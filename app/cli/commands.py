@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from app import __version__
-from app.cli.process import open_standard_streams, refuse, say
+from app.cli.process import checked, open_standard_streams, refuse, say
 
 EXIT_STATUS = "Exit status: 0 fine, 1 something is wrong, 2 wrong usage or settings."
 
@@ -151,7 +151,8 @@ def openapi() -> None:
     from app.config.loading import load_settings
 
     settings = load_settings({"ONEINBOX_API_KEY": "oi_sk_none", "ONEINBOX_AGENT_ID": "none"}, env_file=None)
-    say(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False))
+    app = checked(lambda: create_app(settings))
+    say(json.dumps(app.openapi(), indent=2, ensure_ascii=False))
 
 
 @cli.command(epilog=ending("pause --for 30m --reason 'invoice in dispute'", "pause --hang-up"))

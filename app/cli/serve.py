@@ -8,7 +8,7 @@ from app.api.app import create_app
 from app.broker.build import WORKERS_WITHOUT_STORE, load_checked_settings, refuse_foreign_store
 from app.cli.process import checked, listen, refuse
 from app.cli.startup_banner import announce
-from app.config.settings import unquoted
+from app.config.validation import unquoted
 from app.server.gc import freeze_gc
 from app.server.server import create_server, serve_with_workers, url_of
 from app.telemetry.logging import configure_logging

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from app.config.validation import one_line, unquoted
+
 BAD_ESCAPE = re.compile(r"~(?![01])")
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
@@ -16,8 +18,6 @@ def check_claim_name(name: str) -> str:
     """Return a claim's name. Raises ValueError for one that begins with `/` and is no JSON pointer."""
     if not name:
         raise ValueError("is empty")
-    if not name.isprintable():
-        raise ValueError("has a line break, or another character that does not print")
     if name.startswith("/") and BAD_ESCAPE.search(name):
         raise ValueError("is no JSON pointer: ~ is written ~0, and / in a name ~1")
     return name
@@ -49,13 +49,13 @@ def read_required_claims(pairs: list[str]) -> dict[str, tuple[str, ...]]:
     """Read pairs such as `azp=https://a.example|https://b.example`. Raises ValueError."""
     required: dict[str, tuple[str, ...]] = {}
     for pair in pairs:
-        name, equals, texts = (part.strip() for part in pair.partition("="))
-        accepted = tuple(text.strip() for text in texts.split("|"))
+        name, equals, texts = map(unquoted, pair.partition("="))
+        accepted = tuple(unquoted(text) for text in texts.split("|"))
         if not equals or not all(accepted):
             raise ValueError("is not a list of claim=value")
         if check_claim_name(name) in required:
             raise ValueError("names a claim twice")
-        required[name] = accepted
+        required[name] = tuple(map(one_line, accepted))
     return required
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dotenv.parser import Binding, parse_stream
-from dotenv.variables import Variable, parse_variables
+from dotenv.variables import Atom, Literal, Variable, parse_variables
 
 from app.config.settings import PREFIXES, SettingsError
 
@@ -31,7 +31,8 @@ def read_env_file(path: Path, environ: Mapping[str, str]) -> tuple[dict[str, str
         if not wrong:
             assert binding.key is not None  # noqa: S101 - `_wrong` wants a name and a value
             assert binding.value is not None  # noqa: S101
-            parts = list(parse_variables(binding.value))
+            # In single quotes `${` means itself, as in a shell.
+            parts = [Literal(binding.value)] if _quote(binding) == "'" else list(parse_variables(binding.value))
             known = {**environ, **values}
             values[binding.key] = "".join(part.resolve(known) for part in parts)
             if binding.key.upper().startswith(PREFIXES) and any(_is_missing(part, known) for part in parts):
@@ -65,14 +66,19 @@ def _wrong(binding: Binding) -> str:
     """Return what is wrong with a line; empty if nothing is."""
     if binding.error or binding.value is None or binding.key is None or not NAME.fullmatch(binding.key):
         return "is not a setting, a comment or blank"
-    is_quoted = binding.original.string.partition("=")[2].lstrip(" \t")[:1] in ("'", '"')
     is_ours = binding.key.upper().startswith(PREFIXES)
-    if OURS.search(binding.value) or (is_ours and not is_quoted and ANOTHER.search(binding.value)):
+    if OURS.search(binding.value) or (is_ours and not _quote(binding) and ANOTHER.search(binding.value)):
         return "holds two settings, or a quote that does not close"
     return ""
 
 
-def _is_missing(part: object, known: Mapping[str, str]) -> bool:
+def _quote(binding: Binding) -> str:
+    """Return the quote in which the value stands; empty if it stands in none."""
+    first = binding.original.string.partition("=")[2].lstrip(" \t")[:1]
+    return first if first in ("'", '"') else ""
+
+
+def _is_missing(part: Atom, known: Mapping[str, str]) -> bool:
     return isinstance(part, Variable) and part.default is None and part.name not in known
 
 

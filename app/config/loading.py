@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from app.config.env_file import read_env_file
 from app.config.settings import (
-    BLANKS,
     FIELDS,
     KNOWN,
     PREFIXES,
@@ -24,9 +23,8 @@ from app.config.settings import (
     field_of,
     takes,
     trimmed,
-    unquoted,
 )
-from app.config.validation import nearest, what_is_wrong
+from app.config.validation import BLANKS, nearest, unquoted, what_is_wrong
 
 # Kubernetes sets these in every pod for a Service called `broker` or `oneinbox`; they are not settings.
 SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP)(_.+)?)$")

@@ -1,7 +1,6 @@
 """Every setting, once: its variable, type, default and meaning. The documents get their tables from here."""
 
 import re
-import string
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -17,12 +16,15 @@ from app.config.claims import ClaimName, check_claim_name, read_required_claims
 from app.config.overrides import OVERRIDE_LEAVES, OverridePath
 from app.config.validation import (
     AGENT_ID,
+    BLANKS,
     MAX_CALL_SECONDS,
     VARIABLE,
     AllowedVariable,
     check_limits,
+    one_line,
     takes_of,
     taking,
+    unquoted,
 )
 
 Network = IPv4Network | IPv6Network
@@ -32,9 +34,6 @@ PREFIXES = ("BROKER_", "ONEINBOX_")
 MULTI_LINE = frozenset({"BROKER_SECRET", "BROKER_JWT_SECRET", "BROKER_JWT_PUBLIC_KEY"})
 ANY_TEXT = frozenset({"BROKER_SECRET", "BROKER_JWT_SECRET"})
 """Secrets that others make, so that quotes may belong to them."""
-BLANKS = f"{string.whitespace}\u00a0\ufeff\u200b"
-"""White space, and a file's byte order mark."""
-
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 HOST = re.compile(rf"{LABEL}(?:\.{LABEL})*\.?")
 LONGEST_HOST = 253  # RFC 1035, section 3.1
@@ -78,14 +77,6 @@ def is_host(text: str) -> bool:
         return False
 
 
-def unquoted(text: str) -> str:
-    """Return a text without white space, byte order mark and one pair of quotes around it."""
-    text = text.strip(BLANKS)
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
-        return text[1:-1].strip(BLANKS)
-    return text
-
-
 def trimmed(name: str, text: str) -> str:
     """Return a variable's value, from wherever it comes, without what is around it. ValueError says what is in it.
 
@@ -97,14 +88,6 @@ def trimmed(name: str, text: str) -> str:
         raise ValueError("is in quotes")
     if name not in MULTI_LINE and not all(part.strip(BLANKS).isprintable() for part in re.split("[,;]", text)):
         raise ValueError("has a line break, or another character that does not print")
-    return text
-
-
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("has a line break, or another character that does not print")
-    if not text or text[0] in "\"'" or text[-1] in "\"'":
-        raise ValueError("is empty, or has a quote at one end")
     return text
 
 
@@ -207,7 +190,7 @@ def _user_header(text: str) -> str:
 def _claim_pairs(value: Any) -> Any:
     pairs: dict[str, str] = {}
     for word in words(value):
-        name, equals, claim = (part.strip() for part in word.partition("="))
+        name, equals, claim = map(unquoted, word.partition("="))
         if not equals or not claim or not re.fullmatch(VARIABLE, name) or name in pairs:
             raise ValueError("is not a list of variable=claim")
         pairs[name] = check_claim_name(claim)
@@ -254,7 +237,7 @@ def _at_least(length: int) -> AfterValidator:
     return _secret_rule(lambda text: len(text) >= length, f"is shorter than {length} characters")
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
+Line = Annotated[str, AfterValidator(one_line)]
 Words = Annotated[list[Line], BeforeValidator(words)]
 Limits = Annotated[str, AfterValidator(check_limits)]
 Secret = Annotated[SecretStr, _secret_rule(str.strip, "is empty")]
@@ -282,7 +265,7 @@ def setting(default: Any, meaning: str, takes: str, **bounds: Any) -> Any:
 
 
 def _count(default: int | None, meaning: str) -> Any:
-    return setting(default, meaning, "a whole number, at least 1", ge=1)
+    return setting(default, meaning, "a whole number from 1 to 1,000,000,000", ge=1, le=1_000_000_000)
 
 
 def _seconds(default: int, meaning: str, most: int) -> Any:
@@ -359,7 +342,7 @@ class Settings(BaseSettings):
     jwt_algorithms: Words = setting(
         [], "Accepted signature algorithms. Unset: all that fit the key", "names, comma-separated: ES256,RS256"
     )
-    jwt_user_claim: ClaimName = setting(
+    jwt_user_claim: Annotated[ClaimName, AfterValidator(one_line)] = setting(
         "sub", "Claim that holds the user's id", "a claim's name, or a JSON pointer such as /user/id"
     )
     jwt_cookie: str | None = setting(

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import re
+import string
 from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
@@ -17,14 +18,21 @@ AGENT_ID = r"^[A-Za-z0-9_-]{1,128}$"
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
+BLANKS = f"{string.whitespace}\u00a0\ufeff\u200b"
+"""White space, and a file's byte order mark."""
+
 MAX_CALL_SECONDS = 604800
 """The longest bound on a call: a week."""
+
+MOST, LONGEST = 1_000_000_000, 10 * 366 * 86400
+"""Highest number of a limit, and its longest period in seconds."""
 
 MAX_VARIABLES = 32
 MAX_VARIABLE = 1000
 
-# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure.
-UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# `{{…}}` would be interpolated into the agent's prompt a second time; control characters could fake its structure. Lone
+# surrogates, such as half an emoji, cannot be sent: they are no UTF-8.
+UNSAFE_TEXT = re.compile(r"\{\{|\}\}|[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_variable_value(value: str | float | bool) -> str | float | bool:
@@ -48,15 +56,34 @@ VariableValue = Annotated[bool | int | float | str, AfterValidator(check_variabl
 
 
 def check_limits(text: str) -> str:
-    """Return limits such as `5/minute;50/day`, each at least 1; ValueError otherwise."""
+    """Return limits such as `5/minute;50/day`, each from 1 to MOST within LONGEST seconds; ValueError otherwise."""
     try:
         items = parse_many(text)
     except ValueError:
         items = []
     if not items or any(item.amount < 1 for item in items):
         raise ValueError("is not a list of limits")
+    if any(item.amount > MOST or item.get_expiry() > LONGEST for item in items):
+        raise ValueError("has a number that is too large")  # for the store's arithmetic
     if len({item.get_expiry() for item in items}) < len(items):
         raise ValueError("has two limits for one period")  # which would be counted as one
+    return text
+
+
+def unquoted(text: str) -> str:
+    """Return a text without white space, byte order mark and one pair of quotes around it."""
+    text = text.strip(BLANKS)
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
+        return text[1:-1].strip(BLANKS)
+    return text
+
+
+def one_line(text: str) -> str:
+    """Return a text if it is one line, and neither empty nor half in quotes; ValueError otherwise."""
+    if not text.isprintable():
+        raise ValueError("has a line break, or another character that does not print")
+    if not text or text[0] in "\"'" or text[-1] in "\"'":
+        raise ValueError("is empty, or has a quote at one end")
     return text
 
 

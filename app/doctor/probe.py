@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import jwt
 
-from app.config.settings import is_loopback
+from app.config.settings import SettingsError, is_loopback
 from app.config.surroundings import surroundings_mistakes
 from app.doctor.findings import DEADLINE, Finding, fine, warning, within, wrong
 from app.doctor.http_client import Answer, Client
@@ -88,9 +88,12 @@ async def probe(
 
     `url`: the broker's public http(s) URL, with its prefix. `transport` replaces the connection.
     """
-    if lines := surroundings_mistakes():
-        return [wrong("surroundings", line, "correct it in the environment") for line in lines]
-    client = Client(url.rstrip("/"), transport)
+    try:
+        if lines := surroundings_mistakes():
+            raise SettingsError(lines)
+        client = Client(url.rstrip("/"), transport)
+    except SettingsError as error:
+        return [wrong("surroundings", line, "correct it in the environment") for line in error.lines]
     try:
         return await within(deadline, lambda: _probe(client, deadline), ["probe"])
     finally:

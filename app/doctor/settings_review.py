@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from app.config.settings import Network, Settings, is_loopback
 from app.doctor.findings import Finding, fine, warning, wrong
 from app.identity.addresses import LIST_HEADER
+from app.oneinbox.client import BESIDE_STARTS
 
 WIDEST_PUBLIC_PREFIX = {4: 8, 6: 16}
 """No one owns a network of public addresses wider than this."""
@@ -166,8 +167,8 @@ def _open_files(settings: Settings) -> Finding:
         return fine("open files", "not bounded here")
     import resource  # noqa: PLC0415
 
-    # Two connections per waiting session, one per stream.
-    needed = 2 * settings.max_waiting + settings.max_streams_total + FILES_BESIDES
+    # Two connections per waiting session, one per stream, and those for reads and stops.
+    needed = 2 * settings.max_waiting + settings.max_streams_total + BESIDE_STARTS + FILES_BESIDES
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         return warning(

@@ -23,7 +23,7 @@ LIST_HEADER = "x-forwarded-for"
 UNIX_SOCKET = "local"
 MAX_HOPS = 100
 MAX_HOP_LENGTH = 64  # the longest address, 45 characters, with brackets, a port and some blanks
-CACHED_TEXTS = 4096
+CACHED_TEXTS = 512
 
 # `1.2.3.4:567` (Azure), `[2001:db8::1]` and `[2001:db8::1]:567` (RFC 7239; some proxies copy that).
 WITH_PORT = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[0-9.]+))(?::[0-9]{1,5})?", re.ASCII)

@@ -1,7 +1,5 @@
 """anonymous mode: limits apply per client address. An address is not an identity and owns no calls."""
 
-from dataclasses import replace
-
 from starlette.requests import HTTPConnection
 
 from app.identity.base import Identity
@@ -14,4 +12,4 @@ class Anonymous(Identity):
     async def identify(self, request: HTTPConnection) -> User:
         """Return a user for the client address; never refuses."""
         address = self.addresses.of(request)
-        return replace(user_named("anonymous", address), address=address)
+        return user_named("anonymous", address, address=address)

@@ -5,8 +5,6 @@ remove the client's own header of that name, and of names that differ only in `-
 them as one (https://nginx.org/en/docs/http/ngx_http_core_module.html#underscores_in_headers).
 """
 
-from dataclasses import replace
-
 from starlette.requests import HTTPConnection
 
 from app.identity.addresses import ClientAddresses
@@ -40,7 +38,7 @@ class HeaderIdentity(Identity):
         # accepted, clients could invent a new user for each request with a line of their own.
         if not is_user_id(user) or "," in user:
             raise _unauthenticated("The user header does not name one user.")
-        return replace(user_named("header", user), address=self.addresses.of(request))
+        return user_named("header", user, address=self.addresses.of(request))
 
 
 def _plain(name: bytes) -> bytes:

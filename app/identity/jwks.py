@@ -72,6 +72,11 @@ class KeySet:
         """Start to fetch now and every REFRESH_SECONDS, without waiting."""
         self._refreshing = asyncio.create_task(self._refresh(self._begin_fetch()))
 
+    async def ready(self) -> None:
+        """Wait for the first fetch to end, up to WAIT_SECONDS."""
+        if self._fetched_at is None:
+            await self._wait_for_fetch()
+
     async def aclose(self) -> None:
         """Stop fetching."""
         tasks = [task for task in (self._refreshing, self._fetching) if task is not None]

@@ -12,7 +12,7 @@ from app.identity.user import User
 if TYPE_CHECKING:
     from app.identity.ciphers import Ciphers
 
-PSEUDONYMS = 4096
+PSEUDONYMS = 512
 """Users whose pseudonyms are cached."""
 LOGGED = 16
 """Characters of a pseudonym that logs show."""

@@ -57,6 +57,9 @@ class Keys(Protocol):
     async def start(self) -> None:
         """Begin to keep the keys up to date."""
 
+    async def ready(self) -> None:
+        """Wait for the first attempt to get them."""
+
     async def aclose(self) -> None:
         """End that."""
 
@@ -82,6 +85,9 @@ class FixedKey:
 
     async def start(self) -> None:
         """There is nothing to fetch."""
+
+    async def ready(self) -> None:
+        """The key is there."""
 
     async def aclose(self) -> None:
         """There is nothing to end."""

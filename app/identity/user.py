@@ -39,16 +39,17 @@ class User:
         return _store_name(self.canonical)
 
 
-def user_named(mode: Mode, name: str, issuer: str = "") -> User:
+def user_named(mode: Mode, name: str, issuer: str = "", *, address: str = "") -> User:
     """Return the user whom this name means: everyone who names users, requests and operators alike, asks here.
 
     `name`: the user's id, in anonymous mode the address. `issuer`: of tokens; in other modes it does not count.
+    `address`: the client's.
     """
     if mode == "anonymous":
-        return User(mode, limit_key(name))
-    return User(mode, name, issuer if mode == "jwt" else "")
+        return User(mode, limit_key(name), address=address)
+    return User(mode, name, issuer if mode == "jwt" else "", address=address)
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def _store_name(canonical: bytes) -> str:
     return hashlib.sha256(canonical).hexdigest()[:32]

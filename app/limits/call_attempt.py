@@ -39,6 +39,13 @@ class CallAttempt(NamedTuple):
         key = f"{self.request_id} {self.since} {self.agent} {self.user} {self.owner}"
         return f"{key} {self.organization}" if self.organization else key
 
+    def end(self, longest: float) -> float:
+        """Return the Unix time at which the call must end by its own bound, or NEVER.
+
+        `longest`: seconds of a call whose entry, of another version, does not say it; 0: no bound.
+        """
+        return self.ends or (self.since + longest if longest else NEVER)
+
     @classmethod
     def from_key(cls, key: str) -> Self:
         """Parse a `key`. Raises ValueError."""

@@ -6,7 +6,7 @@ Slots, lists and kept answers hang on a record: `_change` derives them from its 
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import structlog
 
 from app.limits.call_attempt import AGENTS, CallAttempt
 from app.limits.record import ENDED, GIVEN, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
-from app.store import Change, Due, Leave, ListEntry, Member, Store, StoreUnavailable, Value
+from app.store import BUDGET, PAGE, Change, Due, Leave, ListEntry, Member, Store, StoreUnavailable, Value
 
 DAY = 86400
 LISTED_CALLS = 50
@@ -80,8 +80,8 @@ class Ledger:
 
     `lease`: seconds from the POST after which the slot of a call without an `ends` is free in any case. `prefix`: the
     store's; a call is read back from OneInbox only under the same one. `hangs_up`: this process ends the calls whose
-    records it moves, so others wait before they do. `timed`: minutes are limited, so the sets of users, organizations
-    and all calls have budgets. `now`: Unix time.
+    records it moves, so others wait before they do. `listed`: users may ask for their calls of the last day. `timed`:
+    minutes are limited, so the sets of users, organizations and all calls have budgets. `now`: Unix time.
     """
 
     store: Store
@@ -89,6 +89,7 @@ class Ledger:
     lease: float
     prefix: str = ""
     hangs_up: bool = True
+    listed: bool = True
     timed: bool = False
     now: Callable[[], float] = time.time
     unconfirmed: dict[str, Unconfirmed] = field(default_factory=dict, init=False)
@@ -108,6 +109,26 @@ class Ledger:
         """Return the seconds until an attempt's slots are free in any case; at least 1."""
         end = attempt.ends + LEASE_GRACE if attempt.ends > 0 else attempt.since + self.lease
         return max(1.0, end - self.now())
+
+    async def ends(self, attempts: Sequence[CallAttempt], longest: float) -> list[tuple[float | None, bool]]:
+        """Return when each running call is hung up at the latest, as known now, and whether that is for its minutes.
+
+        Unix times; None: nothing bounds it. `longest`: as for `CallAttempt.end`.
+        """
+        names = list(dict.fromkeys(BUDGET + name for attempt in attempts for name in attempt.sets))
+        left: dict[str, float | None] = {}
+        for at in range(0, len(names), PAGE):
+            page = names[at : at + PAGE]
+            left |= zip(page, await self.store.due_in(page), strict=True)
+        ends: list[tuple[float | None, bool]] = []
+        for attempt in attempts:
+            end = attempt.end(longest)
+            own = end if end > 0 else math.inf
+            outs = (out for name in attempt.sets if (out := left[BUDGET + name]) is not None)
+            runs_out = self.now() + max(0.0, min(outs, default=math.inf))
+            first = min(own, runs_out)
+            ends.append((None if first == math.inf else first, runs_out < own))
+        return ends
 
     async def plan(self, request_id: str, delay: float | None) -> None:
         """Look at a call `delay` seconds from now; None: never again."""
@@ -156,10 +177,9 @@ class Ledger:
         value = await self.store.get(_stops_later(call_id))
         return value.decode() if value is not None else None
 
-    async def of_user(self, user: str) -> list[StartRecord]:
-        """Return a user's calls as they started, newest first. `user`: name in the store."""
-        records = [StartRecord.from_bytes(value) for value in await self.store.items(f"calls:{user}")]
-        return [record for record in records if record is not None]
+    async def of_user(self, user: str) -> list[tuple[int, str]]:
+        """Return the start (Unix time) and id of each of a user's calls, newest first. `user`: name in the store."""
+        return [call for value in await self.store.items(f"calls:{user}") if (call := _listed(value)) is not None]
 
     async def rejoin(self, record: StartRecord) -> None:
         """Put a running call back into its sets, unless its record has changed."""
@@ -255,8 +275,9 @@ class Ledger:
         state, was = after.state, before.state if before is not None else ""
         if after.call_id and (before is None or not before.call_id):
             values.append(Value(f"started:{after.call_id}", request_id.encode(), max(left, DAY)))
-            if state != UNWANTED:
-                entry = ListEntry(f"calls:{attempt.user}", value, LISTED_CALLS, DAY)
+            if self.listed and state != UNWANTED:
+                listed = f"{attempt.since} {after.call_id}".encode()
+                entry = ListEntry(f"calls:{attempt.user}", listed, LISTED_CALLS, DAY)
         if after.stop_at and (before is None or after.stop_at != before.stop_at):
             # One question then tells each read whether there is a stop to take back.
             lasts = after.stop_at - self.now() + RETURN_SECONDS
@@ -305,6 +326,15 @@ def _applied(steps: list[Step], found: StartRecord | None) -> StartRecord | None
     for step in steps:
         moved = step(moved or found) or moved
     return moved
+
+
+def _listed(value: bytes) -> tuple[int, str] | None:
+    """Return an entry of a user's list of calls: its start and id; earlier versions listed whole records."""
+    since, _, call_id = value.partition(b" ")
+    if since.isdigit():
+        return int(since), call_id.decode()
+    record = StartRecord.from_bytes(value)
+    return None if record is None else (record.attempt.since, record.call_id)
 
 
 def _name(request_id: str) -> str:

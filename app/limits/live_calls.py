@@ -14,7 +14,7 @@ import structlog
 
 from app.identity import User
 from app.limits import record as records
-from app.limits.call_attempt import ALL_CALLS, NEVER, CallAttempt, attempts_of, calls_of_user
+from app.limits.call_attempt import ALL_CALLS, CallAttempt, attempts_of, calls_of_user
 from app.limits.ledger import DAY, STOP_SECONDS, Kept, Ledger, Moved
 from app.limits.record import ENDED, GIVEN, RESERVED, STARTED, UNRESOLVED, UNWANTED, StartRecord, Step
 from app.limits.running_calls import running_calls
@@ -302,12 +302,8 @@ class LiveCalls:
                 return None
             if found.unwanted or not found.running:
                 return Bounds(None, STOPPED_BECAUSE.get(found.unwanted))
-            ends = self._end_of(found.attempt)
-            budgets = await self.store.due_in([BUDGET + name for name in found.attempt.sets])
-            out = min((left for left in budgets if left is not None), default=math.inf)
-            if (runs_out := self.now() + max(0.0, out)) < (ends if ends > 0 else math.inf):
-                return Bounds(runs_out, None, "talk-minutes")
-            return Bounds(ends if ends > 0 else None, None)
+            [(end, for_minutes)] = await self.ledger.ends([found.attempt], self.max_seconds)
+            return Bounds(end, None, "talk-minutes") if for_minutes else Bounds(end, None)
         return None
 
     async def started_here(self, call_id: str) -> bool:
@@ -325,7 +321,7 @@ class LiveCalls:
                 return False
             if (found := await self.ledger.find(request_id)) is not None:
                 return found.attempt.user == user.store_name
-            return any(each.call_id == call_id for each in await self.ledger.of_user(user.store_name))
+            return any(own == call_id for _, own in await self.ledger.of_user(user.store_name))
         except StoreUnavailable:
             return False
 
@@ -337,7 +333,7 @@ class LiveCalls:
     async def of_user(self, user: User) -> list[str]:
         """Return the ids of the calls that a user started in the last day, newest first. Raises StoreUnavailable."""
         calls = await self.ledger.of_user(user.store_name)
-        return [call.call_id for call in calls if call.attempt.since > self.now() - DAY]
+        return [call_id for since, call_id in calls if since > self.now() - DAY]
 
     async def recheck(self, user: User) -> bool:
         """Check whether a refused user's calls have ended; return whether any slot became free."""
@@ -597,8 +593,8 @@ class LiveCalls:
         return ""
 
     def _end_of(self, attempt: CallAttempt) -> float:
-        """Return the Unix time at which a call must end, or NEVER. Another version's record does not say it."""
-        return attempt.ends or (attempt.since + self.max_seconds if self.max_seconds else NEVER)
+        """Return the Unix time at which a call must end by its own bound, or NEVER."""
+        return attempt.end(self.max_seconds)
 
     async def _hang_up(self, unwanted: StartRecord) -> CallRecord | None:
         """Stop an unwanted call; return OneInbox's record, or None if it runs on: then it is stopped again."""

@@ -39,8 +39,10 @@ ORGANIZATION_REFUSED = "Your organization has reached a limit that all of its us
 MINUTES = "-talk-minutes"
 GLOBAL_MINUTES = f"global{MINUTES}"
 
-CACHED_USERS = 4096
-"""Users whose applicable limits are cached."""
+CACHED_LIMITS = 256
+"""Agents with the entitlements of their users, whose applicable limits are cached: without the user's name."""
+ANY_USER = "\0"
+"""Stands for the user's name in these; no name has it."""
 CACHED_DECLARATIONS = 256
 """Texts of limits that are kept parsed: the settings', agents' and plans'."""
 
@@ -92,10 +94,11 @@ class Refused(RateLimitExceeded):
 
 @dataclass(frozen=True, slots=True)
 class UserLimits:
-    """The limits that apply to one user, asked for in one request.
+    """The limits that apply to each user of a kind, asked for in one request.
 
-    `request`: without its member and lease. `owners` and `names` (none names a user or an organization): of the rates,
-    slots and budgets. `own`: indices of the rates that the user is told: all but the global ones.
+    `request`: without its member and lease; ANY_USER stands for the user's name. `owners` and `names` (none names a
+    user or an organization): of the rates, slots and budgets. `own`: indices of the rates that the user is told: all
+    but the global ones.
     """
 
     limits: Sequence[Limit]
@@ -146,16 +149,17 @@ class Limits:
         self._global = declare(self.global_session_limits, for_all, "all")
         self._agents = {agent.name: agent for agent in self.agents}
         self._requests = declare(self.request_limits, for_user, "request")
-        # Made once per user: the request is the same every time.
-        self._limits_of_session = lru_cache(CACHED_USERS)(self._make_session_limits)
-        self._limits_of_request = lru_cache(CACHED_USERS)(self._make_request_limits)
+        # Not made for each user: that would take more memory than all else that is kept of them.
+        self._limits_of_session = lru_cache(CACHED_LIMITS)(self._make_session_limits)
+        self._limits_of_request = self._make_request_limits()
 
     async def count_request(self, user: User) -> dict[str, str]:
         """Count a request, whatever its outcome; return headers that say what is left. Raises Refused."""
-        limits = self._limits_of_request(user.store_name)
-        decision = await self.store.decide(limits.request)
+        limits = self._limits_of_request
+        request = LimitRequest(_rates_of(user.store_name, limits.request.rates), enforce=self.enforce)
+        decision = await self.store.decide(request)
         headers = limits.headers(decision.rates)
-        if decision.refused and not self._is_observed(limits, decision):
+        if decision.refused and not self._is_observed(limits, request, decision):
             wait = max(decision.rates[index].reset for index in decision.refused)
             problem = retry_later("rate-limited", wait, headers=headers, reason=_names(limits, decision))
             raise Refused(self._requests[decision.refused[0]], problem)
@@ -175,8 +179,11 @@ class Limits:
         `entitlement`: the limits of the user and of the user's organization. Raises Refused and Problem, the user's own
         limits first.
         """
-        limits = self._limits_of_session(user.store_name, agent.name, entitlement)
+        limits = self._limits_of_session(agent.name, entitlement)
         rates, slots, _, _, cost, enforce, _, budgets = limits.request
+        name = user.store_name
+        rates = _rates_of(name, rates)
+        slots = [Slot(each.replace(ANY_USER, name), capacity) for each, capacity in slots]
         record = self.ledger.reserved(attempt)
         request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record, budgets)
         decision = await self.store.decide(request)
@@ -189,7 +196,7 @@ class Limits:
             raise retry_later("at-capacity", STORE_RETRY_AFTER, reason="store-down")
         self._warn_when_nearly_used_up(limits, decision)
         headers = limits.headers(decision.rates)
-        if decision.refused and not self._is_observed(limits, decision):
+        if decision.refused and not self._is_observed(limits, request, decision):
             raise self._refusal(limits, decision, headers)
         return Reservation(attempt, request, decision, headers)
 
@@ -217,7 +224,7 @@ class Limits:
         if not confirmed and (decision.doubtful or not self.ledger.drop_unsent(attempt.request_id)):
             await self.ledger.hold(attempt.request_id, no_call(attempt))
 
-    def _make_session_limits(self, user: str, agent: str, entitlement: Entitlement) -> UserLimits:
+    def _make_session_limits(self, agent: str, entitlement: Entitlement) -> UserLimits:
         organization, shared = entitlement.organization, entitlement.organization_limits
         limits = [
             *declare(entitlement.session_limits, for_user, "user"),
@@ -225,11 +232,11 @@ class Limits:
             *declare(shared.session_limits, for_organization, "org"),
             *self._global,
         ]
-        rates = [_rate(limit, limit.key_func(user, agent, organization)) for limit in limits]
+        rates = [_rate(limit, limit.key_func(ANY_USER, agent, organization)) for limit in limits]
         owners = [cast("Owner", limit.scope) for limit in limits]
         # Owner, prefix of names, the slot, and the minutes of the calls in it.
         slots: list[tuple[Owner, str, Slot, int | None]] = [
-            ("user", "user", Slot(calls_of_user(user), entitlement.max_live_calls), entitlement.talk_minutes),
+            ("user", "user", Slot(calls_of_user(ANY_USER), entitlement.max_live_calls), entitlement.talk_minutes),
             ("all", "agent", Slot(calls_of_agent(agent), self._agents[agent].max_live_calls), None),
             ("all", "global", Slot(ALL_CALLS, self.max_live_calls_total), self.talk_minutes_total),
         ]
@@ -250,8 +257,8 @@ class Limits:
         request = LimitRequest(rates, rooms, enforce=self.enforce, budgets=budgets)
         return UserLimits(limits, request, owners, names, own)
 
-    def _make_request_limits(self, user: str) -> UserLimits:
-        rates = [_rate(limit, user) for limit in self._requests]
+    def _make_request_limits(self) -> UserLimits:
+        rates = [_rate(limit, ANY_USER) for limit in self._requests]
         names = [policy_name("request", rate) for rate in rates]
         request = LimitRequest(rates, enforce=self.enforce)
         return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
@@ -286,12 +293,12 @@ class Limits:
             return LIVE_RETRY_AFTER
         return decision.budgets[index - rates - slots].reset or TALK_RETRY_AFTER
 
-    def _is_observed(self, limits: UserLimits, decision: Decision) -> bool:
+    def _is_observed(self, limits: UserLimits, request: LimitRequest, decision: Decision) -> bool:
         """Count a refusal; return True, and log the limits, if they are not enforced."""
         self.metrics.count_refusal([limits.names[index] for index in decision.refused], enforced=self.enforce)
         if self.enforce:
             return False
-        rates, slots, budgets = limits.request.rates, limits.request.slots, limits.request.budgets
+        rates, slots, budgets = request.rates, request.slots, request.budgets
         names = [*(rate.name for rate in rates), *(slot.name for slot in slots)]
         names += [BUDGET + slots[budget.slot].name for budget in budgets]
         log.warning("would_refuse", limits=[names[index] for index in decision.refused])
@@ -310,6 +317,10 @@ class Limits:
 def _names(limits: UserLimits, decision: Decision) -> str:
     """Return the names of the limits that refused, for the log."""
     return ", ".join(limits.names[index] for index in decision.refused)
+
+
+def _rates_of(user: str, rates: Sequence[Rate]) -> list[Rate]:
+    return [Rate(name.replace(ANY_USER, user), amount, seconds) for name, amount, seconds in rates]
 
 
 def _rate(limit: Limit, key: str) -> Rate:

@@ -139,7 +139,7 @@ _FIELDS: dict[str, Any] = {
     "ends": (float, 0),
     **{name: (StartRecord.__annotations__[name], empty) for name, empty in zip(_OPTIONAL, _EMPTY, strict=True)},
 }
-_STORED = create_model("Stored", __config__=ConfigDict(strict=True), **_FIELDS)
+_STORED = create_model("Stored", __config__=ConfigDict(strict=True, cache_strings="keys"), **_FIELDS)
 """A record as stored; fields that another version added are ignored."""
 
 Step = Callable[[StartRecord | None], StartRecord | None]

@@ -1,6 +1,8 @@
 """Client of OneInbox's API, as far as the broker uses it."""
 
 import asyncio
+import contextlib
+import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -268,10 +270,7 @@ class OneInbox:
             self.ahead = None if date is None else date - self._clock.now()
         if answer.status == 429:
             raise Busy(parse_retry_after(answer.field(b"retry-after"), self._clock.now()))
-        try:
-            return answer.status, from_json(answer.body)
-        except ValueError:
-            return answer.status, None
+        return answer.status, _parse(answer.body)
 
     def _place(self, method: str, path: str) -> AbstractAsyncContextManager[None]:
         """Return what to hold while a request is under way, so that no kind of request takes the places of starts."""
@@ -311,6 +310,17 @@ class OneInbox:
         if fields is self._fields and self._reread_key is not None:
             await self._reread_key()
         return fields is not self._fields
+
+
+def _parse(raw: bytes) -> Any:
+    """Return an answer's JSON, None if it is not JSON. Half an emoji, as in a text cut to a length, becomes `?`."""
+    with contextlib.suppress(ValueError):
+        return from_json(raw, cache_strings="keys")
+    # RFC 8259, section 8.2, leaves lone surrogates to the reader; one odd text must not hide a whole list of calls.
+    with contextlib.suppress(ValueError, RecursionError):
+        text = json.dumps(json.loads(raw), ensure_ascii=False)
+        return from_json(text.encode(errors="replace"), cache_strings="keys")
+    return None
 
 
 def _model(model: type[M], answer: Any, status: int) -> M:

@@ -7,10 +7,12 @@ next dict, so an expired name is gone after about a minute of use, and no step v
 
 import heapq
 import math
+import struct
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from app.store import sliding_window as windows
 from app.store.budget import UsedTime
@@ -32,8 +34,15 @@ from app.store.protocol import (
 )
 from app.store.sliding_window import Window
 
+FEW = 4
+"""Members of a set that needs no timetable."""
+SPARE_ENTRIES = 64
+"""Entries of a timetable that may be out of date, besides as many as it has members."""
 SHARDS = 256
 SWEEP_SECONDS = 0.25
+
+_END, _LENGTH = struct.Struct("d"), struct.Struct("I")
+"""The time at which a value or a list ends, before it; the length of each of a list's entries. One object, not five."""
 
 _T = TypeVar("_T")
 
@@ -51,9 +60,9 @@ class MemoryStore(Store):
         self._clock = clock
         self._epoch = epoch
         self._plans = plans
-        self._windows = _ShardedDict[Window](windows.ended)
-        self._values = _ShardedDict[tuple[float, bytes]](_past)
-        self._lists = _ShardedDict[tuple[float, tuple[bytes, ...]]](_past)
+        self._windows = _Windows()
+        self._values = _ShardedDict[bytes](_has_ended)
+        self._lists = _ShardedDict[bytes](_has_ended)
         self._sets = _ShardedDict[_ExpiringSet](lambda members, now: not members.living(now))
         self._due = _DueIndex()
         self._budgets = _ShardedDict[UsedTime](lambda used, now: used.over_at <= now + epoch)
@@ -75,14 +84,13 @@ class MemoryStore(Store):
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[tuple[dict[str, Window], Window]] = []
+        found: list[Window] = []
         for index, rate in enumerate(rates):
-            shard = self._windows.of(rate.name)
-            known = shard.get(rate.name)
+            known = self._windows.get(rate.name)
             window = windows.current(known, now) if known else windows.fresh(rate.seconds)
             if windows.total(window) + cost > rate.amount:
                 refused.append(index)
-            found.append((shard, window))
+            found.append(window)
         used: list[int] = []
         for index, slot in enumerate(slots, len(rates)):
             members = self._sets.of(slot.name).get(slot.name)
@@ -99,14 +107,16 @@ class MemoryStore(Store):
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            shard, window = found[index]
+            window = found[index]
             if counted:
-                window = shard[rate.name] = windows.count(window, rate, now, cost)
+                window = windows.count(window, rate, now, cost)
+                self._windows.put(rate.name, window)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
+            end = now + lease
             for budget, each in zip(budgets, times, strict=True):
-                self._join_budget(slots[budget.slot].name, each, member, now, lease)
-            used = [self._add_member(slot.name, member, now, lease) for slot in slots]
+                self._join_budget(slots[budget.slot].name, each, member, now, end)
+            used = [self._add_member(slot.name, member, now, end) for slot in slots]
             if record is not None and self._value(record.name, now) is None:
                 self._set(record, now)
         left = _states(budgets, times) if budgets else ()
@@ -116,9 +126,8 @@ class MemoryStore(Store):
         if not decision.counted:
             return True
         for rate, state in zip(request.rates, decision.rates, strict=True):
-            shard = self._windows.of(rate.name)
-            if rate.name in shard:
-                shard[rate.name] = windows.uncount(shard[rate.name], rate, state.mark, request.cost)
+            if window := self._windows.get(rate.name):
+                self._windows.put(rate.name, windows.uncount(window, rate, state.mark, request.cost))
         timed = {budget.slot for budget in request.budgets}
         for index, slot in enumerate(request.slots):
             self._leave(Leave(slot.name, request.member, 0 if index in timed else None), self._now())
@@ -136,14 +145,14 @@ class MemoryStore(Store):
         now = self._now()
         if self._value(name, now) is not None:
             return False
-        self._values.of(name)[name] = (now + ttl, value)
+        self._set(Value(name, value, ttl), now)
         return True
 
     async def replace(self, name: str, expected: bytes, value: bytes, ttl: float) -> bool:
         now = self._now()
         if self._value(name, now) != expected:
             return False
-        self._values.of(name)[name] = (now + ttl, value)
+        self._set(Value(name, value, ttl), now)
         return True
 
     async def delete(self, name: str, expected: bytes | None = None) -> bool:
@@ -154,7 +163,8 @@ class MemoryStore(Store):
         return True
 
     async def add_member(self, name: str, member: str, ttl: float) -> None:
-        self._add_member(name, member, self._now(), ttl)
+        now = self._now()
+        self._add_member(name, member, now, now + ttl)
 
     async def remove_member(self, names: Sequence[str], member: str) -> bool:
         now = self._now()
@@ -173,13 +183,15 @@ class MemoryStore(Store):
             self._set(value, now)
         for name, member, ttl, timed in change.joins:
             if timed:
-                self._join_budget(name, self._budget_of(name, now), member, now, ttl)
-            self._add_member(name, member, now, ttl)
+                self._join_budget(name, self._budget_of(name, now), member, now, now + ttl)
+            self._add_member(name, member, now, now + ttl)
         for leave in change.leaves:
             self._leave(leave, now)
         if change.entry is not None:
             name, entry, keep, ttl = change.entry
-            self._lists.of(name)[name] = (now + ttl, (entry, *self._items(name, now))[:keep])
+            entries = [entry, *self._items(name, now)][:keep]
+            packed = [part for each in entries for part in (_LENGTH.pack(len(each)), each)]
+            self._lists.of(name)[name] = _END.pack(now + ttl) + b"".join(packed)
         if change.due is not None:
             self._due.plan(change.due.member, None if change.due.delay is None else now + change.due.delay)
         return True
@@ -214,7 +226,7 @@ class MemoryStore(Store):
         return [None if (due := self._due.at(member)) is None else due - now for member in members]
 
     async def items(self, name: str) -> list[bytes]:
-        return list(self._items(name, self._now()))
+        return self._items(name, self._now())
 
     async def publish(self, channel: str, message: bytes) -> None:
         self._pubsub.deliver(channel, message)
@@ -236,23 +248,30 @@ class MemoryStore(Store):
 
     def _value(self, name: str, now: float) -> bytes | None:
         kept = self._values.of(name).get(name)
-        return kept[1] if kept is not None and kept[0] > now else None
+        return kept[_END.size :] if kept is not None and not _has_ended(kept, now) else None
 
     def _set(self, value: Value, now: float) -> None:
-        self._values.of(value.name)[value.name] = (now + value.ttl, value.value)
+        self._values.of(value.name)[value.name] = _END.pack(now + value.ttl) + value.value
 
-    def _items(self, name: str, now: float) -> tuple[bytes, ...]:
+    def _items(self, name: str, now: float) -> list[bytes]:
         kept = self._lists.of(name).get(name)
-        return kept[1] if kept is not None and kept[0] > now else ()
+        if kept is None or _has_ended(kept, now):
+            return []
+        items, at = [], _END.size
+        while at < len(kept):
+            first = at + _LENGTH.size
+            at = first + _LENGTH.unpack_from(kept, at)[0]
+            items.append(kept[first:at])
+        return items
 
-    def _add_member(self, name: str, member: str, now: float, ttl: float) -> int:
+    def _add_member(self, name: str, member: str, now: float, end: float) -> int:
         shard = self._sets.of(name)
         members = shard.get(name)
         if members is None:
             members = shard[name] = _ExpiringSet()
-        return members.add(member, now, ttl)
+        return members.add(member, now, end)
 
-    def _living(self, name: str, now: float) -> dict[str, float]:
+    def _living(self, name: str, now: float) -> Mapping[str, float]:
         members = self._sets.of(name).get(name)
         return members.living(now) if members is not None else {}
 
@@ -272,9 +291,9 @@ class MemoryStore(Store):
             each.limit = seconds if enforced else None
             self._plan_budget(request.slots[slot].name, each)
 
-    def _join_budget(self, name: str, used: UsedTime, member: str, now: float, ttl: float) -> None:
+    def _join_budget(self, name: str, used: UsedTime, member: str, now: float, end: float) -> None:
         """Count a member that is about to enter a set."""
-        used.until = max(used.until, now + ttl + self._epoch)
+        used.until = max(used.until, end + self._epoch)
         members = self._sets.of(name).setdefault(name, _ExpiringSet())
         if members.expired is None:
             members.expired = []
@@ -308,7 +327,7 @@ class MemoryStore(Store):
         members = shard.get(name)
         if members is None:
             return False
-        left = members.living(now).pop(member, None) is not None
+        left = members.remove(member, now)
         if not members.living(now):
             del shard[name]
         return left
@@ -329,8 +348,8 @@ def _states(budgets: Sequence[Budget], times: Sequence[UsedTime]) -> tuple[Budge
     )
 
 
-def _past(kept: tuple[float, object], now: float) -> bool:
-    return kept[0] <= now
+def _has_ended(kept: bytes, now: float) -> bool:
+    return bool(_END.unpack_from(kept)[0] <= now)
 
 
 class _ShardedDict(Generic[_T]):
@@ -354,72 +373,208 @@ class _ShardedDict(Generic[_T]):
             self._shards[shard] = {name: value for name, value in kept.items() if not self._ended(value, now)}
 
 
-class _ExpiringSet:
-    """A set whose members expire; `living` costs only the members that ended since the last call."""
-
-    __slots__ = ("_ends", "_queue", "expired")
+class _Windows(_ShardedDict[tuple[Any, ...]]):
+    """Windows by name; those of one user are one tuple, `(rate, length, window…, rate, length, window…)`."""
 
     def __init__(self) -> None:
-        self._ends: dict[str, float] = {}
+        super().__init__(_all_ended)
+
+    def get(self, name: str) -> Window | None:
+        """Return a window; None if there is none."""
+        owner, rate = _divided(name)
+        group = self.of(owner).get(owner, ())
+        first, end = _find(group, rate)
+        return group[first + 2 : end] if first < end else None
+
+    def put(self, name: str, window: Window) -> None:
+        """Set a window."""
+        owner, rate = _divided(name)
+        shard = self.of(owner)
+        group = shard.get(owner, ())
+        first, end = _find(group, rate)
+        shard[owner] = (*group[:first], rate, len(window), *window, *group[end:])
+
+
+def _divided(name: str) -> tuple[str, str]:
+    """Return whose a window is, and of which rate: of `rate:user:U:60` the user and the rest."""
+    kind, _, rest = name.partition(":")
+    scope, _, rest = rest.partition(":")
+    owner, _, seconds = rest.rpartition(":")
+    return (owner, sys.intern(f"{kind}:{scope}:{seconds}")) if owner else (name, "")
+
+
+def _find(group: tuple[Any, ...], rate: str) -> tuple[int, int]:
+    """Return where a rate's part begins and ends; twice the end of all if there is none."""
+    at = 0
+    while at < len(group):
+        end = at + 2 + group[at + 1]
+        if group[at] == rate:
+            return at, end
+        at = end
+    return at, at
+
+
+def _all_ended(group: tuple[Any, ...], now: float) -> bool:
+    at = 0
+    while at < len(group):
+        end = at + 2 + group[at + 1]
+        if not windows.ended(group[at + 2 : end], now):
+            return False
+        at = end
+    return True
+
+
+class _Timetable:
+    """Members by the time at which they are due, in little memory.
+
+    Those of a later second wait in its list, unsorted; when it begins, they go into a queue. What has left, or moved
+    its time, stays in its list until a later step finds it: no step looks at more than one second's list.
+    """
+
+    __slots__ = ("_begun", "_entries", "_later", "_queue", "_seconds", "at")
+
+    def __init__(self) -> None:
+        self.at: dict[str, float] = {}
+        """When each member is due."""
+        self._later: dict[int, list[str]] = {}
+        self._seconds: list[int] = []
         self._queue: list[tuple[float, str]] = []
+        self._begun: float = -math.inf
+        self._entries = 0
+
+    def plan(self, member: str, at: float) -> None:
+        """Put a member in, or move its time."""
+        self.at[member] = at
+        second = math.floor(at)
+        if second <= self._begun:
+            heapq.heappush(self._queue, (at, member))
+            return
+        waiting = self._later.get(second)
+        if waiting is None:
+            waiting = self._later[second] = []
+            heapq.heappush(self._seconds, second)
+        waiting.append(member)
+        self._entries += 1
+        if self._entries > 2 * len(self.at) + SPARE_ENTRIES:
+            self._tidy()
+
+    def pop(self, now: float) -> str | None:
+        """Take the earliest member that is due from its place and return it; it stays in `at`. None: none is due."""
+        while self._seconds and self._seconds[0] <= now:
+            self._begun = heapq.heappop(self._seconds)
+            for member in self._later.pop(int(self._begun), ()):
+                self._entries -= 1
+                at = self.at.get(member)
+                if at is not None and math.floor(at) == self._begun:
+                    heapq.heappush(self._queue, (at, member))
+        while self._queue and self._queue[0][0] <= now:
+            at, member = heapq.heappop(self._queue)
+            if self.at.get(member) == at:
+                return member
+        return None
+
+    def _tidy(self) -> None:
+        """Drop what has left, or moved its time, from one second's list."""
+        second = next(iter(self._later))
+        waiting = self._later.pop(second)
+        self._entries -= len(waiting)
+        kept = [member for member in dict.fromkeys(waiting) if math.floor(self.at.get(member, -1)) == second]
+        if kept:
+            self._later[second] = kept  # the last to be tidied again
+            self._entries += len(kept)
+
+
+class _ExpiringSet:
+    """A set whose members expire; a step costs only the members that ended since the last one.
+
+    Most sets are a user's, with a call or two: up to FEW members are a tuple of names and ends.
+    """
+
+    __slots__ = ("_few", "_many", "expired")
+
+    def __init__(self) -> None:
+        self._few: tuple[Any, ...] = ()
+        self._many: _Timetable | None = None
         self.expired: list[str] | None = None
         """Members whose time in the set has ended since this was emptied; None: they are not noted."""
 
-    def living(self, now: float) -> dict[str, float]:
+    def living(self, now: float) -> Mapping[str, float]:
         """Return the living members and when each ends."""
-        while self._queue and self._queue[0][0] <= now:
-            end, member = heapq.heappop(self._queue)
-            if self._ends.get(member) == end:
-                del self._ends[member]
+        if self._many is not None:
+            while (member := self._many.pop(now)) is not None:
+                del self._many.at[member]
                 if self.expired is not None:
                     self.expired.append(member)
-        return self._ends
+            return self._many.at
+        members = dict(zip(self._few[::2], self._few[1::2], strict=True))
+        ended = sorted((end, member) for member, end in members.items() if end <= now)
+        if ended:
+            for _, member in ended:
+                del members[member]
+                if self.expired is not None:
+                    self.expired.append(member)
+            self._few = _flat(members)
+        return members
 
-    def add(self, member: str, now: float, ttl: float) -> int:
+    def add(self, member: str, now: float, end: float) -> int:
         """Put a member in, or move its end; return how many are living."""
         living = self.living(now)
-        living[member] = now + ttl
-        heapq.heappush(self._queue, (now + ttl, member))
-        if len(self._queue) > 2 * len(living) + 64:  # mostly of members that left or moved their end
-            self._queue = [(end, name) for name, end in living.items()]
-            heapq.heapify(self._queue)
-        return len(living)
+        if self._many is not None:
+            self._many.plan(member, end)
+            return len(living)
+        members = {**living, member: end}
+        if len(members) <= FEW:
+            self._few = _flat(members)
+        else:
+            self._few, self._many = (), _Timetable()
+            for each, its_end in members.items():
+                self._many.plan(each, its_end)
+        return len(members)
+
+    def remove(self, member: str, now: float) -> bool:
+        """Take a member out; return whether it was in."""
+        members = self.living(now)
+        if member not in members:
+            return False
+        if self._many is not None:
+            del self._many.at[member]
+        else:
+            self._few = _flat({each: end for each, end in members.items() if each != member})
+        return True
+
+
+def _flat(members: Mapping[str, float]) -> tuple[Any, ...]:
+    return tuple(part for pair in members.items() for part in pair)
 
 
 class _DueIndex:
-    """Members by the time at which they are due; a queue of times, whose old entries are skipped when they come up."""
+    """Members by the time at which they are due."""
 
-    __slots__ = ("_at", "_queue")
+    __slots__ = ("_times",)
 
     def __init__(self) -> None:
-        self._at: dict[str, float] = {}
-        self._queue: list[tuple[float, str]] = []
+        self._times = _Timetable()
 
     @property
     def members(self) -> list[str]:
         """All members."""
-        return list(self._at)
+        return list(self._times.at)
 
     def at(self, member: str) -> float | None:
         """Return when a member is due; None if it is not in the index."""
-        return self._at.get(member)
+        return self._times.at.get(member)
 
     def plan(self, member: str, at: float | None) -> None:
         """Put a member in, or move its time; None: take it out."""
         if at is None:
-            self._at.pop(member, None)
-            return
-        self._at[member] = at
-        heapq.heappush(self._queue, (at, member))
-        if len(self._queue) > 2 * len(self._at) + 64:
-            self._queue = [(time, name) for name, time in self._at.items()]
-            heapq.heapify(self._queue)
+            self._times.at.pop(member, None)
+        else:
+            self._times.plan(member, at)
 
     def before(self, now: float, most: int) -> list[str]:
-        """Return the members that are due, earliest first, and forget their places in the queue: plan them again."""
+        """Return the members that are due, earliest first, and forget their places: plan them again."""
         found: list[str] = []
-        while self._queue and self._queue[0][0] <= now and len(found) < most:
-            at, member = heapq.heappop(self._queue)
-            if self._at.get(member) == at and member not in found:
+        while len(found) < most and (member := self._times.pop(now)) is not None:
+            if member not in found:
                 found.append(member)
         return found

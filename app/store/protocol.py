@@ -5,7 +5,6 @@ Everything in a store expires, so it cannot fill up.
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
@@ -20,8 +19,7 @@ class StoreUnavailable(Exception):
     """True when only the store's user lacks a right."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """At most `amount` in any window of `seconds`, counted under `name`.
 
     Rates of different windows need different names; one request uses each name once.
@@ -46,8 +44,7 @@ class RateState(NamedTuple):
     mark: float = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Room for `capacity` members at once under `name`; None: no limit."""
 
     name: str

@@ -67,7 +67,7 @@ async def test_a_start_does_not_wait_long(
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr(build, "ALLOWANCE_SECONDS", 0.01)
+    monkeypatch.setattr(build, "START_SECONDS", 0.01)
     upstream.usage.mock(side_effect=silent)
     async with asyncio.timeout(2):
         broker = await open_broker()

@@ -451,6 +451,31 @@ async def test_an_ended_call_shows_no_end_to_come(broker: httpx.AsyncClient, ups
     assert (call["ends_at"], call["stopped_because"]) == (None, None)
 
 
+CUT = {
+    "a-high-half": r"Hello \ud83d",
+    "a-low-half": r"\ude00 hello",
+    "the-wrong-order": r"\ude00\ud83d",
+}
+
+
+@pytest.mark.parametrize("text", CUT.values(), ids=CUT.keys())
+async def test_half_an_emoji_hides_neither_a_call_nor_its_end(
+    open_broker: OpenBroker, upstream: Upstream, text: str
+) -> None:
+    broker = await open_broker(BROKER_EXPOSE="summary", BROKER_MAX_LIVE_CALLS="1")
+    path = await start_call(broker)
+    record = json.dumps({"id": "call_1", "status": "completed", "metadata": upstream.asked["metadata"]})[:-1]
+    content = f'{record}, "ai_summary": "{text}", "end_reason": "\\u00e9\\ud83d\\ude00"}}'.encode()
+    upstream.router.get("/v1/calls/call_1").respond(200, content=content)
+
+    response = await broker.get(path)
+
+    assert response.status_code == 200
+    assert response.json()["summary"].strip("? ").lower() in ("hello", "")
+    assert response.json()["end_reason"] == "é😀"
+    await start_call(broker)  # its slot is free
+
+
 async def test_proxies_leave_events_as_they_are(broker: httpx.AsyncClient, upstream: Upstream) -> None:
     path = await start_call(broker)
     upstream.has_call("call_1", status="completed")

@@ -165,6 +165,11 @@ PAUSES: dict[str, tuple[str | None, range]] = {
     "fraction": ("1.5", range(1, 6)),
     "nonsense": ("soon", range(5, 6)),
     "a-date-gone-by": ("Wed, 21 Oct 2015 07:28:00 GMT", range(1, 6)),
+    "a-zone-beyond-all-days": ("Wed, 21 Oct 2015 07:28:00 +99999999999999999", range(1, 6)),
+    "a-year-beyond-all": ("Wed, 21 Oct 99999999999999999 07:28:00 GMT", range(5, 6)),
+    "digits-beyond-all": ("Wed, " + "9" * 5000 + " Oct 2015 07:28:00 GMT", range(5, 6)),
+    "other-digits": ("٣٠", range(5, 6)),
+    "infinite": ("inf", range(5, 6)),
 }
 
 
@@ -172,7 +177,8 @@ PAUSES: dict[str, tuple[str | None, range]] = {
 async def test_a_429_is_passed_on_as_busy(
     retry_after: str | None, waits: range, broker: httpx.AsyncClient, upstream: Upstream
 ) -> None:
-    upstream.start.respond(429, headers={} if retry_after is None else {"Retry-After": retry_after})
+    headers = [] if retry_after is None else [(b"Retry-After", retry_after.encode())]
+    upstream.start.mock(return_value=httpx.Response(429, headers=headers))
 
     response = await post_session(broker)
 
@@ -370,6 +376,65 @@ async def test_what_was_never_sent_does_not_count(
     assert "internal.host" not in response.text
     upstream.works_again()
     assert remaining(await post_session(broker)) == 4
+
+
+class BrokenUpstream(Upstream):
+    """Fails in a way that nobody foresaw, until it `works`; `sent` True: once the request was written."""
+
+    sent = works = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.works or request.url.path != "/v1/calls/web":
+            return await super().handle_async_request(request)
+        if self.sent:
+            request.extensions["before_sending"]()
+        raise LookupError("not foreseen")
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "not foreseen")
+
+
+# What fails; None: the transport.
+BUGS = {
+    "metadata": "app.sessions.service.Sessions._metadata",
+    "json": "app.oneinbox.client.to_json",
+    "request": "app.oneinbox.client.OneInbox._request",
+    "transport": None,
+}
+
+
+@pytest.mark.parametrize("key", [None, "0123456789abcdef"], ids=["no-key", "key"])
+@pytest.mark.parametrize("broken", BUGS.values(), ids=BUGS.keys())
+async def test_whatever_fails_before_sending_is_given_back(
+    open_broker: OpenBroker, monkeypatch: pytest.MonkeyPatch, broken: str | None, key: str | None
+) -> None:
+    upstream = BrokenUpstream()
+    upstream.works = broken is not None
+    broker = await open_broker(transport=upstream, BROKER_MAX_LIVE_CALLS="1", BROKER_SESSION_LIMITS="2/day")
+    headers = {"idempotency_key": key} if key else {}
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            if broken is not None:
+                patch.setattr(broken, fail)
+            assert_problem(await post_session(broker, **headers), "internal-error")
+    assert not upstream.requests, "nothing was sent, and no lost call is looked for"
+    upstream.works = True
+
+    response = await post_session(broker, **headers)
+
+    assert_session(response)
+    assert remaining(response, "user-day") == 1
+
+
+async def test_whatever_fails_after_sending_counts_as_a_lost_call(open_broker: OpenBroker) -> None:
+    upstream = BrokenUpstream()
+    upstream.sent = True
+    broker = await open_broker(transport=upstream, BROKER_MAX_LIVE_CALLS="1")
+
+    assert_problem(await post_session(broker), "internal-error")
+
+    assert_problem(await post_session(broker), "too-many-live-calls")
 
 
 @pytest.mark.parametrize(("error", "slug"), LOST.values(), ids=LOST.keys())

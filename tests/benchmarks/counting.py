@@ -61,11 +61,12 @@ class Canned(PooledTransport):
 
 @dataclass
 class Client:
-    """Calls an ASGI application as a server would. `headers`: of the last answer."""
+    """Calls an ASGI application as a server would, with `more` headers. `headers`: of the last answer."""
 
     app: ASGIApp
     state: Mapping[str, Any]
     headers: dict[bytes, bytes] = field(default_factory=dict)
+    more: tuple[tuple[bytes, bytes], ...] = ()
 
     async def ask(self, method: str, path: str, body: bytes, expect: int) -> None:
         """Send one request. Raises AssertionError if the status is not `expect`."""
@@ -85,6 +86,7 @@ class Client:
                 (b"host", b"127.0.0.1:8000"),
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
+                *self.more,
             ],
             "state": dict(self.state),
         }

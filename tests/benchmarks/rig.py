@@ -245,22 +245,22 @@ def broker(upstream: str, *, core: int, workers: int = 1, environ: Mapping[str, 
 
 
 @contextmanager
-def fastapi(app: str, upstream: str, *, core: int) -> Iterator[Server]:
+def fastapi(app: str, upstream: str, *, core: int, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run a FastAPI app of peers/plain.py on uvicorn at its fastest."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", f"tests.benchmarks.peers.plain:{app}", "--port", str(port)]
     command += ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
-    with running(command, port=port, environ={"UPSTREAM": upstream}, core=core) as server:
+    with running(command, port=port, environ={"UPSTREAM": upstream, **(environ or {})}, core=core) as server:
         yield server
 
 
 @contextmanager
-def node(script: str, upstream: str, *, core: int) -> Iterator[Server]:
+def node(script: str, upstream: str, *, core: int, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run a Node.js peer. Raises Missing if its packages are not installed."""
     if not (PEERS / "node_modules" / script).is_dir():
         raise Missing(f"{script} is not installed: npm install --prefix tests/benchmarks/peers")
     port = free_port()
-    environ = {"UPSTREAM": upstream, "PORT": str(port), "NODE_ENV": "production"}
+    environ = {"UPSTREAM": upstream, "PORT": str(port), "NODE_ENV": "production", **(environ or {})}
     with running(
         [program("node", "nodejs"), str(PEERS / f"{script}.mjs")], port=port, environ=environ, core=core
     ) as server:

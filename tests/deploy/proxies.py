@@ -23,6 +23,10 @@ from tests.support.ports import free_port
 PATIENCE = 30
 """Seconds for a proxy to start and to end; ample on a busy machine."""
 NAMES = ("nginx", "caddy")
+PAGE = "https://www.example.com"
+"""The allowed origin of nginx's file; Caddy gets it by a variable, among others."""
+BURST = 30
+"""Requests that a strict nginx lets through at once."""
 EDITS = {
     "nginx": {
         "prefix": {"location / {": "location /voice/ {"},
@@ -34,6 +38,7 @@ EDITS = {
             'set $broker_user "";': "auth_basic sign-in;\nauth_basic_user_file FOLDER/users;\n"
             "set $broker_user $remote_user;"
         },
+        "strict": {"rate=50r/s;": "rate=1r/m;", "burst=100": f"burst={BURST}"},
     },
     "caddy": {
         "prefix": {"route {": "route /voice/* {"},
@@ -44,7 +49,7 @@ EDITS = {
         },
     },
 }
-"""What the files' comments tell an operator to change, by proxy and purpose. FOLDER: the proxy's own."""
+"""What the files' comments tell an operator to change, by proxy and purpose; `strict`: our own. FOLDER: the proxy's."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,10 @@ def _caddy(folder: Path, port: int, broker: str, edits: dict[str, str]) -> tuple
     text = _edited("caddy/Caddyfile", edits)
     file = folder / "Caddyfile"
     file.write_text(text.replace("{\n", "\n".join(["{", *options, "skip_install_trust", ""]), 1))
-    environ = {"DOMAIN": "localhost", "BROKER_ADDRESS": broker, "XDG_DATA_HOME": str(folder)}
+    origins = f"https://app.example.com, {PAGE}"
+    environ = {"DOMAIN": "localhost", "BROKER_ADDRESS": broker, "BROKER_ALLOWED_ORIGINS": origins}
     command = [caddy, "run", "--adapter", "caddyfile", "--config", str(file)]
-    return command, {**os.environ, **environ, "XDG_CONFIG_HOME": str(folder)}
+    return command, {**os.environ, **environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
 
 
 def _edited(name: str, edits: dict[str, str]) -> str:

@@ -35,7 +35,7 @@ from tests.support.needs import program
 
 pytestmark = pytest.mark.process
 
-LOCKS = ("requirements.lock", "sandbox.lock", "build.lock")
+LOCKS = ("deploy/requirements.lock", "deploy/sandbox.lock", "deploy/build.lock", ".ci/test.lock")
 SCRIPTS = Path(sys.executable).parent
 EXPOSURE = 1.5
 """Of 10, as `systemd-analyze security` counts; what the broker cannot do without (a network) makes 1.2."""
@@ -94,6 +94,26 @@ def test_workflows_run_the_same_checks_and_attach_what_the_image_is_made_of() ->
     assert [
         line for line in (checks + release).splitlines() if re.search(r"uses: .*@(?![0-9a-f]{40} # v\d)", line)
     ] == []
+
+
+def test_what_may_write_packages_runs_no_packages() -> None:
+    """Checks install and run packages as root; a job that may write runs pinned actions and images only."""
+    files = [file.read_text(encoding="utf-8") for file in sorted((ROOT / ".github/workflows").iterdir())]
+    workflows = [yaml.safe_load(text) for text in files]
+    jobs = list(chain.from_iterable(workflow["jobs"].values() for workflow in workflows))
+    writing = [job for job in jobs if "write" in job["permissions"].values()]
+
+    assert [workflow["permissions"] for workflow in workflows] == [{}] * len(workflows)
+    assert len(writing) == 1
+    for job in writing:
+        assert [step for step in job["steps"] if "run" in step] == []
+        assert job["needs"] == "checks"
+    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert run.index("--require-hashes --only-binary :all: -r .ci/test.lock") < run.index("export PIP_NO_INDEX=1")
+    assert run.index("export PIP_NO_INDEX=1") < run.index("readme_command '")
+    images = re.findall(r"\bimage[:=] ?(\S+)", "".join(files))
+    assert images
+    assert [image for image in images if not re.search(r":[^@]+@sha256:[0-9a-f]{64}$", image)] == []
 
 
 def test_compose_services_can_do_no_more_than_they_must() -> None:
@@ -334,14 +354,14 @@ def test_unit_waits_for_running_sessions_and_gives_settings_that_work(tmp_path: 
 
 def test_locks_are_what_their_script_writes(tmp_path: Path) -> None:
     """Run in a copy: what fits stays, so a new run moves no version."""
-    for name in ("pyproject.toml", "README.md", "deploy/lock.sh", *(f"deploy/{lock}" for lock in LOCKS)):
+    for name in ("pyproject.toml", "README.md", "deploy/lock.sh", *LOCKS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
     check("bash", tmp_path / "deploy" / "lock.sh", cwd=tmp_path)
 
     for name in LOCKS:
-        before, after = ((folder / "deploy" / name).read_text() for folder in (ROOT, tmp_path))
+        before, after = ((folder / name).read_text() for folder in (ROOT, tmp_path))
         assert re.findall(r"^\S+==.*$", after, re.MULTILINE) == re.findall(r"^\S+==.*$", before, re.MULTILINE)
 
 

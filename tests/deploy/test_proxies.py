@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from app.sandbox.faults import Latency
 from app.sandbox.server import RunningEmulator, running_emulator
-from tests.deploy.proxies import NAMES, Proxy, running
+from tests.deploy.proxies import BURST, NAMES, PAGE, Proxy, running
 from tests.support.brokers import LONG_CALLS, BrokerProcess, asked, eventually, running_broker_process
 
 PER_USER = 2
@@ -229,6 +229,51 @@ async def test_only_the_proxy_says_who_the_user_is(name: str, oneinbox: RunningE
             for headers in forged:
                 answer = await bob.get("/calls", headers=headers)
                 assert (answer.status_code, answer.json()) == (200, {"items": []}), headers
+
+
+def assert_readable(response: httpx.Response, status: int, *, by: str | None) -> None:
+    """An answer that a page of this origin can read, and no other; once, as browsers refuse two."""
+    assert response.status_code == status, response.text
+    allowed = response.headers.get_list("access-control-allow-origin")
+    assert allowed == ([] if by is None else [by])
+    if by is not None:
+        assert response.headers.get_list("vary").count("Origin") == 1
+        assert response.headers.get_list("access-control-allow-credentials") in ([], ["true"])
+
+
+ORIGINS = {
+    PAGE: PAGE,
+    "https://www.example.com.evil.example": None,
+    "http://www.example.com": None,
+    "null": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_pages_can_read_the_proxys_own_errors(name: str, oneinbox: RunningEmulator, tmp_path: Path) -> None:
+    async with (
+        running_broker_process(oneinbox.url, **BEHIND_PROXY, BROKER_ALLOWED_ORIGINS=PAGE) as broker,
+        running(name, tmp_path, broker=url_of(broker), edit="strict" if name == "nginx" else None) as proxy,
+        proxy.client(next(ADDRESSES)) as client,
+    ):
+        page = {"Origin": PAGE}
+        assert_readable(await client.get("/healthz", headers=page), 200, by=PAGE)
+        assert_readable(await client.post("/session", headers=page), 201, by=PAGE)
+        assert_readable(await client.get("/calls/nothing", headers=page), 404, by=PAGE)
+        assert_readable(await client.post("/session", headers=page, content=b"x" * 20_000), 413, by=PAGE)
+        assert_readable(await client.get("/metrics", headers=page), 404, by=PAGE if name == "nginx" else None)
+        if name == "nginx":
+            for origin, by in ORIGINS.items():
+                large = await client.post("/session", headers={"Origin": origin}, content=b"x" * 2_000_000)
+                assert "x-request-id" not in large.headers, "nginx itself"
+                assert_readable(large, 413, by=by)
+        await broker.process.stop()
+        for origin, by in ORIGINS.items():
+            assert_readable(await client.get("/calls", headers={"Origin": origin}), 502, by=by)
+        if name == "nginx":
+            last = [await client.get("/calls", headers=page) for _ in range(BURST)][-1]
+            assert_readable(last, 429, by=PAGE)
 
 
 async def test_quiet_streams_are_not_cut(broker: BrokerProcess, tmp_path: Path) -> None:

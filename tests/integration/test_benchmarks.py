@@ -94,6 +94,17 @@ def test_the_start_is_measured(tmp_path: Path) -> None:
     assert found["RSS at rest, MB"] > 10
 
 
+def test_sessions_after_a_quiet_time_are_measured(tmp_path: Path) -> None:
+    arguments = ("--rtt", "50", "--idle", "1", "--rounds", "1")
+    found, printed = measured(tmp_path, "tests.benchmarks.idle", *arguments)
+
+    for took in found["took, ms"].values():
+        assert took.keys() == {"first after start", "back to back", "after 1 s"}
+        assert min(took.values()) >= 50
+    assert found["handshakes/h"] > 0
+    assert "the broker" in printed
+
+
 def test_an_answer_that_was_not_expected_is_no_figure(oneinbox: Server) -> None:
     with pytest.raises(AssertionError, match="should answer 200"):
         rig.load(oneinbox, "/v1/calls/web", connections=1, seconds=1, expect=200)

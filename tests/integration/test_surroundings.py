@@ -20,7 +20,7 @@ from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.brokers import LONG_CALLS, environ_of
 from tests.support.commands import invoke
 from tests.support.needs import cannot, program
-from tests.support.processes import PATIENCE, running, surroundings
+from tests.support.processes import PATIENCE, run, running, surroundings
 
 in_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -187,12 +187,37 @@ async def test_accepted(changes: dict[str, str], files: Files, oneinbox: Running
         assert (code, wrong) == (0, [])
 
 
+OTHER_COMMANDS = {
+    "sandbox": ("sandbox", "--port", "0"),
+    "openapi": ("openapi",),
+    "pause": ("pause",),
+    "calls": ("calls", "list"),
+    "webhook": ("webhook", "list"),
+}
+
+
+@in_modules_loop
+@pytest.mark.process
+@pytest.mark.parametrize("command", OTHER_COMMANDS.values(), ids=OTHER_COMMANDS.keys())
+async def test_other_commands_say_it_in_a_line(command: tuple[str, ...], oneinbox: RunningEmulator) -> None:
+    for name, value in (("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere.pem")):
+        done = await asyncio.to_thread(run, *command, cwd=Path(), environ=environ_of(oneinbox.url, {name: value}))
+
+        assert (done.code, done.out) == (2, "")
+        [line] = done.err.splitlines()
+        assert line.startswith(f"{name}: ")
+
+
 @in_modules_loop
 async def test_doctor_probe_in_the_same_surroundings(oneinbox: RunningEmulator) -> None:
     for name, value in (("HTTPS_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere.pem")):
         done = await asyncio.to_thread(invoke, "doctor", "--probe", "https://voice.invalid", environ={name: value})
         assert (done.code, done.err) == (1, "")
         assert done.out.startswith(f"✗ surroundings: {name}: ")
+    done = await asyncio.to_thread(
+        invoke, "doctor", "--probe", "http://voice.invalid", environ={"HTTP_PROXY": "socks5://127.0.0.1:1"}
+    )
+    assert done.out.startswith("✗ surroundings: HTTP_PROXY: ")
     for url in ("https://xn--a.invalid", "https://a..invalid", "https://[::::]"):
         done = await asyncio.to_thread(invoke, "doctor", "--probe", url, environ={})
         assert (done.code, done.out) == (2, "")

@@ -539,6 +539,7 @@ async def test_a_warm_connection_is_there_before_the_first_request(
         assert upstream.connections == 1
 
 
+@pytest.mark.usefixtures("far_away")
 async def test_a_proxys_tunnel_is_kept_warm_too(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     async with serving(fine, authority.server) as (upstream, url), serving(tunnel) as (proxy, proxy_url):

@@ -53,7 +53,8 @@ def assert_safe_headers(response: httpx.Response) -> None:
     """Check the headers of every answer."""
     headers = response.headers
     assert REQUEST_ID.fullmatch(headers["x-request-id"])
-    assert headers["cache-control"] == "no-store"
+    # Event streams say, too, that no proxy may transform them.
+    assert headers["cache-control"] in ("no-store", "no-store, no-transform")
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert "default-src 'none'" in headers["content-security-policy"]

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from app.broker import build
 from app.broker.build import open_broker
 from app.identity import User
+from app.identity.jwks import KeySet
+from app.identity.keys import VerifyingKey
 from app.limits.call_attempt import ALL_CALLS, CallAttempt
 from app.oneinbox import WebCall
 from app.sessions.disconnect import ClientConnection
@@ -32,6 +35,32 @@ async def test_the_slot_of_an_unobserved_call_is_freed_in_the_end(
         await broker.sessions.start(User(mode="jwt", id="ann"), asked)
         (left,) = (await broker.store.members(ALL_CALLS)).values()
     assert left == pytest.approx(lease, abs=60)
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_a_start_waits_for_the_issuers_keys_but_not_for_long(
+    upstream: Upstream, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "START_SECONDS", 60 if works else 0.01)
+    answered = asyncio.Event()
+
+    async def fetch(_: KeySet) -> list[VerifyingKey]:
+        if not works:
+            await asyncio.Event().wait()
+        for _turn in range(100):  # an answer takes its time
+            await asyncio.sleep(0)
+        answered.set()
+        return []
+
+    monkeypatch.setattr(KeySet, "fetch", fetch)
+    tokens = {
+        "BROKER_AUTH": "jwt",
+        "BROKER_JWT_JWKS_URL": "https://issuer.example/keys",
+        "BROKER_JWT_ISSUER": "https://issuer.example",
+        "BROKER_JWT_AUDIENCE": "voice",
+    }
+    async with open_broker(settings(tokens), upstream):
+        assert answered.is_set() == works
 
 
 async def test_the_parts_say_nothing_of_what_they_hold(upstream: Upstream) -> None:

@@ -1,6 +1,7 @@
 """What a browser sees of a call, whatever OneInbox makes of its records."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from app.calls.schemas import Call, project
+from app.calls.schemas import MAX_LINES, Call, project
 from app.calls.snapshots import Snapshot
 from app.limits import Bounds
 from app.oneinbox.models import CallRecord
@@ -174,3 +175,49 @@ def test_no_text_breaks_out_of_its_event(separator: str) -> None:
     assert b"\n" not in body
     assert b"\r" not in body
     assert json.loads(body)["status"] == f"x{separator}y"
+
+
+MANY = 900_000
+SAID = {"role": "user", "content": "x"}
+LARGE: dict[str, dict[str, Any]] = {
+    "breaks": {"transcript": "agent: x" + "\n" * MANY},
+    "returns": {"transcript": "agent: x" + "\r" * MANY},
+    "both": {"transcript": "agent: x" + "\r\n" * MANY},
+    "unspoken-lines": {"transcript": "agent: x\ntool: y" + "\n" * MANY},
+    "continued-lines": {"transcript": "agent: x" + "\ny" * MANY},
+    "many-turns": {"transcript": "agent: x\nuser: y\n" * (MANY // 8)},
+    "spaces": {"transcript": "agent: x\n" + " " * MANY},
+    "spaces-behind-a-name": {"transcript": "agent: x\nuser" + " " * MANY},
+    "colons": {"transcript": "agent" + ":" * MANY},
+    "a-list": {"transcript": [SAID] * MANY},
+    "a-list-of-nothing": {"transcript": [{}] * MANY},
+    "messages": {"messages": [SAID] * MANY},
+    "messages-instead-of-a-text": {"transcript": "no speaker" + "\n" * MANY, "messages": [SAID] * MANY},
+}
+
+
+@pytest.mark.parametrize("expose", [{"transcript", "messages"}, {"summary"}], ids=["exposed", "not-exposed"])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_record_takes_little_time_and_shows_a_bounded_part(name: str, expose: set[str]) -> None:
+    record = CallRecord(id="call_1", ai_summary="short", **LARGE[name])
+
+    begun = time.process_time()
+    snapshot = Snapshot.of(record, seen=0, agent_names={}, expose=expose)
+    took = time.process_time() - begun
+
+    assert took < (0.5 if "messages" in expose else 0.03)
+    call = json.loads(snapshot.fields)
+    for shown in (call.get("transcript"), call.get("messages")):
+        lines = [line for item in shown or [] for line in item["content"].split("\n")]
+        assert len(lines) <= MAX_LINES
+
+
+def test_the_first_lines_of_a_long_transcript_are_shown() -> None:
+    turns = [f"{'agent' if at % 2 else 'user'}: {at}\nmore" for at in range(MAX_LINES)]
+
+    for transcript in ("\n".join(turns), [{"role": "user", "content": str(at)} for at in range(2 * MAX_LINES)]):
+        record = CallRecord(id="call_1", transcript=transcript)
+        shown = project(record, Bounds(None, None), agent=None, expose={"transcript"}).model_dump()["transcript"]
+        texts = [item["content"] for item in shown]
+        assert texts[:2] == (["0\nmore", "1\nmore"] if isinstance(transcript, str) else ["0", "1"])
+        assert len("\n".join(texts).split("\n")) == MAX_LINES

@@ -62,7 +62,7 @@ def test_second_thoughts(changes: dict[str, str], expected: dict[str, str]) -> N
     assert levels(**changes) == expected
 
 
-@pytest.mark.parametrize(("allowed", "expected"), [(102, {"open files": "warning"}), (103, {}), (-1, {})])
+@pytest.mark.parametrize(("allowed", "expected"), [(602, {"open files": "warning"}), (603, {}), (-1, {})])
 def test_open_files(monkeypatch: pytest.MonkeyPatch, allowed: int, expected: dict[str, str]) -> None:
     def limits(_: int) -> tuple[int, int]:
         return allowed, allowed

@@ -77,6 +77,8 @@ READ = {
     "old-mac": ("BROKER_LOG_LEVEL=error\rBROKER_DOCS=false\r", "docs", False),
     "variable": ("LIMITS=1/day\nBROKER_SESSION_LIMITS=${LIMITS}", "session_limits", "1/day"),
     "variable-with-default": ("BROKER_SESSION_LIMITS=${NONE:-2/day}", "session_limits", "2/day"),
+    "variable-in-double-quotes": ('LIMITS=1/day\nBROKER_SESSION_LIMITS="${LIMITS}"', "session_limits", "1/day"),
+    "no-variable-in-single-quotes": ("BROKER_JWT_ISSUER='a${b}'", "jwt_issuer", "a${b}"),
     "list-with-blanks": ("BROKER_ALLOWED_VARIABLES=a, b", "allowed_variables", ["a", "b"]),
     "of-others": ("JAVA_OPTS=-Xmx1g -Dx=1\nURL=postgres://u:p@h/d?a=b c=d\nBROKER_DOCS=0", "docs", False),
     "last-counts": ("BROKER_DOCS=true\nBROKER_DOCS=false", "docs", False),
@@ -89,7 +91,8 @@ def test_what_is_read(text: str, field: str, value: object, tmp_path: Path) -> N
     file = tmp_path / ".env"
     file.write_bytes(text.encode())
 
-    assert getattr(load_settings(NEEDED, file), field) == value
+    mode = {"BROKER_AUTH": "jwt", "BROKER_JWT_SECRET": "s" * 32}
+    assert getattr(load_settings({**NEEDED, **mode}, file), field) == value
 
 
 def test_pairs_of_a_list_are_not_two_settings(tmp_path: Path) -> None:

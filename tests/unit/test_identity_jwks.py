@@ -347,6 +347,19 @@ async def test_first_requests_wait_for_the_first_fetch(begin: MakeSetup) -> None
     assert issuer.asked == 1
 
 
+async def test_a_start_may_wait_for_the_first_fetch(begin: MakeSetup) -> None:
+    issuer = Issuer(jwk_of(RSA, kid="k1"))
+    issuer.gate.clear()
+    setup = await begin(issuer=issuer)
+    ready = asyncio.create_task(setup.keys.ready())
+    await settle()
+    assert not ready.done()
+    issuer.gate.set()
+    await ready
+    issuer.gate.clear()
+    assert await setup.slug() == "in"
+
+
 async def test_never_fetched(begin: MakeSetup) -> None:
     issuer = Issuer(jwk_of(RSA, kid="k1"))
     issuer.answer = failing(httpx.ConnectError("no route to hush"))

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from app.limits import CallAttempt
 from app.limits import record as records
+from app.limits.ledger import Ledger
 from app.limits.record import ENDED, MOST_RECEIVERS, MOVES, UNWANTED, StartRecord, Step
+from app.store import Change, ListEntry
+from app.store.memory import MemoryStore
 from tests.conftest import Logs
 
 ATTEMPT = CallAttempt("request-1", 1_800_000_000, "main", "jwt:ann", "owner")
@@ -161,3 +164,20 @@ def test_what_cannot_be_read_is_skipped_and_logged(value: bytes, logs: Logs) -> 
 def test_reading_never_fails(value: bytes) -> None:
     record = StartRecord.from_bytes(value)
     assert record is None or record.to_bytes()
+
+
+async def test_a_users_list_is_read_in_the_form_of_any_version(logs: Logs) -> None:
+    store = MemoryStore()
+    ledger = Ledger(store, lease=60)
+    name = f"calls:{ATTEMPT.user}"
+    for entry in (StartRecord(ATTEMPT, call_id="call_old").to_bytes(), b"of tomorrow"):
+        await store.change(Change({}, entry=ListEntry(name, entry, 50, 60)))
+    await ledger.move(ATTEMPT.request_id, records.give(ATTEMPT, "call_new", kept=False))
+    assert await ledger.of_user(ATTEMPT.user) == [(ATTEMPT.since, "call_new"), (ATTEMPT.since, "call_old")]
+    assert [entry["event"] for entry in logs] == ["call_record_unreadable"]
+
+
+async def test_there_is_no_list_where_nobody_can_ask_for_it() -> None:
+    store = MemoryStore()
+    await Ledger(store, lease=60, listed=False).move(ATTEMPT.request_id, records.give(ATTEMPT, "call_1", kept=False))
+    assert await store.items(f"calls:{ATTEMPT.user}") == []

@@ -1,9 +1,12 @@
 """The path that routes match, behind a proxy that strips its prefix or leaves it on."""
 
 import pytest
-from starlette.routing import Match, Route
+from starlette.routing import Match, Mount, Route
 
+from app.api.app import create_app
 from app.api.middleware.root_path import route_path
+from app.config.settings import ROUTES
+from tests.support.harness import settings
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,13 @@ def test_the_prefix_is_taken_off_once_and_only_as_a_whole_segment(prefix: str, p
     # As Starlette's own routing sees it.
     if matched.startswith("/"):
         assert Route(matched, lambda _: None).matches(scope)[0] is Match.FULL
+
+
+def test_no_prefix_begins_as_a_path_of_the_brokers_own_does() -> None:
+    """Behind a proxy that strips it, /calls/x could mean either."""
+    paths = [route.path for route in create_app(settings()).routes if isinstance(route, Route | Mount)]
+
+    assert {path.split("/")[1] for path in paths} <= ROUTES
 
 
 def test_a_scope_without_a_prefix_is_taken_as_it_is() -> None:

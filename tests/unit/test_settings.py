@@ -88,6 +88,12 @@ WRONG: dict[str, tuple[str, str]] = {
     "connect-timeout-zero": ("ONEINBOX_CONNECT_TIMEOUT", "0"),
     "warn-seconds": ("BROKER_WARN_SECONDS", "-60.125"),
     "auth": ("BROKER_AUTH", "everybody"),
+    "limits-beyond-all": ("BROKER_SESSION_LIMITS", "1000000001/minute"),
+    "limits-far-beyond-all": ("BROKER_GLOBAL_SESSION_LIMITS", f"{10**30}/minute"),
+    "limits-for-ever": ("BROKER_REQUEST_LIMITS", "5/3661 days"),
+    "live-calls-beyond-all": ("BROKER_MAX_LIVE_CALLS", "1000000001"),
+    "minutes-beyond-all": ("BROKER_TALK_MINUTES", str(10**30)),
+    "global-minutes-beyond-all": ("BROKER_GLOBAL_TALK_MINUTES", "1000000001"),
     "proxies": ("BROKER_TRUSTED_PROXIES", "proxy.internal.example"),
     "proxies-one-of-two": ("BROKER_TRUSTED_PROXIES", "10.0.0.0/8,proxy.internal.example"),
     "proxies-host-bits": ("BROKER_TRUSTED_PROXIES", "10.1.2.3/8"),
@@ -236,17 +242,17 @@ def test_variables_of_others_are_left_alone() -> None:
 
 
 NO_POINTER = "is no JSON pointer: ~ is written ~0, and / in a name ~1"
-LINE_BREAK = "has a line break, or another character that does not print"
+NO_TEXT = "has a line break, or another character that does not print"
 NO_PAIRS = "is not a list of claim=value"
 WRONG_OF_TOKENS: dict[str, tuple[str, str, str]] = {
     "user-claim-no-pointer": ("BROKER_JWT_USER_CLAIM", "/user~passphrase", NO_POINTER),
     "variable-no-pointer": ("BROKER_VARIABLES_FROM_CLAIMS", "team=/o/team,plan=/o/~passphrase", NO_POINTER),
     "audience-of-commas": ("BROKER_JWT_AUDIENCE", " , ,", "names nothing"),
-    "audience-with-a-line-break": ("BROKER_JWT_AUDIENCE", "voice,passphrase\nx", LINE_BREAK),
+    "audience-with-a-line-break": ("BROKER_JWT_AUDIENCE", "voice,passphrase\nx", NO_TEXT),
     "required-claim-alone": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase", NO_PAIRS),
     "required-claim-of-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "passphrase=", NO_PAIRS),
     "required-claim-of-this-or-nothing": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase|", NO_PAIRS),
-    "required-claim-with-a-line-break": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase\nx", LINE_BREAK),
+    "required-claim-with-a-line-break": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase\nx", NO_TEXT),
     "required-claim-without-a-name": ("BROKER_JWT_REQUIRED_CLAIMS", "=passphrase", "is empty"),
     "required-claims-of-commas": ("BROKER_JWT_REQUIRED_CLAIMS", ", ,", "names nothing"),
     "required-claim-twice": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=passphrase,azp=b", "names a claim twice"),
@@ -384,6 +390,7 @@ PLAIN = {
     "BROKER_JWT_USER_CLAIM": "uid",
     "BROKER_JWT_ALGORITHMS": "HS256",
     "BROKER_JWT_COOKIE": "login",
+    "BROKER_JWT_REQUIRED_CLAIMS": "azp=https://a.example",
     "BROKER_VARIABLES_FROM_CLAIMS": "a=b",
     "BROKER_SECRET": SECRET,
 }
@@ -409,6 +416,22 @@ def test_what_stands_around_a_value_is_no_part_of_it(name: str, around: str, tmp
             assert load_settings(environ, None).model_dump() == load_settings(PLAIN, None).model_dump()
 
 
+def test_items_of_lists_may_be_quoted() -> None:
+    quoted = {
+        "BROKER_ALLOWED_ORIGINS": '"https://a.example","https://b.example"',
+        "BROKER_JWT_AUDIENCE": "'a', 'b'",
+        "BROKER_JWT_REQUIRED_CLAIMS": 'azp="https://a.example"|"https://b.example",use=\'access\'',
+        "BROKER_VARIABLES_FROM_CLAIMS": 'a="/o/id"',
+    }
+
+    settings = load_settings({**PLAIN, **quoted}, None)
+
+    assert settings.allowed_origins == ["https://a.example", "https://b.example"]
+    assert settings.jwt_audience == ["a", "b"]
+    assert settings.jwt_required_claims == {"azp": ("https://a.example", "https://b.example"), "use": ("access",)}
+    assert settings.variables_from_claims == {"a": "/o/id"}
+
+
 INSIDE = {
     "issuer-line-break": ("BROKER_JWT_ISSUER", "https://issuer\n.example"),
     "issuer-half-quoted": ("BROKER_JWT_ISSUER", '"https://issuer.example'),
@@ -417,7 +440,10 @@ INSIDE = {
     "audience-mark": ("BROKER_JWT_AUDIENCE", "bro\ufeffker"),
     "claim-line-break": ("BROKER_JWT_USER_CLAIM", "u\rid"),
     "algorithm-half-quoted": ("BROKER_JWT_ALGORITHMS", "HS256,HS384'"),
+    "audience-one-of-two": ("BROKER_JWT_AUDIENCE", "broker,'other"),
     "claims": ("BROKER_VARIABLES_FROM_CLAIMS", "a=b\n c=d"),
+    "required-claim": ("BROKER_JWT_REQUIRED_CLAIMS", 'azp="https://a.example'),
+    "required-claim-mark": ("BROKER_JWT_REQUIRED_CLAIMS", "azp=https://a\ufeff.example"),
 }
 
 

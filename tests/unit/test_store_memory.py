@@ -1,11 +1,12 @@
 """The store in memory, by an injected clock: ends, sweeping, size."""
 
 import itertools
+import random
 
 import pytest
 
-from app.store import Change, LimitRequest, ListEntry, Rate, Slot, open_store
-from app.store.memory import SHARDS, SWEEP_SECONDS, MemoryStore
+from app.store import Change, Due, LimitRequest, ListEntry, Rate, Slot, open_store
+from app.store.memory import FEW, SHARDS, SWEEP_SECONDS, MemoryStore
 
 
 class Clock:
@@ -68,14 +69,72 @@ async def test_a_member_ends_and_its_end_can_move(store: MemoryStore, clock: Clo
     assert await store.members("s") == {"c": 9}
 
 
-async def test_members_that_come_and_go_leave_nothing(store: MemoryStore) -> None:
-    await store.add_member("s", "stays", 1e6)
+@pytest.mark.parametrize("stay", [1, FEW + 1])
+@pytest.mark.parametrize("seconds", [1, 1000])
+async def test_members_that_come_and_go_leave_nothing(store: MemoryStore, stay: int, seconds: int) -> None:
+    for number in range(stay):
+        await store.add_member("s", f"stays{number}", 1e6)
     for number in range(10_000):
-        await store.add_member("s", f"m{number}", 1e6)
+        await store.add_member("s", f"m{number}", 1e5 + number % seconds)
         await store.remove_member(["s"], f"m{number}")
-    assert len(store._sets.of("s")["s"]._queue) < 200
-    await store.remove_member(["s"], "stays")
+    many = store._sets.of("s")["s"]._many
+    assert (many is None) == (stay == 1)
+    assert many is None or many._entries < 200
+    for number in range(stay):
+        await store.remove_member(["s"], f"stays{number}")
     assert len(store) == 0
+
+
+async def test_plans_that_move_leave_nothing(store: MemoryStore) -> None:
+    for number in range(10_000):
+        await store.change(Change({}, due=Due("moves", 1e5 + number % 100)))
+    assert store._due._times._entries < 200
+    assert store._due.members == ["moves"]
+
+
+class Model:
+    """Members and their ends, kept in the simplest way."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, float] = {}
+
+    def living(self, now: float) -> dict[str, float]:
+        self.ends = {member: end for member, end in self.ends.items() if end > now}
+        return self.ends
+
+
+@pytest.mark.parametrize("names", [FEW - 1, FEW, 3 * FEW, 300])
+async def test_a_set_is_exact_whatever_its_size(store: MemoryStore, clock: Clock, names: int) -> None:
+    chance, model = random.Random(names), Model()
+    for _ in range(3000):
+        clock.now += chance.choice([0, 0, 0.001, 0.3, 1, 7.5])
+        member = f"m{chance.randrange(names)}"
+        if chance.random() < 0.7:
+            seconds = chance.choice([0.2, 1, 5, 30.5, 30.75])
+            await store.add_member("s", member, seconds)
+            model.living(clock.now)[member] = clock.now + seconds
+        else:
+            assert await store.remove_member(["s"], member) == (member in model.living(clock.now))
+            model.ends.pop(member, None)
+        assert await store.members("s") == {each: end - clock.now for each, end in model.living(clock.now).items()}
+
+
+async def test_what_is_due_is_taken_in_its_order_and_once(store: MemoryStore, clock: Clock) -> None:
+    chance, plans = random.Random(1), dict[str, float]()
+    taken = 0
+    for _ in range(3000):
+        clock.now += chance.choice([0, 0.001, 0.2, 1.5])
+        member = f"m{chance.randrange(40)}"
+        delay = chance.choice([None, -0.5, 0, 0.3, 0.6, 4, 30])
+        await store.change(Change({}, due=Due(member, delay)))
+        plans.pop(member, None)
+        if delay is not None:
+            plans[member] = clock.now + delay
+        due = sorted((at, each) for each, at in plans.items() if at <= clock.now)[:3]
+        assert await store.take_due(3, 5.0) == [each for _, each in due]
+        plans |= {each: clock.now + 5.0 for _, each in due}
+        taken += len(due)
+    assert taken > 1000
 
 
 async def test_users_pass_and_nothing_remains(store: MemoryStore, clock: Clock) -> None:

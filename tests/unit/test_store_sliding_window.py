@@ -17,6 +17,11 @@ TICK = 1 / 64
 T = TypeVar("T")
 
 
+def window_of(store: MemoryStore) -> tuple[float, ...]:
+    """What is kept of the one rate."""
+    return store._windows.get("r") or ()
+
+
 def now_or_never(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that awaits nothing, so nothing else can have run in between."""
     try:
@@ -92,10 +97,10 @@ def test_no_window_ever_holds_more(amount: int, seconds: int, questions: list[tu
         if not decision.allowed and cost <= amount:
             # The promised time is honest, and not a tick too late. (The store itself minds a clock that goes back.)
             reset = decision.rates[0].reset
-            then = current(store._windows.of("r")["r"], now + reset)
+            then = current(window_of(store), now + reset)
             assert amount - total(then) >= cost
             assert reset > 0
-        assert len(store._windows.of("r").get("r", ())) <= 2 + 2 * MOST
+        assert len(window_of(store)) <= 2 + 2 * MOST
 
 
 def test_a_hit_leaves_when_the_window_has_passed_and_not_before() -> None:
@@ -149,7 +154,7 @@ def test_a_large_amount_costs_few_entries_and_little_accuracy() -> None:
         now += 1 / 50
         allowed += now_or_never(store.decide(LimitRequest([rate]))).allowed
     assert 3 * 1000 <= allowed <= 4 * 1000
-    assert len(store._windows.of("r")["r"]) <= 2 + 2 * MOST
+    assert len(window_of(store)) <= 2 + 2 * MOST
 
 
 def test_give_back_takes_only_from_the_entry_it_was_counted_in() -> None:
