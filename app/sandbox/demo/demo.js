@@ -66,6 +66,12 @@ function clear() {
 }
 
 caller.addEventListener("oneinbox-error", ({ detail: error }) => {
+  if (error.slug === "livekit-missing") {
+    say(
+      "LiveKit’s client comes from a CDN. Without a network: npm install livekit-client, and start the sandbox with " +
+        "BROKER_LIVEKIT_CLIENT=node_modules/livekit-client/dist/livekit-client.umd.js",
+    );
+  }
   // Here OneInbox is simulated: it needs no microphone. A real call had better not start.
   if (!error.slug.startsWith("microphone-")) return;
   caller.options = { ...caller.options, microphone: false };
