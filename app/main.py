@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from app.telemetry import plain_structlog  # noqa: F401 - before anything imports structlog; `import app.…` would bind `app`
+
+# isort: split
 from app.api.app import create_app
 from app.broker.build import WORKERS_WITHOUT_STORE, load_checked_settings, refuse_foreign_store
 from app.config.settings import SettingsError
 from app.server.gc import freeze_gc
 from app.server.server import workers_of_uvicorn
-from app.telemetry import plain_structlog  # noqa: F401 - first; `import app.…` would bind the name `app` here
 from app.telemetry.logging import configure_logging
 
 
