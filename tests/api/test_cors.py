@@ -12,6 +12,7 @@ from tests.support.shapes import assert_problem, assert_session, remaining
 APP = "https://app.example"
 EXPOSED = {
     "location",
+    "date",
     "retry-after",
     "ratelimit",
     "ratelimit-policy",

@@ -122,7 +122,7 @@ def test_headers_that_browsers_may_send_and_read_are_described() -> None:
     sent = {resolved(each)["name"].lower() for operation in OPERATIONS.values() for each in operation["parameters"]}
     assert {*ALLOWED_HEADERS.lower().split(", ")} - {"authorization", "content-type"} <= sent
     read = {name for _, _, answer in ANSWERS for name in answer["headers"]}
-    assert {*EXPOSED.split(", ")} <= read
+    assert {*EXPOSED.split(", ")} - {"Date"} <= read  # every answer of a server has a Date
 
 
 def test_operations_that_need_a_login_say_so() -> None:

@@ -13,7 +13,7 @@ from app.api.middleware.root_path import route_path
 from app.config.settings import is_loopback
 from app.problems import Problem
 
-EXPOSED = "Location, Retry-After, RateLimit, RateLimit-Policy, ETag, X-Request-ID, Idempotency-Replayed"
+EXPOSED = "Location, Date, Retry-After, RateLimit, RateLimit-Policy, ETag, X-Request-ID, Idempotency-Replayed"
 ALLOWED_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, X-Challenge-Token, X-Request-ID, If-None-Match, Last-Event-ID"
 )
