@@ -87,6 +87,8 @@ class Rooms:
             if agent is not None:
                 agent.cancel()
                 [outcome] = await asyncio.gather(agent, return_exceptions=True)
+                if call.met_at is None:  # it may have been on its way, and have opened the room anew
+                    await self._ask("DeleteRoom", room=call.room_name)
                 if isinstance(outcome, Exception):
                     _logger.warning("the agent of a call failed: %s", type(outcome).__name__)
 

@@ -72,11 +72,18 @@ class Agent:
         self._room.on("participant_connected", self._on_joined)
         self._room.on("participant_disconnected", self._on_left)
         self._room.on("disconnected", lambda _: self._end("room_closed"))
+        connecting = asyncio.ensure_future(self._room.connect(url, token, rtc.RoomOptions(connect_timeout=5.0)))
         try:
-            await self._room.connect(url, token, rtc.RoomOptions(connect_timeout=5.0))
+            await asyncio.shield(connecting)
         except rtc.ConnectError:
             await self._source.aclose()
             raise ConnectionError("the room cannot be joined") from None  # the error's own text may hold the token
+        except asyncio.CancelledError:
+            with suppress(rtc.ConnectError):
+                await connecting  # LiveKit's SDK goes on all the same: leave as soon as it is in
+            await self._room.disconnect()
+            await self._source.aclose()
+            raise
         try:
             track = rtc.LocalAudioTrack.create_audio_track("agent", self._source)
             options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)

@@ -140,6 +140,15 @@ async def room_is_empty(livekit: LiveKit, room: str, within: float = EMPTY) -> b
     return True
 
 
+async def room_is_gone(livekit: LiveKit, room: str) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while await asyncio.to_thread(livekit.participants, room) is not None:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.05)
+    return True
+
+
 async def test_call_begins_when_its_caller_joins_and_is_greeted(livekit: LiveKit, caller: Caller) -> None:
     async with oneinbox_with(livekit.options(transcript_delay=0)) as oneinbox:
         started = await oneinbox.start()
@@ -228,13 +237,13 @@ async def test_second_use_of_a_token_takes_the_call_over(livekit: LiveKit, calle
 async def test_token_of_an_ended_call_opens_no_room(livekit: LiveKit, caller: Caller) -> None:
     async with oneinbox_with(livekit.options()) as oneinbox:
         started = await oneinbox.start()
-        await oneinbox.stop(started)
-        assert await room_is_empty(livekit, started["room_name"])
+        await oneinbox.stop(started)  # while the agent is on its way
+        assert await room_is_gone(livekit, started["room_name"])
 
         with pytest.raises(caller.rtc.ConnectError):
             await caller.join(started)
 
-    assert livekit.participants(started["room_name"]) is None
+        assert await room_is_gone(livekit, started["room_name"])
 
 
 async def test_call_fails_where_no_server_answers(livekit: LiveKit) -> None:

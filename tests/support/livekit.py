@@ -106,17 +106,23 @@ class LiveKit:
 
     def participants(self, room: str) -> list[str] | None:
         """The names of those who are in a room now, agents included; None if there is no such room."""
-        now = int(time.time())
-        claims = {"iss": KEY, "nbf": now - 5, "exp": now + 60, "video": {"roomAdmin": True, "room": room}}
-        answer = httpx.post(
-            f"{self.url.replace('ws', 'http', 1)}/twirp/livekit.RoomService/ListParticipants",
-            json={"room": room},
-            headers={"Authorization": f"Bearer {signed(claims)}"},
-            trust_env=False,
-        )
+        # ListParticipants alone does not tell: of a room that is gone it may say that no one is in it.
+        if not self._ask("ListRooms", {"names": [room]}, roomList=True).json().get("rooms"):
+            return None
+        answer = self._ask("ListParticipants", {"room": room}, roomAdmin=True, room=room)
         if answer.status_code == 404:
             return None
         return [each["name"] for each in answer.raise_for_status().json()["participants"]]
+
+    def _ask(self, method: str, body: Mapping[str, Any], **grants: Any) -> httpx.Response:
+        now = int(time.time())
+        token = signed({"iss": KEY, "nbf": now - 5, "exp": now + 60, "video": grants})
+        return httpx.post(
+            f"{self.url.replace('ws', 'http', 1)}/twirp/livekit.RoomService/{method}",
+            json=body,
+            headers={"Authorization": f"Bearer {token}"},
+            trust_env=False,
+        )
 
 
 def signed(claims: Mapping[str, Any], secret: str = SECRET) -> str:
