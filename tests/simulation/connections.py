@@ -136,15 +136,16 @@ class Connection:
 
     async def serve(self) -> None:
         """Run the request in its replica."""
+        path, _, query = self.path.partition("?")
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": self.method,
             "scheme": "http",
-            "path": self.path,
-            "raw_path": self.path.encode(),
-            "query_string": b"",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
             "root_path": "",
             "headers": self.headers,
             "client": (self.peer, 50000),

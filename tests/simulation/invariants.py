@@ -33,6 +33,7 @@ KINDS = {
     "H-stuck": "a request, a process or the whole run does not end",
     "I-unwanted-start": "OneInbox is asked for a call whose browser had gone",
     "K-own-call": "a user is refused its own call",
+    "L-left-running": "a call runs on although its page has gone",
     "L-leak": "a process still holds something of what is over",
     "N-no-news": "a follower is not told that its call ended",
     "N-false-end": "a follower is told the end of a call that runs",
@@ -299,6 +300,8 @@ class Invariants:
         if stop.by != "broker" or call.ended is not None or not call.given or not self._is_early(call):
             return
         if any(each.by == "user" for each in call.stops):
+            return
+        if call.left is not None and self.world.now >= call.left - CLOCK_SECONDS:
             return
         got = "received" if call.received else "sent"
         what = f"{call.id} was {got} by {call.given[0].connection} and is hung up by {stop.replica}"

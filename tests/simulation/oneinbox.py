@@ -98,6 +98,8 @@ class Call:
     given: list[Given] = field(default_factory=list)
     received: list[Given] = field(default_factory=list)
     stops: list[Stop] = field(default_factory=list)
+    left: float | None = None
+    """When the broker may stop it, because its browser's page has gone and did not come back."""
 
     @property
     def home(self) -> "Replica":
@@ -304,7 +306,7 @@ class Transport(httpx.AsyncBaseTransport):
                 self._invariants.start_over(connection)
 
     def _stop_sent(self, call_id: str, connection: "Connection | None", replica: "Replica") -> None:
-        by = "user" if connection is not None and connection.path.endswith("/stop") else "broker"
+        by = "user" if connection is not None and "/stop" in connection.path else "broker"
         self._world.note(replica.name, f"→ OneInbox: stop {call_id} ({by})")
         if (call := self._oneinbox.calls.get(call_id)) is not None:
             call.stops.append(Stop(self._world.now, replica.name, by))

@@ -71,7 +71,7 @@ def unwanted_calls_are_not_stopped() -> Patch:
     stop = OneInbox.stop_call
 
     async def stop_call(self: OneInbox, call_id: str) -> CallRecord:
-        of_user = REQUEST.get() is not None and REQUEST.get().path.endswith("/stop")
+        of_user = REQUEST.get() is not None and "/stop" in REQUEST.get().path
         return await (stop(self, call_id) if of_user else self.get_call(call_id))
 
     return patch.object(OneInbox, "stop_call", stop_call)
@@ -112,6 +112,22 @@ def a_doubtful_start_counts_as_none() -> Patch:
 def uncollected_calls_are_kept() -> Patch:
     """A call whose browser did not come back is not stopped."""
     return patch.object(LiveCalls, "take_due", _nothing)
+
+
+@plant("L-left-running")
+def pages_that_have_gone_keep_their_calls() -> Patch:
+    """`stop?after=` is answered, and forgotten."""
+
+    async def stop_later(*_: Any) -> bool:
+        return True
+
+    return patch.object(LiveCalls, "stop_later", stop_later)
+
+
+@plant("B-stopped-given")
+def a_page_that_comes_back_loses_its_call() -> Patch:
+    """A read does not take `stop?after=` back."""
+    return patch.object(LiveCalls, "keep", _nothing)
 
 
 @plant("A-orphan", Options(memory=True, only=frozenset({"sigterm", "start-5xx-after", "start-hang-after"})))

@@ -19,7 +19,7 @@ from app.store.valkey import ValkeyStore
 from tests.simulation import loop as virtual
 from tests.simulation import oneinbox, store
 from tests.simulation.connections import Answer, Connection, Gone
-from tests.simulation.invariants import Bounds, Invariants, Refusal
+from tests.simulation.invariants import CALM_SECONDS, CLOCK_SECONDS, END_SECONDS, Bounds, Invariants, Refusal
 from tests.simulation.loop import BEGIN, SimLoop, Stuck
 from tests.simulation.oneinbox import Call, OneInbox, Transport
 from tests.simulation.replicas import Replica
@@ -644,6 +644,9 @@ class Browser:
         if call.ended is None:
             call.joined = world.now
             world.note(name, f"joins {call.id}")
+        shared = self.key is not None and self.name not in self.key
+        if not shared and world.unit(f"leaves:{name}") < 0.2 and not await self._leave(name, path, call):
+            return
         stays = world.between(f"stay:{name}", 0.5, world.pick(f"stays:{name}", [3, 20, 60, 100_000]))
         follower = None
         if world.unit(f"follows:{name}") < 0.5:
@@ -671,6 +674,26 @@ class Browser:
             if status in (401, 403) or (status == 404 and not world.rates.get("get-404")):
                 world.violate("K-own-call", f"{name} gets {status} for its own {call.id}")
             await asyncio.sleep(world.between(f"pause:{name}{k}", 0.1, 4))
+
+    async def _leave(self, name: str, path: str, call: Call) -> bool:
+        """Close the page, or reload it; return whether it is there again."""
+        world, began = self.world, self.world.now
+        after = int(world.between(f"after:{name}", 10, 31))
+        call.left = began + after
+        answer = await self.scene.ask(f"{name}l", "POST", f"{path}/stop?after={after}", self.user)
+        if world.unit(f"returns:{name}") < 0.5:
+            await asyncio.sleep(world.between(f"reload:{name}", 0, after / 4))
+            back = await self.scene.ask(f"{name}b", "GET", path, self.user)
+            # What the store did not take may be late, or be lost.
+            if not isinstance(back, str) and back[0] == 200 and world.is_calm(began - CALM_SECONDS):
+                call.left = None
+            return True
+        if isinstance(answer, str) or answer[0] != 200:
+            return False
+        await asyncio.sleep(max(0, call.left + END_SECONDS + CLOCK_SECONDS - world.now))
+        if call.ended is None and not call.stops and world.is_calm(began - CALM_SECONDS):
+            world.violate("L-left-running", f"{name} has left {call.id} {world.now - began:.1f} s ago")
+        return False
 
     async def _stop(self, name: str, path: str, call: Call) -> None:
         for k in range(4):

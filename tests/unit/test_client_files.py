@@ -9,7 +9,7 @@ import pytest
 from app import __version__
 from app.sandbox.calls import Call, _messages
 from app.sandbox.options import EmulatorOptions
-from tests.support.processes import ROOT
+from tests.documents import ROOT, blocks
 
 CLIENT = ROOT / "app/client"
 PACKAGE = json.loads((CLIENT / "package.json").read_text(encoding="utf-8"))
@@ -64,3 +64,11 @@ def test_the_stand_in_for_livekit_client_speaks_the_emulators_script() -> None:
     ]
 
     assert re.findall(r'^  \["(agent|user)", "(.*)"\],$', script, re.MULTILINE) == spoken
+
+
+@pytest.mark.parametrize("name", ["plain.html", "Talk.jsx", "Talk.vue", "Talk.svelte"])
+def test_the_document_shows_the_examples_as_they_run(name: str) -> None:
+    """They run in tests/e2e/test_client_package.py."""
+    document = (CLIENT / "README.md").read_text(encoding="utf-8")
+
+    assert blocks(document, name.partition(".")[2]) == [(CLIENT / "examples" / name).read_text(encoding="utf-8")]
