@@ -34,6 +34,8 @@ _LEAVING = 2.0
 """Seconds to leave the room in an orderly way."""
 _RETURN = 3.0
 """Seconds for a caller whose connection was lost, or replaced by another with the same token, to be back."""
+_UNHEARD = 2.0
+"""Seconds that the greeting waits for the caller to subscribe to it."""
 _MAX_MESSAGES = 200
 _FINAL = {"lk.transcription_final": "true"}
 
@@ -62,6 +64,7 @@ class Agent:
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._track_sid = ""
+        self._joined = asyncio.Event()
         self._last_sound = 0.0
         self._messages = 0
 
@@ -92,7 +95,7 @@ class Agent:
             await self._be("listening")
             self._spawn(self._speak(publication))
             if self._room.remote_participants:
-                self._met()
+                self._meet()
             return await self._over
         finally:
             for task in self._tasks:
@@ -118,7 +121,11 @@ class Agent:
 
     def _on_joined(self, _: Any) -> None:
         if self._track_sid:
-            self._met()
+            self._meet()
+
+    def _meet(self) -> None:
+        self._joined.set()
+        self._met()
 
     def _on_left(self, participant: Any) -> None:
         if self._room.remote_participants:
@@ -141,7 +148,10 @@ class Agent:
         await self._room.local_participant.set_attributes({"lk.agent.state": state})
 
     async def _speak(self, publication: Any) -> None:
-        await publication.wait_for_subscription()  # else the first note plays to nobody
+        await self._joined.wait()
+        with suppress(TimeoutError):  # the SDK may miss a subscription that comes with the publication's own answer
+            async with asyncio.timeout(_UNHEARD):
+                await publication.wait_for_subscription()  # else the first note plays to nobody
         await self._be("speaking")
         await self._greet()
         await self._be("listening")
