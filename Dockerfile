@@ -6,8 +6,10 @@ FROM python:3.13-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m venv /build && python -m venv --without-pip /opt/broker
-COPY deploy/requirements.lock deploy/build.lock ./
-RUN pip --python /opt/broker/bin/python install --require-hashes --only-binary :all: -r requirements.lock \
+# sandbox.lock: also what the sandbox's agent needs to talk on a LiveKit server.
+ARG LOCK=requirements.lock
+COPY deploy/requirements.lock deploy/sandbox.lock deploy/build.lock ./
+RUN pip --python /opt/broker/bin/python install --require-hashes --only-binary :all: -r "$LOCK" \
  && /build/bin/pip install --require-hashes --only-binary :all: -r build.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY app app

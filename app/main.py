@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import app.telemetry.plain_structlog  # noqa: F401 - before anything imports structlog
+from app.telemetry import plain_structlog  # noqa: F401 - before anything imports structlog; `import app.…` would bind `app`
+
+# isort: split
 from app.api.app import create_app
 from app.broker.build import WORKERS_WITHOUT_STORE, load_checked_settings, refuse_foreign_store
 from app.config.settings import SettingsError

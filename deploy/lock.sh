@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes deploy/requirements.lock (what the broker runs on), deploy/build.lock (what builds its wheel) and .ci/test.lock
-# (all that .ci/run installs): every package with one version and the hashes of all its files, for every Python from 3.11
-# on. No address of an index is recorded.
+# Writes deploy/requirements.lock (what the broker runs on), deploy/sandbox.lock (the same, and what the sandbox's agent
+# needs to talk), deploy/build.lock (what builds the broker's wheel) and .ci/test.lock (all that .ci/run installs): every
+# package with one version and the hashes of all its files, for every Python from 3.11 on. No address of an index is recorded.
 #   bash deploy/lock.sh              refresh after a change of pyproject.toml; pins that still fit stay
 #   bash deploy/lock.sh --upgrade    move every pin to the newest version
 set -euo pipefail
@@ -20,6 +20,7 @@ compile() { # INPUT OUTPUT [OPTION…]
 }
 
 compile pyproject.toml deploy/requirements.lock --extra otel "$@" # traces are off until a variable asks for them
+compile pyproject.toml deploy/sandbox.lock --extra otel --extra voice --constraint deploy/requirements.lock "$@"
 sed -nE '/^\[build-system\]/,/^\[project\]/s/^requires = \["(.*)"\]$/\1/p' pyproject.toml |
   sed 's/", "/\n/g' >"$tools/build.in"
 compile "$tools/build.in" deploy/build.lock --no-annotate "$@"

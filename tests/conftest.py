@@ -61,7 +61,7 @@ Logs = list[MutableMapping[str, Any]]
 @pytest.fixture(autouse=True)
 def clean_surroundings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep this machine's settings and `.env` from a test; and all programs but Python from one without a marker."""
-    if not any(map(request.node.get_closest_marker, ("process", "browser", "image"))):
+    if not any(map(request.node.get_closest_marker, ("process", "browser", "image", "voice"))):
         monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     for name in list(os.environ):
         if name.upper().startswith(("BROKER_", "ONEINBOX_", "OTEL_")):

@@ -81,13 +81,18 @@ def serve(
     run_broker(*where_to_listen(host, port), workers)
 
 
-@cli.command(epilog=ending("sandbox --port 0", "sandbox --livekit-url ws://127.0.0.1:7880 --livekit-key devkey"))
+@cli.command(epilog=ending("sandbox --port 0", "sandbox --livekit"))
 def sandbox(
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    *,
+    livekit: Annotated[
+        bool,
+        typer.Option("--livekit", help="Start livekit-server, which must be on the PATH, and talk there."),
+    ] = False,
     livekit_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Hand out tokens for this LiveKit server; the demo page offers to join."),
+        typer.Option(metavar="URL", help="Talk on this LiveKit server; with the extra `voice` an agent answers."),
     ] = None,
     livekit_key: Annotated[str | None, typer.Option(metavar="KEY", help="The LiveKit server's API key.")] = None,
     livekit_secret: Annotated[
@@ -103,7 +108,7 @@ def sandbox(
     """Try it without a key: broker, demo page, simulated OneInbox."""
     from app.cli.sandbox import run_sandbox
 
-    run_sandbox(host, port, livekit_url, livekit_key, livekit_secret)
+    run_sandbox(host, port, livekit_url, livekit_key, livekit_secret, start_livekit=livekit)
 
 
 @cli.command(epilog=ending("emulator --api-key oi_sk_of_my_tests"))

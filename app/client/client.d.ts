@@ -1,6 +1,7 @@
 /**
  * An error whose `message` a user can be shown. `slug` is the broker's, or `unreachable`, `not-a-broker`, `login-failed`,
- * `challenge-failed`, `microphone-denied`, `microphone-missing`, `microphone-unavailable`, `livekit-missing` or `not-joined`.
+ * `challenge-failed`, `microphone-denied`, `microphone-missing`, `microphone-unavailable`, `livekit-missing`,
+ * `not-joined` or, for a call that runs, `joined-elsewhere`.
  */
 export class BrokerError extends Error {
     /** @param {string} message @param {About} [about] */

@@ -82,11 +82,12 @@ def _origins(settings: Settings) -> Finding:
 def _proxies(settings: Settings) -> Finding:
     name, trusted = "trusted proxies", settings.trusted_proxies
     if everyone := [str(network) for network in trusted if network.prefixlen == 0]:
-        meaning = (
-            "anyone who reaches the broker can claim to be any user in a header"
-            if settings.auth == "header"
-            else "no address counts as a client's, so all users behind your proxy share its limits"
-        )
+        if settings.auth == "header":
+            meaning = "anyone who reaches the broker can claim to be any user in a header"
+        elif settings.client_ip_header.lower() != LIST_HEADER:
+            meaning = f"anyone who reaches the broker can claim any address in {settings.client_ip_header}"
+        else:
+            meaning = "no address counts as a client's, so all users behind your proxy share its limits"
         return wrong(
             name, f"{', '.join(everyone)}: {meaning}", "list only your own proxies' networks in BROKER_TRUSTED_PROXIES"
         )

@@ -115,7 +115,7 @@ class Ledger:
 
         Unix times; None: nothing bounds it. `longest`: as for `CallAttempt.end`.
         """
-        names = list(dict.fromkeys(BUDGET + name for attempt in attempts for name in attempt.sets))
+        names = list({BUDGET + name: None for attempt in attempts for name in attempt.sets})
         left: dict[str, float | None] = {}
         for at in range(0, len(names), PAGE):
             page = names[at : at + PAGE]

@@ -183,7 +183,9 @@ class Limits:
         rates, slots, _, _, cost, enforce, _, budgets = limits.request
         name = user.store_name
         rates = _rates_of(name, rates)
-        slots = [Slot(each.replace(ANY_USER, name), capacity) for each, capacity in slots]
+        slots = [
+            Slot(slot.name.replace(ANY_USER, name), slot.capacity) if ANY_USER in slot.name else slot for slot in slots
+        ]
         record = self.ledger.reserved(attempt)
         request = LimitRequest(rates, slots, attempt.key, record.ttl, cost, enforce, record, budgets)
         decision = await self.store.decide(request)
@@ -320,9 +322,20 @@ def _names(limits: UserLimits, decision: Decision) -> str:
 
 
 def _rates_of(user: str, rates: Sequence[Rate]) -> list[Rate]:
-    return [Rate(name.replace(ANY_USER, user), amount, seconds) for name, amount, seconds in rates]
+    return [
+        Rate(
+            rate.name.replace(ANY_USER, user),
+            rate.amount,
+            rate.seconds,
+            user if rate.owner == ANY_USER else rate.owner.replace(ANY_USER, user),
+            rate.kind,
+        )
+        if ANY_USER in rate.name
+        else rate
+        for rate in rates
+    ]
 
 
 def _rate(limit: Limit, key: str) -> Rate:
     seconds = limit.limit.get_expiry()
-    return Rate(f"rate:{limit.scope}:{key}:{seconds}", limit.limit.amount, seconds)
+    return Rate(f"rate:{limit.scope}:{key}:{seconds}", limit.limit.amount, seconds, key, f"{limit.scope}:{seconds}")

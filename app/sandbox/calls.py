@@ -16,6 +16,8 @@ from app.sandbox.schemas import StartCall
 MAX_CALLS = 100_000
 TERMINAL = frozenset({"completed", "failed", "no_answer", "no-answer", "busy", "canceled", "cancelled"})
 
+_TOLD = "The caller asked for the opening hours and was told."
+_ECHOED = "The caller was greeted, and heard their own words again."
 _NOT_STARTED = frozenset({"queued", "initiated"})
 _EVICTION_SCAN = 1_000
 _OLDER_FIELDS = frozenset(
@@ -77,6 +79,10 @@ class Call:
     """Fields of the record removed by the control surface."""
     announced: frozenset[str] = frozenset()
     """Webhook events already sent."""
+    met_at: float | None = None
+    """When its caller and the agent were first in the room together; with `voice="agent"` only."""
+    said: list[dict[str, Any]] = field(default_factory=list)
+    """Messages spoken in the room; with `voice="agent"` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +129,36 @@ def state_at(call: Call, options: EmulatorOptions, now: float) -> CallState:
         return _ended(call.ending, options, now)
     initiated_at = call.created_at + options.queued
     started_at = initiated_at + options.initiated
-    ended_at = started_at + options.in_progress
     if call.hold is not None:
-        started = None if call.hold.status in _NOT_STARTED else min(started_at, call.hold.since)
-        return CallState(call.hold.status, call.hold.since, started)
+        talking_at = call.met_at if options.voice == "agent" else started_at
+        since = call.hold.since if talking_at is None else min(talking_at, call.hold.since)
+        return CallState(call.hold.status, call.hold.since, None if call.hold.status in _NOT_STARTED else since)
+    if options.voice == "agent":
+        return _state_in_room(call, options, now)
     if now < initiated_at:
         return CallState("queued", call.created_at, next_change=initiated_at)
     if now < started_at:
         return CallState("initiated", initiated_at, next_change=started_at)
+    talked = min(options.in_progress, options.max_duration_seconds)
+    reason = "user_hangup" if talked == options.in_progress else "max_duration"
+    return _state_in_progress(started_at, started_at + talked, reason, options, now)
+
+
+def _state_in_room(call: Call, options: EmulatorOptions, now: float) -> CallState:
+    if call.met_at is not None:
+        return _state_in_progress(call.met_at, call.met_at + options.max_duration_seconds, "max_duration", options, now)
+    given_up_at = call.created_at + options.join_timeout
+    if now < given_up_at:
+        return CallState("initiated", call.created_at, next_change=given_up_at)
+    return _ended(Ending("failed", "no_participant", None, given_up_at), options, now)
+
+
+def _state_in_progress(
+    started_at: float, ended_at: float, reason: str, options: EmulatorOptions, now: float
+) -> CallState:
     if now < ended_at:
         return CallState("in_progress", started_at, started_at, next_change=ended_at)
-    return _ended(Ending("completed", "user_hangup", started_at, ended_at), options, now)
+    return _ended(Ending("completed", reason, started_at, ended_at), options, now)
 
 
 def _ended(end: Ending, options: EmulatorOptions, now: float) -> CallState:
@@ -189,10 +214,15 @@ class Calls:
         self._calls[call.id] = call
         return call
 
-    def stop(self, call: Call) -> None:
+    def meet(self, call: Call) -> None:
+        """Note that the caller and the agent are in the room."""
+        if call.met_at is None and self.state(call).running:
+            call.met_at = self._options.now()
+
+    def stop(self, call: Call, reason: str = "api_stop") -> None:
         """End a call if it is running."""
         if self.state(call).running:
-            self._end(call, "completed", "stopped")
+            self._end(call, "completed", reason)
 
     def force(self, call: Call, status: str | None) -> None:
         """Keep a call in `status` until the next change or stop; None returns it to the clock."""
@@ -221,7 +251,7 @@ class Calls:
 def record(call: Call, state: CallState, options: EmulatorOptions) -> dict[str, Any]:
     """Return the call's record, as GET /v1/calls/{id} answers it."""
     talked = state.ready and state.started_at is not None
-    messages = _messages(call) if talked else []
+    messages = _messages(call, options) if talked else []
     duration = state.duration or 0
     fields: dict[str, Any] = {
         "id": call.id,
@@ -249,7 +279,7 @@ def record(call: Call, state: CallState, options: EmulatorOptions) -> dict[str, 
         "updated_at": timestamp(state.changed_at),
         "twilio_call_sid": None,
         "outcome": "resolved" if talked else None,
-        "ai_summary": "The caller asked for the opening hours and was told." if talked else None,
+        "ai_summary": (_ECHOED if options.voice == "agent" else _TOLD) if talked else None,
         "credits_used": round(duration / 60, 2) if state.ready else None,
     }
     if options.edition == "guide":
@@ -283,7 +313,9 @@ def timestamp(at: float | None) -> str | None:
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
 
 
-def _messages(call: Call) -> list[dict[str, Any]]:
+def _messages(call: Call, options: EmulatorOptions) -> list[dict[str, Any]]:
+    if options.voice == "agent":
+        return call.said
     greeting = call.overrides.get("first_message") or "Hello, this is the sandbox. How can I help you?"
     tool = {"name": "opening_hours", "tool_call_id": "tool_1"}
     return [

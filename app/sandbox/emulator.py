@@ -20,6 +20,7 @@ from app.sandbox.calls import Call, Calls, record, timestamp, usage
 from app.sandbox.faults import AnyFault, Faults
 from app.sandbox.middleware import CONTROL, MAX_REQUESTS, RecordedRequest, RecordingMiddleware
 from app.sandbox.options import EmulatorOptions
+from app.sandbox.rooms import Rooms
 from app.sandbox.schemas import CallOverride, RegisterWebhook, StartCall
 from app.sandbox.tokens import participant_token
 from app.sandbox.webhooks import EVENTS, GUIDE_EVENTS, Webhooks, is_loopback_address
@@ -34,6 +35,7 @@ class Emulator:
         self.options = options
         self.calls = Calls(options)
         self.webhooks = Webhooks(options, self.calls)
+        self.rooms = None if options.voice == "none" else Rooms(options, self.calls, self.webhooks.follow)
         self.faults = Faults()
         self.requests: deque[RecordedRequest] = deque(maxlen=MAX_REQUESTS)
 
@@ -44,11 +46,17 @@ class Emulator:
             answer.pop("metadata", None)
         return answer
 
+    def changed(self, call: Call) -> None:
+        """Let a new state of a call take effect outside."""
+        self.webhooks.follow(call)
+        if self.rooms is not None:
+            self.rooms.follow(call)
+
     def override(self, call: Call, change: CallOverride) -> None:
         """Change a call by hand: its status, or what its record shows."""
         if "status" in change.model_fields_set:
             self.calls.force(call, change.status)
-            self.webhooks.follow(call)
+            self.changed(call)
         call.extra |= change.set
         call.removed = (call.removed - change.set.keys()) | set(change.remove)
 
@@ -64,6 +72,8 @@ def create_emulator(options: EmulatorOptions = EmulatorOptions()) -> FastAPI:  #
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         deliveries = asyncio.create_task(emulator.webhooks.run())
         yield
+        if emulator.rooms is not None:
+            await emulator.rooms.aclose()
         deliveries.cancel()
         with suppress(asyncio.CancelledError):
             await deliveries
@@ -118,8 +128,12 @@ async def start_call(body: StartCall, emulator: State) -> JSONResponse:
     options = emulator.options
     if body.agent_id not in options.agents:
         raise HTTPException(404, "Agent not found")
+    if emulator.rooms is not None and emulator.rooms.full:
+        raise HTTPException(429, "Too many calls")
     call = emulator.calls.start(body)
     emulator.webhooks.follow(call)
+    if emulator.rooms is not None:
+        await emulator.rooms.open(call)
     answer: dict[str, Any] = {
         "id": call.id,
         "server_url": options.server_url,
@@ -178,7 +192,7 @@ async def get_call(call: KnownCall, emulator: State) -> JSONResponse:
 async def stop_call(call: KnownCall, emulator: State) -> JSONResponse:
     """End a running call."""
     emulator.calls.stop(call)
-    emulator.webhooks.follow(call)
+    emulator.changed(call)
     return JSONResponse(emulator.record(call))
 
 
@@ -186,6 +200,7 @@ async def stop_call(call: KnownCall, emulator: State) -> JSONResponse:
 async def delete_call(call: KnownCall, emulator: State) -> Response:
     """Remove a call's record."""
     emulator.calls.delete(call)
+    emulator.changed(call)
     return Response(status_code=204)
 
 
@@ -199,7 +214,7 @@ async def get_agent(agent_id: str, emulator: State) -> JSONResponse:
             "id": agent_id,
             "name": agent_id,
             "max_duration_seconds": emulator.options.max_duration_seconds,
-            "silence_timeout_seconds": 10,
+            "silence_timeout_seconds": emulator.options.silence_timeout_seconds,
             "enable_recording": True,
             "language": "en",
             "first_message": None,

@@ -16,8 +16,11 @@ class EmulatorOptions:
     agents: tuple[str, ...] = ("agt_sandbox",)
     """Ids of the account's agents; any other is a 404."""
 
-    max_duration_seconds: int = 600
-    """The agents' longest call, as `/v1/agents/{id}` says; calls here end earlier or go on, as the next options say."""
+    max_duration_seconds: float = 600
+    """The agents' longest time `in_progress`."""
+
+    silence_timeout_seconds: float = 10
+    """Time without a sound from the caller, after which the agent ends the call; with `voice="agent"` only."""
 
     server_url: str = "ws://127.0.0.1:7880"
     """The address participants connect to; by default LiveKit's development address."""
@@ -39,6 +42,14 @@ class EmulatorOptions:
 
     in_progress: float = 8
     """Time it then stays `in_progress`, unless it is stopped."""
+
+    voice: Literal["none", "rooms", "agent"] = "none"
+    """`rooms`: make each call's room on the LiveKit server at `server_url`, and delete it when the call ends.
+    `agent`: also send an agent there, which needs the extra `voice`. A call's status then follows from who is in the
+    room, not from the three times above."""
+
+    join_timeout: float = 60
+    """Time for the caller to join, after which the call has failed; with `voice="agent"` only."""
 
     max_calls_per_day: int | None = None
     """The account's daily cap, which `/v1/usage` tells; None: no cap. Calls beyond it are started all the same."""

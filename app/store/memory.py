@@ -8,7 +8,6 @@ next dict, so an expired name is gone after about a minute of use, and no step v
 import heapq
 import math
 import struct
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -28,6 +27,7 @@ from app.store.protocol import (
     Decision,
     Leave,
     LimitRequest,
+    Rate,
     RateState,
     Store,
     Value,
@@ -84,13 +84,15 @@ class MemoryStore(Store):
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[Window] = []
+        found: list[tuple[dict[str, tuple[Any, ...]], Window]] = []
         for index, rate in enumerate(rates):
-            known = self._windows.get(rate.name)
+            owner = rate.owner or rate.name
+            shard = self._windows.of(owner)
+            known = _window(shard.get(owner), rate)
             window = windows.current(known, now) if known else windows.fresh(rate.seconds)
             if windows.total(window) + cost > rate.amount:
                 refused.append(index)
-            found.append(window)
+            found.append((shard, window))
         used: list[int] = []
         for index, slot in enumerate(slots, len(rates)):
             members = self._sets.of(slot.name).get(slot.name)
@@ -107,10 +109,10 @@ class MemoryStore(Store):
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            window = found[index]
+            shard, window = found[index]
             if counted:
                 window = windows.count(window, rate, now, cost)
-                self._windows.put(rate.name, window)
+                _set_window(shard, rate, window)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             end = now + lease
@@ -126,8 +128,8 @@ class MemoryStore(Store):
         if not decision.counted:
             return True
         for rate, state in zip(request.rates, decision.rates, strict=True):
-            if window := self._windows.get(rate.name):
-                self._windows.put(rate.name, windows.uncount(window, rate, state.mark, request.cost))
+            if window := self._windows.get(rate):
+                self._windows.put(rate, windows.uncount(window, rate, state.mark, request.cost))
         timed = {budget.slot for budget in request.budgets}
         for index, slot in enumerate(request.slots):
             self._leave(Leave(slot.name, request.member, 0 if index in timed else None), self._now())
@@ -349,7 +351,8 @@ def _states(budgets: Sequence[Budget], times: Sequence[UsedTime]) -> tuple[Budge
 
 
 def _has_ended(kept: bytes, now: float) -> bool:
-    return bool(_END.unpack_from(kept)[0] <= now)
+    ends: float = _END.unpack_from(kept)[0]
+    return ends <= now
 
 
 class _ShardedDict(Generic[_T]):
@@ -374,41 +377,41 @@ class _ShardedDict(Generic[_T]):
 
 
 class _Windows(_ShardedDict[tuple[Any, ...]]):
-    """Windows by name; those of one user are one tuple, `(rate, length, window…, rate, length, window…)`."""
+    """Windows; those of one owner are one tuple, `(kind, length, window…, kind, length, window…)`."""
 
     def __init__(self) -> None:
         super().__init__(_all_ended)
 
-    def get(self, name: str) -> Window | None:
-        """Return a window; None if there is none."""
-        owner, rate = _divided(name)
-        group = self.of(owner).get(owner, ())
-        first, end = _find(group, rate)
-        return group[first + 2 : end] if first < end else None
+    def get(self, rate: Rate) -> Window | None:
+        """Return a rate's window; None if there is none."""
+        owner = rate.owner or rate.name
+        return _window(self.of(owner).get(owner), rate)
 
-    def put(self, name: str, window: Window) -> None:
-        """Set a window."""
-        owner, rate = _divided(name)
-        shard = self.of(owner)
-        group = shard.get(owner, ())
-        first, end = _find(group, rate)
-        shard[owner] = (*group[:first], rate, len(window), *window, *group[end:])
+    def put(self, rate: Rate, window: Window) -> None:
+        """Set a rate's window."""
+        _set_window(self.of(rate.owner or rate.name), rate, window)
 
 
-def _divided(name: str) -> tuple[str, str]:
-    """Return whose a window is, and of which rate: of `rate:user:U:60` the user and the rest."""
-    kind, _, rest = name.partition(":")
-    scope, _, rest = rest.partition(":")
-    owner, _, seconds = rest.rpartition(":")
-    return (owner, sys.intern(f"{kind}:{scope}:{seconds}")) if owner else (name, "")
+def _window(group: tuple[Any, ...] | None, rate: Rate) -> Window | None:
+    if group is None:
+        return None
+    first, end = _find(group, rate.kind)
+    return group[first + 2 : end] if first < end else None
 
 
-def _find(group: tuple[Any, ...], rate: str) -> tuple[int, int]:
-    """Return where a rate's part begins and ends; twice the end of all if there is none."""
-    at = 0
-    while at < len(group):
+def _set_window(shard: dict[str, tuple[Any, ...]], rate: Rate, window: Window) -> None:
+    owner = rate.owner or rate.name
+    group = shard.get(owner, ())
+    first, end = _find(group, rate.kind)
+    shard[owner] = (*group[:first], rate.kind, len(window), *window, *group[end:])
+
+
+def _find(group: tuple[Any, ...], kind: str) -> tuple[int, int]:
+    """Return where the part of a kind of rate begins and ends; twice the end of all if there is none."""
+    at, size = 0, len(group)
+    while at < size:
         end = at + 2 + group[at + 1]
-        if group[at] == rate:
+        if group[at] == kind:
             return at, end
         at = end
     return at, at
@@ -436,8 +439,8 @@ class _Timetable:
     def __init__(self) -> None:
         self.at: dict[str, float] = {}
         """When each member is due."""
-        self._later: dict[int, list[str]] = {}
-        self._seconds: list[int] = []
+        self._later: dict[float, list[str]] = {}
+        self._seconds: list[float] = []
         self._queue: list[tuple[float, str]] = []
         self._begun: float = -math.inf
         self._entries = 0
@@ -445,7 +448,7 @@ class _Timetable:
     def plan(self, member: str, at: float) -> None:
         """Put a member in, or move its time."""
         self.at[member] = at
-        second = math.floor(at)
+        second = at // 1
         if second <= self._begun:
             heapq.heappush(self._queue, (at, member))
             return
@@ -462,10 +465,10 @@ class _Timetable:
         """Take the earliest member that is due from its place and return it; it stays in `at`. None: none is due."""
         while self._seconds and self._seconds[0] <= now:
             self._begun = heapq.heappop(self._seconds)
-            for member in self._later.pop(int(self._begun), ()):
+            for member in self._later.pop(self._begun, ()):
                 self._entries -= 1
                 at = self.at.get(member)
-                if at is not None and math.floor(at) == self._begun:
+                if at is not None and at // 1 == self._begun:
                     heapq.heappush(self._queue, (at, member))
         while self._queue and self._queue[0][0] <= now:
             at, member = heapq.heappop(self._queue)
@@ -478,7 +481,7 @@ class _Timetable:
         second = next(iter(self._later))
         waiting = self._later.pop(second)
         self._entries -= len(waiting)
-        kept = [member for member in dict.fromkeys(waiting) if math.floor(self.at.get(member, -1)) == second]
+        kept = [member for member in dict.fromkeys(waiting) if self.at.get(member, -1) // 1 == second]
         if kept:
             self._later[second] = kept  # the last to be tidied again
             self._entries += len(kept)
@@ -506,10 +509,11 @@ class _ExpiringSet:
                 if self.expired is not None:
                     self.expired.append(member)
             return self._many.at
+        if not self._few:
+            return {}
         members = dict(zip(self._few[::2], self._few[1::2], strict=True))
-        ended = sorted((end, member) for member, end in members.items() if end <= now)
-        if ended:
-            for _, member in ended:
+        if min(members.values()) <= now:
+            for _, member in sorted((end, member) for member, end in members.items() if end <= now):
                 del members[member]
                 if self.expired is not None:
                     self.expired.append(member)
@@ -522,6 +526,9 @@ class _ExpiringSet:
         if self._many is not None:
             self._many.plan(member, end)
             return len(living)
+        if member not in living and len(living) < FEW:
+            self._few = (*self._few, member, end)
+            return len(living) + 1
         members = {**living, member: end}
         if len(members) <= FEW:
             self._few = _flat(members)

@@ -22,12 +22,15 @@ class StoreUnavailable(Exception):
 class Rate(NamedTuple):
     """At most `amount` in any window of `seconds`, counted under `name`.
 
-    Rates of different windows need different names; one request uses each name once.
+    Rates of different windows need different names; one request uses each name once. `owner`, `kind`: its parts, for a
+    store that keeps an owner's windows together; the name alone where they are not given.
     """
 
     name: str
     amount: int
     seconds: int
+    owner: str = ""
+    kind: str = ""
 
 
 class RateState(NamedTuple):

@@ -13,6 +13,7 @@ import yaml
 
 from app import __version__
 from app.config.loading import load_settings
+from app.sandbox.livekit_server import HTTP_PORT, KEY, MEDIA_PORT, SECRET, config
 from app.server.server import GRACE
 from tests.deploy.settings import (
     DEPLOY,
@@ -29,10 +30,12 @@ from tests.deploy.settings import (
     shell_of_compose,
 )
 from tests.documents import ROOT
+from tests.support.livekit import VERSION
 from tests.support.needs import program
 
 pytestmark = pytest.mark.process
 
+LOCKS = ("deploy/requirements.lock", "deploy/sandbox.lock", "deploy/build.lock", ".ci/test.lock")
 SCRIPTS = Path(sys.executable).parent
 EXPOSURE = 1.5
 """Of 10, as `systemd-analyze security` counts; what the broker cannot do without (a network) makes 1.2."""
@@ -126,7 +129,10 @@ def test_compose_services_can_do_no_more_than_they_must() -> None:
 def test_only_the_proxy_is_reachable_from_outside() -> None:
     services = compose()["services"]
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
-    assert published == {"caddy": ["80:80", "443:443", "443:443/udp"], "sandbox": ["127.0.0.1:8000:8000"]}
+    sandbox = published.pop("sandbox")
+    assert published == {"caddy": ["80:80", "443:443", "443:443/udp"]}
+    assert "127.0.0.1:8000:8000" in sandbox
+    assert all(each.startswith("127.0.0.1:") for each in sandbox)
     assert compose()["networks"]["store"] == {"internal": True}
     assert services["valkey"]["networks"] == ["store"]
 
@@ -156,9 +162,30 @@ def test_compose_holds_no_secret_and_hands_them_out_as_files(tmp_path: Path) -> 
 
 
 def test_compose_sandbox_needs_neither_key_nor_neighbour() -> None:
-    sandboxed = [service for service in compose()["services"].values() if service["profiles"] == ["sandbox"]]
-    assert [service["command"][0] for service in sandboxed] == ["sandbox"]
-    assert not [name for service in sandboxed for name in ("secrets", "environment", "depends_on") if name in service]
+    services = compose()["services"]
+    sandboxed = {name: service for name, service in services.items() if service["profiles"] == ["sandbox"]}
+    assert sandboxed.keys() == {"sandbox", "livekit"}
+    assert not [name for service in sandboxed.values() for name in ("secrets", "depends_on") if name in service]
+
+
+def test_compose_sandbox_talks_on_the_livekit_server_beside_it() -> None:
+    sandbox, livekit = (compose()["services"][name] for name in ("sandbox", "livekit"))
+    assert sandbox["build"]["args"]["LOCK"] == "sandbox.lock"
+    assert sandbox["command"][3:] == ["--livekit-url", f"ws://127.0.0.1:{HTTP_PORT}", "--livekit-key", KEY]
+    assert sandbox["environment"] == {"LIVEKIT_API_SECRET": SECRET}
+    assert livekit["image"] == f"livekit/livekit-server:v{VERSION}"
+    assert livekit["network_mode"] == "service:sandbox"
+    dev, flag, body = livekit["command"]
+    assert (dev, flag) == ("--dev", "--config-body")
+    given, ours = yaml.safe_load(body), config(HTTP_PORT, MEDIA_PORT)
+    # As the sandbox configures its own server, but for what a container needs.
+    assert {name: each for name, each in ours.items() if given.get(name) != each}.keys() == {
+        "port",
+        "bind_addresses",
+        "rtc",
+    }
+    differing = {name for name, each in ours["rtc"].items() if given["rtc"].get(name) != each}
+    assert differing == {"tcp_port", "interfaces", "ips"}
 
 
 def test_compose_waits_for_running_sessions() -> None:
@@ -327,24 +354,25 @@ def test_unit_waits_for_running_sessions_and_gives_settings_that_work(tmp_path: 
 
 def test_locks_are_what_their_script_writes(tmp_path: Path) -> None:
     """Run in a copy: what fits stays, so a new run moves no version."""
-    for name in ("pyproject.toml", "README.md", "deploy/lock.sh", "deploy/requirements.lock", "deploy/build.lock"):
+    for name in ("pyproject.toml", "README.md", "deploy/lock.sh", *LOCKS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
     check("bash", tmp_path / "deploy" / "lock.sh", cwd=tmp_path)
 
-    for name in ("requirements.lock", "build.lock"):
-        before, after = ((folder / "deploy" / name).read_text() for folder in (ROOT, tmp_path))
+    for name in LOCKS:
+        before, after = ((folder / name).read_text() for folder in (ROOT, tmp_path))
         assert re.findall(r"^\S+==.*$", after, re.MULTILINE) == re.findall(r"^\S+==.*$", before, re.MULTILINE)
 
 
+@pytest.mark.parametrize("lock", ["requirements.lock", "sandbox.lock"])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_lock_has_a_wheel_of_everything_for_the_image(machine: str, tmp_path: Path) -> None:
+def test_lock_has_a_wheel_of_everything_for_the_image(machine: str, lock: str, tmp_path: Path) -> None:
     """For the Dockerfile's Python, which the image of these tests has not."""
     (version,) = set(re.findall(r"^FROM python:(\d\.\d+)-slim", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
     target = (f"--python-version={version}", f"--python-platform={machine}-manylinux_2_28", "--target", tmp_path)
     options = ("--quiet", "--dry-run", "--require-hashes", "--only-binary=:all:", "--system-certs", "--no-cache")
-    check(SCRIPTS / "uv", "pip", "install", *options, *target, "-r", DEPLOY / "requirements.lock")
+    check(SCRIPTS / "uv", "pip", "install", *options, *target, "-r", DEPLOY / lock)
 
 
 def test_version_stands_in_one_place() -> None:

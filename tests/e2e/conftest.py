@@ -36,21 +36,21 @@ OpenPage = Callable[..., Page]
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(*flags: str) -> Iterator[Browser]:
     """Launch Debian's Chromium."""
     path = program("chromium", "chromium")
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        launched = playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags])
         yield launched
         launched.close()
 
 
 @contextmanager
-def running_sandbox(*options: str) -> Iterator[tuple[Process, str]]:
+def running_sandbox(*options: str, **environ: str) -> Iterator[tuple[Process, str]]:
     """Run `oneinbox-broker sandbox`; yield the process and its URL."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running("sandbox", "--port", "0", *options, cwd=Path(folder), environ={}) as process,
+        running("sandbox", "--port", "0", *options, cwd=Path(folder), environ=environ) as process,
     ):
         yield process, url_in(process.wait_for("http://127.0.0.1:"))
 

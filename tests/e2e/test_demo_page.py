@@ -435,6 +435,7 @@ def test_livekit_client_that_is_not_the_published_file_costs_no_call(
     button(page, "Talk").click()
 
     expect(page.get_by_text("The audio software could not be loaded.")).to_be_visible()
+    expect(page.get_by_text("npm install livekit-client")).to_be_visible()
     expect(page.locator("#wire-broker")).to_contain_text("not asked yet")
     assert page.evaluate("globalThis.forged") is None
 

@@ -402,7 +402,7 @@ def test_a_page_that_is_closed_hangs_up(open_recipes: OpenRecipes) -> None:
     script = "(call) => addEventListener('pagehide', () => navigator.sendBeacon(`${call}/stop`))"
     visit.page.evaluate(script, call)
     visit.page.goto("about:blank")
-    visit.wait_for(lambda: visit.page.request.get(call).json()["end_reason"] == "stopped")
+    visit.wait_for(lambda: visit.page.request.get(call).json()["end_reason"] == "api_stop")
 
 
 def test_oneinbox_web_sdk(open_recipes: OpenRecipes) -> None:

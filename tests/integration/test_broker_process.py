@@ -217,7 +217,8 @@ async def test_uvicorns_workers_cannot_count_each_for_itself(
     arguments: tuple[str, ...], variable: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
     environ |= {"WEB_CONCURRENCY": variable} if variable else {}
-    arguments = ("app.main:app", "--port", "0", *arguments)
+    # On a busy machine uvicorn would kill workers that still import.
+    arguments = ("app.main:app", "--port", "0", "--timeout-worker-healthcheck", "60", *arguments)
     done = await asyncio.to_thread(run, *arguments, module="uvicorn", cwd=tmp_path, environ=environ)
 
     assert done.code != 0

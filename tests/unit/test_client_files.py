@@ -8,6 +8,7 @@ import pytest
 
 from app import __version__
 from app.sandbox.calls import Call, _messages
+from app.sandbox.options import EmulatorOptions
 from tests.documents import ROOT, blocks
 
 CLIENT = ROOT / "app/client"
@@ -56,7 +57,11 @@ def test_the_build_tools_are_those_of_the_tests() -> None:
 def test_the_stand_in_for_livekit_client_speaks_the_emulators_script() -> None:
     script = (ROOT / "app/sandbox/livekit-client.js").read_text(encoding="utf-8")
     call = Call(1, "call_1", "agt", "room", 0.0, {}, {}, {})
-    spoken = [(each["role"], each["content"]) for each in _messages(call) if each["role"] in ("agent", "user")]
+    spoken = [
+        (each["role"], each["content"])
+        for each in _messages(call, EmulatorOptions())
+        if each["role"] in ("agent", "user")
+    ]
 
     assert re.findall(r'^  \["(agent|user)", "(.*)"\],$', script, re.MULTILINE) == spoken
 

@@ -53,6 +53,24 @@ async def test_policy_allows_the_given_livekit_server_and_its_client() -> None:
     assert "livekit.example: OneInbox is simulated" in answer.text
 
 
+@pytest.mark.parametrize(
+    ("agent", "serves_livekit", "says"),
+    [
+        (True, False, "its agent, on ws://127.0.0.1:7880, greets you"),
+        (True, True, "its agent, on ws://127.0.0.1:7880, greets you"),
+        (False, False, "No agent is in the room on ws://127.0.0.1:7880"),
+    ],
+)
+async def test_page_says_who_answers(agent: bool, serves_livekit: bool, says: str) -> None:
+    broker = PlainTextResponse("the broker")
+    page = DemoPage(broker, "ws://127.0.0.1:7880", agent=agent, serves_livekit=serves_livekit)
+
+    text = (await ask(page, "GET", "/")).text
+
+    assert says in text
+    assert (f'data-livekit-client="{LIVEKIT_CLIENT}"' in text) is not serves_livekit
+
+
 async def test_page_for_other_devices_has_a_qr_code_of_its_address() -> None:
     page = DemoPage(PlainTextResponse("the broker"), phone_url="http://192.0.2.7:8000/")
 

@@ -45,6 +45,12 @@ def test_nothing_to_say() -> None:
         ({"BROKER_TRUSTED_PROXIES": "2000::/3"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
+        ({"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP"}, {"trusted proxies": "warning"}),
+        ({"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
+        (
+            {"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP", "BROKER_TRUSTED_PROXIES": "0.0.0.0/0"},
+            {"trusted proxies": "error"},
+        ),
         ({**JWT, "BROKER_JWT_SECRET": "x" * 32}, {}),
         ({**JWT, "BROKER_JWT_PUBLIC_KEY": "k"}, {"tokens": "warning"}),
         ({**JWT, "BROKER_JWT_PUBLIC_KEY": "k", "BROKER_JWT_AUDIENCE": "voice"}, {}),
@@ -60,6 +66,21 @@ def test_nothing_to_say() -> None:
 )
 def test_second_thoughts(changes: dict[str, str], expected: dict[str, str]) -> None:
     assert levels(**changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "share its limits"),
+        ({"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP"}, "can claim any address in Fly-Client-IP"),
+        ({"BROKER_AUTH": "header"}, "can claim to be any user"),
+    ],
+)
+def test_trusting_everyone_means_something_else_in_each_case(changes: dict[str, str], said: str) -> None:
+    everyone = settings(QUIET | changes | {"BROKER_TRUSTED_PROXIES": "0.0.0.0/0"})
+    [finding] = [finding for finding in review(everyone) if finding.name == "trusted proxies"]
+
+    assert said in finding.detail
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(602, {"open files": "warning"}), (603, {}), (-1, {})])

@@ -215,7 +215,7 @@ async def test_stop_ends_a_running_call(oneinbox: OneInbox) -> None:
 
     stopped = (await oneinbox.http.post(f"/v1/calls/{call_id}/stop")).json()
 
-    assert (stopped["status"], stopped["end_reason"], stopped["duration_seconds"]) == ("completed", "stopped", 3)
+    assert (stopped["status"], stopped["end_reason"], stopped["duration_seconds"]) == ("completed", "api_stop", 3)
     oneinbox.clock.forward(2.5)
     assert (await oneinbox.call(call_id))["messages"]
 

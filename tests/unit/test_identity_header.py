@@ -8,6 +8,7 @@ from starlette.requests import Request
 from app.identity import User
 from app.identity.addresses import ClientAddresses
 from app.identity.header import HeaderIdentity
+from app.identity.user import user_named
 from app.problems import Problem
 
 BEHIND_PROXY = ClientAddresses([ip_network("10.0.0.0/8")])
@@ -93,3 +94,14 @@ async def test_a_configured_name_with_underscores() -> None:
     assert (await identity.identify(request_from(PROXY, ("x_user", b"jane")))).id == "jane"
     with pytest.raises(Problem):
         await identity.identify(request_from(PROXY, ("x-user", b"jane")))
+
+
+async def test_an_issuer_names_nobody_here() -> None:
+    """A block by id means the user of the request, whatever tokens of another mode would name."""
+    user = await HeaderIdentity(BEHIND_PROXY, "X-Forwarded-User").identify(
+        request_from(PROXY, ("x-forwarded-user", b"ann"))
+    )
+
+    assert user_named("header", "ann", "https://issuer.example").canonical == user.canonical
+    assert user_named("jwt", "ann", "https://issuer.example").canonical != user_named("jwt", "ann").canonical
+    assert user_named("anonymous", "2001:db8::1", "https://issuer.example").id == "2001:db8::/64"

@@ -80,6 +80,13 @@ def test_recipes_are_files_that_find_each_other_and_are_documented() -> None:
     assert {name for name in names if f"](recipes/{name})" not in document} == set()
 
 
+@pytest.mark.parametrize("name", ["plain.html", "Talk.jsx", "Talk.vue", "Talk.svelte"])
+def test_examples_are_printed_as_they_are(name: str) -> None:
+    """They run in tests/e2e/test_client_package.py."""
+    [printed] = blocks(DOCUMENTS[ROOT / "app/client/README.md"], name.partition(".")[2])
+    assert printed == (ROOT / "app/client/examples" / name).read_text(encoding="utf-8")
+
+
 def test_the_page_of_the_readme_has_fifteen_lines() -> None:
     """It runs in tests/e2e/test_recipes.py."""
     [script] = blocks(README, "js")

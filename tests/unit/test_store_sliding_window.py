@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def window_of(store: MemoryStore) -> tuple[float, ...]:
     """What is kept of the one rate."""
-    return store._windows.get("r") or ()
+    return store._windows.get(Rate("r", 1, 1)) or ()
 
 
 def now_or_never(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -27,8 +27,9 @@ export async function talk(options = {}) {
     await room.localParticipant.setMicrophoneEnabled(true);
   } catch (error) {
     await room.disconnect();
-    await end(); // no connection or no microphone
-    throw error;
+    await end();
+    if (error instanceof DOMException) throw error; // no microphone
+    throw new Error("The call could not be joined."); // LiveKit's own message may repeat the token
   }
   return { room, call };
 }

@@ -88,7 +88,8 @@ function homeOf(url) {
 
 /**
  * An error whose `message` a user can be shown. `slug` is the broker's, or `unreachable`, `not-a-broker`, `login-failed`,
- * `challenge-failed`, `microphone-denied`, `microphone-missing`, `microphone-unavailable`, `livekit-missing` or `not-joined`.
+ * `challenge-failed`, `microphone-denied`, `microphone-missing`, `microphone-unavailable`, `livekit-missing`,
+ * `not-joined` or, for a call that runs, `joined-elsewhere`.
  */
 export class BrokerError extends Error {
   /** @param {string} message @param {About} [about] */
@@ -356,7 +357,7 @@ export class Call extends EventTarget {
     });
     room.on("disconnected", (/** @type {number} */ reason) => {
       if (this.room !== room) return;
-      if (reason === DUPLICATE_IDENTITY) this.#leaveRoom();
+      if (reason === DUPLICATE_IDENTITY) this.#end(new BrokerError("This call goes on in another window.", { slug: "joined-elsewhere" }));
       else this.hangUp().catch(() => {});
     });
     this.follow();
@@ -367,9 +368,11 @@ export class Call extends EventTarget {
         this.#listen("user", track);
       }
       await room.startAudio?.();
-    } catch (cause) {
+    } catch (error) {
       this.#leaveRoom();
-      throw new BrokerError("The call could not be joined.", { slug: "not-joined", cause });
+      // No `cause`: the message of LiveKit's error may repeat the token.
+      const detail = /** @type {any} */ (error)?.reasonName ?? "";
+      throw new BrokerError("The call could not be joined. Start a new one.", { slug: "not-joined", detail });
     }
   }
 

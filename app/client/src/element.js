@@ -26,6 +26,9 @@ const WORDS = {
   muted: "You are muted.",
   hangingUp: "Hanging up …",
   ended: "The call has ended.",
+  "ended-operator": "The call was ended by the service.",
+  "ended-max-call-seconds": "The call has reached its longest time.",
+  "ended-talk-minutes": "The call has ended: the time to talk is used up.",
   resumable: "Your call is still running.",
   // times
   left: "{time} left",
@@ -298,6 +301,9 @@ export class OneInboxCallElement extends Base {
         this.#send(type, detail);
       });
     }
+    call.on("error", ({ detail }) => {
+      if (this.call === call) this.error = detail; // the end follows
+    });
     call.follow();
     this.#to(call.ended ? "ended" : phase);
     cancelAnimationFrame(this.#frame);
@@ -321,7 +327,8 @@ export class OneInboxCallElement extends Base {
   #to(phase) {
     this.phase = phase;
     this.#show();
-    this.#say(phase);
+    const why = `ended-${this.call?.state?.stopped_because}`;
+    this.#say(phase === "ended" && this.#word(why) ? why : phase);
     this.dispatchEvent(new CustomEvent("phase", { detail: phase }));
   }
 

@@ -38,17 +38,27 @@ class DemoPage:
     """ASGI app that serves `/` and the page's files, and passes all other requests to `app`, the broker.
 
     `livekit_url`: a LiveKit server that the page's calls join. `phone_url`: the page's address for other devices on
-    the network, shown as a QR code. Raises ValueError if `livekit_url` is not a LiveKit URL.
+    the network, shown as a QR code. `agent`: the sandbox's agent talks on that server. `serves_livekit`: the broker
+    serves LiveKit's client; else it comes from its CDN. Raises ValueError if `livekit_url` is not a LiveKit URL.
     """
 
-    def __init__(self, app: ASGIApp, livekit_url: str | None = None, phone_url: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        livekit_url: str | None = None,
+        phone_url: str | None = None,
+        *,
+        agent: bool = False,
+        serves_livekit: bool = False,
+    ) -> None:
         self._app = app
-        livekit = LIVEKIT if livekit_url else ""
-        about = (
-            f"No agent is in the room on {escape(livekit_url)}: OneInbox is simulated."
-            if livekit_url
-            else "OneInbox is simulated, and nothing leaves your machine."
-        )
+        livekit = LIVEKIT if livekit_url and not serves_livekit else ""
+        if livekit_url is None:
+            about = "OneInbox is simulated, and nothing leaves your machine."
+        elif agent:
+            about = f"OneInbox is simulated: its agent, on {escape(livekit_url)}, greets you and repeats what you say."
+        else:
+            about = f"No agent is in the room on {escape(livekit_url)}: OneInbox is simulated."
         page = Template((_HERE / "index.html").read_text(encoding="utf-8")).substitute(
             about=about, livekit=livekit, phone=PHONE.format(url=escape(phone_url)) if phone_url else ""
         )

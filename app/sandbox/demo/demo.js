@@ -28,10 +28,10 @@ function wanted() {
 
 function readInputs() {
   const { agent, variables } = wanted();
-  caller.toggleAttribute("agent", Boolean(agent));
-  if (agent) caller.setAttribute("agent", agent);
-  caller.toggleAttribute("variables", Boolean(variables));
-  if (variables) caller.setAttribute("variables", JSON.stringify(variables));
+  for (const [name, value] of Object.entries({ agent, variables: variables && JSON.stringify(variables) })) {
+    if (value) caller.setAttribute(name, value);
+    else caller.removeAttribute(name);
+  }
   showCode(wanted());
 }
 
@@ -66,6 +66,12 @@ function clear() {
 }
 
 caller.addEventListener("oneinbox-error", ({ detail: error }) => {
+  if (error.slug === "livekit-missing") {
+    say(
+      "LiveKit’s client comes from a CDN. Without a network: npm install livekit-client, and start the sandbox with " +
+        "BROKER_LIVEKIT_CLIENT=node_modules/livekit-client/dist/livekit-client.umd.js",
+    );
+  }
   // Here OneInbox is simulated: it needs no microphone. A real call had better not start.
   if (!error.slug.startsWith("microphone-")) return;
   caller.options = { ...caller.options, microphone: false };
@@ -133,7 +139,7 @@ function showWire(exchange) {
   if (!isSession(exchange)) {
     if (answer && !isBad) pulse("wire-oneinbox", [`${method} /v1${short}`, "200"]);
   } else if (answer && reachedOneInbox(exchange)) {
-    pulse("wire-oneinbox", ["POST /v1/calls/web", String(status)]);
+    pulse("wire-oneinbox", ["POST /v1/calls/web", status === 201 ? "201" : "asked, in vain"]);
   } else {
     rest("wire-oneinbox", ["POST /v1/calls/web", status === null ? "…" : "not asked"]);
   }
