@@ -30,6 +30,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 CACHED = {"Cache-Control": "public, max-age=3600"}
+OTHER_METHODS = {**HEADERS, "Cache-Control": "no-store", "Allow": METHODS}
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -77,9 +78,9 @@ class ClientFiles:
 
 def _answer(file: ClientFile, scope: Scope) -> ASGIApp:
     if scope["method"] == "OPTIONS":
-        return Response(status_code=204, headers={**HEADERS, "Allow": METHODS})
+        return Response(status_code=204, headers=OTHER_METHODS)
     if scope["method"] not in ("GET", "HEAD"):
-        return problem_response(scope, Problem("method-not-allowed", headers={**HEADERS, "Allow": METHODS}))
+        return problem_response(scope, Problem("method-not-allowed", headers=OTHER_METHODS))
     headers = {**HEADERS, **CACHED, "ETag": file.etag}
     if matches(Headers(scope=scope).get("if-none-match", ""), file.etag):
         return Response(status_code=304, headers=headers)

@@ -9,14 +9,17 @@ export class OneInboxCallElement extends HTMLElement {
     /** @type {Call | null} */ call: Call | null;
     /** @type {Phase} */ phase: Phase;
     /** @type {BrokerError | null} */ error: BrokerError | null;
-    set broker(given: Broker | null);
-    /** For logins: `element.broker = new Broker({ token })`. @type {Broker | null} */
+    /** @param {Broker | string | URL | null} given */
+    set broker(given: Broker | string | URL | null);
+    /** For logins: `element.broker = new Broker({ token })`. An address is taken, too: frameworks set it for the attribute.
+     * @returns {Broker | null} */
     get broker(): Broker | null;
     set options(given: StartOptions & JoinOptions);
     /** What attributes cannot say. @type {StartOptions & JoinOptions} */
     get options(): StartOptions & JoinOptions;
-    set strings(words: Record<string, string>);
-    /** Words in place of the element's own. */
+    /** @param {Record<string, string> | string | null} words */
+    set strings(words: Record<string, string> | string | null);
+    /** Words in place of the element's own; as JSON, too. @returns {Record<string, string>} */
     get strings(): Record<string, string>;
     connectedCallback(): void;
     disconnectedCallback(): void;

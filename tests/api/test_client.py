@@ -67,6 +67,7 @@ async def test_nothing_can_be_sent_there(broker: httpx.AsyncClient) -> None:
     assert response.status_code == 405
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["allow"] == "GET, HEAD, OPTIONS"
+    assert response.headers.get_list("cache-control") == ["no-store"]
 
 
 @pytest.mark.parametrize("path", ["/client.ts", "/client.js/", "/build.mjs", "/package.json", "/src/client.js"])

@@ -1,5 +1,6 @@
 """`<oneinbox-call>` in Chromium: one tag on a page of another origin, no script of its own, a strict policy."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -74,6 +75,8 @@ def broker(oneinbox: str) -> Iterator[str]:
         yield url
 
 
+NOT_FOUND = {"type": "/problems/not-found", "title": "Not found", "status": 404}
+READABLE = {"Access-Control-Allow-Origin": "*", "Content-Type": "application/problem+json"}
 SETTINGS = {
     "BROKER_ALLOWED_ORIGINS": "http://127.0.0.1:*",
     "BROKER_LIVEKIT_CLIENT": str(ROOT / "app/sandbox/livekit-client.js"),
@@ -256,18 +259,37 @@ def test_it_hangs_up_when_it_is_taken_off_the_page_and_not_when_moved(
 GERMAN = '{"talk": "Sprechen", "talking": "Du bist verbunden.", "hangUp": "Auflegen", "again": "Noch einmal"}'
 
 
-@pytest.mark.parametrize("how", ["attribute", "property", "before-the-class"])
+@pytest.mark.parametrize("how", ["attribute", "property", "json-property", "before-the-class"])
 def test_its_words_can_be_replaced(shop: OpenShop, broker: str, how: str) -> None:
     given = f"strings='{GERMAN}'" if how == "attribute" else ""
     script = f"addEventListener('DOMContentLoaded', () => (document.querySelector('oneinbox-call').strings = {GERMAN}))"
     page = shop(broker, f"<oneinbox-call {given}></oneinbox-call>", script=script if how == "before-the-class" else "")
-    if how == "property":
+    if how.endswith("property"):
+        words = json.dumps(GERMAN) if how == "json-property" else GERMAN
         expect(button(page, "Talk")).to_be_visible()
-        page.evaluate(f"document.querySelector('oneinbox-call').strings = {GERMAN}")
+        page.evaluate(f"document.querySelector('oneinbox-call').strings = {words}")
     button(page, "Sprechen").click()
     expect(page.get_by_role("status")).to_have_text("Du bist verbunden.")
     button(page, "Auflegen").click()
     expect(button(page, "Noch einmal")).to_be_visible()
+
+
+def test_frameworks_may_set_the_address_as_a_property(shop: OpenShop, broker: str) -> None:
+    """React 19, Vue and Svelte set the property where an element has one of the attribute's name."""
+    page = shop(broker, "<oneinbox-call></oneinbox-call>")
+    page.evaluate(f"document.querySelector('oneinbox-call').broker = '{broker}/'")
+    button(page, "Talk").click()
+    expect(page.get_by_role("status")).to_have_text("You are connected.")
+    button(page, "Hang up").click()
+    expect(button(page, "Talk again")).to_be_visible()
+
+
+def test_a_calls_own_error_is_sent_as_an_event(shop: OpenShop, broker: str) -> None:
+    page = shop(broker, "<oneinbox-call></oneinbox-call>", complaints_expected=f"{REFUSED}04")
+    page.evaluate("addEventListener('oneinbox-error', ({ detail }) => (document.title = detail.slug))")
+    page.route("**/calls/*/events", lambda route: route.fulfill(status=404, json=NOT_FOUND, headers=READABLE))
+    button(page, "Talk").click()
+    expect(page).to_have_title("not-found")
 
 
 def test_what_the_attributes_ask_for_reaches_oneinbox(shop: OpenShop, broker: str, oneinbox: str) -> None:

@@ -181,12 +181,16 @@ export class OneInboxCallElement extends Base {
   }
 
   // Accessors, not fields: a field would overwrite what the page had set before this class was loaded.
-  /** For logins: `element.broker = new Broker({ token })`. @type {Broker | null} */
+  /** For logins: `element.broker = new Broker({ token })`. An address is taken, too: frameworks set it for the attribute.
+   * @returns {Broker | null} */
   get broker() {
     return this.#broker;
   }
+  /** @param {Broker | string | URL | null} given */
   set broker(given) {
-    this.#broker = given;
+    const isAddress = typeof given === "string" || given instanceof URL;
+    this.#broker = isAddress ? null : given;
+    if (isAddress) this.setAttribute("broker", String(given));
   }
 
   /** What attributes cannot say. @type {StartOptions & JoinOptions} */
@@ -197,12 +201,13 @@ export class OneInboxCallElement extends Base {
     this.#options = given;
   }
 
-  /** Words in place of the element's own. */
+  /** Words in place of the element's own; as JSON, too. @returns {Record<string, string>} */
   get strings() {
     return this.#strings;
   }
+  /** @param {Record<string, string> | string | null} words */
   set strings(words) {
-    this.#strings = words ?? {};
+    this.#strings = (typeof words === "string" ? parsed(words) : words) ?? {};
     this.#show();
   }
 
@@ -224,7 +229,7 @@ export class OneInboxCallElement extends Base {
 
   /** @param {string} name @param {string | null} _ @param {string | null} value */
   attributeChangedCallback(name, _, value) {
-    if (name === "strings") this.strings = parsed(value);
+    if (name === "strings") this.strings = value;
     else this.#show();
   }
 
@@ -238,7 +243,7 @@ export class OneInboxCallElement extends Base {
     if (!resumed) this.#lines = [];
     const progress = (/** @type {"asking" | "connecting"} */ step) => signal.aborted || this.#to(step);
     try {
-      const { livekit, microphone, ...more } = { ...this.#join(), ...this.#options };
+      const { livekit, microphone, ...more } = { ...this.#options, ...this.#join() };
       if (resumed) {
         await resumed.rejoin({ livekit, microphone, progress });
         if (!resumed.ended) this.#to("talking");
@@ -283,7 +288,7 @@ export class OneInboxCallElement extends Base {
   }
 
   #join() {
-    return { livekit: this.getAttribute("livekit") ?? undefined };
+    return { livekit: this.#options.livekit ?? this.getAttribute("livekit") ?? undefined };
   }
 
   /** @param {Call} call @param {Phase} phase */
@@ -302,7 +307,9 @@ export class OneInboxCallElement extends Base {
       });
     }
     call.on("error", ({ detail }) => {
-      if (this.call === call) this.error = detail; // the end follows
+      if (this.call !== call) return;
+      this.error = detail; // the end follows
+      this.#send("error", detail);
     });
     call.follow();
     this.#to(call.ended ? "ended" : phase);
