@@ -119,7 +119,9 @@ class CallCache:
         cached, asked = self._recent(call_id), self.clock()
         if cached is not None and asked - self._refused.get(call_id, float("-inf")) < REMEMBERED_SECONDS:
             return None
-        rates = Rate(f"any:{call_id}", 1, 1), BUDGET, UNKNOWN_BUDGET
+        rates = [BUDGET, UNKNOWN_BUDGET]
+        if cached is None:  # else OneInbox is not asked
+            rates.append(Rate(f"any:{call_id}", 1, 1))
         if call_id not in self._sought and not await self._may_ask(*rates):
             raise _asked_too_often()
         self._sought.add(call_id)
