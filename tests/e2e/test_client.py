@@ -145,7 +145,7 @@ def test_a_call_is_started_followed_and_ended(visit: OpenVisit) -> None:
         """
     )
     assert seen[:4] == [True, "ws://127.0.0.1:7880", 3, "queued"]
-    assert seen[-3:] == ["completed", "stopped", True]
+    assert seen[-3:] == ["completed", "api_stop", True]
     assert len(there.posts) == 1
     assert len(there.stops) == 1
 
@@ -465,8 +465,7 @@ def test_a_reloaded_page_keeps_its_call(visit: OpenVisit, oneinbox: str, setting
     before = starts(oneinbox)
     there.page.reload()
     there.page.evaluate(OPEN % options, there.url)
-    resumed = there.run("window.call = await broker.resume(); return [call.url, call.state.status];")
-    assert resumed == [url, "in_progress"]
+    assert there.run("window.call = await broker.resume(); return call.url;") == url
     there.page.wait_for_timeout(CLOSED_SECONDS * 1000)
     assert call_of(oneinbox, url)["status"] == "in_progress"
     there.run("await call.rejoin(); await call.hangUp();")
