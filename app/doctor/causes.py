@@ -72,7 +72,14 @@ def _explain(error: BaseException, setting: str, through_proxy: bool) -> Cause |
             return _certificate(error.verify_code)
         case ssl.SSLError() if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
             return Cause("it does not speak TLS on that port", "correct the scheme or the port of the address")
-        case ssl.SSLEOFError() | ConnectionResetError() | ConnectionAbortedError() | BrokenPipeError():
+        # SSLZeroReturnError is what older Pythons raise for SSLEOFError.
+        case (
+            ssl.SSLEOFError()
+            | ssl.SSLZeroReturnError()
+            | ConnectionResetError()
+            | ConnectionAbortedError()
+            | BrokenPipeError()
+        ):
             remedy = f"check host and port in {setting}, and the firewall"
             return Cause(f"{its}it closed the connection at once", remedy)
         case ssl.SSLError():

@@ -621,9 +621,10 @@ async def test_a_server_that_never_speaks_tls_meets_no_storm(
     HELD.clear()
     pauses = [b - a for a, b in itertools.pairwise(times)]
 
-    assert pauses[0] >= 0.05
-    assert pauses[1] >= 0.1
-    assert pauses[2] >= 0.2
+    early = 0.002  # the event loops' timers count whole milliseconds
+    assert pauses[0] >= 0.05 - early
+    assert pauses[1] >= 0.1 - early
+    assert pauses[2] >= 0.2 - early
 
 
 @pytest.mark.parametrize("named", ["socks5://127.0.0.1:9", "http://", "http://[::1", "ftp://127.0.0.1"])
