@@ -80,7 +80,7 @@ def wait(window: Window, now: float, target: float) -> float:
     while left > target and at + 2 < len(window):
         at += 2
         left -= window[at + 1]
-    return window[at] + window[0] - now
+    return min(window[0], window[at] + window[0] - now)  # a rounding error above it would be told as a second more
 
 
 def describe(window: Window, rate: Rate, now: float, refused_cost: int | None, mark: float) -> RateState:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.store import Decision, LimitRequest, Rate
 from app.store.memory import MemoryStore
-from app.store.sliding_window import GRID, MOST, current, total
+from app.store.sliding_window import GRID, MOST, count, current, fresh, total, wait
 
 TICK = 1 / 64
 
@@ -166,3 +166,10 @@ def test_give_back_takes_only_from_the_entry_it_was_counted_in() -> None:
     now_or_never(store.decide(LimitRequest([rate])))
     now_or_never(store.give_back(LimitRequest([rate]), first))
     assert not now_or_never(store.decide(LimitRequest([rate]))).allowed
+
+
+@given(st.floats(0, 1e6), st.integers(1, 3660 * 86400))
+def test_no_wait_is_longer_than_the_window(now: float, seconds: int) -> None:
+    rate = Rate("user", 1, seconds)
+    window = count(fresh(seconds), rate, now, 1)
+    assert wait(window, now, 0) <= seconds
