@@ -38,12 +38,12 @@ export type Snapshot = {
 
 import type { DetailedHTMLProps, HTMLAttributes } from "react";
 import type { OneInboxCallElement } from "./element.js";
-type Attribute = "agent" | "broker" | "livekit" | "variables" | "metadata" | "strings" | "label";
+type Attribute = "agent" | "livekit" | "variables" | "metadata" | "strings" | "label";
 declare module "react" {
     namespace JSX {
         interface IntrinsicElements {
             "oneinbox-call": DetailedHTMLProps<HTMLAttributes<OneInboxCallElement>, OneInboxCallElement> &
-                Partial<Record<Attribute, string>> & { transcript?: boolean };
+                Partial<Record<Attribute, string>> & { broker?: string | Broker; transcript?: boolean };
         }
     }
 }
