@@ -317,6 +317,10 @@ async def is_open(port: int) -> bool:
     return True
 
 
+NO_IDLE = {"BROKER_WARM_CONNECTIONS": "0"}
+"""For the servers below, which wait for a request on every connection."""
+
+
 async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, str], tmp_path: Path) -> None:
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
@@ -332,7 +336,7 @@ async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, st
 
     upstream = await asyncio.start_server(slow_oneinbox, "127.0.0.1", 0)
     port = upstream.sockets[0].getsockname()[1]
-    with serving(tmp_path, {**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}"}) as (process, url):
+    with serving(tmp_path, {**environ, **NO_IDLE, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}"}) as (process, url):
         async with httpx.AsyncClient(base_url=url, timeout=10) as client:
             asking = asyncio.create_task(client.post("/session"))
             await arrived.wait()
@@ -358,7 +362,7 @@ async def test_a_request_that_never_finishes_does_not_hold_the_end_up(environ: d
 
     upstream = await asyncio.start_server(silent_oneinbox, "127.0.0.1", 0)
     port = upstream.sockets[0].getsockname()[1]
-    slow = {**environ, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}", "ONEINBOX_TIMEOUT": "60"}
+    slow = {**environ, **NO_IDLE, "ONEINBOX_BASE_URL": f"http://127.0.0.1:{port}", "ONEINBOX_TIMEOUT": "60"}
     hasty = running("serve", "--port", "0", cwd=tmp_path, environ=slow, module="tests.support.hasty")
     with hasty as process:
         url = process.wait_for_url()
