@@ -38,6 +38,7 @@ EMPTY = 3
 """Seconds in which a room must be empty after its call has ended."""
 LIVEKITS_OWN = (
     r"^could not createOffer with closed peer connection|^DataChannel error|status of 40[14]|^WebSocket|^Abort conn"
+    r"|data channel '\w+' closed unexpectedly"
 )
 """What livekit-client logs when a room is closed or refuses a token."""
 SHORT_CALL = 6
