@@ -168,7 +168,7 @@ def _root_path(text: str) -> str:
     if {".", ".."} & set(segments):
         raise ValueError("has a segment that browsers and proxies resolve")
     if segments and segments[0] in ROUTES:
-        # Of /calls/x nobody could tell whether the proxy has taken the prefix off.
+        # For /calls/x it would be unclear whether the proxy has taken the prefix off.
         raise ValueError("begins as a path of the broker's own does")
     return text.rstrip("/")
 

@@ -252,7 +252,7 @@ def desert(now: float, why: str) -> Step:
 
 
 def condemn(why: str) -> Step:
-    """A call must end, or has been stopped without the store: no client may get it any more."""
+    """A call must end, or has been stopped without the store: no client may get it now."""
     return lambda found: (
         found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state in (STARTED, GIVEN) else None
     )

@@ -82,12 +82,12 @@ class Rooms:
             self._changed(call)  # also when its time was up
         finally:
             del self._open[call.id]
-            # The room first: whoever is in it hears of the end at once.
+            # The room first: those in it hear of the end at once.
             await self._ask("DeleteRoom", room=call.room_name)
             if agent is not None:
                 agent.cancel()
                 [outcome] = await asyncio.gather(agent, return_exceptions=True)
-                if call.met_at is None:  # it may have been on its way, and have opened the room anew
+                if call.met_at is None:  # it may have been on its way, and have opened the room again
                     await self._ask("DeleteRoom", room=call.room_name)
                 if isinstance(outcome, Exception):
                     _logger.warning("the agent of a call failed: %s", type(outcome).__name__)

@@ -151,7 +151,7 @@ class Agent:
         await self._joined.wait()
         with suppress(TimeoutError):  # the SDK may miss a subscription that comes with the publication's own answer
             async with asyncio.timeout(_UNHEARD):
-                await publication.wait_for_subscription()  # else the first note plays to nobody
+                await publication.wait_for_subscription()  # else no one hears the first note
         await self._be("speaking")
         await self._greet()
         await self._be("listening")

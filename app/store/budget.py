@@ -49,7 +49,7 @@ class UsedTime:
         return max(self.until, self.used[-2] + WINDOW if self.used else 0)
 
     def advance(self, now: float, members: Collection[str], expired: Iterable[str] = ()) -> None:
-        """Bring it up to date; `members`: of the set. It is counted anew if some came or went unseen.
+        """Bring it up to date; `members`: of the set. It is counted again if some came or went unseen.
 
         `expired`: those whose leases have ended: no one saw their ends.
         """

@@ -74,7 +74,7 @@ async def test_the_owner_decides(open_broker: OpenBroker, upstream: Upstream, co
     if comes_back:
         await broker.get(path)
     passed = 11
-    await asyncio.sleep(ROUND)
+    await asyncio.sleep(ROUND)  # until the index of due times was looked at
 
     assert stops(upstream) == (not comes_back)
 

@@ -128,12 +128,12 @@ def one_round(url: str, trust: Mapping[str, str], idle: Sequence[float]) -> tupl
                 say(f"no {name}: {error}")
         began = time.monotonic()
         uncalled = stack.enter_context(CONTENDERS["the broker"](url, trust))
-        time.sleep(SETTLED)
+        time.sleep(SETTLED)  # until start-up work is over
         for name, server in servers.items():
             took[name] = {"first after start": session(server)}
             took[name]["back to back"] = statistics.median(session(server) for _ in range(WARM))
         for seconds in idle:
-            time.sleep(seconds)
+            time.sleep(seconds)  # the idle time is what is measured
             for name, server in servers.items():
                 took[name][f"after {seconds:g} s"] = session(server)
         return took, handshakes(uncalled) / (time.monotonic() - began) * 3600

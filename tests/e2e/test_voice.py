@@ -182,7 +182,7 @@ def assert_empty(livekit: LiveKit, room: str) -> None:
     deadline = time.monotonic() + EMPTY
     while who := livekit.participants(room):
         assert time.monotonic() < deadline, who
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two questions
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -253,7 +253,7 @@ def ended(started: dict[str, Any], call: str, livekit: LiveKit) -> dict[str, Any
     deadline = time.monotonic() + EMPTY
     while livekit.participants(room) is not None:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two questions
     return started
 
 
