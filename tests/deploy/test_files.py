@@ -1,5 +1,6 @@
 """The files of deploy/ and .github/ are what their readers take: checked by the field's own checkers."""
 
+import os
 import re
 import subprocess
 import sys
@@ -42,8 +43,9 @@ EXPOSURE = 1.5
 
 
 def check(*command: str | Path, cwd: Path = ROOT) -> str:
-    """Run a checker; what it said. It has nothing to complain about."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    """Run a checker, of this environment first; what it said. It has nothing to complain about."""
+    environ = os.environ | {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -69,11 +71,11 @@ def test_every_file_is_tested() -> None:
 
 
 def test_dockerfile_is_clean() -> None:
-    check(SCRIPTS / "hadolint", "--failure-threshold", "style", "Dockerfile")
+    check("hadolint", "--failure-threshold", "style", "Dockerfile")
 
 
 def test_compose_file_keeps_to_the_specification() -> None:
-    check(SCRIPTS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+    check("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
 
 
 def test_workflows_and_updates_are_what_github_takes_and_give_nothing_away() -> None:
@@ -82,7 +84,7 @@ def test_workflows_and_updates_are_what_github_takes_and_give_nothing_away() -> 
     assert workflows
     check(*schema, "vendor.github-workflows", *workflows)
     check(*schema, "vendor.dependabot", ROOT / ".github/dependabot.yml")
-    check(SCRIPTS / "zizmor", "--offline", "--persona=pedantic", ".github")
+    check("zizmor", "--offline", "--persona=pedantic", ".github")
 
 
 def test_workflows_run_the_same_checks_and_attach_what_the_image_is_made_of() -> None:
@@ -197,7 +199,7 @@ def test_every_kubernetes_object_is_valid(tmp_path: Path) -> None:
     everything = tmp_path / "everything.yaml"
     everything.write_text(kustomized(tmp_path))
     manifests = [path for path in sorted(KUBERNETES.glob("*.yaml")) if path.name != "kustomization.yaml"]
-    said = check(SCRIPTS / "kubernetes-validate", "--strict", everything, *manifests)
+    said = check("kubernetes-validate", "--strict", everything, *manifests)
     assert "WARN" not in said
     assert said.count(f"{everything} passed") == len(objects(everything.read_text()))
 
@@ -372,7 +374,7 @@ def test_lock_has_a_wheel_of_everything_for_the_image(machine: str, lock: str, t
     (version,) = set(re.findall(r"^FROM python:(\d\.\d+)-slim", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
     target = (f"--python-version={version}", f"--python-platform={machine}-manylinux_2_28", "--target", tmp_path)
     options = ("--quiet", "--dry-run", "--require-hashes", "--only-binary=:all:", "--system-certs", "--no-cache")
-    check(SCRIPTS / "uv", "pip", "install", *options, *target, "-r", DEPLOY / lock)
+    check("uv", "pip", "install", *options, *target, "-r", DEPLOY / lock)
 
 
 def test_version_stands_in_one_place() -> None:
