@@ -49,7 +49,7 @@ class Visit:
 
     def failure(self, script: str) -> dict[str, Any]:
         """Return what a script throws."""
-        caught = "({ name: error.name, slug: error.slug, status: error.status, message: error.message })"
+        caught = "(({ name, slug, status, message, detail }) => ({ name, slug, status, message, detail }))(error)"
         thrown: dict[str, Any] = self.run(f"try {{ {script} }} catch (error) {{ return {caught}; }}")
         assert thrown is not None, "nothing was thrown"
         return thrown
@@ -92,7 +92,7 @@ def visit(open_page: OpenPage, site: str, shared_broker: str, oneinbox: str) -> 
         def opens(options: str = "", complaints: str | None = None, at: str = "", **settings: str) -> Visit:
             url = at or shared_broker
             if settings:
-                url = stack.enter_context(running_broker(oneinbox, **ORIGINS, **STAND_IN, **settings))[1]
+                url = stack.enter_context(running_broker(oneinbox, **{**ORIGINS, **STAND_IN, **settings}))[1]
             page = open_page(complaints_expected=complaints, permissions=["microphone"])
             there = Visit(page, url, oneinbox, [], [])
 
@@ -256,6 +256,10 @@ MISUSED = {
     "an option of Broker": ("new (await import(given + '/client.js')).Broker({ ulr: 'x' });", "Broker.*ulr"),
     "two options": ("new (await import(given + '/client.js')).Broker({ ulr: 'x', tokn: 1 });", "ulr, tokn"),
     "no address": ("new (await import(given + '/client.js')).Broker({ url: 'http://' });", "is not an http"),
+    "an address without its scheme": (
+        "new (await import(given + '/client.js')).Broker({ url: 'talk.example.com' });",
+        "is not an http.*talk.example.com",
+    ),
     "another scheme": (
         "new (await import(given + '/client.js')).Broker({ url: 'ftp://a' });",
         "is not an http",
@@ -283,6 +287,8 @@ FAILURES = {
     "a challenge throws": ("", "start({ challenge: () => { throw new Error('x'); } })", "challenge-failed"),
     "no server": ("{ url: 'http://127.0.0.1:9', patience: 0 }", "start()", "unreachable"),
     "a web site": ("{ url: location.origin, patience: 0 }", "start()", "not-a-broker"),
+    "no server, before livekit-client": ("{ url: 'http://127.0.0.1:9' }", "talk()", "unreachable"),
+    "a web site, before livekit-client": ("{ url: location.origin }", "talk()", "not-a-broker"),
     "an agent that is none": ("", "start({ agent: 'nobody' })", "agent-not-allowed"),
     "a variable that is none": ("", "start({ variables: { a: [] } })", "invalid-request"),
     "livekit-client is not there": ("", "talk({ livekit: '/absent.js' })", "livekit-missing"),
@@ -305,6 +311,13 @@ def test_a_failure_is_a_broker_error_in_words(visit: OpenVisit, options: str, sc
     assert len(there.stops) == (slug == "not-joined")
     asked = script.startswith("start") and slug not in ("login-failed", "challenge-failed")
     assert bool(there.posts) == (asked or slug == "not-joined")
+
+
+def test_a_broker_without_livekit_client_is_not_taken_for_a_dead_one(visit: OpenVisit) -> None:
+    there = visit(complaints="status of 404|Failed to load", BROKER_LIVEKIT_CLIENT="")
+    error = there.failure("await broker.talk();")
+    assert (error["slug"], error["detail"]) == ("livekit-missing", f"{there.url}/livekit-client.js")
+    assert there.posts == []
 
 
 MICROPHONES = {

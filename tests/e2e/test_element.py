@@ -305,6 +305,15 @@ def test_what_the_attributes_ask_for_reaches_oneinbox(shop: OpenShop, broker: st
     expect(button(page, "Talk again")).to_be_visible()
 
 
+@pytest.mark.parametrize("name", ["variables", "metadata"])
+def test_an_attribute_that_is_not_json_starts_no_call(shop: OpenShop, broker: str, oneinbox: str, name: str) -> None:
+    page = shop(broker, f"""<oneinbox-call {name}="{{'customer_name': 'Ada'}}"></oneinbox-call>""")
+    before = len(control(oneinbox, "requests"))
+    button(page, "Talk").click()
+    expect(page.get_by_role("alert")).to_contain_text(f"{name} is not JSON")
+    assert len(control(oneinbox, "requests")) == before
+
+
 def test_from_right_to_left(shop: OpenShop, broker: str, axe: str) -> None:
     page = shop(broker, direction="rtl", reduced_motion="reduce", viewport={"width": 280, "height": 600})
     button(page, "Talk").click()

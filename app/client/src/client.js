@@ -123,7 +123,9 @@ export class Broker {
     try {
       url = new URL(given, globalThis.document?.baseURI);
     } catch {}
-    if (!/^https?:$/.test(url?.protocol ?? "")) throw new TypeError(`Broker: url is not an http(s) address: ${given}`);
+    // "talk.example.com" would be a path of the page's own site.
+    const clear = /^(https?:\/\/|[./])/i.test(String(given));
+    if (!clear || !/^https?:$/.test(url?.protocol ?? "")) throw new TypeError(`Broker: url is not an http(s) address: ${given}`);
     this.url = /** @type {URL} */ (url).origin + /** @type {URL} */ (url).pathname.replace(/\/+$/, "");
     this.#options = { patience: 30, ...options };
   }
@@ -576,6 +578,7 @@ async function openMicrophone(wanted) {
 
 /** @param {JoinOptions["livekit"]} given @param {string} broker @returns {Promise<LiveKit>} */
 async function loadLiveKit(given, broker) {
+  let url = "";
   try {
     if (typeof given === "function") given = await given();
     if (given && typeof given === "object" && "Room" in given) return given;
@@ -583,14 +586,24 @@ async function loadLiveKit(given, broker) {
       const present = /** @type {any} */ (globalThis).LivekitClient ?? (await ownLiveKit());
       if (present) return present;
     }
-    const url = new URL(given ?? `${broker}/livekit-client.js`, globalThis.document?.baseURI).href;
+    url = new URL(given ?? `${broker}/livekit-client.js`, globalThis.document?.baseURI).href;
     const module = await import(/* @vite-ignore */ /* webpackIgnore: true */ url);
     const client = module.Room ? module : /** @type {any} */ (globalThis).LivekitClient; // a UMD file sets the global
     if (!client?.Room) throw new TypeError(`${url} is not livekit-client`);
     return client;
   } catch (cause) {
-    throw new BrokerError("The audio software could not be loaded. Try again.", { slug: "livekit-missing", cause });
+    if (url && !given) await checkBroker(url);
+    throw new BrokerError("The audio software could not be loaded. Try again.", { slug: "livekit-missing", detail: url, cause });
   }
+}
+
+/** Ask for the file once more: an import does not say why it failed. Throw if no broker answers. @param {string} url */
+async function checkBroker(url) {
+  const answer = await fetch(url).catch((cause) => {
+    throw unreachable(cause);
+  });
+  const isScript = answer.ok && /javascript/.test(answer.headers.get("Content-Type") ?? "");
+  if (!isScript && !(await answer.json().catch(() => null))?.type) throw stranger(answer);
 }
 
 /** The page's own livekit-client, of its bundle or import map; null if it has none. @returns {Promise<any>} */

@@ -207,7 +207,7 @@ export class OneInboxCallElement extends Base {
   }
   /** @param {Record<string, string> | string | null} words */
   set strings(words) {
-    this.#strings = (typeof words === "string" ? parsed(words) : words) ?? {};
+    this.#strings = (typeof words === "string" ? parsed("strings", words) : words) ?? {};
     this.#show();
   }
 
@@ -250,7 +250,7 @@ export class OneInboxCallElement extends Base {
         return;
       }
       const agent = this.getAttribute("agent") ?? undefined;
-      const [variables, metadata] = ["variables", "metadata"].map((name) => parsed(this.getAttribute(name)));
+      const [variables, metadata] = ["variables", "metadata"].map((name) => parsed(name, this.getAttribute(name)));
       const broker = /** @type {Broker} */ (this.#findBroker(true));
       const call = await broker.talk({ agent, variables, metadata, ...more, livekit, microphone, progress, signal });
       this.#have(call, "talking");
@@ -411,14 +411,12 @@ function write(part, text) {
   if (part.textContent !== text) part.textContent = text;
 }
 
-/** @param {string | null} text */
-function parsed(text) {
-  if (!text) return undefined;
+/** @param {string} name @param {string | null} text */
+function parsed(name, text) {
   try {
-    return JSON.parse(text);
+    return text ? JSON.parse(text) : undefined;
   } catch {
-    console.error(`<oneinbox-call>: not JSON: ${text}`);
-    return undefined;
+    throw new TypeError(`<oneinbox-call>: ${name} is not JSON: ${text}`);
   }
 }
 
