@@ -217,7 +217,8 @@ async def examine(url: str, **more: str) -> dict[str, Finding]:
 async def test_why_there_is_no_connection(
     world: World, build: Callable[[World], Awaitable[str]], reason: str, remedy: str
 ) -> None:
-    found = await examine(await build(world), **({"ONEINBOX_CONNECT_TIMEOUT": "0.5"} if build is silent else {}))
+    timeouts = {"ONEINBOX_CONNECT_TIMEOUT": "0.5", "BROKER_STORE_TIMEOUT": "0.5"} if build is silent else {}
+    found = await examine(await build(world), **timeouts)
     assert found["oneinbox"].level == "error"
     assert found["oneinbox"].detail == f"cannot be reached: {reason}"
     assert remedy.format(setting="ONEINBOX_BASE_URL") in found["oneinbox"].remedy

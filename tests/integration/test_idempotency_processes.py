@@ -101,6 +101,7 @@ async def test_the_mark_of_a_process_that_died_expires(valkey: Valkey) -> None:
         assert "idempotency-replayed" not in again.headers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("accident", ["kill", "freeze"])
 async def test_a_response_that_cannot_be_kept_is_not_given(valkey: Valkey, accident: str) -> None:
     async with (

@@ -277,6 +277,7 @@ SIGN_INS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("sign_in", SIGN_INS)
 async def test_an_operator_names_a_user_as_requests_do(
     environ: dict[str, str], open_broker: OpenBroker, logs: Logs, sign_in: str
