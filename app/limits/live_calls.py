@@ -31,7 +31,7 @@ COLLECT_SECONDS = 30
 RUMOUR_SECONDS = 60
 """A 404 is believed when it comes again this much later, so never in a call's first minute."""
 PATIENCE_SECONDS = 2
-"""How long a call that its client did not get waits for the store, which may have kept its answer for a repeat."""
+"""How long a call that its client did not get waits for a store that is gone: it may have kept its answer."""
 RETRY_SECONDS = 0.1
 MOST_MISSING = 1000
 AT_ONCE = 8
@@ -187,14 +187,13 @@ class LiveCalls:
     async def withdraw(self, attempt: CallAttempt, call_id: str, why: str) -> None:
         """Record that the session's client did not get the call: it waits for a repeat if its answer is kept.
 
-        Otherwise it is stopped; also if the store does not answer within PATIENCE_SECONDS, since no repeat gets an
-        answer without it.
+        Otherwise it is stopped; also if the store is gone for PATIENCE_SECONDS, since no repeat gets an answer without
+        it.
         """
         request_id, step = attempt.request_id, self._withdrawal(attempt, call_id, why)
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                unwanted = _newly_unwanted(await self._move_patiently(request_id, step))
-        except TimeoutError:
+            unwanted = _newly_unwanted(await self._move_patiently(request_id, step))
+        except StoreUnavailable:
             await self.ledger.hold(request_id, step)
             await self.ledger.hold(request_id, records.condemn(why))
             unwanted = StartRecord(attempt, UNWANTED, call_id, unwanted=why)
@@ -694,11 +693,20 @@ class LiveCalls:
         return records.end(min(max(seconds, 0), DAY))
 
     async def _move_patiently(self, request_id: str, step: Step) -> Moved:
-        """Move a record as soon as the store answers."""
+        """Move a record as soon as the store answers. Raises StoreUnavailable once it is gone for PATIENCE_SECONDS.
+
+        A store that comes and goes, which other replicas may reach, has as long as a repeat has to collect the call.
+        """
+        now = asyncio.get_running_loop().time
+        begun = last_seen = now()
         while True:
+            if self.store.state == "ok":
+                last_seen = now()
             try:
                 return await self.ledger.move(request_id, step)
             except StoreUnavailable:
+                if now() >= min(last_seen + PATIENCE_SECONDS, begun + COLLECT_SECONDS):
+                    raise
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _move_or_hold(self, request_id: str, step: Step, *, stop: bool = True) -> None:

@@ -344,6 +344,8 @@ class Invariants:
             end = min(other.created + KEPT_SECONDS, expires) - CLOCK_SECONDS
             if other is call or other.epoch != call.epoch or self.world.now >= end:
                 continue
+            if any(stop.by == "broker" and stop.at <= call.created for stop in other.stops):
+                continue  # a stopped call is never replayed; whether it was to be stopped, B says
             what = f"key {key[1][-2:]}: {other.id} was given, and now {call.id}"
             since = min(other.reserved, call.starter.arrived or call.reserved)
             self.world.violate(f"C-two-calls{self._excuse_of_counts(since)}", what)

@@ -180,6 +180,22 @@ class Story:
             seen += 1
             return (fault, seconds) if seen == nth + 1 else None
 
+        self._watch_store(watch)
+
+    def lose_operations(self, number: int, *, of: str, after: Callable[[], object]) -> None:
+        """The store loses its answers to the first operations of a request, reads too, once `after` is true."""
+        seen = 0
+
+        def watch(operation: Operation) -> tuple[str, float] | None:
+            nonlocal seen
+            if operation.connection != of or not after():
+                return None
+            seen += 1
+            return ("st-lost-after", 0) if seen <= number else None
+
+        self._watch_store(watch)
+
+    def _watch_store(self, watch: Callable[[Operation], tuple[str, float] | None]) -> None:
         for connection in self.stores():
             connection.watch = watch
 

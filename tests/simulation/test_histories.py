@@ -235,6 +235,24 @@ async def test_a_call_that_was_given_is_not_stopped(story: Story, nth: int, late
     story.assert_just(first, twin)
 
 
+@pytest.mark.parametrize("number", range(1, 8))
+@told()
+async def test_a_call_that_was_given_is_not_stopped_by_a_replica_whose_store_comes_and_goes(
+    story: Story, number: int
+) -> None:
+    """Its store answers again and again, but for this request; a repeat gets the call from the other replica."""
+    story.oneinbox("start-slow-answer", seconds=1)
+    first = story.post("first", key=KEY)
+    await story.until(story.running)
+    story.lose_operations(number, of="first", after=lambda: story.calls["call_1"].answered)
+    await story.wait(2)
+    twin = story.post("twin", key=KEY, at="r2")
+    await first.status()
+    await twin.status()
+    await story.wait(200)
+    story.assert_just(first, twin)
+
+
 # N4: an answer that was doubtful lands later
 
 
