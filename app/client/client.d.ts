@@ -46,7 +46,7 @@ export class Call extends EventTarget {
     /** The last known state; null before the first. @type {CallState | null} */ state: CallState | null;
     /** LiveKit's room, once joined. @type {any} */ room: any;
     muted: boolean;
-    /** The call's own address. A secret in anonymous mode: whoever has it may follow the call and hang up. */
+    /** The call's own address. A secret in anonymous mode: anyone who has it can follow the call and hang up. */
     url: string;
     serverUrl: string;
     participantToken: string;
@@ -69,6 +69,8 @@ export class Call extends EventTarget {
     rejoin(options?: JoinOptions): Promise<void>;
     /** @internal @param {Media} media */
     join(media: Media): Promise<void>;
+    /** Have no more to do with the page. @internal @param {any} kept what the next `resume()` finds */
+    drop(kept: any): void;
     #private;
 }
 export type Line = {

@@ -250,6 +250,13 @@ def test_a_login_and_a_challenge_are_fresh_for_each_request(visit: OpenVisit) ->
     assert there.run("return window.logins;") == 3
 
 
+def test_a_login_that_is_gone_is_not_sent(visit: OpenVisit) -> None:
+    """Somebody signs out, and the page stays open: the next visitor is not taken for them."""
+    there = visit("{ token: async () => window.login }", "status of 401", **SIGNED_IN)
+    there.run(f"window.login = {signed_in()}; await (await broker.start()).hangUp(); window.login = undefined;")
+    assert there.failure("await broker.start();")["slug"] == "unauthenticated"
+
+
 # --- bad input ---
 
 MISUSED = {
@@ -485,6 +492,44 @@ def test_a_reloaded_page_keeps_its_call(visit: OpenVisit, oneinbox: str, setting
     assert call_of(oneinbox, url)["status"] == "completed"
     assert starts(oneinbox) == before
     assert there.run("return broker.resume();") is None
+
+
+@pytest.mark.parametrize("waits", ["for the answer", "for the broker"])
+def test_a_page_that_is_left_again_while_it_resumes_hangs_up(visit: OpenVisit, oneinbox: str, waits: str) -> None:
+    there = visit(complaints=LOST)
+    url = there.run(FOLLOWED)
+    hold(oneinbox, url)
+    there.page.reload()
+    there.page.evaluate(OPEN % "", there.url)
+    asked: list[Route] = []
+
+    def hold_back(route: Route) -> None:
+        if waits == "for the answer":  # the broker has taken its stop back
+            route.fetch()
+        asked.append(route)
+
+    there.page.route("**/calls/*", hold_back)
+    there.run("void broker.resume();")
+    there.wait_for(lambda: bool(asked))
+    there.page.unroute_all()
+    there.page.goto("about:blank")
+    there.wait_for(lambda: call_of(oneinbox, url)["status"] == "completed")
+
+
+def test_a_token_that_does_not_say_when_it_expires_can_be_resumed(visit: OpenVisit, oneinbox: str) -> None:
+    there = visit(complaints=LOST)
+
+    def without_exp(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"participant_token": "e30.e30.x"})
+
+    there.page.route("**/session", without_exp)
+    url = there.run(FOLLOWED)
+    hold(oneinbox, url)
+    there.page.reload()
+    there.page.evaluate(OPEN % "", there.url)
+    assert there.run("window.call = await broker.resume(); return call.url;") == url
+    there.run("await call.hangUp();")
 
 
 def test_a_duplicated_tab_does_not_take_the_call(visit: OpenVisit) -> None:

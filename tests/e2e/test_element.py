@@ -284,6 +284,74 @@ def test_frameworks_may_set_the_address_as_a_property(shop: OpenShop, broker: st
     expect(button(page, "Talk again")).to_be_visible()
 
 
+@pytest.mark.parametrize(
+    "give", ["element.broker = new Broker({ url })", "element.broker = url", "element.setAttribute('broker', url)"]
+)
+def test_a_broker_that_is_given_late_offers_the_running_call(
+    shop: OpenShop, broker: str, oneinbox: str, give: str
+) -> None:
+    """As in a bundle, which imports the element first."""
+    page = shop(broker, "<oneinbox-call></oneinbox-call>", complaints_expected="ERR_ABORTED")
+    button(page, "Talk").click()
+    expect(page.get_by_role("status")).to_have_text("You are connected.")
+    hold_last_call(oneinbox)
+    page.add_init_script("addEventListener('DOMContentLoaded', () => document.querySelector('oneinbox-call').remove())")
+    page.reload()
+    page.evaluate(
+        f"""
+        async (url) => {{
+          const {{ Broker }} = await import(url + "/client.js");
+          const element = document.createElement("oneinbox-call");
+          element.setAttribute("broker", "/another");
+          document.body.append(element);
+          await new Promise((resolve) => setTimeout(resolve));
+          {give};
+        }}
+        """,
+        broker,
+    )
+    expect(page.get_by_role("status")).to_have_text("Your call is still running.")
+    button(page, "Hang up").click()
+    expect(button(page, "Talk again")).to_be_visible()
+
+
+def test_a_hang_up_that_is_lost_can_be_repeated(shop: OpenShop, broker: str, oneinbox: str) -> None:
+    page = shop(broker, "<oneinbox-call></oneinbox-call>", complaints_expected="ERR_FAILED")
+    page.evaluate("addEventListener('oneinbox-error', ({ detail }) => (document.title = detail.slug))")
+    button(page, "Talk").click()
+    expect(page.get_by_role("status")).to_have_text("You are connected.")
+    hold_last_call(oneinbox)
+    page.route("**/stop", lambda route: route.abort())
+    button(page, "Hang up").click()
+    expect(page.get_by_role("status")).to_have_text("Your call is still running.")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page).to_have_title("unreachable")
+    page.unroute_all()
+    button(page, "Hang up").click()
+    expect(page.get_by_role("status")).to_have_text("The call has ended.")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert control(oneinbox, "calls")[0]["status"] == "completed"
+
+
+def test_options_may_watch_and_end_an_attempt(shop: OpenShop, broker: str) -> None:
+    page = shop(broker, "<oneinbox-call></oneinbox-call>")
+    page.evaluate(
+        """
+        () => {
+          const stop = new AbortController();
+          const progress = (step) => {
+            document.title = step;
+            stop.abort();
+          };
+          document.querySelector("oneinbox-call").options = { progress, signal: stop.signal };
+        }
+        """
+    )
+    button(page, "Talk").click()
+    expect(page).to_have_title("asking")
+    expect(button(page, "Talk")).to_be_visible()
+
+
 def test_a_calls_own_error_is_sent_as_an_event(shop: OpenShop, broker: str) -> None:
     page = shop(broker, "<oneinbox-call></oneinbox-call>", complaints_expected=f"{REFUSED}04")
     page.evaluate("addEventListener('oneinbox-error', ({ detail }) => (document.title = detail.slug))")

@@ -193,18 +193,18 @@ export class Broker {
     const kept = keep(this.url);
     // Without `left` another page still has the call: this tab is a duplicate, with a copy of its storage.
     if (!kept?.left || Date.now() > kept.until) return null;
-    keep(this.url, null);
+    // Before the request, which takes the stop back: the page may be left again before its answer.
+    const call = new Call(this, kept.url, kept.serverUrl, kept.token);
     try {
-      const state = await json(await this.send(kept.url));
-      if (TERMINAL.includes(state.status)) return null;
-      const call = new Call(this, kept.url, kept.serverUrl, kept.token);
-      call.state = state;
-      return call;
+      call.state = await json(await this.send(kept.url));
+      if (!call.ended) return call;
+      call.drop(null);
     } catch (error) {
-      if (error instanceof BrokerError && error.status === 404) return null;
-      keep(this.url, kept);
-      throw error;
+      const gone = error instanceof BrokerError && error.status === 404;
+      call.drop(gone ? null : kept);
+      if (!gone) throw error;
     }
+    return null;
   }
 
   /** Load what a click will need: livekit-client, and the way to the media server of the last call. @param {JoinOptions} [options] */
@@ -222,7 +222,7 @@ export class Broker {
   async send(path, init = {}) {
     const { token, credentials = "same-origin" } = this.#options;
     const login = await valueOf(token, "You could not be signed in.", "login-failed");
-    if (login) this.#login = { Authorization: `Bearer ${login}` };
+    this.#login = login ? { Authorization: `Bearer ${login}` } : {};
     /** @type {Response} */ let answer;
     try {
       const headers = { ...this.#login, ...init.headers };
@@ -270,7 +270,7 @@ export class Call extends EventTarget {
   constructor(broker, url, serverUrl, participantToken) {
     super();
     this.#broker = broker;
-    /** The call's own address. A secret in anonymous mode: whoever has it may follow the call and hang up. */
+    /** The call's own address. A secret in anonymous mode: anyone who has it can follow the call and hang up. */
     this.url = url;
     this.serverUrl = serverUrl;
     this.participantToken = participantToken;
@@ -476,14 +476,19 @@ export class Call extends EventTarget {
   /** @param {BrokerError} [error] */
   #end(error) {
     if (this.#over) return;
-    this.#over = true;
     this.#unfollow();
     this.#leaveRoom();
-    this.#remember(null);
-    globalThis.removeEventListener?.("pagehide", this.#onPageHide);
-    globalThis.removeEventListener?.("pageshow", this.#onPageShow);
+    this.drop(null);
     if (error) this.#tell("error", error);
     this.#tell("end", this.state);
+  }
+
+  /** Have no more to do with the page. @internal @param {any} kept what the next `resume()` finds */
+  drop(kept) {
+    this.#over = true;
+    keep(this.#broker.url, kept);
+    globalThis.removeEventListener?.("pagehide", this.#onPageHide);
+    globalThis.removeEventListener?.("pageshow", this.#onPageShow);
   }
 
   /** @template {keyof CallEvents} K @param {K} type @param {CallEvents[K]} detail */
@@ -515,7 +520,7 @@ export class Call extends EventTarget {
     this.#media = null;
   }
 
-  // A page that is closed and one that is reloaded look the same here: hence a stop that can be taken back.
+  // A page that is closed and one that is reloaded look the same here, so the stop can be taken back.
   #onPageHide = () => {
     if (this.ended) return;
     this.#remember(true);
@@ -641,7 +646,7 @@ async function valueOf(given, words, slug) {
 /** Milliseconds since 1970 at which a JWT expires; ten minutes from now if it does not say. @param {string} token */
 function expiryOf(token) {
   try {
-    return JSON.parse(atob(token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"))).exp * 1000;
+    return JSON.parse(atob(token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"))).exp * 1000 || Date.now() + 600_000;
   } catch {
     return Date.now() + 600_000;
   }

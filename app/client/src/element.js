@@ -125,7 +125,7 @@ const Base = globalThis.HTMLElement ?? /** @type {typeof HTMLElement} */ (/** @t
  * which bubble.
  */
 export class OneInboxCallElement extends Base {
-  static observedAttributes = ["strings", "label", "transcript"];
+  static observedAttributes = ["broker", "strings", "label", "transcript"];
   /** @type {Call | null} */ call = null;
   /** @type {Phase} */ phase = "idle";
   /** @type {BrokerError | null} */ error = null;
@@ -191,6 +191,7 @@ export class OneInboxCallElement extends Base {
     const isAddress = typeof given === "string" || given instanceof URL;
     this.#broker = isAddress ? null : given;
     if (isAddress) this.setAttribute("broker", String(given));
+    else this.#offer();
   }
 
   /** What attributes cannot say. @type {StartOptions & JoinOptions} */
@@ -215,9 +216,17 @@ export class OneInboxCallElement extends Base {
     for (const name of ["broker", "options", "strings"]) this.#adopt(name);
     this.#show();
     this.#clock = setInterval(() => this.#tick(), 500);
-    if (this.phase !== "idle") return;
+    this.#offer();
+  }
+
+  /** Offer the call that this tab had before it was reloaded. */
+  #offer() {
+    if (this.phase !== "idle" || !this.isConnected) return;
     this.#findBroker()?.resume().then(
-      (call) => call && !this.call && this.phase === "idle" && this.#have(call, "resumable"),
+      (call) => {
+        if (this.phase === "idle" && call) this.#have(call, "resumable");
+        else call?.hangUp().catch(() => {}); // another one was started meanwhile
+      },
       () => {}, // the next reload tries again
     );
   }
@@ -231,19 +240,28 @@ export class OneInboxCallElement extends Base {
   attributeChangedCallback(name, _, value) {
     if (name === "strings") this.strings = value;
     else this.#show();
+    if (name === "broker") {
+      this.#broker = null;
+      this.#offer();
+    }
   }
 
   /** Start a call, or go back to the running one, as a click on the button does. */
   async start() {
     if (["asking", "connecting", "talking", "hangingUp"].includes(this.phase)) return;
     const resumed = this.phase === "resumable" ? this.call : null;
-    const { signal } = (this.#starting = new AbortController());
+    const { livekit, microphone, ...more } = { ...this.#options, ...this.#join() };
+    const own = (this.#starting = new AbortController()).signal;
+    const signal = more.signal ? AbortSignal.any([more.signal, own]) : own;
     this.error = null;
     this.#retryAt = 0;
     if (!resumed) this.#lines = [];
-    const progress = (/** @type {"asking" | "connecting"} */ step) => signal.aborted || this.#to(step);
+    const progress = (/** @type {"asking" | "connecting"} */ step) => {
+      if (signal.aborted) return;
+      this.#to(step);
+      more.progress?.(step);
+    };
     try {
-      const { livekit, microphone, ...more } = { ...this.#options, ...this.#join() };
       if (resumed) {
         await resumed.rejoin({ livekit, microphone, progress });
         if (!resumed.ended) this.#to("talking");
@@ -267,9 +285,13 @@ export class OneInboxCallElement extends Base {
   async hangUp() {
     this.#starting?.abort();
     if (!this.call || this.call.ended) return;
+    this.error = null;
     this.#to("hangingUp");
-    await this.call.hangUp().catch(() => {});
-    if (this.phase === "hangingUp") this.#to("ended");
+    const failure = await this.call.hangUp().catch((error) => error);
+    if (this.phase !== "hangingUp") return;
+    this.error = failure ?? null;
+    this.#to(failure ? "resumable" : "ended");
+    if (failure) this.#send("error", failure);
   }
 
   #press() {
