@@ -243,7 +243,7 @@ def retry_later(
     return Problem(slug, detail, headers, reason=reason)
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]], detail: str = "") -> Problem:
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """Return a 422 for pydantic's error list: places and reasons, never values; the first twenty."""
     places = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in errors[:20]]
-    return Problem("invalid-request", detail, errors=places)
+    return Problem("invalid-request", errors=places)

@@ -1,4 +1,4 @@
-"""The operator's hand on running calls: list them, end them, forget those that are known to be settled."""
+"""Commands for running calls: list them, end them, forget those that are known to be settled."""
 
 import asyncio
 import contextlib

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class Said(NamedTuple):
-    """What a command prints; `fine` False: it exits with status 1."""
+    """The output of a command; `fine` False: it exits with status 1."""
 
     text: str
     fine: bool = True

@@ -1,4 +1,4 @@
-"""What `status` says: limits, calls, controls and replicas."""
+"""The output of `status`: limits, calls, controls and replicas."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -37,11 +37,11 @@ class Agent:
     """One agent that browsers may ask for.
 
     `name`: what browsers call it. `agent_id`: what OneInbox calls it. `set_in`: where the operator wrote that id.
-    `variables`: names a browser may set; None: any
-    but the fixed ones. `overrides`: dotted paths of leaves a browser may override. `fixed_variables`,
-    `fixed_overrides` (nested): what every call gets, whatever the browser asks. `session_limits`: per user, on top of
-    those of all agents. `max_live_calls`: of all users. `max_call_seconds`: instead of BROKER_MAX_CALL_SECONDS, if
-    given. `require_claims`: claims the user's token must have (names or JSON pointers), each with the accepted values.
+    `variables`: names a browser may set; None: any but the fixed ones. `overrides`: dotted paths of leaves a browser
+    may override. `fixed_variables`, `fixed_overrides` (nested): every call gets them, whatever the browser asks.
+    `session_limits`: per user, on top of those of all agents. `max_live_calls`: of all users. `max_call_seconds`:
+    instead of BROKER_MAX_CALL_SECONDS, if given. `require_claims`: claims the user's token must have (names
+    or JSON pointers), each with the accepted values.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Agent:
 
     @property
     def table(self) -> str:
-        """Where the operator wrote what is particular to this agent."""
+        """The place where the operator wrote what is particular to this agent."""
         return self.set_in.removesuffix(".agent_id")
 
     def admits(self, claims: Mapping[str, Any]) -> bool:

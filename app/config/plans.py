@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class OrganizationLimits(NamedTuple):
-    """What the users of an organization share; None: no limit. `talk_minutes`: in any 24 h."""
+    """Limits that the users of an organization share; None: no limit. `talk_minutes`: in any 24 h."""
 
     session_limits: str | None = None
     max_live_calls: int | None = None
@@ -163,7 +163,7 @@ class PlanTable(Table):
 
 
 class OrganizationsTable(Table):
-    """What the users of each organization share."""
+    """Limits that the users of each organization share."""
 
     claim: ClaimName = taking(_CLAIM)
     session_limits: Annotated[str, AfterValidator(check_limits)] | None = taking(_SESSION_LIMITS, None)

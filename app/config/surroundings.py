@@ -1,4 +1,4 @@
-"""What every HTTP client of the broker takes from its surroundings: the proxy, and the certificates it trusts.
+"""Proxy and trusted certificates, as every HTTP client of the broker takes them from its surroundings.
 
 HTTPS_PROXY (or ALL_PROXY), NO_PROXY, SSL_CERT_FILE and SSL_CERT_DIR mean the same for OneInbox, an issuer's keys, a
 challenge service and `doctor`. A loopback address is never proxied. Libraries differ here: httpx cannot read an IPv6

@@ -195,7 +195,7 @@ async def _origin(broker: Deployment, name: str, headers: dict[str, str], remedy
     preflight = {**headers, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     answers = await asyncio.gather(
         broker.client.request("POST", "/session", {**JSON, **headers}, BODY),
-        broker.get("/healthz", headers),
+        broker.get("/readyz", headers),
         broker.client.request("OPTIONS", "/session", preflight),
     )
     for answer in answers:
@@ -330,7 +330,7 @@ async def _webhook(broker: Deployment, name: str) -> Finding:
 
 
 async def _security_headers(broker: Deployment, name: str) -> Finding:
-    for answer in await asyncio.gather(broker.get("/healthz"), broker.get("/no-such-route")):
+    for answer in await asyncio.gather(broker.get("/readyz"), broker.get("/no-such-route")):
         if finding := _inconclusive(name, answer):
             return finding
         missing = [header for header in ALWAYS_SENT if header not in answer.headers]
@@ -348,6 +348,8 @@ async def _metrics(broker: Deployment, name: str) -> Finding:
 
 async def _healthz(broker: Deployment, name: str) -> Finding:
     answer = await broker.get("/healthz")
+    if answer.status == 404 and (await broker.get("/readyz")).status == 200:
+        return warning(name, "not the broker's answer: a platform, such as Cloud Run, keeps the path", "ask /readyz")
     return fine(name, "ok") if answer.status == 200 else wrong(name, f"answered {answer}", CHECK_LOG)
 
 

@@ -100,7 +100,7 @@ def _proxies(settings: Settings) -> Finding:
     if not trusted and settings.client_ip_header.lower() != LIST_HEADER:
         return warning(
             name,
-            f"none, although BROKER_CLIENT_IP_HEADER is set: nobody's {settings.client_ip_header} is believed",
+            f"none, although BROKER_CLIENT_IP_HEADER is set: {settings.client_ip_header} is ignored",
             "list your proxy's network in BROKER_TRUSTED_PROXIES",
         )
     if not trusted and settings.public_url is not None:

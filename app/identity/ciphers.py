@@ -1,4 +1,4 @@
-"""What a keyring encrypts with."""
+"""Ciphers of a keyring."""
 
 import base64
 import os

@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 
 class Reading(BaseModel):
-    """What OneInbox said. `left` of `cap` calls; None: not to be watched. `at`: Unix time of the question."""
+    """OneInbox's answer. `left` of `cap` calls; None: not to be watched. `at`: Unix time of the question."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 
 class Note(NamedTuple):
-    """What stands beside a pause or block; other versions may have written none, so everything may be missing.
+    """The note beside a pause or block; other versions may have written none, so everything may be missing.
 
     `user`: the blocked user's pseudonym, as logs show it. `by`: the operator's name on their machine. `since`: Unix
     time. `ended_by`: who ended it before its time.
@@ -159,7 +159,10 @@ class KillSwitch:
     async def run(self) -> None:
         """Refresh every READ_SECONDS, until cancelled."""
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:  # a value that cannot be read must not end the reading
+                log.exception("controls_check_failed")
             await asyncio.sleep(READ_SECONDS)
 
     async def _begin(self, kind: str, name: str, seconds: float, note: Note) -> None:

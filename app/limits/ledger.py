@@ -51,7 +51,7 @@ class Kept(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What became of a step: the record as found, and as moved; `after` is None if nothing was moved."""
+    """The result of a step: the record as found, and as moved; `after` is None if nothing was moved."""
 
     before: StartRecord | None
     after: StartRecord | None

@@ -81,13 +81,13 @@ STOPPED_BECAUSE = {
     OPERATOR: "operator",
     **dict.fromkeys((HUNG_UP, NOT_COLLECTED, NOT_KEPT, LEFT, UNUSABLE, LOST), "caller-gone"),
 }
-"""What the call's owner is told of the same."""
+"""The same reasons, in the owner's words."""
 
 log = structlog.get_logger(__name__)
 
 
 class Bounds(NamedTuple):
-    """What bounds a call, or ended it.
+    """The bounds of a call, and why it ended.
 
     `ends_at`: the latest moment that it may run to, as Unix time; None if nothing bounds it, or it must end already.
     `stopped_because`: why the broker ended it, if it did. `reason`: why it will end at `ends_at`.
@@ -209,7 +209,7 @@ class LiveCalls:
         await self._move_or_hold(request_id, self._withdrawal_of_repeat(receiver))
 
     async def stop(self, attempt: CallAttempt, call_id: str, why: str) -> None:
-        """Hang up a call whose answer no client has or gets. If that fails, each sweep tries again."""
+        """Hang up a call whose answer no client has or gets. If that fails, again STOP_AGAIN_SECONDS later."""
         step = records.reject(attempt, call_id, why)
         try:
             unwanted = (await self.ledger.move(attempt.request_id, step)).after

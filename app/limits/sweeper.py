@@ -1,4 +1,4 @@
-"""What is done in the background about running calls, and once more at the end of the process."""
+"""Work on running calls in the background, and once more at the end of the process."""
 
 import asyncio
 

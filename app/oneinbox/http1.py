@@ -43,7 +43,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self.has_carried = False
         self.on_lost: Callable[[Connection], None] | None = None
-        self.loop = self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._failure: httpx.TransportError | None = None
@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
     async def _wait(self) -> None:
         if self._failure is not None:
             raise self._failure
-        self._waiter = self._loop.create_future()
+        self._waiter = self.loop.create_future()
         try:
             await self._waiter
         finally:

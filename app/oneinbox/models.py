@@ -67,7 +67,7 @@ Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 
 
 class Analysis(BaseModel):
-    """Where some editions have `ai_summary` and `outcome`."""
+    """Holds `ai_summary` and `outcome` in some editions."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -54,7 +54,7 @@ class Answer(NamedTuple):
 
 
 class Upstream(Protocol):
-    """What sends OneInbox's requests."""
+    """Sends OneInbox's requests."""
 
     async def exchange(self, request: Outgoing, limit: int) -> Answer:
         """Send a request; return the answer, with a body of at most `limit` bytes. Raises only httpx.TransportError."""

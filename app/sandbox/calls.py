@@ -41,7 +41,7 @@ _OLDER_FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How and when a call ended: by the clock, by a stop, or through the control surface."""
+    """The way and time a call ended: by the clock, by a stop, or through the control surface."""
 
     status: str
     reason: str

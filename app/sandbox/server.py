@@ -48,11 +48,10 @@ def emulator_server(
 @asynccontextmanager
 async def running_emulator(
     options: EmulatorOptions = EmulatorOptions(),  # noqa: B008 - frozen
-    port: int = 0,
 ) -> AsyncIterator[RunningEmulator]:
-    """Run an emulator in this event loop, on a loopback port (0: a free one), until the context ends."""
+    """Run an emulator in this event loop, on a free loopback port, until the context ends."""
     app = create_emulator(options)
-    with socket.create_server(("127.0.0.1", port)) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         config = _config(app, *listener.getsockname())
         config.load()
         server = uvicorn.Server(config)

@@ -253,6 +253,8 @@ class FailoverStore(Store):
                 await self._replay_missed()
             except StoreUnavailable as error:
                 self._lost(error)
+            except Exception:  # a value that cannot be read must not end the probing
+                log.exception("store_probe_failed")
             else:
                 if self._down_since is not None:
                     log.warning("store_recovered", gone_seconds=round(self._clock() - self._down_since, 1))

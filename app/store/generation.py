@@ -1,9 +1,9 @@
 """Notice when the shared store has lost what was written to it.
 
-`generation` tells an emptied store from a full one, also to a replica that has just started: whoever finds none writes
-one, marked incomplete until the running calls have been read back. `beat:<replica>` is a number that this replica alone
-counts up: a store that returns an older one than it has confirmed has lost what was written since (a failover to a
-replica that lagged behind, a restored snapshot, another server).
+`generation` tells an emptied store from a full one, also to a replica that has just started: a replica that finds none
+writes one, marked incomplete until the running calls have been read back. `beat:<replica>` is a number that this
+replica alone counts up: a store that returns an older one than it has confirmed has lost what was written since (a
+failover to a replica that lagged behind, a restored snapshot, another server).
 """
 
 import secrets

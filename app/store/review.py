@@ -17,7 +17,7 @@ class Weakness(NamedTuple):
 def weaknesses(about: Mapping[str, str]) -> list[Weakness]:
     """Return what is weak. `about`: INFO's answer, with `save` from CONFIG if that could be read; empty if neither."""
     if not about:
-        return [Weakness("does not let itself be asked (INFO)", "allow the store's user the command: +info")]
+        return [Weakness("does not allow INFO", "allow the store's user the command: +info")]
     found: list[Weakness] = []
     policy = about.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":

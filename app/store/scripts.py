@@ -61,7 +61,7 @@ _BUDGET = (
     + f"""
 -- A budget is a list: limit (-1: only counted), running, at, members, then time and used of each cell; all in
 -- milliseconds. It is what budget.py's UsedTime is. Its key may be absent, and members may come or go unseen: then
--- it is counted anew.
+-- it is counted again.
 local WINDOW, HEAD = {WINDOW * 1000}, 4
 local ms = math.floor(now / 1000)
 

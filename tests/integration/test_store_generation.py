@@ -26,6 +26,7 @@ from app.store.failover import FailoverStore
 from app.store.generation import Generation
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
+from tests.support.brokers import eventually
 from tests.support.harness import settings
 from tests.support.valkey import Valkey, running_valkey
 
@@ -87,6 +88,25 @@ async def test_the_store_says_that_it_was_emptied(store: FailoverStore, valkey: 
         await is_incomplete()
     assert store.losses == 1
     assert [entry["log_level"] for entry in logs if entry["event"] == "store_emptied"] == ["error"]
+
+
+async def test_a_value_that_cannot_be_read_does_not_end_the_probing(store: FailoverStore, valkey: Valkey) -> None:
+    async def has_begun() -> bool:
+        return store.incomplete
+
+    async def has_failed() -> bool:
+        return any(entry["event"] == "store_probe_failed" for entry in logs)
+
+    async def has_seen_the_loss() -> bool:
+        return store.losses == 1
+
+    await eventually(has_begun, within=2)
+    with valkey.client() as client:
+        with capture_logs() as logs:
+            client.set("oib:v:generation", b"\xff")
+            await eventually(has_failed, within=2)
+        client.flushall()
+        await eventually(has_seen_the_loss, within=2)
 
 
 def attempt_of(number: int, user: User = ANN) -> CallAttempt:

@@ -60,8 +60,13 @@ ALLOWED = {
 SERIOUS = frozenset(
     {
         "settling_failed",
+        "ending_failed",
         "stop_failed",
         "sweep_failed",
+        "restore_failed",
+        "allowance_check_failed",
+        "controls_check_failed",
+        "store_probe_failed",
         "reconcile_failed",
         "call_check_failed",
         "poll_failed",

@@ -1,10 +1,12 @@
 """The kill switch: what is stopped, for whom and how long, and that a lost store releases nothing."""
 
+import asyncio
 import getpass
 import os
 
 import pytest
 from starlette.requests import Request
+from structlog.testing import capture_logs
 
 from app.cli.operator import Operator, operator_name
 from app.config.settings import SettingsError
@@ -13,13 +15,14 @@ from app.identity.addresses import ClientAddresses
 from app.identity.anonymous import Anonymous
 from app.identity.keyring import Keyring
 from app.limits import KillSwitch
-from app.limits.kill_switch import BLOCKS, BY_PSEUDONYM, NO_NOTE, PAUSE, Note, read_controls
+from app.limits.kill_switch import BLOCKS, BY_PSEUDONYM, CONTROLS, NO_NOTE, PAUSE, READ_SECONDS, Note, read_controls
 from app.problems import Problem
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
 from tests.conftest import Logs
 from tests.support.harness import API_KEY, settings
+from tests.support.simulated_time import in_simulated_time
 
 ANN, BEN = User(mode="jwt", id="ann"), User(mode="jwt", id="ben")
 
@@ -339,3 +342,20 @@ def test_what_is_no_address_is_refused(store: MemoryStore, name: str) -> None:
     operator = Operator(settings(), store, KillSwitch(store), limits=None)  # type: ignore[arg-type]  # names users only
     with pytest.raises(SettingsError, match="takes an IPv4 or IPv6 address"):
         operator.user(name)
+
+
+@in_simulated_time
+async def test_a_value_that_cannot_be_read_does_not_end_the_reading() -> None:
+    store = MemoryStore()
+    kill_switch = KillSwitch(store)
+    reading = asyncio.create_task(kill_switch.run())
+    await store.set(CONTROLS, b"\xff", 60)
+    with capture_logs() as logs:
+        await asyncio.sleep(2 * READ_SECONDS)
+    assert "controls_check_failed" in [entry["event"] for entry in logs]
+    operator = KillSwitch(store)
+    await operator.pause(90)
+    await operator.announce()
+    await asyncio.sleep(2 * READ_SECONDS)
+    assert verdict(kill_switch)[0] == "at-capacity"
+    reading.cancel()

@@ -10,7 +10,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 @dataclass(slots=True, eq=False)
 class ResponseHead:
-    """What is known of a response's head, and what is still to be done to it.
+    """A response's head as far as it is known, and what is still to be done to it.
 
     `status`: None until the response begins. `edits`: called with its header fields then, in this order. The outermost
     middleware keeps it in `scope["state"]`, so that `send` is wrapped once and not by each middleware.

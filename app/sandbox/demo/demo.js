@@ -139,7 +139,7 @@ function showWire(exchange) {
   if (!isSession(exchange)) {
     if (answer && !isBad) pulse("wire-oneinbox", [`${method} /v1${short}`, "200"]);
   } else if (answer && reachedOneInbox(exchange)) {
-    pulse("wire-oneinbox", ["POST /v1/calls/web", status === 201 ? "201" : "asked, in vain"]);
+    pulse("wire-oneinbox", ["POST /v1/calls/web", status === 201 ? "201" : "asked; no call"]);
   } else {
     rest("wire-oneinbox", ["POST /v1/calls/web", status === null ? "…" : "not asked"]);
   }
@@ -147,7 +147,7 @@ function showWire(exchange) {
 
 function pulse(id, words, isBad = false) {
   rest(id, words, isBad);
-  void $(id).offsetWidth; // so that the animation begins anew
+  void $(id).offsetWidth; // so that the animation starts again
   $(id).classList.add("pulse");
 }
 
@@ -164,7 +164,7 @@ function hearBroker(status) {
     lostAt ??= Date.now();
   } else {
     lostAt = null;
-    say(status < 400 ? "" : "The broker does not know this call any more.");
+    say(status < 400 ? "" : "The broker no longer knows this call.");
   }
 }
 
