@@ -73,4 +73,8 @@ def _parse(body: Any) -> SessionRequest:
     try:
         return SessionRequest.model_validate(body)
     except ValidationError as error:
-        raise invalid_request([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
+        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        for each in errors:
+            if each["type"] in ("model_type", "dict_type"):  # pydantic's words name its classes
+                each["msg"] = "Input should be an object"
+        raise invalid_request(errors) from None

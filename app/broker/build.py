@@ -23,7 +23,7 @@ from app.calls.refresh_queue import RefreshQueue
 from app.calls.service import Calls
 from app.clock import SYSTEM_CLOCK, Clock
 from app.config.agents import Agents, load_agents
-from app.config.loading import load_settings, secret_lines
+from app.config.loading import load_settings, read_file, secret_lines
 from app.config.plans import Plans, load_plans
 from app.config.settings import Settings, SettingsError, is_loopback, takes
 from app.config.surroundings import surroundings_mistakes
@@ -78,7 +78,7 @@ def check(settings: Settings) -> None:
 def mistakes(settings: Settings) -> list[str]:
     """Return what only the parts can tell: of agents and plans files, keys, the store's URL, the surroundings."""
     lines = surroundings_mistakes()
-    for look_at in (load_agents, load_plans, _keys, _check_store_url):
+    for look_at in (load_agents, load_plans, _keys, _check_store_url, _check_livekit_client):
         try:
             look_at(settings)
         except SettingsError as error:
@@ -92,6 +92,12 @@ def _check_store_url(settings: Settings) -> None:
             parse_store_url(url)
     except ValueError as error:
         raise SettingsError([f"BROKER_STORE_URL: {error}; takes {takes('BROKER_STORE_URL')}"]) from None
+
+
+def _check_livekit_client(settings: Settings) -> None:
+    name = "BROKER_LIVEKIT_CLIENT"
+    if settings.client and settings.livekit_client is not None:
+        read_file(name, settings.livekit_client, takes(name))
 
 
 def refuse_foreign_store(settings: Settings) -> None:

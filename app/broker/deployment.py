@@ -36,12 +36,16 @@ class Deployment:
 
     async def claim(self) -> None:
         """Write our marks. Raises SettingsError if the store is in use by another deployment, StoreUnavailable."""
+        await self.compare()
         accounts, secrets = self._marks()
-        kept = await self.store.get(NAME)
-        if kept is not None:
-            _compare(kept, accounts, secrets)
         value = to_json({"v": 1, "accounts": sorted(accounts), "secrets": sorted(secrets)})
         await self.store.set(NAME, value, KEPT_SECONDS)
+
+    async def compare(self) -> None:
+        """Raises SettingsError if the store is in use by another deployment, StoreUnavailable."""
+        kept = await self.store.get(NAME)
+        if kept is not None:
+            _compare(kept, *self._marks())
 
     async def keep(self) -> None:
         """Keep the marks until cancelled; log an error while they are another deployment's."""

@@ -203,11 +203,17 @@ def unblock(user: UserName) -> None:
     run_control(lambda operator: operator.unblock(user), "Unblocked.", otherwise="There was no block.")
 
 
+LONGEST_DAYS = 3650
+
+
 def _seconds(duration: str) -> int:
     match = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", duration)
     if match is None:
         refuse(f"--for {duration!r}: is not a duration; takes a number and s, m, h or d: 90s, 30m, 1h, 1d")
-    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    seconds = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if seconds > LONGEST_DAYS * 86400:
+        refuse(f"--for {duration!r}: takes at most {LONGEST_DAYS}d")
+    return seconds
 
 
 def _check_reason(reason: str) -> None:

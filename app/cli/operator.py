@@ -1,8 +1,8 @@
 """Commands that act through the shared store or on OneInbox: pauses, blocks, webhooks."""
 
 import asyncio
-import getpass
 import os
+import pwd
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -132,8 +132,8 @@ class Operator:
 def operator_name() -> str:
     """Return the name of the user who runs this command, as the operating system has it."""
     try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
+        name = pwd.getpwuid(os.getuid()).pw_name  # `getpass.getuser` believes LOGNAME
+    except KeyError:  # a container's user may have no name
         name = f"uid {os.getuid()}"
     return printable(name, LONGEST_NAME)
 
@@ -247,14 +247,13 @@ def run_control(
     otherwise: str = "",
     then: Callable[[Operator], Awaitable[Said]] | None = None,
 ) -> None:
-    """Do work that stops or allows sessions, and print `done` and on which replicas; `otherwise` if it was False.
+    """Do work that stops or allows sessions, and print `done`, or `otherwise` if it was False, and on which replicas.
 
     Exits with status 1 when a replica has not confirmed it. `then`: done afterwards.
     """
 
     async def run(operator: Operator) -> Said:
-        if await work(operator) is False:
-            return Said(otherwise)
+        said = otherwise if await work(operator) is False else done
         try:
             lines, fine = await operator.confirm()
             if then is not None:
@@ -262,7 +261,7 @@ def run_control(
                 lines, fine = f"{lines}\n{more.text}", fine and more.fine
         except StoreUnavailable:
             lines, fine = "not confirmed: the store does not answer", False
-        return Said(f"{done}\n{lines}", fine)
+        return Said(f"{said}\n{lines}", fine)
 
     run_operator(run)
 

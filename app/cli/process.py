@@ -54,8 +54,11 @@ def checked(make: Callable[[], T]) -> T:
         refuse(*error.lines)
 
 
-def listen(host: str, port: int, end: Callable[[int], object] = sys.exit) -> socket.socket:
-    """Return a listening socket, or refuse. `end`: called on SIGTERM and Ctrl-C until the server handles them."""
+def listen(host: str, port: int, end: Callable[[int], object] = os._exit) -> socket.socket:
+    """Return a listening socket, or refuse. `end`: called on SIGTERM and Ctrl-C until the server handles them.
+
+    Not `sys.exit`: its exception is lost where a signal interrupts a destructor, as in a garbage collection.
+    """
     from app.server import server
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -41,11 +41,11 @@ def run_sandbox(
     """Serve until SIGTERM or Ctrl-C."""
     configure_logging("info")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the emulator's requests to LiveKit's server
-    if not (start_livekit or livekit_url or key):
+    if not (start_livekit or livekit_url or key or secret):
         asyncio.run(_run(host, port, EmulatorOptions()))
     elif start_livekit:
-        if livekit_url or key:
-            refuse("--livekit: starts a server of its own; takes no --livekit-url and no --livekit-key")
+        if livekit_url or key or secret:
+            refuse("--livekit: starts a server of its own; takes no --livekit-url, --livekit-key, --livekit-secret")
         _run_with_livekit(host, port)
     elif livekit_url and key and secret:
         asyncio.run(_run(host, port, _talking(livekit_url, key, secret)))

@@ -108,9 +108,13 @@ def described(report: Report) -> str:
     return f"{report.id}: version {report.version or 'unknown'}, {state}{paused}{blocked}"
 
 
+LATEST = 253_402_300_799
+"""The last second of the year 9999, the last one that RFC 3339 can write."""
+
+
 def rfc3339(seconds: float) -> str:
     """Return a Unix time as RFC 3339, in UTC and whole seconds."""
-    return datetime.fromtimestamp(round(seconds), UTC).isoformat().replace("+00:00", "Z")
+    return datetime.fromtimestamp(min(round(seconds), LATEST), UTC).isoformat().replace("+00:00", "Z")
 
 
 def _about(control: Control) -> str:

@@ -11,6 +11,12 @@ export class BrokerError extends Error {
     slug: string;
     title: string;
     detail: string;
+    /** The invalid fields, where `detail` speaks of them. */
+    errors: {
+        loc: (string | number)[];
+        msg: string;
+        type: string;
+    }[];
     /** Seconds. @type {number | null} */
     retryAfter: number | null;
     /** @type {string | null} */
@@ -187,6 +193,11 @@ export type About = {
     detail?: string | undefined;
     retryAfter?: number | null | undefined;
     requestId?: string | null | undefined;
+    errors?: {
+        loc: (string | number)[];
+        msg: string;
+        type: string;
+    }[] | undefined;
     cause?: unknown;
 };
 export type Media = {

@@ -69,7 +69,8 @@ def load_settings(
         settings = Settings.model_validate(values)
     except ValidationError as error:
         for name, line in _wrong(error):
-            lines.setdefault(name, line)
+            if f"{name}_FILE" not in lines:
+                lines.setdefault(name, line)
     if lines:
         raise SettingsError(list(dict.fromkeys([*lines.values(), *_more(values, lines, further)])))
     settings._secret_files = files
@@ -169,9 +170,10 @@ def _read_variables(environ: Mapping[str, str], env_file: Path | None, lines: di
             lines[name] = f"{name}: is not a setting{nearest(name.upper(), KNOWN)}"
         else:
             try:
-                given[name] = trimmed(name, text)
-                if text and not given[name]:
+                value = trimmed(name, text)
+                if text and not value:
                     raise ValueError("is blank")
+                given[name] = value
             except ValueError as error:
                 lines[name] = _line(name, str(error))
     return given
@@ -191,8 +193,9 @@ def _identity_rules(values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     keys = [name for name in JWT_KEYS if name in values]
     if auth == "jwt" and not keys:
         yield JWT_KEYS[0], f"is required in jwt mode unless {' or '.join(JWT_KEYS[1:])} is set"
-    if auth == "jwt" and len(keys) > 1:
-        yield keys[1], f"is set, and so is {keys[0]}; set only one"
+    if auth == "jwt":
+        for name in keys[1:]:
+            yield name, f"is set, and so is {keys[0]}; set only one"
     # Left over from another mode, a setting would seem to be in force.
     for name in sorted(values.keys() & FIELDS.keys()):
         if auth != "jwt" and (name.startswith("BROKER_JWT_") or name in TOKENS_ONLY):

@@ -245,6 +245,7 @@ Secret = Annotated[SecretStr, _secret_rule(str.strip, "is empty")]
 _NOT_PUBLISHABLE = _secret_rule(
     lambda text: not text.startswith("oi_pk_"), "is a publishable key (oi_pk_…), which is for browsers"
 )
+_NO_QUOTE = _secret_rule(lambda text: text[0] not in "\"'" and text[-1] not in "\"'", "has a quote at one end")
 _HEADER_TEXT = _secret_rule(
     re.compile(r"[\x21-\x7e]+").fullmatch, "has spaces, line breaks or other characters not allowed in a header"
 )
@@ -289,7 +290,7 @@ class Settings(BaseSettings):
         alias_generator=variable, frozen=True, extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True
     )
 
-    oneinbox_api_key: Annotated[Secret, _NOT_PUBLISHABLE, _HEADER_TEXT] = setting(
+    oneinbox_api_key: Annotated[Secret, _NOT_PUBLISHABLE, _HEADER_TEXT, _NO_QUOTE] = setting(
         ..., "OneInbox's secret key. It stays on the server", "a secret key, oi_sk_…"
     )
     oneinbox_base_url: Annotated[str, AfterValidator(_base_url), AfterValidator(_protected_url)] = setting(

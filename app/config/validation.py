@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 from limits import parse_many
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 
@@ -48,11 +48,20 @@ def check_variable_value(value: str | float | bool) -> str | float | bool:
     return value
 
 
+def check_variable_type(value: Any) -> Any:
+    """Return a value of a variable's type; raise one error for any other, not one per type."""
+    if not isinstance(value, (bool, int, float, str)):
+        raise PydanticCustomError("variable_type", "A value is a string, a number, true or false")
+    return value
+
+
 VariableName = Annotated[str, StringConstraints(pattern=rf"^{VARIABLE}$")]
 AllowedVariable = Annotated[str, StringConstraints(pattern=rf"^({VARIABLE}|\*)$")]
 """A variable's name, or `*` for any."""
 VariableText = Annotated[str, AfterValidator(check_variable_value)]
-VariableValue = Annotated[bool | int | float | str, AfterValidator(check_variable_value)]
+VariableValue = Annotated[
+    bool | int | float | str, AfterValidator(check_variable_value), BeforeValidator(check_variable_type)
+]
 
 
 def check_limits(text: str) -> str:

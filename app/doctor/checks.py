@@ -4,6 +4,7 @@ They start no call, and write only throw-away names into the store.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from app.broker.build import check, mistakes, open_oneinbox
+from app.broker.deployment import Deployment
 from app.broker.replicas import read_reports
 from app.config.agents import Agent, Agents, load_agents
 from app.config.loading import load_settings
@@ -311,11 +313,17 @@ async def _store(settings: Settings) -> list[Finding]:
             return [wrong(name, f"does not work: {reason}", remedy)]
         if milliseconds is None:
             return [wrong(name, "does not answer as a store does", "check what listens at BROKER_STORE_URL")]
-        try:
+        about: Mapping[str, str] = {}
+        with contextlib.suppress(StoreUnavailable):
             about = await store.info()
-        except StoreUnavailable:
-            about = {}
-        silent = [report for report in await read_reports(store) if report.stale]
+        try:
+            await Deployment(store, load_agents(settings), lambda: settings).compare()
+            silent = [report for report in await read_reports(store) if report.stale]
+        except SettingsError as error:
+            problem, _, remedy = error.lines[0].partition("; ")
+            return [wrong(name, problem, remedy)]
+        except StoreUnavailable as error:
+            return [wrong(name, f"does not work: {error}", STORE_REMEDY)]
     findings = [_server(name, about, milliseconds)]
     if not publishes:
         detail = "its user may not use channels, so that replicas hear of each other's news up to a second late"

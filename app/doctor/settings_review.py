@@ -25,6 +25,7 @@ def review(settings: Settings) -> list[Finding]:
         _limits(settings),
         _secret(settings),
         _open_files(settings),
+        *_prefix(settings),
     ]
 
 
@@ -110,6 +111,15 @@ def _proxies(settings: Settings) -> Finding:
             "list your proxy's network in BROKER_TRUSTED_PROXIES",
         )
     return fine(name, ", ".join(map(str, trusted)) or "none: X-Forwarded-For is ignored")
+
+
+def _prefix(settings: Settings) -> list[Finding]:
+    public = urlsplit(settings.public_url or "").path
+    if settings.public_url is None or public == settings.root_path:
+        return []
+    detail = f"BROKER_PUBLIC_URL has {public or 'none'}, BROKER_ROOT_PATH {settings.root_path or 'none'}: "
+    detail += "addresses of calls would lead elsewhere"
+    return [warning("prefix", detail, "set both to the path under which browsers reach the broker")]
 
 
 def _is_wide(network: Network) -> bool:

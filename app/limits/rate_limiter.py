@@ -171,7 +171,7 @@ class Limits:
         decision = await self.store.decide(LimitRequest([Rate(f"rate:login:{digest}:60", FAILED_LOGINS, 60)]))
         if decision.refused:
             self.metrics.count_refusal(["failed-login"])
-            raise retry_later("rate-limited", decision.rates[0].reset, reason="failed-login")
+            raise retry_later("rate-limited", decision.rates[0].reset, "Too many failed logins.", reason="failed-login")
 
     async def reserve(self, user: User, agent: Agent, attempt: CallAttempt, entitlement: Entitlement) -> Reservation:
         """Count a session against every limit and take its live slots, or do nothing.

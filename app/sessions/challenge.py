@@ -86,8 +86,9 @@ class Challenge:
         if answer.get("success") is not True:
             codes = answer.get("error-codes")
             faults = [code for code in BROKERS_FAULT if code in codes] if isinstance(codes, list) else []
-            if faults:
+            if faults:  # no fault of the browser, which could not pass
                 log.error("challenge_misconfigured", host=self.url.host, codes=faults)
+                raise _unavailable()
             return "The challenge was not passed. A token works once and for a few minutes: solve a new challenge."
         hostname = answer.get("hostname")
         if self.hosts is None or hostname is None:

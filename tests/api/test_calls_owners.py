@@ -257,3 +257,15 @@ async def test_a_stop_needs_no_body_and_reads_none(broker: httpx.AsyncClient, up
     response = await broker.post(f"{path}/stop", content=b"\xff{", headers={"Content-Type": "image/png"})
 
     assert response.status_code == 200
+
+
+async def test_the_owner_may_without_the_records_metadata(site: Site) -> None:
+    """OneInbox may leave any field out, and the store knows who started the call."""
+    site.upstream.has_call("call_1", metadata=None, status="in_progress")
+    assert (await site.ask("owner", "read", site.path)).status_code == 200
+    assert_problem(await site.ask("other", "read", "/calls/call_1"), "not-found")
+    if site.mode != "anonymous":
+        listed = await site.broker.get("/calls", headers=MODES[site.mode].headers("ann"))
+        assert [each["id"] for each in listed.json()["items"]] == ["call_1"]
+    assert (await site.ask("owner", "stop", site.path)).status_code == 200
+    assert [request for request in site.upstream.requests if request.url.path.endswith("/stop")]

@@ -176,6 +176,18 @@ async def test_an_invalid_body_is_answered_with_places_and_no_values(broker: htt
     assert "MARKER" not in json.dumps(problem)
 
 
+@pytest.mark.parametrize("value", [None, [], {}], ids=str)
+async def test_a_variable_of_another_type_is_one_error(broker: httpx.AsyncClient, value: Any) -> None:
+    problem = assert_problem(await post_session(broker, {"variables": {"a": value, "b": 1}}), "invalid-request")
+    assert [error["loc"] for error in problem["errors"]] == [["body", "variables", "a"]]
+
+
+@pytest.mark.parametrize("body", [[], 7, {"room_config": 5}, {"metadata": []}], ids=str)
+async def test_no_error_names_a_class_of_ours(broker: httpx.AsyncClient, body: Any) -> None:
+    problem = assert_problem(await post_session(broker, body), "invalid-request")
+    assert [error["msg"] for error in problem["errors"]] == ["Input should be an object"]
+
+
 TYPES = [
     "text/plain",
     "text/plain; charset=application/json",

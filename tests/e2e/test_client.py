@@ -320,6 +320,12 @@ def test_a_failure_is_a_broker_error_in_words(visit: OpenVisit, options: str, sc
     assert bool(there.posts) == (asked or slug == "not-joined")
 
 
+def test_an_error_names_the_invalid_fields(visit: OpenVisit) -> None:
+    there = visit(complaints="status of 422")
+    [error] = there.run("return broker.start({ variables: { a: [] } }).catch(({ errors }) => errors);")
+    assert error["loc"] == ["body", "variables", "a"]
+
+
 def test_a_broker_without_livekit_client_is_not_taken_for_a_dead_one(visit: OpenVisit) -> None:
     there = visit(complaints="status of 404|Failed to load", BROKER_LIVEKIT_CLIENT="")
     error = there.failure("await broker.talk();")

@@ -21,6 +21,7 @@ from app.sandbox.server import RunningEmulator, running_emulator
 from tests.support.harness import JSON, ROOMY
 from tests.support.processes import PATIENCE, ROOT, Process, exchange, run, running, serving
 from tests.support.shapes import assert_problem, assert_session
+from tests.support.valkey import running_valkey
 
 KEY = "oi_sk_integration_77c1d0"
 
@@ -348,6 +349,20 @@ async def test_a_running_request_is_finished_after_sigterm(environ: dict[str, st
             assert (await asking).status_code == 201
         assert await asyncio.to_thread(process.end) == 0
     upstream.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_right_after_the_first_line_is_obeyed(
+    environ: dict[str, str], number: signal.Signals, tmp_path: Path
+) -> None:
+    """A shared store's library has destructors, in which the exception of a signal's handler would be lost."""
+    with running_valkey() as valkey:
+        shared = {**environ, "BROKER_STORE_URL": valkey.url, "BROKER_SECRET": "s" * 32}
+        with running("serve", "--port", "0", cwd=tmp_path, environ=shared) as process:
+            process.wait_for("http://127.0.0.1:")
+            process.send_signal(number)
+            assert await asyncio.to_thread(process.end) == 0
+        assert "Exception ignored" not in "\n".join(process.err)
 
 
 async def test_a_request_that_never_finishes_does_not_hold_the_end_up(environ: dict[str, str], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from app.broker.build import refuse_foreign_store
+from app.config.loading import load_settings
 from app.doctor.checks import diagnose
 from app.doctor.findings import Finding, as_json
 from app.sandbox.emulator import EmulatorOptions
@@ -220,6 +222,17 @@ async def test_store_whose_user_may_not_ask_for_its_version(environ: dict[str, s
 async def store_findings(environ: dict[str, str], url: str) -> list[Finding]:
     """What is found about a store."""
     return [each for each in await diagnose(environ | {"BROKER_STORE_URL": url}, None) if each.name == "store"]
+
+
+async def test_store_of_another_deployment(environ: dict[str, str]) -> None:
+    """What `serve` refuses, doctor finds."""
+    with running_valkey(durable=True) as valkey:
+        settings = load_settings(environ | {"BROKER_STORE_URL": valkey.url, "BROKER_SECRET": "o" * 32}, env_file=None)
+        refuse_foreign_store(settings)
+        found = await store_findings(environ | {"BROKER_SECRET": "s" * 32}, valkey.url)
+        assert [finding.level for finding in found] == ["error"]
+        assert "another BROKER_SECRET" in found[0].detail
+        assert "BROKER_STORE_PREFIX" in found[0].remedy
 
 
 async def test_store_whose_user_may_not_use_channels(environ: dict[str, str]) -> None:

@@ -96,7 +96,7 @@ async def test_pause_and_resume(deployment: Deployment) -> None:
 
     assert await deployment.command("resume") == "Sessions can start again.\nin force on 2 of 2 replicas\n"
     await deployment.answers("201", "192.0.2.1")
-    assert await deployment.command("resume") == "There was no pause.\n"
+    assert await deployment.command("resume") == "There was no pause.\nin force on 2 of 2 replicas\n"
 
 
 @pytest.mark.process
@@ -133,6 +133,7 @@ REFUSED = {
     "no-store": (("pause",), "redis://h..invalid", 2, "BROKER_STORE_URL: the URL has an invalid host"),
     "dead-store": (("status",), NOWHERE, 1, "BROKER_STORE_URL: the store does not answer; nothing was changed"),
     "no-duration": (("pause", "--for", "soon"), NOWHERE, 2, "--for 'soon': is not a duration; takes a number and"),
+    "too-long": (("pause", "--for", "9999999d"), NOWHERE, 2, "--for '9999999d': takes at most 3650d"),
     "long-reason": (("pause", "--reason", "x" * 201), NOWHERE, 2, "--reason: takes at most 200 characters on one line"),
     "two-lines": (("block", "192.0.2.1", "--reason", "a\nb"), NOWHERE, 2, "--reason: takes at most 200 characters on"),
     "escape": (("pause", "--reason", "\x1b[2J"), NOWHERE, 2, "--reason: takes at most 200 characters on one line"),

@@ -288,6 +288,9 @@ async def test_a_replica_that_does_not_hear_of_a_pause_is_named(start: Stores) -
             assert resumed.code == 1
             assert "in force on 1 of 2 replicas" in resumed.out
             (missing,) = [line for line in resumed.out.splitlines() if line.startswith("not in force on ")]
+            again = await command("resume", BROKER_STORE_URL=url)
+            assert again.code == 1, "a repeat knows no better"
+            assert again.out.startswith("There was no pause.\nin force on 1 of 2 replicas\nnot in force on ")
             status = (await command("status", BROKER_STORE_URL=url)).out
             assert missing.removeprefix("not in force on ").partition(":")[0] in status
 

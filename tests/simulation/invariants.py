@@ -249,7 +249,9 @@ class Invariants:
         known = {each.request_id for each in self.oneinbox.calls.values()}
         unknown = [at for name, (at, epoch) in self.reservations.items() if epoch == call.epoch and name not in known]
         now = self.world.now
-        ends = [now if each.ended is None else min(now, each.ended + NOTICED_SECONDS) for each in mine]
+        # Without lists an end may go unnoticed, and the call counts on.
+        listed = self.oneinbox.lists_down_until
+        ends = [now if each.ended is None else min(now, max(each.ended, listed) + NOTICED_SECONDS) for each in mine]
         seconds = sum(end - each.reserved + 1 for end, each in zip(ends, mine, strict=True))
         return seconds + sum(min(now - at, UNKNOWN_SECONDS) + 1 for at in unknown)
 

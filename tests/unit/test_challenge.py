@@ -376,5 +376,11 @@ async def test_what_the_operators_log_says(
     assert logs == logged
 
 
+async def test_a_wrong_secret_is_no_failure_of_the_visitor(service: Service, store: MemoryStore) -> None:
+    service.answer = {"success": False, "error-codes": ["invalid-input-secret"]}
+    challenge = make(service, store)
+    assert [await outcome(challenge) for _ in range(20)] == ["at-capacity"] * 20
+
+
 def test_the_secret_is_in_no_repr(challenge: Challenge) -> None:
     assert SECRET not in repr(vars(challenge))

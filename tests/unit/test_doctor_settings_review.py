@@ -45,6 +45,18 @@ def test_nothing_to_say() -> None:
         ({"BROKER_TRUSTED_PROXIES": "2000::/3"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example"}, {"trusted proxies": "warning"}),
         ({"BROKER_PUBLIC_URL": "https://voice.example", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
+        (
+            {"BROKER_PUBLIC_URL": "https://voice.example/voice", "BROKER_TRUSTED_PROXIES": "10.0.0.1"},
+            {"prefix": "warning"},
+        ),
+        (
+            {
+                "BROKER_PUBLIC_URL": "https://voice.example/voice",
+                "BROKER_ROOT_PATH": "/voice",
+                "BROKER_TRUSTED_PROXIES": "10.0.0.1",
+            },
+            {},
+        ),
         ({"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP"}, {"trusted proxies": "warning"}),
         ({"BROKER_CLIENT_IP_HEADER": "Fly-Client-IP", "BROKER_TRUSTED_PROXIES": "10.0.0.1"}, {}),
         (

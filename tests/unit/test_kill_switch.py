@@ -1,8 +1,10 @@
 """The kill switch: what is stopped, for whom and how long, and that a lost store releases nothing."""
 
 import asyncio
-import getpass
 import os
+import pwd
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from starlette.requests import Request
@@ -302,13 +304,19 @@ async def test_a_control_in_force_ends_in_the_log_while_the_store_is_gone(clock:
 
 
 async def test_an_operator_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nameless() -> str:
-        raise KeyError("getpwuid(): uid not found: 10001")
+    def nameless(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
 
-    monkeypatch.setattr(getpass, "getuser", nameless)
+    monkeypatch.setattr(pwd, "getpwuid", nameless)
     assert operator_name() == f"uid {os.getuid()}"
-    monkeypatch.setattr(getpass, "getuser", lambda: "root\x1b" + "x" * 100)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="root\x1b" + "x" * 100))
     assert operator_name() == "root?" + "x" * 59
+
+
+def test_an_operator_cannot_choose_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "mallory")
+    monkeypatch.setenv("USER", "mallory")
+    assert operator_name() == pwd.getpwuid(os.getuid()).pw_name
 
 
 ADDRESSES = [

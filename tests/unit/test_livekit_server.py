@@ -76,9 +76,10 @@ def signals_restored() -> Iterator[None]:
         (["--livekit"], None, 2, "there is no livekit-server on the PATH"),
         (["--livekit"], FAILS, 1, "livekit-server did not start: it ended at once: could not listen"),
         (["--livekit", "--livekit-url", "ws://127.0.0.1:7880"], None, 2, "takes no --livekit-url"),
-        (["--livekit", "--livekit-key", "devkey"], None, 2, "takes no --livekit-url and no --livekit-key"),
+        (["--livekit", "--livekit-key", "devkey"], None, 2, "takes no --livekit-url, --livekit-key"),
         (["--livekit-url", "ws://127.0.0.1:7880"], None, 2, "set all three or none"),
         (["--livekit-key", "devkey"], None, 2, "set all three or none"),
+        (["--livekit-secret", "secret"], None, 2, "set all three or none"),
     ],
 )
 def test_wrong_use_is_one_line(  # noqa: PLR0917 - fixtures

@@ -73,6 +73,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "auth-zero-width": ("BROKER_AUTH", "anony\u200bmous"),
     "agent-id-blank": ("ONEINBOX_AGENT_ID", " \r"),
     "challenge-secret-quoted-twice": ("BROKER_CHALLENGE_SECRET", 'passphrase\n"passphrase"'),
+    "key-with-half-a-quote": ("ONEINBOX_API_KEY", "'oi_sk_passphrase"),
     "secret-in-quotes": ("BROKER_SECRET", f'"{SECRET}"'),
     "root-path-dots": ("BROKER_ROOT_PATH", "/voice/../passphrase"),
     "root-path-session": ("BROKER_ROOT_PATH", "/session"),
@@ -519,14 +520,36 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         "BROKER_PLANS_FILE": str(tmp_path / "none.toml"),
         "BROKER_STORE_URL": "redis://valkey.example?nonsense=1",
         "BROKER_DOCS": "perhaps",
+        "BROKER_LIVEKIT_CLIENT": str(tmp_path / "none.js"),
     }
     with pytest.raises(SettingsError) as refused:
         load_settings(environ, None, mistakes)
 
     assert {line.partition(":")[0] for line in refused.value.lines} == {
         *("ONEINBOX_API_KEY", "BROKER_SECRET", "BROKER_DOCS", "BROKER_AGENTS_FILE", "BROKER_PLANS_FILE"),
-        *("BROKER_JWT_PUBLIC_KEY", "BROKER_STORE_URL"),
+        *("BROKER_JWT_PUBLIC_KEY", "BROKER_STORE_URL", "BROKER_LIVEKIT_CLIENT"),
     }
+
+
+def test_three_keys_are_two_too_many() -> None:
+    lines = refusal(
+        {
+            **NEEDED,
+            "BROKER_AUTH": "jwt",
+            "BROKER_JWT_JWKS_URL": "https://login.example/keys",
+            "BROKER_JWT_ISSUER": "https://login.example",
+            "BROKER_JWT_SECRET": SECRET,
+            "BROKER_JWT_PUBLIC_KEY": "key",
+        }
+    )
+    assert sum("set only one" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("name", ["ONEINBOX_API_KEY", "BROKER_METRICS_TOKEN"])
+def test_a_blank_path_of_a_file_is_one_mistake(name: str) -> None:
+    needed = {other: value for other, value in NEEDED.items() if other != name}
+    [line] = refusal({**needed, f"{name}_FILE": " "})
+    assert line.startswith(f"{name}_FILE: is blank")
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:

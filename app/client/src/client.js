@@ -65,6 +65,7 @@
  * @property {string} [detail]
  * @property {number | null} [retryAfter]
  * @property {string | null} [requestId]
+ * @property {{ loc: (string | number)[], msg: string, type: string }[]} [errors]
  * @property {unknown} [cause]
  */
 /** @typedef {{ client: LiveKit, stream: MediaStream | null, audio: AudioContext | null }} Media */
@@ -101,6 +102,8 @@ export class BrokerError extends Error {
     this.slug = about.slug ?? "";
     this.title = about.title ?? message;
     this.detail = about.detail ?? "";
+    /** The invalid fields, where `detail` speaks of them. */
+    this.errors = about.errors ?? [];
     /** Seconds. @type {number | null} */
     this.retryAfter = about.retryAfter ?? null;
     /** @type {string | null} */
