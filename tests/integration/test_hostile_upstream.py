@@ -458,7 +458,9 @@ async def test_what_surely_was_never_sent_is_given_back() -> None:
             full = waiting.enter_context(socket.socket())
             full.setblocking(False)
             full.connect_ex(listener.getsockname())
-        async with running_broker_process(f"http://127.0.0.1:{listener.getsockname()[1]}", **QUICK) as broker:
+        # Without a warm connection, which would outlive the server.
+        settings = {**QUICK, "BROKER_WARM_CONNECTIONS": "0"}
+        async with running_broker_process(f"http://127.0.0.1:{listener.getsockname()[1]}", **settings) as broker:
             stuck = [await start(broker) for _ in range(2)]
             waiting.close()
             listener.setblocking(False)

@@ -173,7 +173,7 @@ function showLoss() {
   const left = lostAt + GIVEN_UP - Date.now();
   if (left > 0) return say(`The broker does not answer. This call ends in ${seconds(left)} unless it comes back.`);
   lostAt = null;
-  say("The broker is gone, and this call with it. Is the sandbox still running?");
+  say("The broker is gone. Is the sandbox still running?");
   caller.hangUp();
 }
 
