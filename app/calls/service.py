@@ -55,8 +55,7 @@ class Calls:
             snapshot = await self.cache.get(call_id)
         else:
             snapshot = await self.cache.get_if(partial(self._owns, user), call_id)
-        # The record may have lost its metadata; the store knows who started the call.
-        if snapshot is None or not (self._owns(user, snapshot) or (is_users and not snapshot.owner)):
+        if snapshot is None or not self._owns(user, snapshot, started=is_users):
             raise Problem("not-found")
         return call_id, snapshot
 
@@ -74,7 +73,7 @@ class Calls:
             async with places:
                 snapshot = await self.cache.get(call_id)
             # A call that cannot be read is not listed.
-            if snapshot is None or not (self._owns(user, snapshot) or not snapshot.owner):
+            if snapshot is None or not self._owns(user, snapshot, started=True):
                 return None
             return snapshot.body(call_id)
 
@@ -139,5 +138,6 @@ class Calls:
             return self._owns(user, latest)
         return await self.live.started_by(user, call_id)
 
-    def _owns(self, user: User, snapshot: Snapshot) -> bool:
-        return self.ownership.owns(user, snapshot.owner)
+    def _owns(self, user: User, snapshot: Snapshot, *, started: bool = False) -> bool:
+        """Return whether the call is the user's. `started`: says the store, if the record lost its metadata."""
+        return self.ownership.owns(user, snapshot.owner) or (started and not snapshot.owner)
