@@ -339,8 +339,8 @@ class LiveCalls:
         if not (await self.store.decide(LimitRequest([Rate(f"look:{user.store_name}", 1, RECHECK_SECONDS)]))).allowed:
             return False
         attempts = attempts_of(await self.store.members(calls_of_user(user.store_name)))
-        # No stops: the user waits.
-        return any(await asyncio.gather(*(self._check_call(each, stop=False) for each in attempts[:AT_ONCE])))
+        # The user waits, so the stops do not count.
+        return any(await asyncio.gather(*(self._check_call(each, wait=False) for each in attempts[:AT_ONCE])))
 
     async def flush(self, *, last: bool = False) -> None:
         """Settle what the store has not confirmed.
@@ -525,10 +525,10 @@ class LiveCalls:
             elif before is None or before.state != UNWANTED:  # else who moved it meanwhile ends it
                 await self.ledger.plan_again(before)
 
-    async def _check_call(self, attempt: CallAttempt, *, stop: bool = True) -> bool | None:
-        """Check one call; return whether its slots became free, or None if its attempt's outcome is unknown.
+    async def _check_call(self, attempt: CallAttempt, *, wait: bool = True) -> bool | None:
+        """Check one call, and hang it up if it must end.
 
-        `stop`: hang up if it must end.
+        Return whether its slots became free, or None if its attempt's outcome is unknown. `wait`: for the stop.
         """
         try:
             found = await self.ledger.find(attempt.request_id)
@@ -541,10 +541,13 @@ class LiveCalls:
                 return True
             was = found.state
             found, ended = await self._look(found)
-            if ended or not stop or found.state != UNWANTED:
+            if ended or found.state != UNWANTED:
                 return ended
             if was == UNWANTED:  # who moved it has stopped it, and it is stopped again when it is due
                 await self.ledger.ensure_planned(attempt.request_id)
+                return False
+            if not wait:
+                self._hang_up_soon(found)
                 return False
             record = await self._hang_up(found)
             return record is not None and record.ended

@@ -640,6 +640,18 @@ async def test_a_look_is_at_the_users_own_calls(house: House) -> None:
     assert await house.live.recheck(BEN)
 
 
+@pytest.mark.parametrize(("seconds", "status"), [(MAX_SECONDS, "in_progress"), (JOIN_SECONDS + 1, "queued")])
+async def test_a_refused_users_call_that_must_end_is_hung_up_without_a_wait(
+    house: House, seconds: float, status: str
+) -> None:
+    await house.start("c1", status=status)
+    house.clock.now += seconds
+    assert not await house.live.recheck(ANN)
+    await house.tick()
+    assert house.asked()["POST c1/stop"] == 1, "not only when another process would do it"
+    assert await house.has_room()
+
+
 # --- without its store ---
 
 
