@@ -16,7 +16,7 @@ from app.broker.context import Broker
 from app.calls.schemas import CALLS, ENDED, EVENTS, Call, CallList
 from app.calls.snapshots import Snapshot
 from app.identity import User
-from app.problems import invalid_request
+from app.problems import Problem, invalid_request
 
 router = APIRouter(prefix="/calls", tags=["calls"], route_class=FastRoute)
 
@@ -72,8 +72,7 @@ async def get_call(
 
     Another user's call, a wrong key and a call that does not exist give the same 404.
     """
-    user = await _authenticate(request, broker, call)
-    _, snapshot = await broker.calls.read(user, call)
+    snapshot = await broker.calls.read(*await _authenticate(request, broker, call))
     if if_none_match is not None and matches(if_none_match, snapshot.etag):
         return Response(status_code=304, headers={"ETag": snapshot.etag})
     return _response(snapshot, call)
@@ -110,8 +109,7 @@ async def follow_call(
     A comment every 15 seconds keeps the connection alive. It closes without `end` after an hour, when your token
     expires, and when the broker stops; an EventSource then reconnects by itself.
     """
-    user = await _authenticate(request, broker, call)
-    stream = await broker.calls.follow(user, call, last_event_id)
+    stream = await broker.calls.follow(*await _authenticate(request, broker, call), last_event_id)
     return Response(status_code=204) if stream is None else stream
 
 
@@ -132,18 +130,23 @@ async def stop_call(call: CallPath, request: Request, broker: BrokerDep) -> Resp
     With `after` it ends that many seconds from now, unless you read or follow it before: for a page that is being
     closed or reloaded.
     """
-    user = await _authenticate(request, broker, call)
+    user, call_id = await _authenticate(request, broker, call)
     after = _seconds(request.query_params.getlist("after"))
-    stopped = broker.calls.stop(user, call) if after is None else broker.calls.stop_later(user, call, after)
+    stopped = broker.calls.stop(user, call_id) if after is None else broker.calls.stop_later(user, call_id, after)
     return _response(await stopped, call)
 
 
-async def _authenticate(request: Request, broker: Broker, call: str) -> User:
-    """Authenticate the user, and log the call's id."""
+async def _authenticate(request: Request, broker: Broker, call: str) -> tuple[User, str]:
+    """Return the user, and OneInbox's id of the call, which is logged.
+
+    Raises `not-found` for a malformed id and a wrong key, without asking OneInbox.
+    """
     user = await authenticate(request, broker)
-    if (call_id := broker.ownership.call_id(call, user)) is not None:
-        request.scope["state"]["call"] = call_id
-    return user
+    call_id = broker.ownership.call_id(call, user)
+    if call_id is None:
+        raise Problem("not-found")
+    request.scope["state"]["call"] = call_id
+    return user, call_id
 
 
 def _seconds(given: Sequence[str]) -> int | None:

@@ -27,10 +27,9 @@ AT_ONCE = 8
 class Calls:
     """Calls, each visible to its owner only.
 
-    Everything else is the same `not-found`: another user's call, no call, a wrong key, a malformed id. The last two are
-    refused without asking OneInbox.
-
-    `warn_seconds`: how long before a call's end its streams are told; 0: never. `now`: Unix time.
+    Another user's call and no call are the same `not-found`. `call_id`, wherever a method takes one, is what
+    `Ownership.call_id` made of the user's path. `warn_seconds`: how long before a call's end its streams are told; 0:
+    never. `now`: Unix time.
     """
 
     oneinbox: OneInbox
@@ -41,23 +40,20 @@ class Calls:
     warn_seconds: float
     now: Callable[[], float] = time.time
 
-    async def read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
-        """Return OneInbox's id and the state of a user's call; a `stop_later` is taken back. Raises `not-found`."""
-        call_id, snapshot = await self._read(user, public_id)
+    async def read(self, user: User, call_id: str) -> Snapshot:
+        """Return the state of a user's call; a `stop_later` is taken back. Raises `not-found`."""
+        snapshot = await self._read(user, call_id)
         await self.live.keep(call_id)
-        return call_id, snapshot
+        return snapshot
 
-    async def _read(self, user: User, public_id: str) -> tuple[str, Snapshot]:
-        call_id = self.ownership.call_id(public_id, user)
-        if call_id is None:
-            raise Problem("not-found")
+    async def _read(self, user: User, call_id: str) -> Snapshot:
         if is_users := await self._is_users(user, call_id):
             snapshot = await self.cache.get(call_id)
         else:
             snapshot = await self.cache.get_if(partial(self._owns, user), call_id)
         if snapshot is None or not self._owns(user, snapshot, started=is_users):
             raise Problem("not-found")
-        return call_id, snapshot
+        return snapshot
 
     async def list(self, user: User) -> list[bytes]:
         """Return the user's calls of the last day, as JSON. Raises `not-found` in anonymous mode."""
@@ -80,17 +76,17 @@ class Calls:
         bodies = await asyncio.gather(*(body(call_id) for call_id in started))
         return [each for each in bodies if each is not None]
 
-    async def stop(self, user: User, public_id: str) -> Snapshot:
+    async def stop(self, user: User, call_id: str) -> Snapshot:
         """Hang up. A call that has already ended is fine. Raises `not-found`, OneInboxError."""
-        call_id, snapshot = await self._read(user, public_id)
+        snapshot = await self._read(user, call_id)
         return snapshot if snapshot.ended else await self._stop(call_id)
 
-    async def stop_later(self, user: User, public_id: str, seconds: int) -> Snapshot:
+    async def stop_later(self, user: User, call_id: str, seconds: int) -> Snapshot:
         """Hang up in some seconds, unless the owner reads or follows the call before. Raises like `stop`.
 
         A call that the store does not know, or cannot be asked for, is hung up at once: no one could do so later.
         """
-        call_id, snapshot = await self._read(user, public_id)
+        snapshot = await self._read(user, call_id)
         if snapshot.ended or await self.live.stop_later(call_id, seconds):
             return snapshot
         return await self._stop(call_id)
@@ -105,12 +101,12 @@ class Calls:
         # Dated now: an end is final, so it must win over a fetch that began during the stop.
         return await self.cache.update(record, self.cache.clock())
 
-    async def follow(self, user: User, public_id: str, last_event_id: str | None) -> EventStream | None:
+    async def follow(self, user: User, call_id: str, last_event_id: str | None) -> EventStream | None:
         """Return a stream of the call's states; None if the client has seen the last one.
 
         Raises `not-found`, `too-many-streams`, `at-capacity`.
         """
-        call_id, snapshot = await self.read(user, public_id)
+        snapshot = await self.read(user, call_id)
         seen = (last_event_id or "").strip('"')
         if seen == snapshot.etag.strip('"') and self.poller.finished(snapshot):
             return None
@@ -118,6 +114,7 @@ class Calls:
         with ExitStack() as place:
             subscription = place.enter_context(self.poller.subscribe(user, call_id, snapshot))
             notice = EndNotice(self.warn_seconds, self.now)
+            public_id = self.ownership.public_id(call_id, user)
             return EventStream(events(subscription, public_id, lifetime, self.cache.clock, notice), place.pop_all())
 
     async def refresh(self, call_id: str) -> None:

@@ -36,8 +36,9 @@ class CallAttempt(NamedTuple):
     @property
     def key(self) -> str:
         """The call's name in the sets of live calls: every field but `ends`, so that the call can be found by it."""
-        key = f"{self.request_id} {self.since} {self.agent} {self.user} {self.owner}"
-        return f"{key} {self.organization}" if self.organization else key
+        request_id, since, agent, user, owner, organization, _ = self
+        key = f"{request_id} {since} {agent} {user} {owner}"
+        return f"{key} {organization}" if organization else key
 
     def end(self, longest: float) -> float:
         """Return the Unix time at which the call must end by its own bound, or NEVER.

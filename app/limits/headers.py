@@ -13,15 +13,16 @@ def policy_name(prefix: str, rate: Rate) -> str:
     return f"{prefix}-{NAMES.get(rate.seconds, f'{rate.seconds}s')}"
 
 
-def rate_limit_headers(limits: Sequence[tuple[str, Rate, RateState]]) -> dict[str, str]:
-    """Return RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10), the closest limit first.
+def policy_header(limits: Sequence[tuple[str, Rate]]) -> str:
+    """Return RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers-10): the same for every user with these limits."""
+    return ", ".join(f'"{name}";q={rate.amount};w={rate.seconds}' for name, rate in limits)
+
+
+def rate_limit_headers(policy: str, limits: Sequence[tuple[str, RateState]]) -> dict[str, str]:
+    """Return RateLimit-Policy, which is `policy`, and RateLimit (same draft), the closest limit first.
 
     Pass only a user's own limits: other users' and global counters are private.
     """
-    closest = sorted(limits, key=lambda limit: (limit[2].remaining, -limit[2].reset))
-    return {
-        "RateLimit-Policy": ", ".join(f'"{name}";q={rate.amount};w={rate.seconds}' for name, rate, _ in limits),
-        "RateLimit": ", ".join(
-            f'"{name}";r={state.remaining};t={math.ceil(state.reset)}' for name, _, state in closest
-        ),
-    }
+    closest = sorted(limits, key=lambda limit: (limit[1].remaining, -limit[1].reset))
+    left = ", ".join(f'"{name}";r={state.remaining};t={math.ceil(state.reset)}' for name, state in closest)
+    return {"RateLimit-Policy": policy, "RateLimit": left}

@@ -17,7 +17,7 @@ from app.config.plans import Entitlement
 from app.identity import User
 from app.identity.addresses import limit_key
 from app.limits.call_attempt import ALL_CALLS, CallAttempt, calls_of_agent, calls_of_organization, calls_of_user
-from app.limits.headers import policy_name, rate_limit_headers
+from app.limits.headers import policy_header, policy_name, rate_limit_headers
 from app.limits.ledger import Ledger
 from app.limits.record import no_call, reserve
 from app.problems import Problem, retry_later
@@ -98,7 +98,7 @@ class UserLimits:
 
     `request`: without its member and lease; ANY_USER stands for the user's name. `owners` and `names` (none names a
     user or an organization): of the rates, slots and budgets. `own`: indices of the rates that the user is told: all
-    but the global ones.
+    but the global ones. `policy`: the header that tells them.
     """
 
     limits: Sequence[Limit]
@@ -106,11 +106,11 @@ class UserLimits:
     owners: Sequence[Owner]
     names: Sequence[str]
     own: Sequence[int]
+    policy: str
 
     def headers(self, states: Sequence[RateState]) -> dict[str, str]:
         """Return headers that say what is left of the user's own rates; the global ones stay private."""
-        rates = self.request.rates
-        return rate_limit_headers([(self.names[index], rates[index], states[index]) for index in self.own])
+        return rate_limit_headers(self.policy, [(self.names[index], states[index]) for index in self.own])
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +257,15 @@ class Limits:
         names += [*(f"{prefix}-live-calls" for _, prefix, *_ in slots), *(name for _, name, _ in timed)]
         rooms, budgets = [slot for *_, slot, _ in slots], [budget for *_, budget in timed]
         request = LimitRequest(rates, rooms, enforce=self.enforce, budgets=budgets)
-        return UserLimits(limits, request, owners, names, own)
+        policy = policy_header([(names[index], rates[index]) for index in own])
+        return UserLimits(limits, request, owners, names, own, policy)
 
     def _make_request_limits(self) -> UserLimits:
         rates = [_rate(limit, ANY_USER) for limit in self._requests]
         names = [policy_name("request", rate) for rate in rates]
         request = LimitRequest(rates, enforce=self.enforce)
-        return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)))
+        policy = policy_header(list(zip(names, rates, strict=True)))
+        return UserLimits(self._requests, request, ["user"] * len(rates), names, range(len(rates)), policy)
 
     def _refusal(self, limits: UserLimits, decision: Decision, headers: dict[str, str]) -> Exception:
         reason = _names(limits, decision)

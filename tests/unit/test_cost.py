@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.processes import run
 
-CALLS = {"session": 925, "read": 312}
+CALLS = {"session": 920, "read": 290}
 """Function calls of a request, Python's and C's; an empty FastAPI route takes 275. Whoever needs more says so here."""
 TIMES_EMPTY = {"session": 10.0, "read": 4.0}
 """CPU of a request beside an empty FastAPI route's in the same process; generous, since it is timed."""

@@ -15,10 +15,10 @@ from app.config.plans import Entitlement, OrganizationLimits
 from app.identity import User
 from app.limits import Limits, Refused, Reservation
 from app.limits.call_attempt import CallAttempt
-from app.limits.headers import policy_name, rate_limit_headers
+from app.limits.headers import policy_header, policy_name
 from app.limits.ledger import Ledger
 from app.problems import Problem
-from app.store import Rate, RateState
+from app.store import Rate
 from app.store.failover import FailoverStore
 from app.store.memory import MemoryStore
 from app.store.valkey import ValkeyStore
@@ -185,10 +185,7 @@ async def test_headers_tell_the_users_own_limits_and_the_closest_first() -> None
 def test_a_policy_of_an_odd_window_is_named_by_its_seconds() -> None:
     rate = Rate("x", 3, 90)
     assert policy_name("user", rate) == "user-90s"
-    assert rate_limit_headers([("user-90s", rate, RateState(2, 0.01))]) == {
-        "RateLimit-Policy": '"user-90s";q=3;w=90',
-        "RateLimit": '"user-90s";r=2;t=1',
-    }
+    assert policy_header([("user-90s", rate)]) == '"user-90s";q=3;w=90'
 
 
 # --- all or nothing ---

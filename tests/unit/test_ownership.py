@@ -44,6 +44,8 @@ ODD_IDS = [
     "call_1?x",
     "call_1.key",
     "a%2fb",
+    "cursor",  # these two are routes of OneInbox
+    "web",
 ]
 
 
