@@ -192,6 +192,7 @@ def test_two_clicks_are_one_call(shop: OpenShop, broker: str, clicks: str) -> No
     if clicks == "dblclick":
         button(page, "Talk").dblclick()
     else:
+        expect(button(page, "Talk")).to_be_visible()  # then its class is there
         page.evaluate("for (const _ of [1, 2]) document.querySelector('oneinbox-call').start()")
 
     expect(page.get_by_role("status")).to_have_text("You are connected.")
