@@ -19,7 +19,7 @@ LIBRARIES = {"asyncio", "fastapi", "httpx", "jwt", "pydantic", "redis", "rich", 
 UNUSED_BY_DEFAULT = {"cryptography", "jwt", "pygments", "rich"}
 """Libraries of httpx's command line, of logins by token, and of what is encrypted in a shared store."""
 HELP_CPU = 0.2
-REST_MB = 66
+REST_MB = 65
 """Memory of an idle broker: 63 MB, of which the libraries it cannot do without take 57."""
 
 EVERY_HELP = """
