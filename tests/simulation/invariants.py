@@ -293,9 +293,11 @@ class Invariants:
             asked = next((stop.at for stop in call.stops if stop.by == "broker"), world.now)
             used = sum(each.lasted(asked) for each in mine)
             running = sum(each.ended is None or each is call for each in mine)
-            over = used - minutes * 60 - OVER_SECONDS * running
+            used_up = asked - (used - minutes * 60) / running
+            # Before OneInbox has answered, no one knows the call's id.
+            latest = max(used_up, call.answered or asked) + OVER_SECONDS
             # A store that was away, or lost something, may have missed calls.
-            if over > 0 and not world.troubles and world.is_calm(asked - over / running - CALM_SECONDS):
+            if asked > latest and not world.troubles and world.is_calm(latest - CALM_SECONDS):
                 world.violate(
                     f"T-over{self._excuse_of_counts(BEGIN)}",
                     f"{used:.1f} s of {minutes} minutes of {who or 'all'} when {call.id} ends",
