@@ -94,9 +94,9 @@ class FoundPlace(Place):
             self._looking = None
 
     async def aclose(self) -> None:
-        tasks = [*([self._looking] if self._looking else []), *self._asking]
+        tasks: list[asyncio.Task[Any]] = [*([self._looking] if self._looking else []), *self._asking]
         for task in tasks:
-            task.cancel()
+            _cancel_once(task)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> Address:
@@ -135,7 +135,7 @@ class FoundPlace(Place):
                     end = end or loop.time() + self.timeout / 2
         finally:
             for task in asking:
-                task.cancel()
+                _cancel_once(task)
         return [address for address, _ in votes.most_common()], reasons
 
     async def _ask(self, guide: Address) -> Sequence[Address]:
@@ -157,6 +157,12 @@ class FoundPlace(Place):
             return None
         finally:
             await connection.disconnect(nowait=True)
+
+
+def _cancel_once(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, unless it is already ending: a second time would keep it from closing its connection."""
+    if not task.cancelling():
+        task.cancel()
 
 
 def ask_sentinel(

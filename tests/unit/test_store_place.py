@@ -145,6 +145,29 @@ SLOTS = [
 ]
 
 
+async def test_a_place_that_ends_waits_until_each_question_has_closed_its_connection() -> None:
+    net = Net({ONE: [TWO], TWO: [TWO], THREE: None}, {TWO: ANSWER})
+    closes, closed = asyncio.Event(), False
+    ask = net.place.ask
+
+    async def ask_and_close(guide: Address) -> Sequence[Address]:
+        nonlocal closed
+        try:
+            return await ask(guide)
+        finally:
+            if guide == THREE:
+                await closes.wait()  # as closing a real connection takes turns of the event loop
+                closed = True
+
+    net.place.ask = ask_and_close
+    await net.find()  # THREE is not needed: its question is cancelled
+    ending = asyncio.create_task(net.place.aclose())
+    await asyncio.sleep(0)
+    closes.set()
+    await ending
+    assert closed
+
+
 async def test_a_cluster_node_names_the_owner_of_the_slot_and_other_nodes() -> None:
     nodes = [ONE]
     ask = ask_node("{oib}", lambda address: cast("Connection", Server(address, SLOTS)), nodes)
