@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class FoundPlace(Place):
     async def aclose(self) -> None:
         tasks: list[asyncio.Task[Any]] = [*([self._looking] if self._looking else []), *self._asking]
         for task in tasks:
-            _cancel_once(task)
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> Address:
@@ -135,7 +135,7 @@ class FoundPlace(Place):
                     end = end or loop.time() + self.timeout / 2
         finally:
             for task in asking:
-                _cancel_once(task)
+                task.cancel()
         return [address for address, _ in votes.most_common()], reasons
 
     async def _ask(self, guide: Address) -> Sequence[Address]:
@@ -159,10 +159,17 @@ class FoundPlace(Place):
             await connection.disconnect(nowait=True)
 
 
-def _cancel_once(task: asyncio.Task[Any]) -> None:
-    """Cancel a task, unless it is already ending: a second time would keep it from closing its connection."""
-    if not task.cancelling():
-        task.cancel()
+async def _complete(closing: Coroutine[Any, Any, None]) -> None:
+    """Await to the end, however often the caller is cancelled meanwhile; then it is cancelled."""
+    task, cancelled = asyncio.ensure_future(closing), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 def ask_sentinel(
@@ -182,7 +189,7 @@ def ask_sentinel(
             finally:
                 for client in sentinel.sentinels:
                     with contextlib.suppress(RedisError, OSError):
-                        await client.aclose()
+                        await _complete(client.aclose())
         return []
 
     return ask
