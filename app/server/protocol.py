@@ -6,6 +6,7 @@ and the connection closes. httptools itself checks lengths, chunks and line ends
 
 import asyncio
 import re
+import weakref
 from collections import deque
 from functools import partial
 from typing import Any
@@ -127,9 +128,10 @@ class GuardedHttp(HttpToolsProtocol):
             self.flow.resume_reading()  # uvicorn stops reading here, and would miss a disconnect
         self._in_body = True
         if self.parser.get_http_version() == "1.0":
-            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]
+            self.cycle.send = _without_chunks(weakref.ref(self.cycle))  # type: ignore[assignment,method-assign]
         self._unanswered.append(self.cycle)
-        extensions: Any = {DISCONNECTED: partial(getattr, self.cycle, "disconnected")}  # not as in ASGI: dicts
+        # Weak: a cycle that refers to itself would stay in memory until the garbage collector runs.
+        extensions: Any = {DISCONNECTED: partial(_is_disconnected, weakref.ref(self.cycle))}  # not as in ASGI: dicts
         self.cycle.scope["extensions"] = extensions
         # From here on the parser finds trailers, which must not be merged into the head (RFC 9110, section 6.5.1).
         self.headers = []
@@ -241,22 +243,29 @@ class GuardedHttp(HttpToolsProtocol):
             self.transport.close()
 
 
-def _without_chunks(cycle: RequestResponseCycle) -> Send:
+def _is_disconnected(reference: weakref.ref[RequestResponseCycle]) -> bool:
+    cycle = reference()
+    return cycle is None or cycle.disconnected
+
+
+def _without_chunks(reference: weakref.ref[RequestResponseCycle]) -> Send:
     """Return `send` of a request that came as HTTP/1.0, which has no chunks (RFC 9112, section 6.1).
 
     Content of unknown length ends with the connection: uvicorn closes it after every such request.
     """
-    send = cycle.send
     unknown_length = False
 
     async def send_without_chunks(message: Message) -> None:
         nonlocal unknown_length
+        cycle = reference()
+        if cycle is None:
+            return  # the application has returned
         if message["type"] == "http.response.start":
             unknown_length = all(name.lower() != b"content-length" for name, _ in message["headers"])
             if unknown_length:
                 cycle.chunked_encoding = False
         elif message["type"] == "http.response.body" and unknown_length:
             cycle.expected_content_length = len(message.get("body", b""))
-        await send(message)  # type: ignore[arg-type]
+        await RequestResponseCycle.send(cycle, message)  # type: ignore[arg-type]
 
     return send_without_chunks

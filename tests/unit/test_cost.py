@@ -27,6 +27,13 @@ def test_a_request_makes_no_more_calls_than_it_needs(costs: dict[str, dict[str, 
     assert costs[request_name]["calls"] <= CALLS[request_name], costs
 
 
+@pytest.mark.parametrize("request_name", CALLS)
+def test_a_request_leaves_nothing_to_the_garbage_collector(
+    costs: dict[str, dict[str, float]], request_name: str
+) -> None:
+    assert costs[request_name]["garbage"] < 1, costs
+
+
 @pytest.mark.parametrize("request_name", TIMES_EMPTY)
 def test_a_request_stays_near_an_empty_route(costs: dict[str, dict[str, float]], request_name: str) -> None:
     assert costs[request_name]["cpu"] <= TIMES_EMPTY[request_name] * costs["empty"]["cpu"], costs

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import re
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -40,6 +42,8 @@ class Site:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
+        self.in_memory: weakref.WeakSet[Any] = weakref.WeakSet()
+        """uvicorn's objects of the requests, which hold all that belongs to them."""
         self.go_on = asyncio.Event()
         self.gone = asyncio.Event()
         self.failed: list[BaseException] = []
@@ -48,6 +52,7 @@ class Site:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.paths.append(scope["path"])
+        self.in_memory.add(cast("Any", receive).__self__)
         self.disconnected = cast("Callable[[], bool]", cast("Any", scope["extensions"])[DISCONNECTED])
         try:
             await self._answer(scope, receive, send)
@@ -725,6 +730,30 @@ async def test_garbage_behind_half_an_answer_says_nothing_more(site: Site) -> No
 
 
 # The end
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    """Turn the garbage collector off."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [get(), b"GET /early HTTP/1.0\r\n\r\n", get() * 3, get("/stream"), get("/wait")],
+    ids=["plain", "HTTP/1.0", "pipelined", "abandoned stream", "abandoned"],
+)
+@pytest.mark.usefixtures("no_garbage_collector")
+async def test_a_request_leaves_memory_with_its_connection(site: Site, request_: bytes) -> None:
+    async with connected(site) as client:
+        await client.send(request_)
+        await until(lambda: len(site.paths) == request_.count(b"HTTP/1"))
+    site.go_on.set()
+    await until(lambda: not site.state.connections and not site.state.tasks)
+    await until(lambda: not site.in_memory)
 
 
 async def test_the_last_answer_is_finished_at_the_end(site: Site) -> None:
