@@ -84,15 +84,13 @@ class MemoryStore(Store):
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[tuple[dict[str, tuple[Any, ...]], Window]] = []
+        found: list[Window] = []
         for index, rate in enumerate(rates):
-            owner = rate.owner or rate.name
-            shard = self._windows.of(owner)
-            known = _window(shard.get(owner), rate)
+            known = self._windows.get(rate)
             window = windows.current(known, now) if known else windows.fresh(rate.seconds)
             if windows.total(window) + cost > rate.amount:
                 refused.append(index)
-            found.append((shard, window))
+            found.append(window)
         used: list[int] = []
         for index, slot in enumerate(slots, len(rates)):
             members = self._sets.of(slot.name).get(slot.name)
@@ -109,10 +107,10 @@ class MemoryStore(Store):
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            shard, window = found[index]
+            window = found[index]
             if counted:
                 window = windows.count(window, rate, now, cost)
-                _set_window(shard, rate, window)
+                self._windows.put(rate, window)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             end = now + lease
@@ -377,54 +375,30 @@ class _ShardedDict(Generic[_T]):
 
 
 class _Windows(_ShardedDict[tuple[Any, ...]]):
-    """Windows; those of one owner are one tuple, `(kind, length, window…, kind, length, window…)`."""
+    """Windows; those of one owner are one tuple, `(kind, window, kind, window, …)`."""
 
     def __init__(self) -> None:
-        super().__init__(_all_ended)
+        super().__init__(lambda group, now: all(windows.ended(window, now) for window in group[1::2]))
 
     def get(self, rate: Rate) -> Window | None:
         """Return a rate's window; None if there is none."""
         owner = rate.owner or rate.name
-        return _window(self.of(owner).get(owner), rate)
+        return _window(self.of(owner).get(owner), rate.kind)
 
     def put(self, rate: Rate, window: Window) -> None:
         """Set a rate's window."""
-        _set_window(self.of(rate.owner or rate.name), rate, window)
+        owner = rate.owner or rate.name
+        _set_window(self.of(owner), owner, rate.kind, window)
 
 
-def _window(group: tuple[Any, ...] | None, rate: Rate) -> Window | None:
-    if group is None:
-        return None
-    first, end = _find(group, rate.kind)
-    return group[first + 2 : end] if first < end else None
+def _window(group: tuple[Any, ...] | None, kind: str) -> Window | None:
+    return group[group.index(kind) + 1] if group is not None and kind in group else None
 
 
-def _set_window(shard: dict[str, tuple[Any, ...]], rate: Rate, window: Window) -> None:
-    owner = rate.owner or rate.name
+def _set_window(shard: dict[str, tuple[Any, ...]], owner: str, kind: str, window: Window) -> None:
     group = shard.get(owner, ())
-    first, end = _find(group, rate.kind)
-    shard[owner] = (*group[:first], rate.kind, len(window), *window, *group[end:])
-
-
-def _find(group: tuple[Any, ...], kind: str) -> tuple[int, int]:
-    """Return where the part of a kind of rate begins and ends; twice the end of all if there is none."""
-    at, size = 0, len(group)
-    while at < size:
-        end = at + 2 + group[at + 1]
-        if group[at] == kind:
-            return at, end
-        at = end
-    return at, at
-
-
-def _all_ended(group: tuple[Any, ...], now: float) -> bool:
-    at = 0
-    while at < len(group):
-        end = at + 2 + group[at + 1]
-        if not windows.ended(group[at + 2 : end], now):
-            return False
-        at = end
-    return True
+    at = group.index(kind) if kind in group else len(group)
+    shard[owner] = (*group[:at], kind, window, *group[at + 2 :])
 
 
 class _Timetable:
