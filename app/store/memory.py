@@ -84,11 +84,10 @@ class MemoryStore(Store):
             raise ValueError("slots need a member")
         now = self._now()
         refused: list[int] = []
-        found: list[Window] = []
+        found: list[Window | None] = []
         for index, rate in enumerate(rates):
-            known = self._windows.get(rate)
-            window = windows.current(known, now) if known else windows.fresh(rate.seconds)
-            if windows.total(window) + cost > rate.amount:
+            window = self._windows.get(rate)
+            if (0 if window is None else windows.drop(window, now)) + cost > rate.amount:
                 refused.append(index)
             found.append(window)
         used: list[int] = []
@@ -107,10 +106,11 @@ class MemoryStore(Store):
         counted = cost > 0 and (not refused or not enforce)
         states: list[RateState] = []
         for index, rate in enumerate(rates):
-            window = found[index]
+            window = found[index] or windows.fresh(rate.seconds)
             if counted:
-                window = windows.count(window, rate, now, cost)
-                self._windows.put(rate, window)
+                windows.count(window, rate, now, cost)
+                if found[index] is None:
+                    self._windows.add(rate, window)
             states.append(windows.describe(window, rate, now, cost if index in refused else None, now))
         if counted:
             end = now + lease
@@ -127,7 +127,7 @@ class MemoryStore(Store):
             return True
         for rate, state in zip(request.rates, decision.rates, strict=True):
             if window := self._windows.get(rate):
-                self._windows.put(rate, windows.uncount(window, rate, state.mark, request.cost))
+                windows.uncount(window, rate, state.mark, request.cost)
         timed = {budget.slot for budget in request.budgets}
         for index, slot in enumerate(request.slots):
             self._leave(Leave(slot.name, request.member, 0 if index in timed else None), self._now())
@@ -383,22 +383,14 @@ class _Windows(_ShardedDict[tuple[Any, ...]]):
     def get(self, rate: Rate) -> Window | None:
         """Return a rate's window; None if there is none."""
         owner = rate.owner or rate.name
-        return _window(self.of(owner).get(owner), rate.kind)
+        group = self.of(owner).get(owner, ())
+        return group[group.index(rate.kind) + 1] if rate.kind in group else None
 
-    def put(self, rate: Rate, window: Window) -> None:
-        """Set a rate's window."""
+    def add(self, rate: Rate, window: Window) -> None:
+        """Keep a rate's first window."""
         owner = rate.owner or rate.name
-        _set_window(self.of(owner), owner, rate.kind, window)
-
-
-def _window(group: tuple[Any, ...] | None, kind: str) -> Window | None:
-    return group[group.index(kind) + 1] if group is not None and kind in group else None
-
-
-def _set_window(shard: dict[str, tuple[Any, ...]], owner: str, kind: str, window: Window) -> None:
-    group = shard.get(owner, ())
-    at = group.index(kind) if kind in group else len(group)
-    shard[owner] = (*group[:at], kind, window, *group[at + 2 :])
+        shard = self.of(owner)
+        shard[owner] = (*shard.get(owner, ()), rate.kind, window)
 
 
 class _Timetable:

@@ -1,8 +1,8 @@
 """The sliding window in memory: at most `amount` in any window of `seconds`, wherever it begins.
 
-A window is a flat tuple of numbers, `(seconds, total, time, count, time, count, …)`, oldest entry first, that is
-replaced and never changed. A tuple of numbers, because the garbage collector does not track it; a million lists would
-stop the process for a second.
+A window is a bytearray of pairs of doubles: `seconds` and the sum of all counts, then a time and a count for each
+entry, oldest first. A bytearray, because a hit then costs the same however many entries there are, and because the
+garbage collector does not track it; a million lists would stop the process for a second.
 
 A hit at time t leaves at t + seconds. Up to an amount of 64 each hit is one entry. Above that, hits in one cell of a
 grid of seconds/64 share an entry that leaves with its newest hit: up to a cell late, never early. That keeps the list
@@ -10,82 +10,105 @@ of entries short, and the code is the same for both. scripts.py holds the same i
 """
 
 from math import floor
+from struct import Struct
 from typing import TypeAlias
 
 from app.store.protocol import Rate, RateState
 
-Window: TypeAlias = tuple[float, ...]
+Window: TypeAlias = bytearray
 
 GRID = 64
 """Cells per window, and the largest amount counted hit by hit."""
 MOST = GRID + 1
 """Most entries of a window: a window of 64 cells touches 65."""
 
-_TOTAL, _FIRST = 1, 2
+_PAIR = Struct("dd")
+_SIZE = _PAIR.size
+"""Bytes of a pair; the first entry begins here."""
 
 
 def fresh(seconds: float) -> Window:
     """Return an empty window."""
-    return (seconds, 0)
+    return bytearray(_PAIR.pack(seconds, 0))
+
+
+def entries(window: Window) -> list[tuple[float, float]]:
+    """Return each entry's time and count, oldest first."""
+    return list(_PAIR.iter_unpack(window[_SIZE:]))
 
 
 def ended(window: Window, now: float) -> bool:
     """Return whether nothing is left in the window."""
-    return len(window) == _FIRST or window[-2] + window[0] <= now
+    seconds, _ = _PAIR.unpack_from(window)
+    newest, _ = _PAIR.unpack_from(window, len(window) - _SIZE)
+    return len(window) == _SIZE or newest + seconds <= now
 
 
-def current(window: Window, now: float) -> Window:
-    """Return the window without the entries that have left."""
-    seconds, total = window[:_FIRST]
-    size, keep = len(window), _FIRST
-    while keep < size and window[keep] + seconds <= now:
-        total -= window[keep + 1]
-        keep += 2
-    return window if keep == _FIRST else (seconds, total, *window[keep:])
+def drop(window: Window, now: float) -> int:
+    """Drop the entries that have left; return the sum of the others' counts."""
+    seconds, total = _PAIR.unpack_from(window)
+    at = _SIZE
+    while at < len(window):
+        time, count = _PAIR.unpack_from(window, at)
+        if time + seconds > now:
+            break
+        total -= count
+        at += _SIZE
+    if at > _SIZE:
+        del window[_SIZE:at]
+        _PAIR.pack_into(window, 0, seconds, total)
+    return int(total)
 
 
-def total(window: Window) -> int:
-    """Return the sum of a current window's counts."""
-    return int(window[_TOTAL])
+def count(window: Window, rate: Rate, now: float, cost: int) -> None:
+    """Count `cost` more at `now`, the mark of that entry."""
+    seconds, total = _PAIR.unpack_from(window)
+    _PAIR.pack_into(window, 0, seconds, total + cost)
+    last = len(window) - _SIZE
+    newest, counted = _PAIR.unpack_from(window, last)
+    if last and _same_entry(now, newest, rate):
+        _PAIR.pack_into(window, last, now, counted + cost)
+        return
+    if last == MOST * _SIZE:
+        # Counted past the amount (enforce=False). The two oldest become one that leaves with the younger: no answer
+        # changes, since the 64 entries behind it fill the amount while it is there.
+        (_, oldest), (younger, more) = entries(window)[:2]
+        _PAIR.pack_into(window, 2 * _SIZE, younger, oldest + more)
+        del window[_SIZE : 2 * _SIZE]
+    window += _PAIR.pack(now, cost)
 
 
-def count(window: Window, rate: Rate, now: float, cost: int) -> Window:
-    """Return the window with `cost` more at `now`, the mark of that entry."""
-    seconds, held = window[:_FIRST]
-    if len(window) > _FIRST and _same_entry(now, window[-2], rate):
-        return (seconds, held + cost, *window[_FIRST:-2], now, window[-1] + cost)
-    if len(window) < _FIRST + 2 * MOST:
-        return (seconds, held + cost, *window[_FIRST:], now, cost)
-    # Counted past the amount (enforce=False). The two oldest become one that leaves with the younger: no answer
-    # changes, since the 64 entries behind it fill the amount while it is there.
-    _, oldest, younger, count_ = window[_FIRST : _FIRST + 4]
-    return (seconds, held + cost, younger, oldest + count_, *window[_FIRST + 4 :], now, cost)
-
-
-def uncount(window: Window, rate: Rate, mark: float, cost: int) -> Window:
-    """Return the window with `cost` less in the marked entry, or unchanged when that entry has left."""
-    for at in range(len(window) - 2, _FIRST - 1, -2):
-        if _same_entry(window[at], mark, rate):
-            taken = min(cost, window[at + 1])
-            left = (window[at], window[at + 1] - taken) if window[at + 1] > taken else ()
-            return (window[0], window[_TOTAL] - taken, *window[_FIRST:at], *left, *window[at + 2 :])
-    return window
+def uncount(window: Window, rate: Rate, mark: float, cost: int) -> None:
+    """Count `cost` less in the marked entry, unless that entry has left."""
+    seconds, total = _PAIR.unpack_from(window)
+    for at in range(len(window) - _SIZE, 0, -_SIZE):
+        time, counted = _PAIR.unpack_from(window, at)
+        if _same_entry(time, mark, rate):
+            taken = min(cost, counted)
+            _PAIR.pack_into(window, 0, seconds, total - taken)
+            _PAIR.pack_into(window, at, time, counted - taken)
+            if taken == counted:
+                del window[at : at + _SIZE]
+            return
 
 
 def wait(window: Window, now: float, target: float) -> float:
     """Return the seconds until a current window holds at most `target` or is empty; `seconds` if it is empty now."""
-    if len(window) == _FIRST:
-        return window[0]
-    at, left = _FIRST, window[_TOTAL] - window[_FIRST + 1]
-    while left > target and at + 2 < len(window):
-        at += 2
-        left -= window[at + 1]
-    return min(window[0], window[at] + window[0] - now)  # a rounding error above it would be told as a second more
+    seconds: float
+    seconds, left = _PAIR.unpack_from(window)
+    until = seconds
+    for at in range(_SIZE, len(window), _SIZE):
+        time, counted = _PAIR.unpack_from(window, at)
+        until = time + seconds - now
+        left -= counted
+        if left <= target:
+            break
+    return min(seconds, until)  # a rounding error above it would be told as a second more
 
 
 def describe(window: Window, rate: Rate, now: float, refused_cost: int | None, mark: float) -> RateState:
     """Return a current window's state after a decision; `refused_cost` is None when the rate had room."""
-    held = total(window)
+    held = int(_PAIR.unpack_from(window)[1])
     target = min(held, rate.amount) - 1 if refused_cost is None else rate.amount - refused_cost
     return RateState(max(rate.amount - held, 0), wait(window, now, target), mark)
 
