@@ -378,7 +378,7 @@ class _Windows(_ShardedDict[tuple[Any, ...]]):
     """Windows; those of one owner are one tuple, `(kind, window, kind, window, …)`."""
 
     def __init__(self) -> None:
-        super().__init__(lambda group, now: all(windows.ended(window, now) for window in group[1::2]))
+        super().__init__(_all_ended)
 
     def get(self, rate: Rate) -> Window | None:
         """Return a rate's window; None if there is none."""
@@ -391,6 +391,14 @@ class _Windows(_ShardedDict[tuple[Any, ...]]):
         owner = rate.owner or rate.name
         shard = self.of(owner)
         shard[owner] = (*shard.get(owner, ()), rate.kind, window)
+
+
+def _all_ended(group: tuple[Any, ...], now: float) -> bool:
+    # From the last one: it is mostly the longest, and tells at once.
+    for window in group[::-2]:  # noqa: SIM110 - a generator takes half as long again, and a sweep asks for many users
+        if not windows.ended(window, now):
+            return False
+    return True
 
 
 class _Timetable:

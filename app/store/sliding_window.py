@@ -39,9 +39,10 @@ def entries(window: Window) -> list[tuple[float, float]]:
 
 def ended(window: Window, now: float) -> bool:
     """Return whether nothing is left in the window."""
-    seconds, _ = _PAIR.unpack_from(window)
-    newest, _ = _PAIR.unpack_from(window, len(window) - _SIZE)
-    return len(window) == _SIZE or newest + seconds <= now
+    if len(window) == _SIZE:
+        return True
+    until: float = _PAIR.unpack_from(window, len(window) - _SIZE)[0] + _PAIR.unpack_from(window)[0]
+    return until <= now
 
 
 def drop(window: Window, now: float) -> int:
