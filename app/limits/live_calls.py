@@ -195,7 +195,7 @@ class LiveCalls:
             unwanted = _newly_unwanted(await self._move_patiently(request_id, step))
         except StoreUnavailable:
             await self.ledger.hold(request_id, step)
-            await self.ledger.hold(request_id, records.condemn(why))
+            await self.ledger.hold(request_id, records.stopped(why))
             unwanted = StartRecord(attempt, UNWANTED, call_id, unwanted=why)
         if unwanted is not None:
             await self._hang_up(unwanted)
@@ -574,7 +574,7 @@ class LiveCalls:
             try:
                 found = (await self.ledger.move(request_id, step)).after or found
             except StoreUnavailable:  # its time is up, whatever the store says
-                await self.ledger.hold(request_id, step)
+                await self.ledger.hold(request_id, records.stopped(why))
                 found = step(found) or found
         return found, False
 

@@ -252,10 +252,21 @@ def desert(now: float, why: str) -> Step:
 
 
 def condemn(why: str) -> Step:
-    """A call must end, or has been stopped without the store: no client may get it now."""
+    """A call must end: no client may get it now."""
     return lambda found: (
         found.moved(state=UNWANTED, unwanted=why) if found is not None and found.state in (STARTED, GIVEN) else None
     )
+
+
+def stopped(why: str) -> Step:
+    """A call is stopped without the store: no client may get it now, even if another process sees its end first."""
+
+    def step(found: StartRecord | None) -> StartRecord | None:
+        if found is not None and found.state == ENDED and not found.unwanted:
+            return found.moved(unwanted=why)
+        return condemn(why)(found)
+
+    return step
 
 
 def end(seconds: float) -> Step:

@@ -29,6 +29,7 @@ from app.limits.live_calls import COLLECT_SECONDS, SWEEP_SECONDS
 from app.limits.sweeper import TICK_SECONDS, end_forever, settle_forever
 from app.oneinbox import OneInbox, WebCall
 from app.oneinbox.transport import open_transport
+from app.problems import Problem
 from app.sandbox import faults
 from app.sandbox.calls import Call
 from app.sandbox.emulator import Emulator, create_emulator
@@ -583,12 +584,13 @@ def token(**claims: Any) -> str:
 class Losable(MemoryStore):
     """A shared store whose values can be away; `deaf`: it makes changes, and their answers are lost.
 
-    `before` runs before each change.
+    `freezes`: it makes one change, whose answer is lost, and is away from then on. `before` runs before each change.
     """
 
     shared = True
     gone = False
     deaf = False
+    freezes = False
     before: Any = None
 
     async def get(self, name: str) -> bytes | None:
@@ -602,7 +604,8 @@ class Losable(MemoryStore):
         if self.gone:
             raise StoreUnavailable
         made = await super().change(change)
-        if self.deaf:
+        self.gone = self.freezes
+        if self.deaf or self.freezes:
             raise StoreUnavailable
         return made
 
@@ -753,6 +756,23 @@ async def test_it_is_stopped_although_the_store_is_lost_in_between() -> None:
         house.store.deaf = False
         await asyncio.sleep(STOP_SECONDS + 2 * TICK_SECONDS)  # simulated: the claim ends, and is taken
         assert house.running == []
+
+
+@in_simulated_time
+async def test_a_call_stopped_without_the_store_is_given_to_no_one_although_another_saw_its_end_first() -> None:
+    house = House()
+    first, second = Replica(house), Replica(house)
+    house.store.freezes = True
+    with pytest.raises(Problem, match="at-capacity"):
+        await first.post()
+    assert house.running == []
+    house.store.freezes = house.store.gone = False  # its answer is kept after all
+    (call,) = house.account.calls
+    await second.live.note_end("post-1", await house.oneinbox.get_call(call.id))
+    await first.live.flush()
+    again, replayed = await second.post()
+    assert not replayed
+    assert house.running == [again]
 
 
 @in_simulated_time

@@ -31,6 +31,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "withdraw a repeat": lambda: records.withdraw("repeat-1", DUE, "why", records.nothing),
     "reject": lambda: records.reject(ATTEMPT, "call_1", "why"),
     "condemn": lambda: records.condemn("why"),
+    "stopped": lambda: records.stopped("why"),
     "expire": lambda: records.expire(NOW, "why"),
     "expire, later": lambda: records.expire(DUE, "why"),
     "end": lambda: records.end(60),
