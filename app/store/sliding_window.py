@@ -50,10 +50,10 @@ def drop(window: Window, now: float) -> int:
     seconds, total = _PAIR.unpack_from(window)
     at = _SIZE
     while at < len(window):
-        time, count = _PAIR.unpack_from(window, at)
+        time, counted = _PAIR.unpack_from(window, at)
         if time + seconds > now:
             break
-        total -= count
+        total -= counted
         at += _SIZE
     if at > _SIZE:
         del window[_SIZE:at]
